@@ -1,0 +1,251 @@
+"""The pass protocol: a frozen dataclass whose fields are its options, and what running it yields.
+
+    @options
+    class Drop(ChoosingPass):
+        \"\"\"Remove whole residual branches (LLM-Drop, arXiv 2406.15786).\"\"\"
+        name = "drop"
+        count: int = option(1, ge=0, help="how many branches to remove")
+
+The same fields are the options in Python, in the text form ``drop(count=1)``, in a YAML recipe and in
+the manifest. Every pass is also an ``onnx_ir`` pass: ``ir.passes.Sequential(Drop().bind(ctx))`` works.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import inspect
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar, dataclass_transform
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+import pydantic
+import pydantic.dataclasses
+
+from netlathe.diagnostics import Diagnostic, PassError
+from netlathe.pipeline.ledger import Entry
+
+if TYPE_CHECKING:
+    from netlathe.execute.statistics import Statistic, StatisticResult
+    from netlathe.pipeline.interfaces import Target
+
+T = TypeVar("T")
+Feeds = Mapping[str, npt.NDArray[Any]]  # graph input name -> array
+
+
+# -- what a pass promises -------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Exact:
+    """Outputs stay bit-equal, up to the order of floating-point sums the runtime chooses."""
+
+
+@dataclass(frozen=True)
+class Equivalent:
+    """The same function in exact arithmetic: outputs move by rounding only.
+
+    ``tolerance`` bounds max|after - before| as a share of the output's RMS; the pass derives it.
+    """
+
+    tolerance: float
+
+
+@dataclass(frozen=True)
+class Lossy:
+    """The function changes on purpose: checked against the pass' simulated reference instead."""
+
+
+Exactness = Exact | Equivalent | Lossy
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What a lossy pass must equal: built from the model before it, without the edit code.
+
+    ``tolerance`` bounds max|after - reference| as a share of the output's RMS; it is derived from the
+    number formats involved, not tuned.
+    """
+
+    model: ir.Model
+    tolerance: float
+
+
+@dataclass
+class Result:
+    """What a pass did. ``renamed`` maps old value names to new ones, or to None where removed."""
+
+    changed: bool
+    entries: list[Entry] = field(default_factory=list)
+    renamed: dict[str, str | None] = field(default_factory=dict)
+    statistics: dict[str, float] = field(default_factory=dict)
+
+
+# -- what a pass is given -------------------------------------------------------------------------
+
+
+class Progress(Protocol):
+    """Where long work reports; the CLI draws bars, a library caller may pass its own."""
+
+    def track(self, items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
+        """Yield ``items`` while showing how many are done."""
+        ...
+
+
+class SilentProgress:
+    """Reports nothing."""
+
+    def track(self, items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
+        """Yield ``items`` unchanged."""
+        yield from items
+
+
+@dataclass(frozen=True)
+class Context:
+    """Everything a pass may look at besides the model.
+
+    ``calibration`` holds feeds in graph-input terms; it is empty where the user gave none. ``device``
+    is where the executor runs calibration ("cpu", "cuda").
+    """
+
+    calibration: Sequence[Feeds] = ()
+    target: Target | None = None
+    seed: int = 0
+    device: str = "cpu"
+    progress: Progress = field(default_factory=SilentProgress)
+
+    def rng(self, *scope: str) -> np.random.Generator:
+        """A generator that depends on the seed and the scope's names only, never on global state."""
+        key = [self.seed, *(int.from_bytes(name.encode(), "little") for name in scope)]
+        return np.random.default_rng(np.random.SeedSequence(key))
+
+    def collect(
+        self, model: ir.Model, wanted: Sequence[Statistic], *, needed_by: str
+    ) -> list[StatisticResult]:
+        """Run the calibration data through ``model`` and return one result per wanted statistic.
+
+        Raises:
+            PassError: no calibration data was given.
+        """
+        if not self.calibration:
+            raise PassError(
+                Diagnostic(
+                    "calibration.missing",
+                    f"{needed_by} needs calibration data",
+                    help="give --calibration FILE (.npz of named arrays, or .txt for a Hugging Face"
+                    " model), or calibration= from Python",
+                )
+            )
+        from netlathe.execute.calibration import sweep  # torch is an extra
+
+        return sweep(model, self.calibration, wanted, device=self.device, progress=self.progress)
+
+
+# -- options --------------------------------------------------------------------------------------
+
+
+def option(default: Any = ..., *, help: str, **constraints: Any) -> Any:
+    """A pass option: its default, one help sentence, and pydantic constraints (ge, lt, ...)."""
+    return pydantic.Field(default, description=help, **constraints)
+
+
+C = TypeVar("C", bound=type)
+
+
+@dataclass_transform(kw_only_default=True, frozen_default=True, field_specifiers=(option,))
+def options(cls: C) -> C:
+    """Class decorator that turns annotated fields into validated, keyword-only, frozen options."""
+    config = pydantic.ConfigDict(extra="forbid", strict=False)
+    made: Any = pydantic.dataclasses.dataclass(frozen=True, kw_only=True, config=config)(cls)
+    return made  # type: ignore[no-any-return]  # pydantic's decorator loses the class type
+
+
+# -- the protocol ---------------------------------------------------------------------------------
+
+
+class Pass(ir.passes.InPlacePass):
+    """A graph transformation that states its exactness and accounts for every candidate."""
+
+    name: ClassVar[str]
+    version: ClassVar[int] = 1  # raise it when the same options give another result
+    exactness: ClassVar[Exactness]
+
+    @abc.abstractmethod
+    def run(self, model: ir.Model, ctx: Context) -> Result:
+        """Transform ``model`` in place and say what was done.
+
+        Before: ``model`` is in normal form and verifies. After: the same. An exception may leave the
+        model half edited: the pipeline works on a copy and throws it away.
+        """
+
+    def option_values(self) -> dict[str, Any]:
+        """Every option with its value, in field order."""
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}  # type: ignore[arg-type]  # every concrete pass is a dataclass
+
+    def __str__(self) -> str:
+        """The canonical text form: options that differ from their default, in field order."""
+        shown = []
+        for f in dataclasses.fields(self):  # type: ignore[arg-type]  # every concrete pass is a dataclass
+            default = f.default
+            if isinstance(default, pydantic.fields.FieldInfo):
+                default = default.get_default(call_default_factory=True)
+            value = getattr(self, f.name)
+            if value != default:
+                shown.append(f"{f.name}={value!r}")
+        return f"{self.name}({', '.join(shown)})" if shown else self.name
+
+    def bind(self, ctx: Context) -> BoundPass:
+        """This pass with its context, for use inside anyone's ``onnx_ir`` pipeline."""
+        return BoundPass(self, ctx)
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """The ``onnx_ir`` entry point: runs with a context that holds no calibration data."""
+        return ir.passes.PassResult(model, self.run(model, Context()).changed)
+
+
+class ChoosingPass(Pass):
+    """A pass that first chooses (pure) and then edits; every lossy pass is one.
+
+    The pipeline can show the choice without editing, and builds the simulated reference from it.
+    """
+
+    @abc.abstractmethod
+    def choose(self, model: ir.Model, ctx: Context) -> list[Entry]:
+        """Decide about every candidate, touching nothing."""
+
+    @abc.abstractmethod
+    def edit(self, model: ir.Model, chosen: Sequence[Entry], ctx: Context) -> Result:
+        """Carry out the entries whose status is ``applied``, in place."""
+
+    def simulate(self, before: ir.Model, chosen: Sequence[Entry]) -> Reference:
+        """The model that the edited one must equal, made from ``before`` without :meth:`edit`.
+
+        ``before`` may be consumed. Only lossy passes are asked.
+        """
+        raise PassError(Diagnostic("pass.reference", f"{self.name} states no simulated reference"))
+
+    def run(self, model: ir.Model, ctx: Context) -> Result:
+        """Choose, then edit."""
+        return self.edit(model, self.choose(model, ctx), ctx)
+
+
+class BoundPass(ir.passes.InPlacePass):
+    """A pass and the context it runs with, as an ``onnx_ir`` pass; ``result`` is the last result."""
+
+    def __init__(self, pass_: Pass, ctx: Context) -> None:
+        self.pass_ = pass_
+        self.ctx = ctx
+        self.result: Result | None = None
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Run the bound pass on ``model`` in place."""
+        self.result = self.pass_.run(model, self.ctx)
+        return ir.passes.PassResult(model, self.result.changed)
+
+
+def summary(pass_type: type[Pass]) -> str:
+    """The first line of a pass' docstring."""
+    return (inspect.getdoc(pass_type) or "").split("\n", 1)[0]
