@@ -9,5 +9,5 @@ python3 -m venv "$env"
 "$env/bin/python" -m pip install --quiet torch==2.13.0 -e '.[dev]'
 {
   echo "# Exact versions for development, tests and the demo. Made by scripts/lock.sh; Python 3.11."
-  "$env/bin/python" -m pip freeze --exclude-editable | sed 's/+cpu$//'
+  "$env/bin/python" -m pip freeze --all --exclude-editable | grep -v '^pip==' | sed 's/+cpu$//'
 } > locks/dev.txt
