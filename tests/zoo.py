@@ -29,8 +29,8 @@ TWO_IMAGE_SIZES = ({"batch": 2}, {"batch": 3})
 class ZooModel:
     """A module in eval mode with all that is needed to call and to capture it.
 
-    ``feeds(sizes, seed)`` are keyword arguments for the module; ``dynamic`` names their dynamic dims;
-    ``sizes`` are the two sizes at which captures are compared.
+    ``feeds(sizes, seed)`` are keyword arguments for the module; ``dynamic`` names their dynamic
+    dims; ``sizes`` are the two sizes at which captures are compared.
     """
 
     name: str
@@ -269,7 +269,7 @@ _RECIPES: Mapping[str, _Recipe] = {
             image_size=32,
             width_coefficient=0.5,
             depth_coefficient=0.5,
-            hidden_dim=64,
+            hidden_dim=640,
             num_labels=10,
             kernel_sizes=[3, 3, 5],
             in_channels=[32, 16, 24],
@@ -373,7 +373,7 @@ NAMES: tuple[str, ...] = tuple(_RECIPES)
 
 
 def build(name: str, seed: int = 0) -> ZooModel:
-    """Build one model of the zoo, in eval mode and float32; the same seed gives the same weights."""
+    """Build one model of the zoo, in eval mode and float32; one seed, one set of weights."""
     recipe = _RECIPES[name]
     make_feeds, dynamic, sizes = _FEEDS[recipe.kind]
 
@@ -390,7 +390,7 @@ def build(name: str, seed: int = 0) -> ZooModel:
 
 
 def _initialise(module: nn.Module, rng: torch.Generator) -> None:
-    """Draw weights that keep a signal's scale: matrices 1/sqrt(fan-in), scales near 1, biases small."""
+    """Draw weights that keep a signal's scale: 1/sqrt(fan-in), scales near 1, small biases."""
     embeddings = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}
     for name, parameter in module.named_parameters():
         noise = torch.randn(parameter.shape, generator=rng)
