@@ -1,0 +1,57 @@
+"""The common end of every capture: normal form, raised operators, verified, equal to the original."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import onnx_ir as ir
+
+from netlathe.execute import samples
+from netlathe.frontends.compare import Original, check_same
+from netlathe.ir import normal, verify
+from netlathe.passes.normalize import raise_operators
+from netlathe.pipeline.interfaces import Captured
+from netlathe.pipeline.ledger import Entry
+from netlathe.pipeline.pass_ import Feeds
+
+
+def finish(
+    model: ir.Model,
+    original: Original,
+    *,
+    source: str,
+    frontend: str,
+    dynamic: Mapping[str, int],
+    entries: Sequence[Entry] = (),
+    files: Mapping[str, Path] | None = None,
+    tokenize: Callable[[Sequence[str]], Feeds] | None = None,
+) -> Captured:
+    """Bring a raw graph into normal form, raise it, verify it, and compare it with the original.
+
+    ``model`` is edited in place and becomes the captured one.
+
+    Raises:
+        VerifyError: the graph is malformed.
+        CaptureError: it is not the same function as ``original``.
+    """
+    ledger = list(entries)
+    ledger += normal.normalize(model)
+    ledger += raise_operators(model)
+    ledger += normal.normalize(model)
+    verify.check(model)
+
+    def sample(sizes: Mapping[str, int], seed: int) -> Feeds:
+        return samples.synthesize(model, {**dynamic, **sizes}, seed)
+
+    ledger.append(check_same(model, original, dynamic, sample, what=source))
+    return Captured(
+        model=model,
+        source=source,
+        frontend=frontend,
+        dynamic=dict(dynamic),
+        sample=sample,
+        entries=ledger,
+        files=dict(files or {}),
+        tokenize=tokenize,
+    )
