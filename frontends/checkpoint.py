@@ -1,4 +1,4 @@
-"""Reads what safetensors files hold from their headers alone, so that weights can stay in the files.
+"""Reads what safetensors files hold from their headers alone: the weights can stay in the files.
 
 Format: 8 bytes of little-endian header length, the header as JSON (name -> dtype, shape and byte
 range), then the data (https://huggingface.co/docs/safetensors). A pickled checkpoint is refused:

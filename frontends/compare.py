@@ -1,9 +1,9 @@
 """Runs the original and the captured graph side by side, and names the first node that differs.
 
-The judge of the captured graph is ONNX Runtime with optimizations off; the original runs wherever it
-came from. Equal means: max|difference| is at most 1e-5 of the output's RMS. Where that is exceeded
-and the original's own result moves as far when its intermediate values are disturbed by single
-rounding errors, the model is ill-conditioned and the capture is not at fault.
+The judge of the captured graph is ONNX Runtime with optimizations off; the original runs wherever
+it came from. Equal means: max|difference| is at most 1e-5 of the output's RMS. Where that is
+exceeded and the original's own result moves as far when its intermediate values are disturbed by
+single rounding errors, the model is ill-conditioned and the capture is not at fault.
 """
 
 from __future__ import annotations
@@ -35,9 +35,10 @@ Sample = Callable[[Mapping[str, int], int], Feeds]
 class Original:
     """The model that a capture must equal.
 
-    ``run`` gives its outputs; ``disturbed`` the same with rounding errors strewn in, where the source
-    can do that; ``intermediates`` every value it can observe, by names shared with the captured
-    graph. ``example`` are feeds the user gave. ``bounds`` limits dynamic dims: name -> (low, high).
+    ``run`` gives its outputs; ``disturbed`` the same with rounding errors strewn in, where the
+    source can do that; ``intermediates`` every value it can observe, by names shared with the
+    captured graph. ``example`` are feeds the user gave. ``bounds`` limits dynamic dims: name ->
+    (low, high).
     """
 
     run: Callable[[Feeds], Arrays]

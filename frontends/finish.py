@@ -1,4 +1,4 @@
-"""The common end of every capture: normal form, raised operators, verified, equal to the original."""
+"""The common end of every capture: normal form, raised, verified, equal to the original."""
 
 from __future__ import annotations
 

@@ -15,7 +15,10 @@ CHUNK = 1 << 22  # elements looked at together: bounds the check's memory to som
 
 
 def check_finite(
-    weights: Iterable[tuple[str, npt.NDArray[Any]]], what: str, *, allow: frozenset[str] = frozenset()
+    weights: Iterable[tuple[str, npt.NDArray[Any]]],
+    what: str,
+    *,
+    allow: frozenset[str] = frozenset(),
 ) -> None:
     """Look at every float weight once, a chunk at a time (about 1 s for 2 GB).
 
@@ -53,5 +56,7 @@ def _problem(array: npt.NDArray[Any], *, minus_inf: bool) -> str:
             first = int(np.argmin(finite))
             index = tuple(int(i) for i in np.unravel_index(start + first, array.shape))
             count = int(np.count_nonzero(~finite))
-            return f"{chunk[first]} at {list(index)} ({count} such in its first {chunk.size} values)"
+            return (
+                f"{chunk[first]} at {list(index)} ({count} such in its first {chunk.size} values)"
+            )
     return ""

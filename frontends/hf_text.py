@@ -1,4 +1,4 @@
-"""Turns texts into feeds with a folder's own `tokenizer.json`, padded on the right to one length."""
+"""Turns texts into feeds with a folder's own `tokenizer.json`, padded on the right."""
 
 from __future__ import annotations
 

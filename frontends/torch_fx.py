@@ -1,7 +1,7 @@
-"""Captures a `torch.fx.GraphModule`, from `symbolic_trace` or from an exported program's `.module()`.
+"""Captures a `torch.fx.GraphModule`, symbolically traced or an exported program's `.module()`.
 
-Provenance survives where the graph's nodes carry it (`nn_module_stack`); a traced graph has at least
-the paths of the submodules it calls.
+Provenance survives where the graph's nodes carry it (`nn_module_stack`); a traced graph has
+at least the paths of the submodules it calls.
 """
 
 from __future__ import annotations

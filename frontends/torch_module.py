@@ -16,7 +16,8 @@ import torch
 from netlathe.frontends.compare import Original
 from netlathe.frontends.finish import finish
 from netlathe.frontends.finite import check_finite
-from netlathe.frontends.torch_export import DynamicDims, Exported, export
+from netlathe.frontends.torch_export import Exported, export
+from netlathe.frontends.torch_signature import DynamicDims
 from netlathe.pipeline.interfaces import Captured, Frontend
 
 

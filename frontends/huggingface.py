@@ -1,0 +1,442 @@
+"""Captures a local Hugging Face directory, with weights that stay in its safetensors files.
+
+The graph computes in float32 whatever the checkpoint's dtype: a bfloat16 or float16 weight is bound
+as a lazy cast of the mapped file (exact, not held after use); the `convert` pass narrows again.
+Nothing is unpickled and no code from the directory is run.
+
+    HuggingFaceDirectory(cache=True).capture("models/my-llama")
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+import torch
+import transformers
+from torch import nn
+
+from netlathe.diagnostics import CaptureError, Diagnostic, InputError, did_you_mean
+from netlathe.frontends.checkpoint import StoredTensor, read_checkpoint
+from netlathe.frontends.compare import Original
+from netlathe.frontends.finish import finish
+from netlathe.frontends.finite import check_finite
+from netlathe.frontends.hf_tasks import INNER, Task, make_task
+from netlathe.frontends.hf_text import tokenizer, travelling_files
+from netlathe.frontends.torch_export import Exported, export, listening
+from netlathe.ir import weights
+from netlathe.pipeline.interfaces import Captured, Frontend
+from netlathe.pipeline.ledger import Entry
+
+
+@dataclass(frozen=True)
+class _Implementation:
+    """Which of the library's equivalent implementations to build with; None: as configured."""
+
+    attention: str | None = None
+    experts: str | None = None
+
+    def __str__(self) -> str:
+        parts = []
+        if self.attention:
+            parts.append(f"{self.attention} attention")
+        if self.experts:
+            parts.append(f"{self.experts} experts")
+        return " and ".join(parts) or "the configured implementation"
+
+
+# Tried in this order until one exports: fused attention and grouped experts have no ONNX form in
+# some families (Falcon, T5 and Swin need eager attention; Mixtral needs batched_mm experts).
+_AS_CONFIGURED = _Implementation()
+_DENSE = (_Implementation(attention="eager"),)
+_MIXTURE = (
+    _Implementation(experts="batched_mm"),
+    _Implementation(attention="eager", experts="batched_mm"),
+)
+
+
+class HuggingFaceDirectory(Frontend):
+    """A directory with ``config.json`` and safetensors weights.
+
+    ``cache`` captures a causal language model with its key-value cache: inputs
+    ``past_key_values.N.key|value`` [batch, kv_heads, past_sequence, head_dim] and an
+    ``attention_mask`` [batch, past_sequence + sequence], outputs ``logits`` and
+    ``present.N.key|value``. A sentence-transformers directory gives ``sentence_embedding``, other
+    encoders ``last_hidden_state``, everything with a head ``logits``.
+    """
+
+    name: ClassVar[str] = "huggingface"
+
+    def __init__(self, cache: bool = False) -> None:
+        self.cache = cache
+
+    @classmethod
+    def accepts(cls, source: Any) -> bool:
+        """A directory; one without ``config.json`` is refused with a message by :meth:`capture`."""
+        return isinstance(source, str | Path) and Path(source).is_dir()
+
+    def capture(self, source: str | Path) -> Captured:
+        """Capture the model in the directory ``source``.
+
+        Raises:
+            InputError: config or weights are missing, damaged, pickled, of the wrong shape, not
+                finite, or of an architecture that is not known.
+            CaptureError: the model cannot be exported, or the graph is not the same function.
+        """
+        folder = Path(source)
+        config, model_class = _read_config(folder)
+        checkpoint = read_checkpoint(folder)
+        check_finite(((t.name, t.array()) for t in checkpoint.values()), str(folder))
+        first: CaptureError | None = None
+        mixture = hasattr(config, "num_local_experts") or hasattr(config, "num_experts")
+        for implementation in (_AS_CONFIGURED, *(_MIXTURE if mixture else _DENSE)):
+            try:
+                captured = self._capture(folder, model_class, checkpoint, implementation)
+            except CaptureError as error:
+                first = first or error
+                continue
+            if implementation != _AS_CONFIGURED and first is not None:
+                reason = f"captured with {implementation}: {first.diagnostics[0].message}"
+                captured.entries.insert(0, Entry(model_class.__name__, "applied", reason))
+            return captured
+        assert first is not None
+        raise first
+
+    def _capture(
+        self,
+        folder: Path,
+        model_class: type[Any],
+        checkpoint: Mapping[str, StoredTensor],
+        implementation: _Implementation,
+    ) -> Captured:
+        loaded = _load(folder, model_class, implementation)
+        config = loaded.model.config
+        task = make_task(loaded.model, config, folder, cache=self.cache)
+        what = f"{type(loaded.model).__name__} in {folder}"
+        exported = export(task.module, (), task.kwargs, task.dynamic, what=what, inside=INNER)
+        entries = [*exported.entries, *_bind_weights(exported.model, loaded, checkpoint, folder)]
+        inputs = [str(v.name) for v in exported.model.graph.inputs]
+        max_length = _max_length(folder, config)
+        return finish(
+            exported.model,
+            _original(exported, loaded, task),
+            source=str(folder),
+            frontend=self.name,
+            dynamic=exported.dynamic,
+            entries=entries,
+            files=travelling_files(folder),
+            tokenize=tokenizer(folder, config.to_dict(), inputs, max_length),
+        )
+
+
+# -- config ---------------------------------------------------------------------------------------
+
+
+def _read_config(folder: Path) -> tuple[Any, type[Any]]:
+    """The config and the class it names; never code from the folder."""
+    file = folder / "config.json"
+    if not file.is_file():
+        raise InputError(
+            Diagnostic(
+                "hf.config",
+                "not a Hugging Face model directory: there is no config.json",
+                at=str(folder),
+            )
+        )
+    try:
+        raw = json.loads(file.read_text("utf-8"))
+        kind = raw["model_type"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            Diagnostic("hf.config", f"cannot read the config: {error!r}", at=str(file))
+        ) from error
+    names = raw.get("architectures") or []
+    model_class = getattr(transformers, names[0], None) if names else None
+    if names and model_class is None:
+        known = [n for n in dir(transformers) if n.endswith(names[0].rsplit("For", 1)[-1])]
+        custom = "auto_map" in raw
+        raise InputError(
+            Diagnostic(
+                "hf.architecture",
+                f"unknown architecture {names[0]!r} (transformers {transformers.__version__})",
+                at=str(file),
+                notes=("the folder brings its own code, which is not run",) if custom else (),
+                help=did_you_mean(names[0], known)
+                if known and not custom
+                else "load the model yourself and capture it as a module with example inputs",
+            )
+        )
+    try:
+        with listening():
+            config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # the library raises what its many configs raise
+        raise InputError(
+            Diagnostic(
+                "hf.config",
+                f"transformers cannot read the config of model type {kind!r}: {error}",
+                at=str(file),
+            )
+        ) from error
+    if model_class is None:
+        model_class = transformers.AutoModel._model_mapping[type(config)]
+    return config, model_class
+
+
+def _max_length(folder: Path, config: Any) -> int | None:
+    """Tokens beyond which a text is cut: the sentence encoder's limit, else the config's."""
+    file = folder / "sentence_bert_config.json"
+    if file.is_file():
+        limit = json.loads(file.read_text("utf-8")).get("max_seq_length")
+        if limit:
+            return int(limit)
+    limit = getattr(config, "max_position_embeddings", None)
+    return int(limit) if limit else None
+
+
+# -- loading --------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Loaded:
+    """A float32 model, and the checkpoint's own values where they are of another dtype.
+
+    ``stored`` has the checkpoint's value of every parameter and persistent buffer by name. Where
+    the checkpoint is narrower, the model's parameters are placeholders of untouched, so
+    unallocated, memory, and hold values only while their module runs inside :meth:`filled`.
+    """
+
+    model: nn.Module
+    stored: Mapping[str, torch.Tensor]
+    missing: frozenset[str]
+    narrow: bool
+
+    @contextlib.contextmanager
+    def filled(self) -> Iterator[None]:
+        """Give each module its float32 parameters just while it runs."""
+        if not self.narrow:
+            yield
+            return
+        handles = []
+        for path, module in self.model.named_modules():
+            own = {
+                name: (parameter, parameter.data, self.stored[f"{path}.{name}" if path else name])
+                for name, parameter in module.named_parameters(recurse=False)
+            }
+            if not own:
+                continue
+
+            def fill(_module: nn.Module, _inputs: Any, own: Any = own) -> None:
+                for parameter, _, stored in own.values():
+                    parameter.data = stored.to(torch.float32)
+
+            def empty(_module: nn.Module, _inputs: Any, _output: Any, own: Any = own) -> None:
+                for parameter, placeholder, _ in own.values():
+                    parameter.data = placeholder
+
+            handles.append(module.register_forward_pre_hook(fill))
+            handles.append(module.register_forward_hook(empty, always_call=True))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def _load(folder: Path, model_class: type[Any], implementation: _Implementation) -> _Loaded:
+    """Load in the checkpoint's dtype (mapped, not copied) and give it a float32 shape.
+
+    Raises:
+        InputError: a weight has the wrong shape, or the library cannot load the model.
+    """
+    settings: dict[str, Any] = {}
+    if implementation.attention:
+        settings["attn_implementation"] = implementation.attention
+    if implementation.experts:
+        settings["experts_implementation"] = implementation.experts
+    try:
+        with listening():
+            stored, info = model_class.from_pretrained(
+                folder,
+                dtype="auto",
+                use_safetensors=True,
+                local_files_only=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                **settings,
+            )
+    except Exception as error:  # the library raises what its many models raise
+        raise InputError(
+            Diagnostic(
+                "hf.load",
+                f"transformers cannot load the model: {type(error).__name__}: {error}",
+                at=str(folder),
+            )
+        ) from error
+    _check_shapes(info, folder)
+    narrow = {p.dtype for p in stored.parameters()} - {torch.float32}
+    if not narrow:
+        model = stored
+    else:
+        with _float32_default(), transformers.initialization.no_init_weights():
+            model = model_class._from_config(stored.config, dtype=torch.float32)
+        own = dict(stored.named_buffers())
+        persistent = stored.state_dict().keys()
+        for name, buffer in model.named_buffers():
+            if name in persistent:
+                buffer.data = own[name].to(buffer.dtype)
+    missing = info.get("missing_keys") or ()
+    return _Loaded(model.eval(), stored.state_dict(), frozenset(missing), bool(narrow))
+
+
+@contextlib.contextmanager
+def _float32_default() -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _check_shapes(info: Mapping[str, Any], folder: Path) -> None:
+    wrong = [
+        Diagnostic(
+            "hf.shape",
+            f"weight {name!r} is {list(found)} in the checkpoint, the config asks for"
+            f" {list(wanted)}",
+            at=str(folder),
+            help="config.json and the weights are not of the same model",
+        )
+        for name, found, wanted in sorted(info.get("mismatched_keys") or ())
+    ]
+    if wrong:
+        raise InputError(wrong)
+
+
+# -- binding --------------------------------------------------------------------------------------
+
+
+def _bind_weights(
+    model: ir.Model, loaded: _Loaded, checkpoint: Mapping[str, StoredTensor], folder: Path
+) -> list[Entry]:
+    """Point every initializer that is a checkpoint weight into its file.
+
+    Raises:
+        InputError: the graph uses weights that the checkpoint does not have.
+    """
+    ir.passes.common.RemoveUnusedNodesPass()(model)  # a head nobody asked for may lack its weights
+    graph = model.graph
+    used = [name for name in graph.initializers if name in loaded.missing]
+    if used:
+        raise InputError(
+            [
+                Diagnostic(
+                    "hf.missing",
+                    f"weight {name!r}, {list(graph.initializers[name].shape or ())}, is not in the"
+                    " checkpoint",
+                    at=str(folder),
+                    help="config.json asks for a model that these weights are not, or a file of"
+                    " the checkpoint is missing",
+                )
+                for name in used
+            ]
+        )
+    mapped = cast = 0
+    prefix = str(getattr(loaded.model, "base_model_prefix", ""))
+    for name, value in graph.initializers.items():
+        stored = loaded.stored.get(name)
+        if stored is None:
+            continue  # a constant of the code, not of the checkpoint
+        place = _place(name, prefix, stored, checkpoint)
+        base = place.tensor(name) if place else _tensor(stored, name)
+        mapped += place is not None
+        if stored.dtype == torch.float32:
+            if place:
+                value.const_value = base
+        elif value.dtype == ir.DataType.FLOAT:
+            value.const_value = weights.derived(
+                base, _to_float32, ir.DataType.FLOAT, tuple(stored.shape), name
+            )
+            cast += 1
+    entries = [
+        Entry("weights", "applied", f"{mapped} of {len(loaded.stored)} mapped from their files")
+    ]
+    if cast:
+        dtype = str(next(iter(loaded.model.parameters())).dtype).removeprefix("torch.")
+        reason = f"{cast} weights of a narrower checkpoint are cast to {dtype} when used"
+        entries.append(Entry("weights", "applied", reason))
+    return entries
+
+
+def _place(
+    name: str, prefix: str, stored: torch.Tensor, checkpoint: Mapping[str, StoredTensor]
+) -> StoredTensor | None:
+    """Where in the files this weight lies: found by name, believed only when the bytes agree."""
+    candidates = (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}")
+    for candidate in candidates:
+        place = checkpoint.get(candidate)
+        if place is None or place.shape != tuple(stored.shape):
+            continue
+        array = _numpy(stored)
+        if place.dtype.numpy() == array.dtype and _same_bytes(place.array(), array):
+            return place
+    return None
+
+
+def _same_bytes(a: npt.NDArray[Any], b: npt.NDArray[Any]) -> bool:
+    """Whether two contiguous arrays hold the same bytes, a chunk at a time."""
+    left, right = a.reshape(-1).view(np.uint8), b.reshape(-1).view(np.uint8)
+    step = 1 << 24
+    return all(
+        np.array_equal(left[i : i + step], right[i : i + step]) for i in range(0, left.size, step)
+    )
+
+
+def _numpy(tensor: torch.Tensor) -> npt.NDArray[Any]:
+    """The tensor's memory as an array, bfloat16 included."""
+    tensor = tensor.detach().contiguous()
+    if tensor.dtype == torch.bfloat16:
+        return tensor.view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
+    return tensor.numpy()
+
+
+def _tensor(tensor: torch.Tensor, name: str) -> ir.Tensor:
+    return ir.tensor(_numpy(tensor), name=name)
+
+
+def _to_float32(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    return array.astype(np.float32)
+
+
+def _original(exported: Exported, loaded: _Loaded, task: Task) -> Original:
+    """The exported model's callables, run with the checkpoint's values in place."""
+
+    def filled(run: Any) -> Any:
+        def call(feeds: Any) -> Any:
+            with loaded.filled():
+                return run(feeds)
+
+        return call
+
+    def intermediates(feeds: Any) -> Any:
+        if loaded.narrow:  # the interpreter calls no modules: all weights at once, on failure only
+            with torch.no_grad():
+                for name, parameter in loaded.model.named_parameters():
+                    parameter.copy_(loaded.stored[name])
+        return exported.intermediates(feeds)
+
+    return Original(
+        run=filled(exported.run),
+        disturbed=filled(exported.disturbed),
+        intermediates=intermediates,
+        bounds=exported.bounds,
+        sizes=task.sizes,
+    )
