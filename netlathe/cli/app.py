@@ -1,0 +1,42 @@
+"""The commands, one file each, gathered under ``netlathe``."""
+
+from __future__ import annotations
+
+import click
+
+import netlathe
+from netlathe.cli.bench import bench
+from netlathe.cli.compile import compile_
+from netlathe.cli.diff import diff
+from netlathe.cli.inspect import inspect
+from netlathe.cli.passes import passes
+from netlathe.cli.plan import plan
+from netlathe.cli.targets import targets
+from netlathe.cli.verify import verify
+
+
+class InOrder(click.Group):
+    """A group that lists its commands in the order a newcomer meets them."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Names in order of registration."""
+        return list(self.commands)
+
+
+@click.group(cls=InOrder, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(netlathe.__version__, prog_name="netlathe")
+def app() -> None:
+    """Make a neural network smaller, one checked pass at a time.
+
+    \b
+    netlathe inspect MODEL                     what is in it
+    netlathe plan MODEL --passes "..."         what would be done, touching nothing
+    netlathe compile MODEL --passes "..." -o DIR
+
+    MODEL is an ONNX file or a local Hugging Face directory (config.json and safetensors).
+    Exit codes: 0 done, 1 a gate failed, 2 bad input or usage.
+    """
+
+
+for command in (compile_, plan, inspect, verify, diff, bench, passes, targets):
+    app.add_command(command)

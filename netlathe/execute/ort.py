@@ -1,0 +1,318 @@
+"""Running the IR in ONNX Runtime, the judge of what we export, without ever holding all weights.
+
+The graph is cut into consecutive ranges of nodes whose weights fit ``max_bytes``; each range is one
+session, fed with what the ranges before it left. A model below that size is one session.
+Optimizations are off unless asked for, so that what runs is what stands in the graph.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import onnx_ir as ir
+import onnxruntime
+
+from netlathe.diagnostics import Diagnostic, InputError, NetLatheError
+from netlathe.ir.printing import show_node
+from netlathe.ir.provenance import module_path
+
+Arrays = dict[str, npt.NDArray[Any]]
+
+SEGMENT_BYTES = 512 << 20
+# Weights up to this size are written into the session's model: shape inference looks at them.
+_INLINE_BYTES = 4096
+# dtypes whose numpy arrays ONNX Runtime takes as they are; the others travel as raw bytes.
+_NUMPY_DTYPES = frozenset(
+    {
+        ir.DataType.FLOAT,
+        ir.DataType.DOUBLE,
+        ir.DataType.FLOAT16,
+        ir.DataType.INT8,
+        ir.DataType.UINT8,
+        ir.DataType.INT16,
+        ir.DataType.UINT16,
+        ir.DataType.INT32,
+        ir.DataType.UINT32,
+        ir.DataType.INT64,
+        ir.DataType.UINT64,
+        ir.DataType.BOOL,
+    }
+)
+
+
+class RuntimeFailure(NetLatheError):
+    """ONNX Runtime refused a model or failed while running it."""
+
+
+def run(
+    model: ir.Model,
+    feeds: Mapping[str, npt.NDArray[Any]],
+    outputs: Sequence[str] | None = None,
+    *,
+    optimize: bool = False,
+    max_bytes: int = SEGMENT_BYTES,
+    threads: int | None = None,
+) -> Arrays:
+    """Evaluate ``model`` on ``feeds`` and return ``outputs`` by name (default: the graph's outputs).
+
+    Any value of the main graph may be asked for. bfloat16 and narrower floats come back as
+    ``ml_dtypes`` arrays only where ONNX Runtime can hand them out.
+
+    Raises:
+        InputError: a feed is missing, unknown or of another dtype or rank; or an output is unknown.
+        RuntimeFailure: ONNX Runtime does not accept or cannot run the graph; the node is named.
+    """
+    session = Session(model, outputs, optimize=optimize, max_bytes=max_bytes, threads=threads)
+    return session.run(feeds)
+
+
+@dataclass(frozen=True)
+class _Segment:
+    nodes: tuple[ir.Node, ...]
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+
+
+class Session:
+    """A model prepared to run several times.
+
+    With one segment the ONNX Runtime session is kept; with more, each is made anew for every run, so
+    that memory stays bounded.
+    """
+
+    def __init__(
+        self,
+        model: ir.Model,
+        outputs: Sequence[str] | None = None,
+        *,
+        optimize: bool = False,
+        max_bytes: int = SEGMENT_BYTES,
+        threads: int | None = None,
+    ) -> None:
+        self._model = model
+        self._graph = model.graph
+        self._optimize = optimize
+        self._threads = threads or len(os.sched_getaffinity(0))
+        self.outputs = tuple(
+            dict.fromkeys(outputs if outputs is not None else _names(model.graph.outputs))
+        )
+        self._segments = list(self._cut(max_bytes))
+        self._kept: onnxruntime.InferenceSession | None = None
+
+    def run(self, feeds: Mapping[str, npt.NDArray[Any]]) -> Arrays:
+        """Evaluate once; see :func:`run` for what it raises."""
+        self._check(feeds)
+        held: Arrays = dict(feeds)
+        for number, segment in enumerate(self._segments):
+            session = self._kept or self._session(segment, held)
+            if len(self._segments) == 1:
+                self._kept = session
+            try:
+                results = session.run(
+                    list(segment.outputs), {name: held[name] for name in segment.inputs}
+                )
+            except Exception as error:
+                raise self._failure(error, segment.nodes) from error
+            held.update(zip(segment.outputs, results, strict=True))
+            later = {name for rest in self._segments[number + 1 :] for name in rest.inputs}
+            held = {n: a for n, a in held.items() if n in later or n in self.outputs}
+        weights = self._graph.initializers
+        for name in self.outputs:
+            if name not in held and name in weights:
+                tensor = weights[name].const_value
+                assert tensor is not None
+                held[name] = tensor.numpy()
+        return {name: held[name] for name in self.outputs}
+
+    # -- cutting ----------------------------------------------------------------------------------
+
+    def _cut(self, max_bytes: int) -> Iterator[_Segment]:
+        producers = {v.name: node for node in self._graph for v in node.outputs if v.name}
+        known = producers.keys() | set(_names(self._graph.inputs)) | self._graph.initializers.keys()
+        if unknown := [name for name in self.outputs if name not in known]:
+            raise InputError(
+                Diagnostic("run.output", f"the model has no value named {', '.join(unknown)}")
+            )
+        needed = _ancestors(producers, self.outputs)
+        ranges: list[list[ir.Node]] = [[]]
+        size = 0
+        held: set[str] = set()
+        for node in self._graph:
+            if node not in needed:
+                continue
+            weights = {v.name: _bytes(v) for v in _reads(node) if v.name and v.is_initializer()}
+            new = sum(count for name, count in weights.items() if name not in held)
+            if ranges[-1] and size + new > max_bytes:
+                ranges.append([])
+                size, held = 0, set()
+                new = sum(weights.values())
+            ranges[-1].append(node)
+            size += new
+            held |= weights.keys()
+        ranges = [nodes for nodes in ranges if nodes]
+        read_later: set[str] = set(self.outputs)
+        cut: list[_Segment] = []
+        for nodes in reversed(ranges):
+            made = {v.name for node in nodes for v in node.outputs if v.name}
+            reads = {
+                v.name
+                for node in nodes
+                for v in _reads(node)
+                if v.name and v.name not in made and not _is_weight(v)
+            }
+            cut.append(_Segment(tuple(nodes), tuple(sorted(reads)), tuple(sorted(made & read_later))))
+            read_later |= reads
+        yield from reversed(cut)
+
+    # -- sessions ---------------------------------------------------------------------------------
+
+    def _session(self, segment: _Segment, held: Arrays) -> onnxruntime.InferenceSession:
+        settings = onnxruntime.SessionOptions()
+        settings.log_severity_level = 4
+        settings.intra_op_num_threads = self._threads
+        settings.inter_op_num_threads = 1
+        settings.enable_cpu_mem_arena = False
+        settings.graph_optimization_level = (
+            onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
+            if self._optimize
+            else onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+        )
+        if not self._optimize:
+            settings.add_session_config_entry("session.disable_prepacking", "1")
+        proto, names, values = self._proto(segment, held)
+        settings.add_external_initializers(names, values)
+        try:
+            return onnxruntime.InferenceSession(
+                proto.SerializeToString(), settings, providers=["CPUExecutionProvider"]
+            )
+        except Exception as error:
+            raise self._failure(error, segment.nodes) from error
+
+    def _proto(
+        self, segment: _Segment, held: Arrays
+    ) -> tuple[onnx.ModelProto, list[str], list[onnxruntime.OrtValue]]:
+        graph = onnx.GraphProto(name=self._graph.name or "main")
+        graph.node.extend(ir.serde.serialize_node(node) for node in segment.nodes)
+        graph_inputs = {value.name: value for value in self._graph.inputs}
+        for name in segment.inputs:
+            if name in graph_inputs:
+                graph.input.append(ir.serde.serialize_value(graph_inputs[name]))
+            else:
+                element = onnx.helper.np_dtype_to_tensor_dtype(held[name].dtype)
+                graph.input.append(onnx.helper.make_tensor_value_info(name, element, None))
+        graph.output.extend(onnx.ValueInfoProto(name=name) for name in segment.outputs)
+        weights = {v.name: v for node in segment.nodes for v in _reads(node) if _is_weight(v)}
+        names, values = [], []
+        for name, value in sorted(weights.items(), key=lambda item: item[0] or ""):
+            tensor = value.const_value
+            assert name is not None and tensor is not None
+            if tensor.nbytes <= _INLINE_BYTES or tensor.dtype not in _NUMPY_DTYPES:
+                inline = onnx.TensorProto(
+                    name=name, data_type=tensor.dtype.value, dims=[int(d) for d in tensor.shape]
+                )
+                if tensor.dtype == ir.DataType.STRING:
+                    ir.serde.serialize_tensor_into(inline, tensor)
+                else:
+                    inline.raw_data = tensor.tobytes()
+                graph.initializer.append(inline)
+                continue
+            outside = graph.initializer.add(
+                name=name, data_type=tensor.dtype.value, dims=[int(d) for d in tensor.shape]
+            )
+            outside.data_location = onnx.TensorProto.EXTERNAL
+            outside.external_data.add(key="location", value="memory")
+            names.append(name)
+            # On the CPU the value shares the array's memory; it keeps the array alive.
+            array = np.ascontiguousarray(tensor.numpy())
+            values.append(onnxruntime.OrtValue.ortvalue_from_numpy(array))
+        opsets = [onnx.helper.make_opsetid(d, v) for d, v in self._graph.opset_imports.items()]
+        functions = [ir.serde.serialize_function(f) for f in self._model.functions.values()]
+        proto = onnx.helper.make_model(
+            graph, opset_imports=opsets, functions=functions, ir_version=self._model.ir_version
+        )
+        return proto, names, values
+
+    # -- errors -----------------------------------------------------------------------------------
+
+    def _check(self, feeds: Mapping[str, npt.NDArray[Any]]) -> None:
+        problems = []
+        inputs = {value.name: value for value in self._graph.inputs if value.name}
+        for name in feeds.keys() - inputs.keys():
+            problems.append(f"there is no input named {name!r}")
+        read = {name for segment in self._segments for name in segment.inputs}
+        for name, value in inputs.items():
+            array = feeds.get(name)
+            if array is None:
+                if name in read and name not in self._graph.initializers:
+                    problems.append(f"input {name!r} is missing")
+                continue
+            if value.dtype is not None and array.dtype != value.dtype.numpy():
+                problems.append(f"input {name!r} is {array.dtype}, not {value.dtype.numpy()}")
+            if value.shape is not None and array.ndim != len(value.shape):
+                problems.append(f"input {name!r} has {array.ndim} dims, not {len(value.shape)}")
+        if problems:
+            raise InputError(
+                Diagnostic(
+                    "run.feeds",
+                    "; ".join(sorted(problems)),
+                    help=f"the inputs are {', '.join(inputs)}",
+                )
+            )
+
+    def _failure(self, error: Exception, nodes: Sequence[ir.Node]) -> RuntimeFailure:
+        text = " ".join(str(error).split())
+        named = [n for n in nodes if n.name and f"'{n.name}'" in text] or [
+            n for n in nodes if any(v.name and f"'{v.name}'" in text for v in n.outputs)
+        ]
+        return RuntimeFailure(
+            Diagnostic(
+                "run.onnxruntime",
+                text,
+                at=show_node(named[0]) if named else "",
+                where=module_path(named[0]) if named else "",
+            )
+        )
+
+
+def _names(values: Iterable[ir.Value]) -> list[str]:
+    return [value.name for value in values if value.name]
+
+
+def _is_weight(value: ir.Value) -> bool:
+    return value.is_initializer() and value.const_value is not None and not value.is_graph_input()
+
+
+def _bytes(value: ir.Value) -> int:
+    return value.const_value.nbytes if value.const_value is not None else 0
+
+
+def _reads(node: ir.Node) -> Iterator[ir.Value]:
+    """What a node reads from the main graph, captures of its subgraphs included."""
+    yield from (value for value in node.inputs if value is not None)
+    for attribute in node.attributes.values():
+        if attribute.type != ir.AttributeType.GRAPH:
+            continue
+        inner = attribute.as_graph()
+        own = {id(value) for value in (*inner.inputs, *inner.initializers.values())}
+        own.update(id(value) for made in inner for value in made.outputs)
+        reads = [value for made in inner for value in _reads(made)]
+        reads += [value for value in inner.outputs if value is not None]
+        yield from (value for value in reads if id(value) not in own)
+
+
+def _ancestors(producers: Mapping[str, ir.Node], outputs: Iterable[str]) -> set[ir.Node]:
+    needed: set[ir.Node] = set()
+    stack = [producers[name] for name in outputs if name in producers]
+    while stack:
+        node = stack.pop()
+        if node in needed:
+            continue
+        needed.add(node)
+        stack += [producers[v.name] for v in _reads(node) if v.name in producers]
+    return needed
