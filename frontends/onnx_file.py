@@ -1,0 +1,327 @@
+"""Reads an ONNX file of opset 13 to 25, its external data mapped, and brings it to the IR's opset.
+
+Nothing outside the file's own folder is ever read: a model file is data from someone else.
+
+    OnnxFile().capture("resnet.onnx")
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, ClassVar
+
+import google.protobuf.message
+import numpy as np
+import numpy.typing as npt
+import onnx
+import onnx_ir as ir
+
+from netlathe.diagnostics import Diagnostic, InputError
+from netlathe.execute import ort, samples
+from netlathe.frontends.compare import Original
+from netlathe.frontends.exporter_metadata import condense
+from netlathe.frontends.finish import finish
+from netlathe.frontends.finite import check_finite
+from netlathe.frontends.onnx_opset import NEWEST, raise_opset
+from netlathe.pipeline.interfaces import Captured, Frontend
+from netlathe.pipeline.ledger import Entry
+from netlathe.pipeline.pass_ import Feeds
+
+MAX_PROTO = (1 << 31) - 1  # bytes; protobuf's own limit, larger models keep weights beside the file
+
+
+class OnnxFile(Frontend):
+    """An ``.onnx`` file, with or without external data."""
+
+    name: ClassVar[str] = "onnx_file"
+
+    @classmethod
+    def accepts(cls, source: Any) -> bool:
+        """A path that is not a directory; whether it is ONNX is for :meth:`capture` to say."""
+        return isinstance(source, str | Path) and not Path(source).is_dir()
+
+    def capture(self, source: str | Path) -> Captured:
+        """Capture the model in the file ``source``.
+
+        Raises:
+            InputError: the file, its external data or its opset cannot be read, or a weight is not
+                finite.
+            CaptureError: the graph in normal form is not the same function.
+        """
+        path = Path(source)
+        proto = read_proto(path)
+        original, model = _to_ir(proto, path), _to_ir(proto, path)  # both over the same weights
+        check_finite(_floats(original), str(path), allow=_masks(original))
+        entries = _settle_inputs(model)
+        _settle_inputs(original)
+        version = raise_opset(model)
+        if version != NEWEST:
+            entries.append(Entry("opset", "applied", f"raised from {version} to {NEWEST}"))
+        if model.functions:
+            names = ", ".join(sorted({f.name for f in model.functions.values()}))
+            ir.passes.common.InlinePass()(model)
+            entries.append(Entry("functions", "applied", f"inlined {names}"))
+        condense(model)
+
+        def run(feeds: Feeds) -> dict[str, npt.NDArray[Any]]:
+            return ort.run(original, feeds)
+
+        def intermediates(feeds: Feeds) -> dict[str, npt.NDArray[Any]]:
+            names = [
+                str(v.name)
+                for node in original.graph
+                for v in node.outputs
+                if v.name and isinstance(v.type, ir.TensorType | None)
+            ]
+            return ort.run(original, feeds, names)
+
+        return finish(
+            model,
+            Original(run=run, intermediates=intermediates),
+            source=str(path),
+            frontend=self.name,
+            dynamic=samples.dynamic_dims(model),
+            entries=entries,
+        )
+
+
+# -- reading --------------------------------------------------------------------------------------
+
+
+def read_proto(path: Path) -> onnx.ModelProto:
+    """The model in ``path``, its external data checked but not loaded.
+
+    Raises:
+        InputError: with everything that is wrong with the file or its external data.
+    """
+    if not path.is_file():
+        raise InputError(Diagnostic("onnx.missing", "there is no such file", at=str(path)))
+    size = path.stat().st_size
+    if size > MAX_PROTO:
+        raise InputError(
+            Diagnostic(
+                "onnx.size",
+                f"{size} bytes are more than an ONNX file can hold ({MAX_PROTO})",
+                at=str(path),
+                help="models over 2 GB keep their weights in external data",
+            )
+        )
+    with path.open("rb") as stream:
+        head = stream.read(64)
+    if not head:
+        raise InputError(Diagnostic("onnx.not_onnx", "the file is empty", at=str(path)))
+    proto = onnx.ModelProto()
+    try:
+        proto.ParseFromString(path.read_bytes())
+    except google.protobuf.message.DecodeError as error:
+        if head[:1] != b"\x08":  # every ONNX file we know of starts with its ir_version
+            raise _not_onnx(path) from error
+        raise InputError(
+            Diagnostic(
+                "onnx.truncated",
+                "the file starts as an ONNX model and then breaks off or is damaged",
+                at=str(path),
+                notes=(f"{size} bytes",),
+                help="copy or export the file again",
+            )
+        ) from error
+    if not proto.ir_version or not proto.HasField("graph") or not proto.opset_import:
+        if head[:1] == b"\x08" and proto.ir_version:
+            raise InputError(
+                Diagnostic(
+                    "onnx.truncated",
+                    "the model has no graph or no opset: the file is not whole",
+                    at=str(path),
+                    notes=(f"{size} bytes",),
+                    help="copy or export the file again",
+                )
+            )
+        raise _not_onnx(path)
+    _check_structure(proto, path)
+    _check_external(proto, path)
+    return proto
+
+
+def _to_ir(proto: onnx.ModelProto, path: Path) -> ir.Model:
+    """The model with its external data mapped from the file's folder."""
+    try:
+        model = ir.from_proto(proto)
+    except Exception as error:  # a deserializer meets whatever a damaged file holds
+        raise InputError(
+            Diagnostic(
+                "onnx.malformed",
+                f"the model cannot be understood: {type(error).__name__}: {error}",
+                at=str(path),
+            )
+        ) from error
+    ir.external_data.set_base_dir(model.graph, path.parent)
+    return model
+
+
+def _not_onnx(path: Path) -> InputError:
+    return InputError(
+        Diagnostic(
+            "onnx.not_onnx",
+            "not an ONNX model file",
+            at=str(path),
+            help="give an .onnx file, or a Hugging Face directory with config.json and safetensors",
+        )
+    )
+
+
+def _check_structure(proto: onnx.ModelProto, path: Path) -> None:
+    """Refuse a graph that uses values nothing makes: what a cut or edited file looks like."""
+    graph = proto.graph
+    made = {v.name for v in (*graph.input, *graph.initializer)}
+    made |= {s.values.name for s in graph.sparse_initializer}
+    made |= {name for node in graph.node for name in node.output}
+    wanted = [(name, node.name or node.op_type) for node in graph.node for name in node.input]
+    wanted += [(v.name, "the graph's outputs") for v in graph.output]
+    dangling = [(name, user) for name, user in wanted if name and name not in made]
+    wrong = [
+        Diagnostic("onnx.dangling", f"{user} uses {name!r}, which nothing makes", at=str(path))
+        for name, user in dangling[:8]
+    ]
+    if not graph.output:
+        wrong.append(Diagnostic("onnx.outputs", "the graph has no outputs", at=str(path)))
+    if wrong:
+        raise InputError(wrong)
+
+
+def _tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
+    """Every tensor of a graph, its nodes' attributes and their subgraphs."""
+    yield from graph.initializer
+    for node in graph.node:
+        yield from _attribute_tensors(node)
+
+
+def _attribute_tensors(node: onnx.NodeProto) -> Iterator[onnx.TensorProto]:
+    for attribute in node.attribute:
+        if attribute.HasField("t"):
+            yield attribute.t
+        yield from attribute.tensors
+        for subgraph in (*attribute.graphs, *([attribute.g] if attribute.HasField("g") else [])):
+            yield from _tensors(subgraph)
+
+
+def _check_external(proto: onnx.ModelProto, path: Path) -> None:
+    """Refuse external data that is missing, too short, or anywhere but in the model's folder."""
+    wrong: list[Diagnostic] = []
+    root = path.parent.resolve()
+    tensors = [
+        *_tensors(proto.graph),
+        *(t for f in proto.functions for node in f.node for t in _attribute_tensors(node)),
+    ]
+    for tensor in tensors:
+        if tensor.data_location != onnx.TensorProto.EXTERNAL:
+            continue
+        info = {e.key: e.value for e in tensor.external_data}
+        problem = _external_problem(tensor, info, root)
+        if problem:
+            code, message, way_out = problem
+            wrong.append(Diagnostic(code, message, at=str(path), help=way_out))
+    if wrong:
+        shown = wrong[:8]
+        if len(wrong) > len(shown):
+            last = shown[-1]
+            more = f"{len(wrong) - len(shown)} more tensors have the same kind of problem"
+            shown[-1] = Diagnostic(
+                last.code, last.message, at=last.at, notes=(more,), help=last.help
+            )
+        raise InputError(shown)
+
+
+def _external_problem(
+    tensor: onnx.TensorProto, info: dict[str, str], root: Path
+) -> tuple[str, str, str] | None:
+    """Code, message and help for what is wrong with one external tensor; None when it is fine."""
+    name, location = tensor.name, info.get("location", "")
+    outside = (
+        not location
+        or os.path.isabs(location)
+        or "\\" in location
+        or not (root / location).resolve().is_relative_to(root)  # follows links and ..
+    )
+    if outside:
+        return (
+            "onnx.external_path",
+            f"external data of {name!r} lies outside the model's folder: {location!r}",
+            "copy the data file itself (not a link) beside the model",
+        )
+    file = root / location
+    if not file.is_file():
+        return (
+            "onnx.external_missing",
+            f"external data of {name!r} is missing: {location}",
+            f"put {Path(location).name} beside the model",
+        )
+    itemsize = ir.DataType(tensor.data_type).itemsize
+    needed = int(np.ceil(float(np.prod(tensor.dims, dtype=np.int64)) * itemsize))
+    try:
+        offset = int(info.get("offset", "0"))
+        length = int(info.get("length", str(needed)))
+    except ValueError:
+        offset = length = -1
+    if offset < 0 or length != needed:
+        return (
+            "onnx.external_length",
+            f"external data of {name!r} is said to be {info.get('length')} bytes at"
+            f" {info.get('offset', '0')}; its shape {list(tensor.dims)} needs {needed}",
+            "export the model again",
+        )
+    if offset + length > file.stat().st_size:
+        return (
+            "onnx.external_short",
+            f"external data file {location} is too short: {name!r} ends at byte"
+            f" {offset + length}, the file at {file.stat().st_size}",
+            "copy the data file again",
+        )
+    return None
+
+
+# -- settling -------------------------------------------------------------------------------------
+
+
+def _settle_inputs(model: ir.Model) -> list[Entry]:
+    """Take weights off the list of inputs, and give anonymous dims names."""
+    entries: list[Entry] = []
+    graph = model.graph
+    for value in list(graph.inputs):
+        if value.name in graph.initializers:
+            graph.inputs.remove(value)
+            reason = "a weight was listed as an input with a default: it is a weight only"
+            entries.append(Entry(str(value.name), "applied", reason))
+            continue
+        if value.shape is None:
+            raise InputError(
+                Diagnostic(
+                    "onnx.input_rank",
+                    f"graph input {value.name!r} has no shape, not even a rank",
+                    help="export the model with shapes; dims may be symbolic",
+                )
+            )
+        dims = [
+            dim if isinstance(dim, int) or dim.value is not None else f"{value.name}_dim{axis}"
+            for axis, dim in enumerate(value.shape)
+        ]
+        value.shape = ir.Shape(dims)
+    return entries
+
+
+def _floats(model: ir.Model) -> Iterator[tuple[str, npt.NDArray[Any]]]:
+    for name, value in model.graph.initializers.items():
+        tensor = value.const_value
+        if tensor is not None and tensor.dtype.is_floating_point():
+            yield name, tensor.numpy()
+
+
+def _masks(model: ir.Model) -> frozenset[str]:
+    """Initializers that only elementwise operators read: masks, which may hold -inf."""
+    elementwise = {"Add", "Where", "Expand", "Slice", "Concat", "Min", "Max", "Cast", "Unsqueeze"}
+    return frozenset(
+        name
+        for name, value in model.graph.initializers.items()
+        if all(use.node.op_type in elementwise for use in value.uses())
+    )
