@@ -57,7 +57,7 @@ def constant(
     value = ir.Value(
         name=name,
         type=ir.TensorType(tensor.dtype),
-        shape=ir.Shape([int(dim) for dim in tensor.shape]),
+        shape=ir.Shape(tensor.shape.numpy()),
         const_value=tensor,
     )
     graph.register_initializer(value)
@@ -97,7 +97,7 @@ def redirect(old: ir.Value, new: ir.Value) -> None:
     """Let everything that reads ``old`` read ``new``, graph outputs included.
 
     A graph output keeps its name: ``new`` takes it over. Where ``new`` cannot (it is a graph input,
-    an initializer or itself a graph output), an Identity stands between.
+    an initializer, itself a graph output, or made outside this subgraph), an Identity stands between.
     """
     if old is new:
         return
@@ -106,7 +106,7 @@ def redirect(old: ir.Value, new: ir.Value) -> None:
         old.replace_all_uses_with(new)
         return
     maker = old.producer()
-    if new.producer() is None or new.is_graph_output():
+    if new.producer() is None or new.graph is not graph or new.is_graph_output():
         between = ir.node("Identity", [new])
         between.outputs[0].type, between.outputs[0].shape = new.type, new.shape
         if maker is not None:
@@ -120,7 +120,10 @@ def redirect(old: ir.Value, new: ir.Value) -> None:
 
 
 def replace(
-    old: ir.Node, new_nodes: Sequence[ir.Node], outputs: Mapping[ir.Value, ir.Value], created_by: str
+    old: ir.Node,
+    new_nodes: Sequence[ir.Node],
+    outputs: Mapping[ir.Value, ir.Value],
+    created_by: str,
 ) -> None:
     """Put ``new_nodes`` where ``old`` stands and let each of ``old``'s used outputs be the mapped one.
 
@@ -163,11 +166,11 @@ def remove_dead(graph: ir.Graph, roots: Iterable[ir.Node] | None = None) -> int:
         home.remove(candidate, safe=True)
         removed += 1
         for value in read:
-            _drop_if_unread(value)
+            drop_if_unread(value)
     if whole:
         for home in (graph, *graph.subgraphs()):
             for value in list(home.initializers.values()):
-                _drop_if_unread(value)
+                drop_if_unread(value)
     return removed
 
 
@@ -191,7 +194,8 @@ def _captured(candidate: ir.Node) -> list[ir.Value]:
     ]
 
 
-def _drop_if_unread(value: ir.Value) -> None:
+def drop_if_unread(value: ir.Value) -> None:
+    """Remove an initializer that nobody reads; anything else stays."""
     home = value.graph
     if (
         isinstance(home, ir.Graph)

@@ -28,7 +28,9 @@ def show_type(value: ir.Value) -> str:
     dtype = "?" if value.dtype is None else _SHORT.get(value.dtype, value.dtype.name.lower())
     if value.shape is None:
         return f"{dtype}[...]"
-    dims = ("?" if isinstance(d, ir.SymbolicDim) and d.value is None else str(d) for d in value.shape)
+    dims = (
+        "?" if isinstance(d, ir.SymbolicDim) and d.value is None else str(d) for d in value.shape
+    )
     return f"{dtype}[{','.join(dims)}]"
 
 

@@ -17,6 +17,10 @@ import onnx_ir as ir
 
 Array = npt.NDArray[Any]
 
+# Keys in a lazy tensor's ``meta``.
+_RECIPE = "netlathe.recipe"
+_TRANSPOSE = "netlathe.transpose"  # (tensor, perm) it was made from
+
 
 def derived(
     base: ir.TensorProtocol,
@@ -37,19 +41,38 @@ def derived(
             raise ValueError(f"{name}: recipe gave shape {array.shape}, promised {tuple(shape)}")
         return ir.Tensor(np.ascontiguousarray(array), dtype=dtype, name=name)
 
-    return ir.LazyTensor(evaluate, dtype=dtype, shape=ir.Shape(shape), cache=False, name=name)
+    made = ir.LazyTensor(evaluate, dtype=dtype, shape=ir.Shape(shape), cache=False, name=name)
+    made.meta[_RECIPE] = True
+    return made
 
 
-def transposed(base: ir.TensorProtocol, perm: Sequence[int], name: str = "") -> ir.LazyTensor:
-    """``base`` with its axes in the order ``perm``, lazily."""
-    dims = [int(dim) for dim in base.shape]
-    return derived(
+def is_recipe(tensor: ir.TensorProtocol) -> bool:
+    """Whether :func:`derived` made this tensor: reading it computes."""
+    return isinstance(tensor, ir.LazyTensor) and _RECIPE in tensor.meta
+
+
+def transposed(base: ir.TensorProtocol, perm: Sequence[int], name: str = "") -> ir.TensorProtocol:
+    """``base`` with its axes in the order ``perm``, lazily.
+
+    Transposing a transposed tensor starts from the first one again, so repeated transposes neither
+    pile up nor cost more than one; where they cancel, the first tensor itself comes back.
+    """
+    perm = tuple(perm)
+    if isinstance(base, ir.LazyTensor) and _TRANSPOSE in base.meta:
+        base, first = base.meta[_TRANSPOSE]
+        perm = tuple(first[axis] for axis in perm)
+    if perm == tuple(range(len(perm))):
+        return base
+    dims = base.shape.numpy()
+    made = derived(
         base,
         lambda array: np.transpose(array, perm),
         base.dtype,
         [dims[axis] for axis in perm],
         name or base.name or "transposed",
     )
+    made.meta[_TRANSPOSE] = (base, perm)
+    return made
 
 
 def array(value: ir.Value) -> Array:
