@@ -138,12 +138,7 @@ class Executor:
         for step, done in zip(schedule.steps, schedule.done, strict=True):
             args = [self._value(program, values, arg) for arg in step.args]
             kwargs = {k: self._value(program, values, arg) for k, arg in step.kwargs.items()}
-            try:
-                result = step.function(*args, **kwargs)
-            except NetLatheError:
-                raise
-            except Exception as error:
-                raise ExecutionError(_failure(step, error)) from error
+            result = self._call(step, args, kwargs)
             results = result if step.returns_tuple else (result,)
             # A function may give more than the node asks for: they are in the op's order.
             for slot, made in zip(step.outputs, results, strict=False):
@@ -161,12 +156,23 @@ class Executor:
             return values[arg] if isinstance(arg, Slot) else arg
         if arg in self._kept:
             return self._kept[arg]
-        weight = storage.load(program.weights[arg], self.device)
+        weight = self._load(program.weights[arg])
         if self._keep:
             self._kept[arg] = weight
         else:
             values[arg] = weight
         return weight
+
+    def _call(self, step: Step, args: list[Any], kwargs: dict[str, Any]) -> Any:
+        try:
+            return step.function(*args, **kwargs)
+        except NetLatheError:  # a node of a body, which is named already
+            raise
+        except Exception as error:
+            raise ExecutionError(failure(step, "execute.op", error)) from error
+
+    def _load(self, tensor: ir.TensorProtocol) -> torch.Tensor:
+        return storage.load(tensor, self.device)
 
     def _on_device(self, value: Any) -> torch.Tensor:
         tensor = value if isinstance(value, torch.Tensor) else to_tensor(value)
@@ -210,9 +216,10 @@ def _make_schedule(program: Program, wanted: tuple[Slot, ...]) -> _Schedule:
     return _Schedule(tuple(reversed(steps)), tuple(reversed(done)))
 
 
-def _failure(step: Step, error: Exception) -> Diagnostic:
+def failure(step: Step, code: str, error: Exception) -> Diagnostic:
+    """The diagnostic for a step that raised: torch's words, and the node and module."""
     return Diagnostic(
-        "execute.op",
+        code,
         " ".join(str(error).split()) or type(error).__name__,
         at=show_node(step.node),
         where=location(step.node),

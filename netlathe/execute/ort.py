@@ -166,7 +166,9 @@ class Session:
                 for v in _reads(node)
                 if v.name and v.name not in made and not _is_weight(v)
             }
-            cut.append(_Segment(tuple(nodes), tuple(sorted(reads)), tuple(sorted(made & read_later))))
+            cut.append(
+                _Segment(tuple(nodes), tuple(sorted(reads)), tuple(sorted(made & read_later)))
+            )
             read_later |= reads
         yield from reversed(cut)
 

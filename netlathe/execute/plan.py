@@ -476,17 +476,8 @@ def _constant(scope: _Scope, name: str, tensor: ir.TensorProtocol) -> Slot:
     """A slot for a constant; a small one of rank 0 or 1 is read now."""
     literal = None
     shape = tensor.shape.numpy()
-    if len(shape) <= 1 and sum(shape) <= _LITERAL_ELEMENTS and tensor.dtype in _LITERAL_TYPES:
+    if len(shape) <= 1 and sum(shape) <= _LITERAL_ELEMENTS and tensor.dtype != ir.DataType.STRING:
         literal = tensor.numpy().tolist()
     slot = Slot(name, tensor.dtype, literal=literal)
     scope.program.weights[slot] = tensor
     return slot
-
-
-_LITERAL_TYPES = (
-    ir.DataType.INT64,
-    ir.DataType.INT32,
-    ir.DataType.BOOL,
-    ir.DataType.FLOAT,
-    ir.DataType.DOUBLE,
-)

@@ -48,9 +48,12 @@ def _to_float8(x: Tensor, target: torch.dtype, saturate: bool) -> Tensor:
         x = x.to(torch.float32)
     if saturate:
         limit = torch.finfo(target).max
-        x = x.clamp(-limit, limit) if x.is_floating_point() else x.to(torch.float32)
-        # A clamp in float16 cannot reach limits above 65504, and need not: nor can the values.
-    return x.to(target)
+        return x.to(torch.float32).clamp(-limit, limit).to(target)
+    wide = x.to(torch.float32)
+    if target == torch.float8_e4m3fn:
+        # It has no infinity: what would round to more than 448 is NaN. Versions of torch differ here.
+        wide = torch.where(wide.abs() > 464, torch.nan, wide)
+    return wide.to(target)
 
 
 def _to_e8m0(x: Tensor, saturate: bool, round_mode: str) -> Tensor:
@@ -73,12 +76,12 @@ def _to_e8m0(x: Tensor, saturate: bool, round_mode: str) -> Tensor:
 
 
 def _to_float4(x: Tensor) -> Tensor:
-    """Round to nearest even and saturate. NaN has no encoding: it becomes the largest magnitude."""
+    """Round to nearest even and saturate. NaN has no encoding and becomes zero."""
     wide = x.to(torch.float32)
     magnitude = wide.abs()
     level = torch.zeros_like(magnitude)
     for middle, up, step in _FLOAT4_STEPS:
-        above = ~(magnitude < middle) if up else ~(magnitude <= middle)
+        above = magnitude >= middle if up else magnitude > middle
         level = level + above * step
     return torch.copysign(level, wide).to(torch.float8_e4m3fn)
 

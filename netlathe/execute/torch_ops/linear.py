@@ -84,7 +84,7 @@ def conv_transpose(
     """ConvTranspose: w [c, m / group, *k].
 
     The full result is cropped by the pads and extended by the output padding. Pads follow from
-    ``output_shape`` where that is given; what is odd goes to the end, or with SAME_LOWER to the begin.
+    ``output_shape`` where that is given; what is odd goes to the begin, or with SAME_UPPER to the end.
     """
     rank = x.dim() - 2
     stride, dilation = list(strides or [1] * rank), list(dilations or [1] * rank)
@@ -99,8 +99,10 @@ def conv_transpose(
     if output_shape is not None:
         for i, size in enumerate(list(output_shape)[-rank:]):
             total = full[i] + extra[i] - size
+            if total < 0:  # the result is longer than what there is: zeros at the end
+                total, extra[i] = 0, size - full[i]
             small, large = total // 2, total - total // 2
-            begin[i], end[i] = (large, small) if auto_pad == "SAME_LOWER" else (small, large)
+            begin[i], end[i] = (small, large) if auto_pad == "SAME_UPPER" else (large, small)
     elif pads is not None and auto_pad != "VALID":
         begin, end = list(pads[:rank]), list(pads[rank:])
     y = _CONV_TRANSPOSE[rank](x, w, None, stride, 0, 0, group, dilation)
