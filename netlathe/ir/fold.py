@@ -252,7 +252,8 @@ def _by_onnxruntime(proto: onnx.ModelProto) -> list[Array]:
 
 
 def _by_reference(proto: onnx.ModelProto) -> list[Array]:
-    return [np.asarray(a) for a in onnx.reference.ReferenceEvaluator(proto).run(None, {})]
+    results: Any = onnx.reference.ReferenceEvaluator(proto).run(None, {})
+    return [np.asarray(result) for result in results]
 
 
 def _one_by_one(nodes: Sequence[ir.Node], work: Work) -> dict[ir.Value, Array]:

@@ -14,7 +14,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
-from netlathe.ir import defaults, dims, edit, movement, weights
+from netlathe.ir import defaults, dims, edit, movement, provenance, weights
 from netlathe.ir.dims import Dim
 from netlathe.ir.work import Work
 
@@ -118,11 +118,13 @@ def _single_operand(node: ir.Node, work: Work) -> None:
         work.forward(node, node.inputs[0])
 
 
+_NEUTRAL = {"Add": 0, "And": 1, "Div": 1, "Mul": 1, "Or": 0, "Pow": 1, "Sub": 0}
+
+
 def _neutral_operand(node: ir.Node, work: Work) -> None:
-    """x * 1, x / 1, x + 0, x - 0, x ** 1 are x where the constant does not add dims."""
-    neutral = {"Add": 0.0, "Sub": 0.0}.get(node.op_type, 1.0)
+    """x * 1, x + 0, x and true, ... are x where the constant does not add dims."""
     data, other = node.inputs
-    if data is None or other is None or work.scalar(other) != neutral:
+    if data is None or other is None or work.scalar(other) != _NEUTRAL[node.op_type]:
         return
     rank, extra = work.rank(data), work.rank(other)
     if rank is not None and extra is not None and extra <= rank:
@@ -145,9 +147,12 @@ def _no_repeat(node: ir.Node, work: Work) -> None:
 
 
 def _constant_second(node: ir.Node, work: Work) -> None:
-    """Add and Mul read their constant as input 1."""
+    """Commutative operators read their constant, of two the smaller, as input 1."""
     first, second = node.inputs
-    if weights.is_weight(first) and not weights.is_weight(second):
+    if first is None or not weights.is_weight(first) or first.const_value is None:
+        return
+    held = second.const_value if second is not None and weights.is_weight(second) else None
+    if held is None or first.const_value.size < held.size:
         node.replace_input_with(0, second)
         node.replace_input_with(1, first)
         work.changed = True
@@ -292,6 +297,66 @@ def _flatten(node: ir.Node, work: Work) -> None:
     work.swap(node, [reshape], {node.outputs[0]: reshape.outputs[0]})
 
 
+# -- sequences ------------------------------------------------------------------------------------
+
+
+def _sequence_at(node: ir.Node, work: Work) -> None:
+    """An element of a sequence that is put together in the graph is that value."""
+    sequence, position = node.inputs[0], work.ints(node.inputs[1])
+    maker = sequence.producer() if sequence is not None else None
+    if position is None or maker is None or maker.op_type != "SequenceConstruct":
+        return
+    if -len(maker.inputs) <= position[0] < len(maker.inputs):
+        element = maker.inputs[position[0]]
+        if element is not None:
+            work.forward(node, element)
+
+
+def _split_to_sequence(node: ir.Node, work: Work) -> None:
+    """A split whose parts are all taken by constant position is a Split (or Gathers, undimmed)."""
+    data, sequence = node.inputs[0], node.outputs[0]
+    shape, takers = work.shape(data), sequence.consumers()
+    axis = node.attributes.get_int("axis", 0)
+    if data is None or shape is None or sequence.is_graph_output() or not takers:
+        return
+    positions = [work.ints(taker.inputs[1]) for taker in takers if taker.op_type == "SequenceAt"]
+    sizes = _part_sizes(node, shape[axis], work)
+    if sizes is None or len(positions) != len(takers) or None in positions:
+        return
+    graph = node.graph
+    assert isinstance(graph, ir.Graph)
+    wanted = [position[0] % len(sizes) for position in positions if position is not None]
+    if len(node.inputs) == 1 and not node.attributes.get_int("keepdims", 1):
+        for taker, position in zip(takers, wanted, strict=True):
+            index = work.constant(node, np.array(position), f"{taker.outputs[0].name}_index")
+            gather = ir.node("Gather", [data, index], {"axis": axis})
+            work.swap(taker, [gather], {taker.outputs[0]: gather.outputs[0]})
+        return
+    literal = work.constant(node, np.array(sizes), f"{sequence.name}_sizes")
+    split = ir.node("Split", [data, literal], {"axis": axis}, num_outputs=len(sizes))
+    for number, value in enumerate(split.outputs):
+        value.name = edit.unique_name(graph, f"{sequence.name}_{number}", work.taken)
+    graph.insert_before(node, provenance.mark(split, like=node))
+    for taker, position in zip(takers, wanted, strict=True):
+        before, after = taker.outputs[0], split.outputs[position]
+        if not before.is_graph_output() and not after.uses():
+            name, before.name = before.name, None
+            after.name = name
+        work.forward(taker, after)
+
+
+def _part_sizes(node: ir.Node, width: Dim, work: Work) -> list[int] | None:
+    """Sizes of the parts of a SplitToSequence, where all are static."""
+    if len(node.inputs) == 1:
+        return [1] * width if isinstance(width, int) else None
+    sizes = work.ints(node.inputs[1])
+    if sizes is None or work.rank(node.inputs[1]) != 0:
+        return None if sizes is None else list(sizes)
+    if not isinstance(width, int) or sizes[0] < 1:
+        return None
+    return [min(sizes[0], width - start) for start in range(0, width, sizes[0])]
+
+
 # -- control flow ---------------------------------------------------------------------------------
 
 
@@ -324,7 +389,7 @@ def _if(node: ir.Node, work: Work) -> None:
 _REDUCTIONS = ("L1", "L2", "LogSum", "LogSumExp", "Max", "Mean", "Min", "Prod", "Sum", "SumSquare")
 
 RULES: Mapping[str, tuple[Rule, ...]] = {
-    "Add": (_constant_second, _neutral_operand),
+    **{name: (_constant_second, _neutral_operand) for name in ("Add", "And", "Mul", "Or")},
     "Cast": (movement.cast,),
     "CastLike": (_cast_like,),
     "Concat": (_single_operand,),
@@ -341,12 +406,13 @@ RULES: Mapping[str, tuple[Rule, ...]] = {
     "Max": (_single_operand,),
     "Mean": (_single_operand,),
     "Min": (_single_operand,),
-    "Mul": (_constant_second, _neutral_operand),
     "Pad": (_no_padding,),
     "Pow": (_neutral_operand,),
     "Reshape": (movement.reshape,),
+    "SequenceAt": (_sequence_at,),
     "Slice": (movement.slice_,),
     "Split": (_split,),
+    "SplitToSequence": (_split_to_sequence,),
     "Squeeze": (_squeeze,),
     "Sub": (_neutral_operand,),
     "Sum": (_single_operand, _sum),

@@ -35,9 +35,10 @@ Transpose(Transpose)                  one, with perm written out
 Squeeze, Unsqueeze, Reduce*           axes as a constant int64 input, from the front, ascending
 Squeeze, Unsqueeze of activations     stay (they are not turned into Reshapes)
 Split                                 constant sizes where known, else num_outputs
+SequenceAt of SplitToSequence         Split (a Gather where the dim goes), if positions are known
 Shape, Gather of it, ... if known     constant
-Add, Mul with a constant              the constant is input 1
-x + 0, x - 0, x * 1, x / 1, x ** 1    x
+Add, Mul, And, Or with a constant     the constant is input 1
+x + 0, x * 1, x ** 1, x and true ...  x
 Sub, Neg, Pow, Reciprocal, ...        stay as they are
 Conv, pools                           kernel_shape, strides, dilations, group, pads written out;
                                       auto_pad resolved unless a dynamic size decides the pads

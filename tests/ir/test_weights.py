@@ -1,0 +1,80 @@
+"""Lazy weights: right values, nothing held, chains that do not grow."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+
+import ml_dtypes
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from netlathe.ir import weights
+from tests.ir.onnx_text import matrix, model
+
+
+def test_a_recipe_is_computed_at_every_reading_and_not_held() -> None:
+    held: list[weakref.ref[np.ndarray]] = []
+
+    def negate(array: np.ndarray) -> np.ndarray:
+        result = -array
+        held.append(weakref.ref(result))
+        return result
+
+    base = matrix(3, 4)
+    made = weights.derived(ir.tensor(base), negate, ir.DataType.FLOAT, [3, 4], "w")
+    assert not held  # nothing until it is read
+    np.testing.assert_array_equal(made.numpy(), -base)
+    assert made.tobytes() == (-base).tobytes()
+    gc.collect()
+    assert len(held) == 2 and all(reference() is None for reference in held)
+
+
+def test_a_recipe_that_breaks_its_promise_says_so() -> None:
+    made = weights.derived(ir.tensor(matrix(3, 4)), np.transpose, ir.DataType.FLOAT, [3, 4], "w")
+    with pytest.raises(ValueError, match=r"w: recipe gave shape \(4, 3\), promised \(3, 4\)"):
+        made.numpy()
+
+
+def test_transposes_do_not_pile_up() -> None:
+    base = ir.tensor(matrix(2, 3, 4))
+    made: ir.TensorProtocol = base
+    expected = base.numpy()
+    for _ in range(5):
+        made = weights.transposed(made, [2, 0, 1])
+        expected = expected.transpose(2, 0, 1)
+    assert list(made.shape) == list(expected.shape)
+    np.testing.assert_array_equal(made.numpy(), expected)
+    assert weights.transposed(made, [2, 0, 1]) is base  # six turns are none
+
+
+def test_repeated_composition_is_right_for_narrow_dtypes() -> None:
+    base = ir.tensor(matrix(4, 6).astype(ml_dtypes.bfloat16))
+    turned = weights.transposed(base, [1, 0])
+    wide = weights.derived(
+        turned, lambda a: a.astype(np.float32), ir.DataType.FLOAT, [6, 4], "wide"
+    )
+    back = weights.transposed(wide, [1, 0])
+    np.testing.assert_array_equal(back.numpy(), base.numpy().astype(np.float32))
+    assert turned.tobytes() == np.ascontiguousarray(base.numpy().T).tobytes()
+
+
+def test_digest_tells_bytes_dtypes_and_shapes_apart() -> None:
+    array = np.arange(12, dtype=np.int32)
+    same = ir.tensor(array.copy())
+    assert weights.digest(ir.tensor(array)) == weights.digest(same)
+    others = [array.reshape(3, 4), array.view(np.float32), array + 1]
+    digests = {weights.digest(ir.tensor(other)) for other in (array, *others)}
+    assert len(digests) == 4
+
+
+def test_num_bytes_counts_every_initializer_once() -> None:
+    made = model("float[b,3] x", "float y", "u = Add(x, w) y = Mul(u, w)", w=matrix(3))
+    assert weights.num_bytes(made) == 12
+
+
+def test_array_refuses_what_is_not_constant() -> None:
+    made = model("float[b,3] x", "float y", "y = Relu(x)")
+    with pytest.raises(ValueError, match="x is not a constant"):
+        weights.array(made.graph.inputs[0])
