@@ -111,7 +111,9 @@ class Executor:
             if name not in inputs:
                 problems.append(f"there is no input named {name!r}")
                 continue
-            tensor = feed if isinstance(feed, torch.Tensor) else storage.from_numpy(np.asarray(feed))
+            tensor = (
+                feed if isinstance(feed, torch.Tensor) else storage.from_numpy(np.asarray(feed))
+            )
             value = recorded[name]
             if value.dtype is not None and tensor.dtype != storage.TORCH_DTYPE.get(value.dtype):
                 problems.append(f"input {name!r} is {tensor.dtype}, not {value.dtype.name}")
@@ -195,9 +197,7 @@ class _Body:
     def __call__(self, *values: torch.Tensor) -> tuple[torch.Tensor, ...]:
         slots = (*self._program.inputs, *self._program.captured)
         bound = dict(zip(slots, values, strict=True))
-        return tuple(
-            self._executor._run(self._program, bound, tuple(self._program.outputs))
-        )
+        return tuple(self._executor._run(self._program, bound, tuple(self._program.outputs)))
 
 
 def _make_schedule(program: Program, wanted: tuple[Slot, ...]) -> _Schedule:

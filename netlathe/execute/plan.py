@@ -22,7 +22,7 @@ import onnx
 import onnx_ir as ir
 
 from netlathe.diagnostics import Diagnostic, LowerError
-from netlathe.execute.torch_ops import control, host
+from netlathe.execute.torch_ops import host
 from netlathe.execute.torch_ops.row import Row, returns_tuple
 from netlathe.execute.torch_ops.table import TABLE
 from netlathe.ir.printing import show_node
@@ -206,11 +206,11 @@ class _Planner:
         for node in graph:
             self.node(node, scope)
         for value in graph.outputs:
-            slot = scope.find(value)
-            if slot is None:
+            made = scope.find(value)
+            if made is None:
                 self._gap(f"the output {value.name} is made by no node", None)
                 continue
-            program.outputs.append(scope.tensor(slot, value.producer()))
+            program.outputs.append(scope.tensor(made, value.producer()))
             program.output_names.append(value.name or "")
         program.values = {
             value.name: scope.tensors.get(slot, slot)
@@ -258,7 +258,9 @@ class _Planner:
             else:
                 self._expand(node, body, known, scope)
 
-    def _constant_node(self, node: ir.Node, attributes: Mapping[str, ir.Attr], scope: _Scope) -> None:
+    def _constant_node(
+        self, node: ir.Node, attributes: Mapping[str, ir.Attr], scope: _Scope
+    ) -> None:
         (name, attribute), *_ = attributes.items()
         if name == "value":
             tensor = attribute.as_tensor()
@@ -340,9 +342,17 @@ class _Planner:
             return False
         makes_shape = node.op_type in _MAKES_SHAPE
         given = [slot for slot in inputs if slot is not None]
-        if not makes_shape and not all(_is_shape_value(slot) for slot in given):
-            return False
         plain = {name: attr.value for name, attr in attributes.items()}
+        if node.op_type in ("Cast", "CastLike") and given:
+            # A small constant of any type may become a shape value by its cast.
+            if given[0].host_rank is None and given[0].literal is None:
+                return False
+            if node.op_type == "CastLike":
+                like = given.pop()
+                plain["to"] = like.dtype or ir.DataType.UNDEFINED
+            inputs = given
+        elif not makes_shape and not all(_is_shape_value(slot) for slot in given):
+            return False
         if not makes_shape:
             ranks = [_host_rank(slot) for slot in given]
             known = [slot.literal for slot in given]
@@ -357,7 +367,10 @@ class _Planner:
         )
         if "output_count" in row.facts:
             plain["output_count"] = len(node.outputs)
-        made = [Slot(v.name or "", v.dtype, host_rank=rank, anchored=False) for v in node.outputs]
+        dtype = ir.DataType.BOOL if row.on_host in host.GIVE_BOOL else ir.DataType.INT64
+        if row.on_host is host.cast:
+            dtype = ir.DataType(plain["to"])
+        made = [Slot(v.name or "", dtype, host_rank=rank, anchored=False) for v in node.outputs]
         scope.slots.update(zip(node.outputs, made, strict=True))
         scope.program.steps.append(Step(node, row.on_host, args, plain, tuple(made)))
         return True
@@ -424,6 +437,7 @@ class _Planner:
     def _function_body(self, node: ir.Node, scope: _Scope) -> ir.Function | None:
         """The body by which ONNX defines the node's op, if it does."""
         version = scope.opsets.get(node.domain, 1)
+        schema: Any  # what the compiled module offers is not in its type stubs
         try:
             schema = onnx.defs.get_schema(node.op_type, version, node.domain)
         except onnx.defs.SchemaError:

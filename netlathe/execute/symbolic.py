@@ -15,6 +15,7 @@ from typing import Any
 import onnx_ir as ir
 import sympy
 import torch
+from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
@@ -43,6 +44,10 @@ _DATA_DEPENDENT = (
 )
 
 
+# Small, because a tiny model may have room for few positions only.
+_FIRST_PRIMES = (3, 11)
+
+
 class _DependsOnData:
     """Stands for a value whose shape depends on data: whatever reads it cannot be checked."""
 
@@ -50,30 +55,38 @@ class _DependsOnData:
 _UNKNOWN = _DependsOnData()
 
 
-def check_symbolic(
-    model: ir.Model, sizes: Mapping[str, int] | None = None
-) -> list[Diagnostic]:
+def check_symbolic(model: ir.Model, sizes: Mapping[str, int] | None = None) -> list[Diagnostic]:
     """Run ``model`` with symbolic input dims; return notes on what could not be decided.
 
     ``sizes`` gives a valid size of at least 2 for dims that need one (an image's height); others get
-    small distinct primes. Two kinds of notes come back: nodes whose shapes depend on data and were not
-    checked, and dims that the model takes as equal though they are named differently.
+    small distinct primes. torch asks about those where it cannot decide for all sizes (whether a
+    batch of 3 equals 3 heads), so a failure counts only if it also fails with other primes. Two kinds
+    of notes come back: nodes whose shapes depend on data and were not checked, and dims that the
+    model takes as equal though they are named differently.
 
     Raises:
         VerifyError: a node fails, or fixes a dynamic dim to a number; it is named.
         LowerError: a node has no row in the table.
     """
-    runner = _SymbolicRunner(model)
-    with torch.no_grad():
-        runner.check(sizes or {})
-    return runner.notes
+    errors = []
+    for first_prime in _FIRST_PRIMES:
+        runner = _SymbolicRunner(model, first_prime)
+        try:
+            with torch.no_grad():
+                runner.check(sizes or {})
+        except VerifyError as error:
+            errors.append(error)
+        else:
+            return runner.notes
+    raise errors[0]
 
 
 class _SymbolicRunner(Executor):
     """The executor, with fake tensors for feeds and weights and a look at the guards after each step."""
 
-    def __init__(self, model: ir.Model) -> None:
+    def __init__(self, model: ir.Model, first_prime: int) -> None:
         super().__init__(model)
+        self.first_prime = first_prime
         self.environment = ShapeEnv(duck_shape=False)
         self.mode = FakeTensorMode(shape_env=self.environment, allow_non_fake_inputs=True)
         self.notes: list[Diagnostic] = []
@@ -84,7 +97,8 @@ class _SymbolicRunner(Executor):
         """Run the main graph once."""
         inputs = {value.name: value for value in self.model.graph.inputs}
         symbols = self._symbols(sizes)
-        with self.mode:
+        # The Python dispatcher has shape-polymorphic versions of ops whose C++ ones want numbers.
+        with self.mode, enable_python_dispatcher():
             values: dict[Slot, Any] = {}
             for slot in self._program.inputs:
                 value = inputs[slot.name]
@@ -112,7 +126,8 @@ class _SymbolicRunner(Executor):
                     names.update({symbol.name: None for symbol in _free(size)})
         if not names:
             return {}
-        hints = [sizes.get(name, prime) for name, prime in zip(names, _primes(), strict=False)]
+        primes = (prime for prime in _primes() if prime >= self.first_prime)
+        hints = [sizes.get(name, prime) for name, prime in zip(names, primes, strict=False)]
         carrier = self.mode.from_tensor(
             torch.empty(hints, device="meta"),
             source=ConstantSource("dims"),
@@ -121,14 +136,15 @@ class _SymbolicRunner(Executor):
                 constraint_sizes=[None] * len(hints),
             ),
         )
-        made = dict(zip(names, carrier.shape, strict=True))
+        sizes_made: Any = carrier.shape  # SymInts, which torch types as int
+        made: dict[str, torch.SymInt] = dict(zip(names, sizes_made, strict=True))
         self.names = {str(size.node.expr): name for name, size in made.items()}
         return made
 
     # -- how the executor's steps differ here -----------------------------------------------------
 
     def _load(self, tensor: ir.TensorProtocol) -> torch.Tensor:
-        shape = [int(n) for n in tensor.shape]
+        shape = tensor.shape.numpy()
         return torch.empty(shape, dtype=storage.TORCH_DTYPE[tensor.dtype])
 
     def _on_device(self, value: Any) -> torch.Tensor:
@@ -170,13 +186,13 @@ class _SymbolicRunner(Executor):
                 )
             self.notes.append(_note(f"the node takes it that {text}", step))
 
-    def _spell(self, equation: sympy.Eq) -> str:
+    def _spell(self, equation: Any) -> str:
         shown = {s: sympy.Symbol(self.names.get(str(s), str(s))) for s in equation.free_symbols}
         renamed = equation.xreplace(shown)
         return f"{renamed.lhs} = {renamed.rhs}"
 
 
-def _fixes_a_dim(equation: sympy.Eq) -> bool:
+def _fixes_a_dim(equation: Any) -> bool:
     """Whether the equation leaves less freedom than naming one dim by the others would.
 
     ``a = b`` and ``total = past + new`` relate dims; ``a = 2`` and ``a * b = 32`` fix them.
@@ -185,12 +201,10 @@ def _fixes_a_dim(equation: sympy.Eq) -> bool:
     symbols = difference.free_symbols
     if len(symbols) < 2:
         return True
-    linear = sympy.Poly(difference, *symbols).total_degree() == 1 if _polynomial(difference) else False
+    if not difference.is_polynomial(*symbols):
+        return True
+    linear = sympy.Poly(difference, *symbols).total_degree() == 1
     return not linear or difference.subs(dict.fromkeys(symbols, 0)) != 0
-
-
-def _polynomial(expression: sympy.Expr) -> bool:
-    return bool(expression.is_polynomial(*expression.free_symbols))
 
 
 def _evaluate(dim: dims.Dim, symbols: Mapping[str, torch.SymInt]) -> Any:

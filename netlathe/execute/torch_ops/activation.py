@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +32,9 @@ def celu(x: Tensor, *, alpha: float = 1.0) -> Tensor:
     return F.celu(x, alpha)
 
 
-def selu(x: Tensor, *, alpha: float = 1.67326319217681884765625, gamma: float = 1.05070102214813232421875) -> Tensor:
+def selu(
+    x: Tensor, *, alpha: float = 1.67326319217681884765625, gamma: float = 1.05070102214813232421875
+) -> Tensor:
     """Selu: torch's has no parameters."""
     return gamma * torch.where(x > 0, x, alpha * torch.expm1(torch.minimum(x, torch.zeros_like(x))))
 
@@ -107,7 +110,9 @@ def _first_maximum(x: Tensor, axis: int) -> Tensor:
     return torch.zeros_like(x).scatter(axis, x.argmax(axis, keepdim=True), 1)
 
 
-def _over_axis(function, x: Tensor, axis: int | None, opset: int) -> Tensor:
+def _over_axis(
+    function: Callable[[Tensor, int], Tensor], x: Tensor, axis: int | None, opset: int
+) -> Tensor:
     if opset >= 13:
         return function(x, -1 if axis is None else axis)
     first = (1 if axis is None else axis) % max(x.dim(), 1)

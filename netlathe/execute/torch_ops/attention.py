@@ -67,9 +67,7 @@ def attention(
         shown = scores if qk_matmul_output_mode == 1 else shown
     elif qk_matmul_output_mode == 1:
         shown = scores
-    allowed = _allowed(
-        q, k, past, nonpad_kv_seqlen, is_causal, left_window_size, right_window_size
-    )
+    allowed = _allowed(q, k, past, nonpad_kv_seqlen, is_causal, left_window_size, right_window_size)
     bias = None
     if attn_mask is not None:
         short = k.shape[2] - attn_mask.shape[-1]
@@ -102,7 +100,7 @@ def attention(
 
 def _heads(x: Tensor, count: int) -> Tensor:
     """[b, s, h * d] -> [b, h, s, d]."""
-    return x.unflatten(-1, (count, -1)).transpose(1, 2)
+    return x.reshape(*x.shape[:2], count, x.shape[2] // count).transpose(1, 2)
 
 
 def _allowed(

@@ -25,9 +25,7 @@ _FLOAT4_STEPS = (
 )
 
 
-def cast_to(
-    x: Tensor, to: ir.DataType, saturate: bool = True, round_mode: str = "up"
-) -> Tensor:
+def cast_to(x: Tensor, to: ir.DataType, saturate: bool = True, round_mode: str = "up") -> Tensor:
     """``x`` converted to the ONNX type ``to``, in its storage type."""
     target = TORCH_DTYPE[to]
     if to == ir.DataType.FLOAT8E8M0:
@@ -126,6 +124,6 @@ def bit_cast(input: Tensor, *, to: int, input_dtypes: Sequence[ir.DataType | Non
 
 ROWS: dict[str, Row] = {
     "Cast": row(cast, on_host=host.cast),
-    "CastLike": row(cast_like, facts=("input_dtypes",)),
+    "CastLike": row(cast_like, on_host=host.cast, facts=("input_dtypes",)),
     "BitCast": row(bit_cast, facts=("input_dtypes",)),
 }

@@ -14,7 +14,9 @@ from .row import Row, number, row
 Body = Callable[..., tuple[Tensor, ...]]
 
 
-def if_(cond: Tensor, *captured: Tensor, then_branch: Body, else_branch: Body) -> tuple[Tensor, ...]:
+def if_(
+    cond: Tensor, *captured: Tensor, then_branch: Body, else_branch: Body
+) -> tuple[Tensor, ...]:
     """If: only the branch taken is run. Both are given the captures of both."""
     return (then_branch if bool(number(cond)) else else_branch)(*captured)
 

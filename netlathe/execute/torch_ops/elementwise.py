@@ -80,7 +80,9 @@ def is_nan(x: Tensor) -> Tensor:
     return torch.isnan(x.to(torch.float32) if x.dtype.itemsize == 1 else x)
 
 
-def clip(input: Tensor, min: Tensor | float | None = None, max: Tensor | float | None = None) -> Tensor:
+def clip(
+    input: Tensor, min: Tensor | float | None = None, max: Tensor | float | None = None
+) -> Tensor:
     """Clip: where min > max the result is max. Bounds were attributes before opset 11."""
     result = input
     if min is not None:

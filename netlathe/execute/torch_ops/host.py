@@ -10,6 +10,7 @@ leaves an op whose result would have a higher one to the tensor row.
 
 from __future__ import annotations
 
+import functools
 import math
 import operator
 from collections.abc import Callable, Sequence
@@ -79,14 +80,19 @@ def _where(condition: Scalar, x: Scalar, y: Scalar) -> Scalar:
     return x if condition else y
 
 
+def _extreme(function: Callable[[Scalar, Scalar], Scalar]) -> Callable[..., Scalar]:
+    # torch's own, because Python's max would decide which is larger, and note a guard.
+    return lambda *items: functools.reduce(function, items)
+
+
 add = _elementwise(operator.add, "add")
 sub = _elementwise(operator.sub, "sub")
 mul = _elementwise(operator.mul, "mul")
 div = _elementwise(_truncated, "div")
 neg = _elementwise(operator.neg, "neg")
 absolute = _elementwise(abs, "absolute")
-maximum = _elementwise(lambda *items: torch.sym_max(*items) if len(items) == 2 else max(items), "maximum")
-minimum = _elementwise(lambda *items: torch.sym_min(*items) if len(items) == 2 else min(items), "minimum")
+maximum = _elementwise(_extreme(torch.sym_max), "maximum")
+minimum = _elementwise(_extreme(torch.sym_min), "minimum")
 equal = _elementwise(operator.eq, "equal")
 less = _elementwise(operator.lt, "less")
 less_or_equal = _elementwise(operator.le, "less_or_equal")
@@ -127,7 +133,7 @@ def cast(input: HostValue, *, to: int, **_: Any) -> HostValue:
 
 
 def _to_int(item: Scalar) -> Scalar:
-    return int(item) if isinstance(item, bool) else item
+    return int(item) if isinstance(item, (bool, float)) else item
 
 
 def gather(data: list[Scalar], indices: HostValue, *, axis: int = 0) -> HostValue:
@@ -205,8 +211,24 @@ def _reduce(function: Callable[[Sequence[Scalar]], Scalar], name: str) -> Callab
 
 reduce_prod = _reduce(math.prod, "reduce_prod")
 reduce_sum = _reduce(sum, "reduce_sum")
-reduce_max = _reduce(max, "reduce_max")
-reduce_min = _reduce(min, "reduce_min")
+reduce_max = _reduce(lambda items: _extreme(torch.sym_max)(*items), "reduce_max")
+reduce_min = _reduce(lambda items: _extreme(torch.sym_min)(*items), "reduce_min")
+
+
+_COMPARISONS = [equal, less, less_or_equal, greater, greater_or_equal]
+_LOGIC = [logical_and, logical_or, logical_not]
+_ARITHMETIC: list[Callable[..., HostValue]] = [
+    add,
+    sub,
+    mul,
+    div,
+    mod,
+    neg,
+    absolute,
+    maximum,
+    minimum,
+]
+GIVE_BOOL = (*_COMPARISONS, *_LOGIC)
 
 
 # -- the rank of the result -----------------------------------------------------------------------
@@ -236,12 +258,7 @@ def _reduced(ranks: Sequence[int], known: Known, attributes: dict[str, Any]) -> 
 
 
 RANK: dict[Callable[..., Any], RankRule] = {
-    **dict.fromkeys(
-        [add, sub, mul, div, mod, neg, absolute, maximum, minimum, identity]
-        + [equal, less, less_or_equal, greater, greater_or_equal, where]
-        + [logical_and, logical_or, logical_not],
-        _broadcast,
-    ),
+    **dict.fromkeys([*_ARITHMETIC, *_COMPARISONS, *_LOGIC, where, identity], _broadcast),
     cast: _cast,
     shape: lambda ranks, known, attributes: 1,
     size: lambda ranks, known, attributes: 0,

@@ -160,7 +160,9 @@ def bilinear(image: Tensor, at_y: Tensor, at_x: Tensor, height: int, width: int)
         y, x = y0 + dy, x0 + dx
         weight = (1 - (at_y - y).abs()) * (1 - (at_x - x).abs())
         inside = (y >= 0) & (y < height) & (x >= 0) & (x < width)
-        flat = y.clamp(0, height - 1).to(torch.int64) * width + x.clamp(0, width - 1).to(torch.int64)
+        flat = y.clamp(0, height - 1).to(torch.int64) * width + x.clamp(0, width - 1).to(
+            torch.int64
+        )
         index = flat.flatten(2).unsqueeze(2).expand(-1, -1, image.shape[2], -1)
         value = torch.gather(image, 3, index).reshape(*image.shape[:3], *at_y.shape[2:])
         result = result + value * (weight * inside).unsqueeze(2)
@@ -188,7 +190,8 @@ def causal_conv_with_state(
 
 def det(x: Tensor) -> Tensor:
     """Det of the last two dims."""
-    return torch.linalg.det(x)
+    value: Tensor = torch.linalg.det(x)
+    return value
 
 
 def col2im(

@@ -14,7 +14,6 @@ from . import host
 from .row import Ints, Row, along, axes_of, ints, number, row
 from .storage import TORCH_DTYPE, by_bits
 
-
 # -- shape ----------------------------------------------------------------------------------------
 
 
@@ -366,7 +365,8 @@ def range_(start: Ints | Tensor, limit: Ints | Tensor, delta: Ints | Tensor) -> 
         return torch.arange(first, end, step, dtype=dtype, device=device)
     # torch computes the count in the tensor's type, which may be one off for float16.
     count = max(math.ceil((end - first) / step), 0)
-    return (first + step * torch.arange(count, dtype=torch.float64, device=device)).to(dtype)
+    values: Tensor = torch.arange(count, dtype=torch.float64, device=device) * step + first
+    return values.to(dtype)
 
 
 def eye_like(input: Tensor, *, dtype: int | None = None, k: int = 0) -> Tensor:

@@ -52,7 +52,8 @@ def _activations(
             b = beta.pop(0)
         if clip is None:
             return lambda x: function(x, a, b)
-        return lambda x: function(x.clamp(-clip, clip), a, b)
+        low, high = -clip, clip
+        return lambda x: function(x.clamp(low, high), a, b)
 
     return [bind(name) for name in names]
 
@@ -173,8 +174,9 @@ def gru(
     def step_of(d: int) -> Step:
         f, g = bound[2 * d : 2 * d + 2]
         bias_w, bias_r = _bias(b, d, w)
-        r_gates, r_hidden = r[d].split([2 * r.shape[-1], r.shape[-1]])
-        rb_gates, rb_hidden = bias_r.split([2 * r.shape[-1], r.shape[-1]])
+        widths = [2 * r.shape[-1], r.shape[-1]]
+        r_gates, r_hidden = torch.split(r[d], widths)
+        rb_gates, rb_hidden = torch.split(bias_r, widths)
 
         def step(x_t: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             (h,) = state
@@ -219,9 +221,7 @@ def lstm(
     def step_of(d: int) -> Step:
         f, g, last = bound[3 * d : 3 * d + 3]
         bias_w, bias_r = _bias(b, d, w)
-        peep_i, peep_o, peep_f = (
-            p[d].chunk(3) if p is not None else [x.new_zeros(r.shape[-1])] * 3
-        )
+        peep_i, peep_o, peep_f = p[d].chunk(3) if p is not None else [x.new_zeros(r.shape[-1])] * 3
 
         def step(x_t: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             h, c = state

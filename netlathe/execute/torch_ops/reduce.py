@@ -86,7 +86,8 @@ def _extreme(sign: int, x: Tensor, axes: list[int], keepdims: bool) -> Tensor:
 
 def _l2(x: Tensor, axes: list[int], keepdims: bool) -> Tensor:
     wide = x if x.is_floating_point() else x.to(torch.float64)
-    return torch.linalg.vector_norm(wide, 2, axes, keepdim=keepdims)
+    length: Tensor = torch.linalg.vector_norm(wide, 2, axes, keepdim=keepdims)
+    return length
 
 
 def _log_sum_exp(x: Tensor, axes: list[int], keepdims: bool) -> Tensor:
@@ -98,22 +99,24 @@ def _log_sum(x: Tensor, axes: list[int], keepdims: bool) -> Tensor:
     return torch.log(torch.sum(x, axes, keepdim=keepdims))
 
 
-def _arg(select: str, data: Tensor, axis: int, keepdims: int, last: int) -> Tensor:
+def _arg(
+    select: Callable[..., Tensor], data: Tensor, axis: int, keepdims: int, last: int
+) -> Tensor:
     axis %= max(data.dim(), 1)
     if not last:
-        return getattr(torch, select)(data, axis, keepdim=bool(keepdims))
-    found = getattr(torch, select)(data.flip(axis), axis, keepdim=bool(keepdims))
-    return data.shape[axis] - 1 - found
+        return select(data, axis, keepdim=bool(keepdims))
+    found = select(data.flip(axis), axis, keepdim=bool(keepdims))
+    return found.neg() + (data.shape[axis] - 1)
 
 
 def argmax(data: Tensor, *, axis: int = 0, keepdims: int = 1, select_last_index: int = 0) -> Tensor:
     """ArgMax: the first maximum, or the last."""
-    return _arg("argmax", data, axis, keepdims, select_last_index)
+    return _arg(torch.argmax, data, axis, keepdims, select_last_index)
 
 
 def argmin(data: Tensor, *, axis: int = 0, keepdims: int = 1, select_last_index: int = 0) -> Tensor:
     """ArgMin: the first minimum, or the last."""
-    return _arg("argmin", data, axis, keepdims, select_last_index)
+    return _arg(torch.argmin, data, axis, keepdims, select_last_index)
 
 
 def _running(
@@ -139,7 +142,9 @@ def cum_prod(x: Tensor, axis: Ints, *, exclusive: int = 0, reverse: int = 0) -> 
     return _running(torch.cumprod, x, number(axis), exclusive, reverse, 1)
 
 
-def _reduction(reduction: Reduction, name: str, on_host: Callable[..., object] | None = None) -> Row:
+def _reduction(
+    reduction: Reduction, name: str, on_host: Callable[..., object] | None = None
+) -> Row:
     return row(widened(_reducing(reduction, name)), "axes", on_host=on_host)
 
 
@@ -151,7 +156,9 @@ ROWS: dict[str, Row] = {
     "ReduceMin": _reduction(functools.partial(_extreme, -1), "reduce_min", host.reduce_min),
     "ReduceL1": _reduction(lambda x, a, k: torch.sum(torch.abs(x), a, keepdim=k), "reduce_l1"),
     "ReduceL2": _reduction(_l2, "reduce_l2"),
-    "ReduceSumSquare": _reduction(lambda x, a, k: torch.sum(x * x, a, keepdim=k), "reduce_sum_square"),
+    "ReduceSumSquare": _reduction(
+        lambda x, a, k: torch.sum(x * x, a, keepdim=k), "reduce_sum_square"
+    ),
     "ReduceLogSum": _reduction(_log_sum, "reduce_log_sum"),
     "ReduceLogSumExp": _reduction(_log_sum_exp, "reduce_log_sum_exp"),
     "ArgMax": row(argmax),

@@ -73,7 +73,9 @@ def resize(
             stretch = min(factor, 1.0) if antialias else 1.0
             y = _interpolate(y, axis, at, kernel, reach / stretch, stretch, bool(exclude_outside))
     if outside is not None:
-        y = torch.where(outside, torch.tensor(extrapolation_value, dtype=y.dtype, device=y.device), y)
+        y = torch.where(
+            outside, torch.tensor(extrapolation_value, dtype=y.dtype, device=y.device), y
+        )
     if x.is_floating_point() or mode == "nearest":
         return y
     info = torch.iinfo(x.dtype)

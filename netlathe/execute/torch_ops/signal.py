@@ -34,8 +34,10 @@ def dft(
         x = torch.view_as_complex(input.contiguous())
     else:
         x = input.squeeze(-1)
+    y: Tensor
     if inverse and onesided:
-        return torch.fft.irfft(x, length, over).unsqueeze(-1)
+        y = torch.fft.irfft(x, length, over)
+        return y.unsqueeze(-1)
     if inverse:
         y = torch.fft.ifft(x, length, over)
     elif onesided:

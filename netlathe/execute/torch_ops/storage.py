@@ -113,12 +113,14 @@ def to_numpy(tensor: torch.Tensor, dtype: ir.DataType | None = None) -> npt.NDAr
     dtype = ONNX_DTYPE[tensor.dtype] if dtype is None else dtype
     tensor = tensor.detach().cpu().contiguous()
     wanted = dtype.numpy()
+    array: npt.NDArray[Any]
     for extension, (integer, stored) in _AS_BITS.items():
         if tensor.dtype == stored:
             bits = torch.int16 if integer is np.int16 else torch.uint8
             array = tensor.view(bits).numpy().view(extension)
-            return array if array.dtype == wanted else array.astype(wanted)
-    array = tensor.numpy()
+            break
+    else:
+        array = tensor.numpy()
     return array if array.dtype == wanted else array.astype(wanted)
 
 

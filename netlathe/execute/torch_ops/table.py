@@ -23,8 +23,7 @@ from . import (
     vision,
     window,
 )
-from .row import Row, row
-from . import host
+from .row import Row
 
 _FAMILIES = (
     activation,
@@ -46,4 +45,4 @@ _FAMILIES = (
     window,
 )
 
-TABLE: Mapping[str, Row] = {op: row for family in _FAMILIES for op, row in family.ROWS.items()}
+TABLE: Mapping[str, Row] = {op: entry for family in _FAMILIES for op, entry in family.ROWS.items()}

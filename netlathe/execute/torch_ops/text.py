@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -28,7 +29,7 @@ def tfidf_vectorizer(
     """
     starts = [*ngram_counts, len(pool_int64s)]
     grams: dict[tuple[int, ...], int] = {}  # n-gram -> its number in the pool
-    for n, (begin, end) in enumerate(zip(starts, starts[1:], strict=False), 1):
+    for n, (begin, end) in enumerate(itertools.pairwise(starts), 1):
         for i in range(begin, end, n):
             grams[tuple(pool_int64s[i : i + n])] = len(grams)
     factors = [1.0] * len(grams) if weights is None or mode == "TF" else list(weights)

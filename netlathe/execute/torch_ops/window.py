@@ -116,12 +116,14 @@ def max_pool(
     if output_count == 1:
         return (pooled,)
     # From the tap within the window to the coordinate in the input, dim by dim.
-    coordinates = []
+    coordinates: list[Tensor] = []
     for i in reversed(range(rank)):
         step = along(torch.arange(tap.shape[2 + i], device=x.device), 2 + i, tap.dim())
         inside = tap % windows.kernel[i]
         tap = tap // windows.kernel[i]
-        coordinates.insert(0, step * windows.stride[i] + inside * windows.dilation[i] - windows.begin[i])
+        coordinates.insert(
+            0, step * windows.stride[i] + inside * windows.dilation[i] - windows.begin[i]
+        )
     order = range(rank) if storage_order == 0 else reversed(range(rank))
     flat = torch.zeros_like(pooled, dtype=torch.int64)
     for i in order:
@@ -217,7 +219,8 @@ def global_max_pool(x: Tensor) -> Tensor:
 
 def global_lp_pool(x: Tensor, *, p: int = 2) -> Tensor:
     """GlobalLpPool."""
-    return torch.linalg.vector_norm(x, p, _spatial(x), keepdim=True)
+    length: Tensor = torch.linalg.vector_norm(x, p, _spatial(x), keepdim=True)
+    return length
 
 
 def lrn(
@@ -243,7 +246,9 @@ def max_roi_pool(
         for i, j in itertools.product(range(ph), range(pw)):
             top, bottom = math.floor(i * bin_h) + y1, math.ceil((i + 1) * bin_h) + y1
             left, right = math.floor(j * bin_w) + x1, math.ceil((j + 1) * bin_w) + x1
-            part = x[int(batch), :, max(top, 0) : min(bottom, height), max(left, 0) : min(right, width)]
+            part = x[
+                int(batch), :, max(top, 0) : min(bottom, height), max(left, 0) : min(right, width)
+            ]
             bins.append(part.amax((1, 2)) if part.numel() else x.new_zeros(x.shape[1]))
         results.append(torch.stack(bins, 1).reshape(x.shape[1], ph, pw))
     return torch.stack(results) if results else x.new_zeros(0, x.shape[1], ph, pw)
