@@ -159,10 +159,9 @@ def remove_dead(graph: ir.Graph, roots: Iterable[ir.Node] | None = None) -> int:
         if not isinstance(home, ir.Graph) or _is_read(candidate):
             continue
         read = [value for value in candidate.inputs if value is not None]
+        read += _captured(candidate)
+        _empty_subgraphs(candidate)
         stack += [maker for value in read if (maker := value.producer()) is not None]
-        stack += [
-            maker for value in _captured(candidate) if (maker := value.producer()) is not None
-        ]
         home.remove(candidate, safe=True)
         removed += 1
         for value in read:
@@ -178,20 +177,32 @@ def _is_read(candidate: ir.Node) -> bool:
     return any(value.uses() or value.is_graph_output() for value in candidate.outputs)
 
 
-def _captured(candidate: ir.Node) -> list[ir.Value]:
-    """Outer values that the subgraphs of a node read."""
-    inner = [
-        attr.as_graph()
-        for attr in candidate.attributes.values()
-        if attr.type == ir.AttributeType.GRAPH
+def _subgraphs(candidate: ir.Node) -> list[ir.Graph]:
+    return [
+        attribute.as_graph()
+        for attribute in candidate.attributes.values()
+        if attribute.type == ir.AttributeType.GRAPH
     ]
+
+
+def _captured(candidate: ir.Node) -> list[ir.Value]:
+    """Values that the subgraphs of a node read, outer ones among them."""
     return [
         value
-        for graph in inner
+        for graph in _subgraphs(candidate)
         for node_ in graph.all_nodes()
         for value in node_.inputs
         if value is not None
     ]
+
+
+def _empty_subgraphs(candidate: ir.Node) -> None:
+    """Take the nodes out of a dead node's subgraphs, so that they no longer read outer values."""
+    for graph in _subgraphs(candidate):
+        graph.outputs.clear()
+        for inner in reversed(list(graph)):
+            _empty_subgraphs(inner)
+            graph.remove(inner, safe=True)
 
 
 def drop_if_unread(value: ir.Value) -> None:

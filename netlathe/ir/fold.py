@@ -248,7 +248,7 @@ def _by_onnxruntime(proto: onnx.ModelProto) -> list[Array]:
     session = onnxruntime.InferenceSession(
         proto.SerializeToString(), settings, providers=["CPUExecutionProvider"]
     )
-    return list(session.run(None, {}))
+    return [np.asarray(result) for result in session.run(None, {})]
 
 
 def _by_reference(proto: onnx.ModelProto) -> list[Array]:

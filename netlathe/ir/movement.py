@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import onnx_ir as ir
 
-from netlathe.ir import dims
+from netlathe.ir import dims, weights
 from netlathe.ir.dims import Dim, Shape
+from netlathe.ir.types import Type
 from netlathe.ir.work import Work
 
 TO_THE_END = 2**63 - 1
@@ -39,6 +41,8 @@ def reshape(node: ir.Node, work: Work) -> None:
     if shape is not None and _same_shape(shape, out):
         work.forward(node, data)
         return
+    if _lift_linear(node, out, work):
+        return
     maker = data.producer()
     if maker is not None and maker.op_type == "Reshape" and maker.domain == "":
         earlier = maker.inputs[0]
@@ -54,6 +58,54 @@ def reshape(node: ir.Node, work: Work) -> None:
         literal = list(held)
     work.set_ints(node, 1, literal, "shape")
     work.set_attribute(node, "allowzero", 0)
+
+
+def _lift_linear(node: ir.Node, out: Shape, work: Work) -> bool:
+    """A linear layer on flattened rows works on the unflattened ones: both reshapes go.
+
+    Before: ``Reshape(Add(MatMul(Reshape(x: [b,s,k], [-1,k]), w), c), Concat(b, s, n))``; after:
+    ``Add(MatMul(x, w), c)``. Two dynamic dims have no literal to come back by.
+    """
+    chain: list[ir.Node] = []
+    value = node.inputs[0]
+    while value is not None and len(value.uses()) == 1 and not value.is_graph_output():
+        maker = value.producer()
+        if maker is None or maker.domain != "" or maker.op_type not in ("Add", "MatMul"):
+            return False
+        other = maker.inputs[1]
+        if not weights.is_weight(other) or work.rank(other) != (2, 1)[maker.op_type == "Add"]:
+            return False
+        chain.append(maker)
+        value = maker.inputs[0]
+        if maker.op_type == "MatMul":
+            break
+    flatten = value.producer() if value is not None and chain else None
+    if flatten is None or flatten.domain != "" or flatten.op_type != "Reshape":
+        return False
+    rows, product = flatten.inputs[0], chain[-1]
+    shape, flat = work.shape(rows), work.shape(value)
+    if rows is None or shape is None or flat is None or len(flat) != 2:
+        return False
+    if product.op_type != "MatMul" or not dims.same(out[-1], _width(product, work)):
+        return False
+    lifted = (*out[:-1], flat[-1])
+    literal = reshape_literal(shape, lifted)
+    if literal is None:
+        return False
+    if not _same_shape(shape, lifted):
+        target = work.constant(node, np.array(literal), f"{node.outputs[0].name}_rows")
+        rows = work.insert_before(product, ir.node("Reshape", [rows, target], {"allowzero": 0}))
+    work.set_input(product, 0, rows)
+    for step in reversed(chain):
+        work.found.types[step.outputs[0]] = Type(work.type(node.outputs[0]).dtype, out)
+    work.forward(node, chain[0].outputs[0])
+    return True
+
+
+def _width(product: ir.Node, work: Work) -> Dim:
+    """Columns of the weight of a MatMul."""
+    shape = work.shape(product.inputs[1])
+    return shape[-1] if shape is not None and len(shape) == 2 else None
 
 
 def reshape_literal(shape: Shape | None, out: Shape) -> list[int] | None:

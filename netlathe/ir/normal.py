@@ -28,6 +28,7 @@ Sum of several                        a chain of Adds
 Flatten                               Reshape, where its literal exists
 Reshape                               literal: 0 copies the dim at the same position, at most one
                                       -1, else sizes; allowzero=0; Reshape(Reshape) is one
+Reshape, MatMul, Add, Reshape back    MatMul, Add on the unflattened rows
 Expand                                literal with 1 for a dim that stays
 Slice                                 literals in int64; whole axes left out; axes and steps
                                       given; end 2**63-1 for "to the end"

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from netlathe.ir import edit
+from netlathe.ir import edit, provenance
 from netlathe.ir.dims import Dim, Shape
 from netlathe.ir.types import Inference, Type
 
@@ -101,6 +101,17 @@ class Work:
                     )
         edit.replace(node, new, outputs, CREATED_BY)
         self.changed = True
+
+    def insert_before(self, node: ir.Node, made: ir.Node) -> ir.Value:
+        """Put a new node of one output before ``node``; its output."""
+        graph = _graph(node)
+        value = made.outputs[0]
+        value.name = edit.unique_name(
+            graph, f"{node.outputs[0].name}_{made.op_type.lower()}", self.taken
+        )
+        graph.insert_before(node, provenance.mark(made, created_by=CREATED_BY, like=node))
+        self.changed = True
+        return value
 
     def forward(self, node: ir.Node, value: ir.Value) -> None:
         """Let the readers of ``node``'s first output read ``value``; the node goes away."""

@@ -79,3 +79,13 @@ def test_what_a_subgraph_captures_is_alive() -> None:
     made = model(f"{X}, bool k", "float y", body, w=matrix(3))
     assert edit.remove_dead(made.graph) == 0
     assert ops(made) == {"Relu": 1, "If": 1} and "w" in made.graph.initializers
+
+
+def test_a_dead_node_takes_what_only_its_subgraphs_read() -> None:
+    body = """h = Relu(x) g = Exp(x)
+        d = If (k) < then_branch = t () => (float u) { v = Add(h, w) u = Neg(v) },
+                     else_branch = e () => (float v) { v = Exp(h) } >
+        y = Neg(g)"""
+    made = model(f"{X}, bool k", "float y", body, w=matrix(3))
+    edit.remove_dead(made.graph)
+    assert ops(made) == {"Exp": 1, "Neg": 1} and not made.graph.initializers

@@ -27,11 +27,12 @@ def test_an_if_with_a_constant_condition_is_its_branch(condition: int) -> None:
         y = If (k) <
             then_branch = t () => (float u) {{ two = Constant<value_float = 2.0>() v = Mul(x, two)
                 u = Relu(v) }},
-            else_branch = e () => (float u) {{ v = Neg(x) u = Identity(v) }}
+            else_branch = e () => (float u) {{ v = Sub(x, w) u = Neg(v) }}
         >"""
-    made = normal_form(model(X, "float y", body))
-    assert ops(made) == ({"Mul": 1, "Relu": 1} if condition else {"Neg": 1})
+    made = normal_form(model(X, "float y", body, w=matrix(12)))
+    assert ops(made) == ({"Mul": 1, "Relu": 1} if condition else {"Sub": 1, "Neg": 1})
     assert made.graph.outputs[0].name == "y"
+    assert list(made.graph.initializers) == ["two" if condition else "w"]
 
 
 def test_an_if_over_a_known_dim_is_its_branch() -> None:

@@ -301,6 +301,27 @@ def test_reshapes_merge() -> None:
     assert ints(node(made, "Reshape").inputs[1]) == [0, 0, 2, 6]
 
 
+def test_a_linear_layer_on_flattened_rows_is_lifted() -> None:
+    body = """r = Reshape(x, rows) g = Gemm(r, w, c) n = Shape(x) lead = Slice(n, i0, i2)
+        t = Concat<axis = 0>(lead, i7) y = Reshape(g, t)"""
+    made = model(
+        X, "float y", body, w=matrix(12, 7), c=matrix(7), rows=[-1, 12], i0=[0], i2=[2], i7=[7]
+    )
+    normal_form(made, 2**-18)
+    assert ops(made) == {"MatMul": 1, "Add": 1}
+
+
+def test_a_linear_layer_on_merged_heads_is_lifted() -> None:
+    body = """r = Reshape(x, rows) g = MatMul(r, w) n = Shape(x) lead = Slice(n, i0, i2)
+        t = Concat<axis = 0>(lead, i7) y = Reshape(g, t)"""
+    made = model(
+        "float[b,s,3,4] x", "float y", body, w=matrix(12, 7), rows=[-1, 12], i0=[0], i2=[2], i7=[7]
+    )
+    normal_form(made, 2**-18)
+    assert ops(made) == {"Reshape": 1, "MatMul": 1}
+    assert ints(node(made, "Reshape").inputs[1]) == [0, 0, 12]
+
+
 def test_a_reshape_that_no_literal_says_stays_dynamic() -> None:
     made = normal_form(model(f"{X}, float[s,b,12] z", "float y", "n = Shape(z) y = Reshape(x, n)"))
     assert ops(made)["Reshape"] == 1 and ops(made)["Shape"] == 1
