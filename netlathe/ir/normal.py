@@ -87,6 +87,7 @@ def normalize(model: ir.Model) -> list[Entry]:
         work = Work(types.infer(model), work.taken)
     else:
         raise RuntimeError("normal form does not settle: two of its rules undo each other")
+    _unique_node_names(graph)
     types.annotate(model)
     if folded:
         reason = f"{folded} nodes that read only constants are constants now"
@@ -117,6 +118,16 @@ def _round(graph: ir.Graph, work: Work) -> None:
     fold.fold(graph, work)
     edit.remove_dead(graph)
     graph.sort()
+
+
+def _unique_node_names(graph: ir.Graph) -> None:
+    """Inlined functions and branches may bring names that are taken."""
+    taken: set[str] = set()
+    for node in graph.all_nodes():
+        if node.name and node.name in taken:
+            node.name = edit.unique_name(graph, node.name, taken)
+        elif node.name:
+            taken.add(node.name)
 
 
 def unique_names(graph: ir.Graph) -> None:

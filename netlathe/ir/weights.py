@@ -109,5 +109,9 @@ def num_bytes(model: ir.Model) -> int:
 def digest(tensor: ir.TensorProtocol) -> str:
     """SHA-256 over dtype, shape and bytes, as hex."""
     state = hashlib.sha256(f"{tensor.dtype.name}{list(tensor.shape)}".encode())
-    state.update(tensor.tobytes())
+    if tensor.dtype == ir.DataType.STRING or tensor.dtype.itemsize < 1:
+        state.update(tensor.tobytes())  # strings, and elements packed into bytes
+    else:
+        # Hashed where it lies: no copy of a mapped weight is made.
+        state.update(np.ascontiguousarray(tensor.numpy()).reshape(-1).view(np.uint8))
     return state.hexdigest()
