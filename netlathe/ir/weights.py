@@ -113,5 +113,5 @@ def digest(tensor: ir.TensorProtocol) -> str:
         state.update(tensor.tobytes())  # strings, and elements packed into bytes
     else:
         # Hashed where it lies: no copy of a mapped weight is made.
-        state.update(np.ascontiguousarray(tensor.numpy()).reshape(-1).view(np.uint8))
+        state.update(np.ascontiguousarray(tensor.numpy()).reshape(-1).view(np.uint8).data)
     return state.hexdigest()

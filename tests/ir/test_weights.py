@@ -64,8 +64,8 @@ def test_digest_tells_bytes_dtypes_and_shapes_apart() -> None:
     array = np.arange(12, dtype=np.int32)
     same = ir.tensor(array.copy())
     assert weights.digest(ir.tensor(array)) == weights.digest(same)
-    half = ir.Tensor(np.array([1, 2, 3], ml_dtypes.int4), dtype=ir.DataType.INT4)
-    scalar = ir.tensor(np.float32(2.0))
+    half = ir.tensor(np.array([1, 2, 3], ml_dtypes.int4))
+    scalar = ir.tensor(np.array(2.0, np.float32))
     assert len({weights.digest(half), weights.digest(scalar)}) == 2
     others = [array.reshape(3, 4), array.view(np.float32), array + 1]
     digests = {weights.digest(ir.tensor(other)) for other in (array, *others)}
