@@ -7,6 +7,7 @@ graph's inputs by name or position and returns a dict of its outputs.
 
 from __future__ import annotations
 
+import operator
 import re
 from typing import Any
 
@@ -35,6 +36,12 @@ def to_fx(model: ir.Model) -> torch.fx.GraphModule:
     return _Emitter({}).emit(program, names=program.output_names).eval()
 
 
+def argument_name(name: str) -> str:
+    """The module's argument for the graph input ``name``: what Python cannot spell becomes ``_``."""
+    text = re.sub(r"\W", "_", name)
+    return text if text and not text[0].isdigit() else f"_{text}"
+
+
 class _Emitter:
     """Emits one program; ``tensors`` holds the weights emitted so far, bodies included."""
 
@@ -49,7 +56,7 @@ class _Emitter:
         """``names``: return a dict with these keys; without them, a tuple, as bodies do."""
         for slot in (*program.inputs, *program.captured):
             if slot not in program.weights:
-                self.nodes[slot] = self.graph.placeholder(_identifier(slot.name))
+                self.nodes[slot] = self.graph.placeholder(argument_name(slot.name))
         fixed = _fixed(program)
         for step in program.steps:
             self.step(program, step, fixed)
@@ -77,7 +84,7 @@ class _Emitter:
             return
         for index, slot in enumerate(step.outputs):
             if slot is not None:
-                self.nodes[slot] = self.graph.call_function(_item, (call, index))
+                self.nodes[slot] = self.graph.call_function(operator.getitem, (call, index))
 
     def argument(self, program: Program, arg: Any, fixed: set[Slot]) -> Any:
         """An argument as fx takes it: a node, or a literal."""
@@ -99,11 +106,6 @@ class _Emitter:
             target = _attach(self.root, slot.name, self.tensors[id(tensor)])
             self.nodes[slot] = self.graph.get_attr(target)
         return self.nodes[slot]
-
-
-def _item(values: tuple[torch.Tensor, ...], index: int) -> torch.Tensor:
-    """One of a function's results."""
-    return values[index]
 
 
 def _fixed(program: Program) -> set[Slot]:
@@ -144,9 +146,3 @@ def _attach(root: nn.Module, name: str, tensor: torch.Tensor) -> str:
     else:
         module.register_buffer(last, tensor)
     return ".".join([*taken, last])
-
-
-def _identifier(name: str) -> str:
-    """An argument name: what Python cannot spell becomes an underscore."""
-    text = re.sub(r"\W", "_", name)
-    return text if text and not text[0].isdigit() else f"_{text}"

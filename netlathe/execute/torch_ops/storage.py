@@ -89,23 +89,28 @@ _NARROW: dict[Any, Any] = {
 
 
 def from_numpy(array: npt.NDArray[Any], device: torch.device | str = "cpu") -> torch.Tensor:
-    """``array`` as a tensor in its storage type; read-only memory (a mapped file) is copied.
+    """A copy of ``array`` as a tensor in its storage type.
+
+    A copy, because torch's own memory is aligned and numpy's or a mapped file's is not: kernels round
+    differently by alignment, and the same input must give the same bits.
 
     Raises:
         TypeError: the array holds strings or objects.
     """
     if array.dtype.type in _NARROW:
         array = array.astype(_NARROW[array.dtype.type])
-    shape = array.shape  # ascontiguousarray gives a scalar one dim
-    dtype: torch.dtype | None = None
     if array.dtype.type in _AS_BITS:
         integer, dtype = _AS_BITS[array.dtype.type]
-        array = np.ascontiguousarray(array).view(integer)
-    array = np.ascontiguousarray(array).reshape(shape)
-    if not array.flags.writeable:
-        array = array.copy()
-    tensor = torch.from_numpy(array)
-    return (tensor if dtype is None else tensor.view(dtype)).to(device)
+        return _copied(array.view(integer)).view(dtype).to(device)
+    return _copied(array).to(device)
+
+
+def _copied(array: npt.NDArray[Any]) -> torch.Tensor:
+    # A sample of one element knows the torch dtype; from_numpy on the array would share or warn.
+    dtype = torch.from_numpy(np.zeros(1, array.dtype)).dtype
+    tensor = torch.empty(array.shape, dtype=dtype)
+    tensor.numpy()[...] = array
+    return tensor
 
 
 def to_numpy(tensor: torch.Tensor, dtype: ir.DataType | None = None) -> npt.NDArray[Any]:

@@ -1,0 +1,208 @@
+"""The torch backend: a module to fine-tune in memory, and on disk a program that torch alone runs.
+
+An artifact is one file, ``model.pt2``: the graph of ATen ops as JSON and the weights as raw bytes, in
+a zip archive without a pickle in it. To run it:
+
+    program = torch.export.load("model.pt2")
+    outputs = program.module()(input_ids=..., attention_mask=...)   # a dict by output name
+
+which needs torch, of the version that wrote it or a newer one, and not NetLathe. ``program.state_dict``
+holds the weights under their own names.
+"""
+
+from __future__ import annotations
+
+import shutil
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+import torch
+
+from netlathe.diagnostics import Diagnostic, LowerError, VerifyError
+from netlathe.execute import plan, samples
+from netlathe.execute.compare import relative_error
+from netlathe.execute.fx import argument_name, to_fx
+from netlathe.execute.torch_ops import storage
+from netlathe.ir.printing import show_node
+from netlathe.ir.provenance import location
+from netlathe.pipeline.interfaces import Artifact, Backend, Target
+from netlathe.pipeline.pass_ import Feeds
+
+MODEL_FILE = "model.pt2"
+
+# torch.export follows one path: it cannot keep a choice that depends on data.
+_NOT_EXPORTABLE = ("If", "Loop")
+# max|program - module| as a share of the RMS: the same ATen ops on the same machine, so only what
+# export decomposes may round differently (84 ulp of float32).
+_BOUND = 1e-5
+# The narrow types have 10 and 7 mantissa bits: 16 ulp.
+_NARROW_BOUND = {ir.DataType.FLOAT16: 16 * 2**-10, ir.DataType.BFLOAT16: 16 * 2**-7}
+# The size of an unnamed dim while exporting; 0 and 1 would be taken for constants.
+_UNNAMED_SIZE = 4
+_CHUNK = 16 << 20
+
+
+class TorchBackend(Backend):
+    """Emits the IR as a ``torch.fx`` module and an exported program."""
+
+    name: ClassVar[str] = "torch"
+
+    @classmethod
+    def targets(cls) -> Sequence[Target]:
+        """One target: torch on any device."""
+        return [Target("torch", "torch", "a torch.export program (.pt2) for torch on any device")]
+
+    def unsupported(self, model: ir.Model, target: Target) -> list[Diagnostic]:
+        """Nodes without a torch function, and control flow that an exported program cannot hold."""
+        found = plan.gaps(model)
+        for node in model.graph:
+            if node.domain == "" and node.op_type in _NOT_EXPORTABLE:
+                found.append(
+                    Diagnostic(
+                        "torch.control_flow",
+                        f"{node.op_type} depends on data, and torch.export keeps one path only",
+                        at=show_node(node),
+                        where=location(node),
+                        help="run the model with the executor, or export it to ONNX",
+                    )
+                )
+        return found
+
+    def compile(self, model: ir.Model, target: Target) -> TorchArtifact:
+        """Emit, export, and compare the program with the module on sample inputs.
+
+        Raises:
+            LowerError: with everything that :meth:`unsupported` lists, or with torch's reason.
+            VerifyError: the program computes something else than the module.
+        """
+        if found := self.unsupported(model, target):
+            raise LowerError(found)
+        module = to_fx(model)
+        artifact = TorchArtifact(model, module, _export(model, module))
+        _compare(model, artifact)
+        return artifact
+
+
+class TorchArtifact(Artifact):
+    """``module`` is a ``torch.fx.GraphModule`` with trainable parameters; ``program`` is what is saved.
+
+    The program has the weights as they were at compilation.
+    """
+
+    def __init__(
+        self,
+        model: ir.Model,
+        module: torch.fx.GraphModule,
+        program: torch.export.ExportedProgram,
+    ) -> None:
+        self.module = module
+        self.program = program
+        self._outputs = {value.name or "": value.dtype for value in model.graph.outputs}
+        self._runnable = program.module()
+
+    def run(self, feeds: Feeds) -> dict[str, npt.NDArray[Any]]:
+        """Run the program once, on the CPU."""
+        given = {
+            argument_name(name): storage.from_numpy(np.asarray(a)) for name, a in feeds.items()
+        }
+        with torch.no_grad():
+            results = self._runnable(**given)
+        return {
+            name: storage.to_numpy(results[name], dtype) for name, dtype in self._outputs.items()
+        }
+
+    def save(self, folder: Path) -> list[Path]:
+        """Write ``model.pt2``."""
+        path = folder / MODEL_FILE
+        whole = folder / f"{MODEL_FILE}.part"
+        torch.export.save(self.program, whole)
+        _without_pickles(whole, path)
+        whole.unlink()
+        return [path]
+
+
+def _inputs(model: ir.Model) -> list[ir.Value]:
+    """The inputs that the module takes: those without a default value."""
+    return [value for value in model.graph.inputs if not value.is_initializer()]
+
+
+def _export(model: ir.Model, module: torch.fx.GraphModule) -> torch.export.ExportedProgram:
+    sizes = samples.dynamic_dims(model)
+    examples: dict[str, torch.Tensor] = {}
+    dynamic: dict[str, dict[int, Any]] = {}
+    for value in _inputs(model):
+        name = argument_name(value.name or "")
+        shape = list(samples.shape_of(value, sizes))
+        dynamic[name] = {}
+        for axis, dim in enumerate(value.shape or ()):
+            if not isinstance(dim, int):
+                dynamic[name][axis] = torch.export.Dim.DYNAMIC
+                shape[axis] = shape[axis] if dim.value is not None else _UNNAMED_SIZE
+        assert value.dtype is not None
+        examples[name] = torch.zeros(shape, dtype=storage.TORCH_DTYPE[value.dtype])
+    try:
+        with torch.no_grad():
+            program = torch.export.export(
+                module, (), examples, dynamic_shapes=dynamic, strict=False
+            )
+    except Exception as error:  # whatever torch says, it is the reason
+        first_line = str(error).strip().split("\n", 1)[0]
+        raise LowerError(
+            Diagnostic(
+                "torch.export",
+                f"torch.export cannot capture the model: {first_line}",
+                help="netlathe.execute.symbolic.check_symbolic(model) names the node, if a size is"
+                " baked in",
+            )
+        ) from error
+    return program
+
+
+def _without_pickles(source: Path, target: Path) -> None:
+    """Copy a .pt2 archive with its example inputs, the one pickle in it, left empty.
+
+    torch reads an empty entry as "no examples". Times are fixed: the same program is the same bytes.
+    """
+    with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w") as new:
+        for entry in old.infolist():
+            info = zipfile.ZipInfo(entry.filename)
+            with new.open(info, "w", force_zip64=True) as out:
+                if "/sample_inputs/" not in entry.filename:
+                    with old.open(entry) as data:
+                        shutil.copyfileobj(data, out, _CHUNK)
+
+
+def _compare(model: ir.Model, artifact: TorchArtifact) -> None:
+    feeds = {
+        name: array
+        for name, array in samples.synthesize(model, {}, 0).items()
+        if name in {value.name for value in _inputs(model)}
+    }
+    actual = artifact.run(feeds)
+    given = {argument_name(name): storage.from_numpy(array) for name, array in feeds.items()}
+    with torch.no_grad():
+        expected = artifact.module(**given)
+    bound = max(
+        [_BOUND]
+        + [
+            _NARROW_BOUND[value.dtype]
+            for value in (*model.graph.inputs, *model.graph.initializers.values())
+            if value.dtype in _NARROW_BOUND
+        ]
+    )
+    for value in model.graph.outputs:
+        name = value.name or ""
+        error = relative_error(actual[name], storage.to_numpy(expected[name], value.dtype))
+        if error > bound:
+            raise VerifyError(
+                Diagnostic(
+                    "torch.differs",
+                    f"output {name!r} of the exported program is off by {error:.1e} of its RMS"
+                    f" (at most {bound:.1e})",
+                )
+            )
