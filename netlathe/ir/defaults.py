@@ -20,7 +20,8 @@ OPSET = 25
 
 # Attributes whose schema default is not the default of a particular node.
 _NOT_FROM_SCHEMA = frozenset({("RNN", "activations")})
-# Written by no producer and refused by runtimes of an older opset 25; their default means "absent".
+# New in Attention 25, where -1 means no window. Left out, a node without a window is also one of
+# opset 24, for which ONNX Runtime has a kernel; 25 it expands by the definition in the standard.
 _LEFT_OUT = frozenset({("Attention", "left_window_size"), ("Attention", "right_window_size")})
 
 # operator -> its axis attributes; the axis counts over the dims of input 0, or one more for OneHot

@@ -45,6 +45,7 @@ Conv, pools                           kernel_shape, strides, dilations, group, p
                                       auto_pad resolved unless a dynamic size decides the pads
 BatchNormalization, LayerNorm, ...    outputs that nobody reads are taken off
 Clip                                  min and max as inputs
+Attention                             scale written out; the window sizes only where given
 If with a constant condition          the branch it takes
 ====================================  =========================================================
 """
