@@ -13,6 +13,7 @@ holds the weights under their own names.
 from __future__ import annotations
 
 import shutil
+import tempfile
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -119,10 +120,9 @@ class TorchArtifact(Artifact):
     def save(self, folder: Path) -> list[Path]:
         """Write ``model.pt2``."""
         path = folder / MODEL_FILE
-        whole = folder / f"{MODEL_FILE}.part"
-        torch.export.save(self.program, whole)
-        _without_pickles(whole, path)
-        whole.unlink()
+        with tempfile.TemporaryDirectory(dir=folder) as part:
+            torch.export.save(self.program, Path(part, MODEL_FILE))
+            _copy_archive(Path(part, MODEL_FILE), path)
         return [path]
 
 
@@ -160,16 +160,21 @@ def _export(model: ir.Model, module: torch.fx.GraphModule) -> torch.export.Expor
                 " baked in",
             )
         ) from error
+    for node in program.graph.nodes:
+        node.meta.pop("from_node", None)  # it names functions by their address
     return program
 
 
-def _without_pickles(source: Path, target: Path) -> None:
-    """Copy a .pt2 archive with its example inputs, the one pickle in it, left empty.
+def _copy_archive(source: Path, target: Path) -> None:
+    """Copy a .pt2 archive without its example inputs, the one pickle in it, and without its random id.
 
-    torch reads an empty entry as "no examples". Times are fixed: the same program is the same bytes.
+    torch reads an empty entry as "no examples" and does without the id. Times are fixed as well: the
+    same program is the same bytes.
     """
     with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w") as new:
         for entry in old.infolist():
+            if entry.filename.endswith("/serialization_id"):
+                continue
             info = zipfile.ZipInfo(entry.filename)
             with new.open(info, "w", force_zip64=True) as out:
                 if "/sample_inputs/" not in entry.filename:
@@ -187,14 +192,8 @@ def _compare(model: ir.Model, artifact: TorchArtifact) -> None:
     given = {argument_name(name): storage.from_numpy(array) for name, array in feeds.items()}
     with torch.no_grad():
         expected = artifact.module(**given)
-    bound = max(
-        [_BOUND]
-        + [
-            _NARROW_BOUND[value.dtype]
-            for value in (*model.graph.inputs, *model.graph.initializers.values())
-            if value.dtype in _NARROW_BOUND
-        ]
-    )
+    dtypes = {v.dtype for v in (*model.graph.inputs, *model.graph.initializers.values())}
+    bound = max([_BOUND, *(limit for dtype, limit in _NARROW_BOUND.items() if dtype in dtypes)])
     for value in model.graph.outputs:
         name = value.name or ""
         error = relative_error(actual[name], storage.to_numpy(expected[name], value.dtype))

@@ -26,8 +26,8 @@ _NOT_TRAINED = {"BatchNormalization": (3, 4), "RotaryEmbedding": (1, 2)}
 def to_fx(model: ir.Model) -> torch.fx.GraphModule:
     """A module computing what ``model`` computes, on the CPU, in evaluation mode.
 
-    Floating-point weights of rank 1 and more are parameters; scalars, integers, batch statistics and
-    rotary tables are buffers. An input with a default value is a weight, not an input.
+    Floating-point initializers of rank 1 and more are parameters; scalars, integers, constants of
+    nodes, batch statistics and rotary tables are buffers. An input with a default value is a weight, not an input.
 
     Raises:
         LowerError: with every node that has no row in the table.
@@ -102,7 +102,9 @@ class _Emitter:
         if slot not in self.nodes:
             tensor = program.weights[slot]
             if id(tensor) not in self.tensors:
-                self.tensors[id(tensor)] = _weight(storage.load(tensor), slot in fixed)
+                self.tensors[id(tensor)] = _weight(
+                    storage.load(tensor), trained=slot.trained and slot not in fixed
+                )
             target = _attach(self.root, slot.name, self.tensors[id(tensor)])
             self.nodes[slot] = self.graph.get_attr(target)
         return self.nodes[slot]
@@ -118,11 +120,9 @@ def _fixed(program: Program) -> set[Slot]:
     }
 
 
-def _weight(tensor: torch.Tensor, fixed: bool) -> torch.Tensor:
-    trained = tensor.is_floating_point() and tensor.dtype not in storage.FLOAT8
-    if trained and tensor.dim() > 0 and not fixed:
-        return nn.Parameter(tensor)
-    return tensor
+def _weight(tensor: torch.Tensor, trained: bool) -> torch.Tensor:
+    differentiable = tensor.is_floating_point() and tensor.dtype not in storage.FLOAT8
+    return nn.Parameter(tensor) if trained and differentiable and tensor.dim() > 0 else tensor
 
 
 def _attach(root: nn.Module, name: str, tensor: torch.Tensor) -> str:

@@ -38,7 +38,8 @@ _MAKES_SHAPE = ("Shape", "Size")
 class Slot:
     """One value at run time: a tensor, or a shape value if ``host_rank`` is its rank (0 or 1).
 
-    ``literal`` is the contents of a small constant. ``anchored`` tensors depend on an input or a
+    ``literal`` is the contents of a small constant; ``trained`` marks an initializer, which unlike the
+    constants in nodes may be a weight that training changes. ``anchored`` tensors depend on an input or a
     weight and are on the device for that reason. Slots are compared by identity.
     """
 
@@ -50,12 +51,14 @@ class Slot:
         host_rank: int | None = None,
         anchored: bool = True,
         literal: Any = None,
+        trained: bool = False,
     ) -> None:
         self.name = name
         self.dtype = dtype
         self.host_rank = host_rank
         self.anchored = anchored
         self.literal = literal
+        self.trained = trained
 
     def __repr__(self) -> str:
         return f"%{self.name}"
@@ -146,7 +149,7 @@ class _Scope:
             return None
         if self.around.program is self.program:  # a function body reads nothing outside
             return outer
-        inner = Slot(outer.name, outer.dtype, literal=outer.literal)
+        inner = Slot(outer.name, outer.dtype, literal=outer.literal, trained=outer.trained)
         tensor = self.around.program.weights.get(outer)
         if tensor is not None:
             self.program.weights[inner] = tensor
@@ -195,14 +198,16 @@ class _Planner:
         opsets = self.model.graph.opset_imports if around is None else around.opsets
         scope = _Scope(program, around, attributes, opsets)
         for value in graph.inputs:
-            slot = Slot(value.name or "", value.dtype)
+            slot = Slot(value.name or "", value.dtype, trained=value.is_initializer())
             program.inputs.append(slot)
             scope.slots[value] = slot
             if value.const_value is not None and value.is_initializer():
                 program.weights[slot] = value.const_value  # a default that the caller may override
         for value in graph.initializers.values():
             if value not in scope.slots and value.const_value is not None:
-                scope.slots[value] = _constant(scope, value.name or "", value.const_value)
+                slot = _constant(scope, value.name or "", value.const_value)
+                slot.trained = True
+                scope.slots[value] = slot
         for node in graph:
             self.node(node, scope)
         for value in graph.outputs:

@@ -77,7 +77,11 @@ def test_the_saved_program_needs_torch_alone(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=tmp_path
     )
-    assert done.stdout.split("\n")[:3] == ["True", "['embed.weight', 'proj.weight']", "False"]
+    assert done.stdout.split("\n")[:3] == [
+        "True",
+        "['embed.weight', 'proj.weight', 'slope']",
+        "False",
+    ]
 
 
 def test_the_same_model_gives_the_same_bytes(tmp_path: Path) -> None:

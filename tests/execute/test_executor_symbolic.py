@@ -89,7 +89,7 @@ def test_a_slice_of_a_baked_length_is_found() -> None:
     # A cut to 16 positions fits for short inputs only: at the sizes tried it is the whole.
     notes = check_symbolic(model(body, X))
     assert notes == []
-    with pytest.raises(VerifyError, match="part|Add|size"):
+    with pytest.raises(VerifyError, match="y = Add"):
         check_symbolic(model(body, X), {"sequence": 20})
 
 
