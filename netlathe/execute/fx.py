@@ -27,7 +27,8 @@ def to_fx(model: ir.Model) -> torch.fx.GraphModule:
     """A module computing what ``model`` computes, on the CPU, in evaluation mode.
 
     Floating-point initializers of rank 1 and more are parameters; scalars, integers, constants of
-    nodes, batch statistics and rotary tables are buffers. An input with a default value is a weight, not an input.
+    nodes, batch statistics and rotary tables are buffers. An input with a default value is a weight,
+    not an input.
 
     Raises:
         LowerError: with every node that has no row in the table.
@@ -37,7 +38,7 @@ def to_fx(model: ir.Model) -> torch.fx.GraphModule:
 
 
 def argument_name(name: str) -> str:
-    """The module's argument for the graph input ``name``: what Python cannot spell becomes ``_``."""
+    """The argument for the graph input ``name``: what Python cannot spell becomes ``_``."""
     text = re.sub(r"\W", "_", name)
     return text if text and not text[0].isdigit() else f"_{text}"
 

@@ -78,11 +78,31 @@ class _Windows:
                     count -= 1  # a window must start inside the input or the padding before it
                 self.overhang[i] = max((count - 1) * self.stride[i] + reach - padded, 0)
 
-    def padded(self, x: Tensor, value: float, overhang: float | None = None) -> Tensor:
+    def native(self) -> bool:
+        """Whether torch's own pooling takes this padding: the same on both sides, half a window."""
+        return self.begin == self.end and all(
+            2 * b <= k for b, k in zip(self.begin, self.kernel, strict=True)
+        )
+
+    def padded(self, x: Tensor, value: float) -> Tensor:
         """``x`` padded so that all windows lie inside."""
-        x = pad_spatial(x, self.begin, self.end, value)
-        fill = value if overhang is None else overhang
-        return pad_spatial(x, [0] * len(self.overhang), self.overhang, fill)
+        ends = [e + o for e, o in zip(self.end, self.overhang, strict=True)]
+        return pad_spatial(x, self.begin, ends, value)
+
+    def counts(self, x: Tensor, include_pad: bool) -> Tensor:
+        """How many elements of ``x`` (with its padding on demand) every window holds: [*count]."""
+        rank = x.dim() - 2
+        total = torch.ones([1] * rank, dtype=x.dtype, device=x.device)
+        for i, size in enumerate(x.shape[2:]):
+            reach = self.dilation[i] * (self.kernel[i] - 1) + 1
+            span = self.begin[i] + size + self.end[i] + self.overhang[i] - reach
+            first = torch.arange(span // self.stride[i] + 1, device=x.device) * self.stride[i]
+            tap = torch.arange(self.kernel[i], device=x.device) * self.dilation[i]
+            place = first.unsqueeze(1) + tap - self.begin[i]  # [count, kernel]
+            low, high = (-self.begin[i], size + self.end[i]) if include_pad else (0, size)
+            inside = ((place >= low) & (place < high)).sum(1).to(x.dtype)
+            total = total * along(inside, i, rank)
+        return total
 
     def view(self, padded: Tensor) -> Tensor:
         """Every window: [n, c, *s] -> [n, c, *count, *kernel], without a copy."""
@@ -107,10 +127,15 @@ def max_pool(
     windows = _Windows(x, kernel_shape, strides, dilations, pads, auto_pad, ceil_mode)
     rank = x.dim() - 2
     lowest = -math.inf if x.is_floating_point() else torch.iinfo(x.dtype).min
+    if output_count == 1 and x.is_floating_point() and windows.native():
+        pool = _MAXIMUM[rank]
+        pooled = pool(
+            x, windows.kernel, windows.stride, windows.begin, windows.dilation, bool(ceil_mode)
+        )
+        return (pooled,)
     padded = windows.padded(x, lowest)
     if output_count == 1 and x.is_floating_point():
-        pooled = _MAXIMUM[rank](padded, windows.kernel, windows.stride, 0, windows.dilation)
-        return (pooled,)
+        return (_MAXIMUM[rank](padded, windows.kernel, windows.stride, 0, windows.dilation),)
     view = windows.view(padded).flatten(2 + rank)
     pooled, tap = view.max(-1)
     if output_count == 1:
@@ -147,15 +172,17 @@ def average_pool(
     """AveragePool: padding counts on demand, what hangs over in ceil mode never does."""
     windows = _Windows(x, kernel_shape, strides, dilations, pads, auto_pad, ceil_mode)
     rank = x.dim() - 2
+    plain = all(d == 1 for d in windows.dilation)
+    include = bool(count_include_pad)
+    if plain and windows.native():
+        pool = _AVERAGE[rank]
+        return pool(x, windows.kernel, windows.stride, windows.begin, bool(ceil_mode), include)
     padded = windows.padded(x, 0)
-    if all(d == 1 for d in windows.dilation):
-        sums = _AVERAGE[rank](padded, windows.kernel, windows.stride) * math.prod(windows.kernel)
+    if plain:
+        mean = _AVERAGE[rank](padded, windows.kernel, windows.stride)
     else:
-        sums = windows.view(padded).flatten(2 + rank).sum(-1)
-    ones = torch.ones((1, 1, *x.shape[2:]), dtype=x.dtype, device=x.device)
-    ones = pad_spatial(ones, windows.begin, windows.end, float(count_include_pad))
-    ones = pad_spatial(ones, [0] * rank, windows.overhang, 0)
-    return sums / windows.view(ones).flatten(2 + rank).sum(-1)
+        mean = windows.view(padded).flatten(2 + rank).mean(-1)
+    return mean * (math.prod(windows.kernel) / windows.counts(x, include))
 
 
 def lp_pool(
