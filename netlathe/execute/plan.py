@@ -320,10 +320,7 @@ class _Planner:
                 else a
                 for i, a in enumerate(args)
             ]
-        made = [
-            Slot(v.name or "", v.dtype, anchored=anchor is not None or not args)
-            for v in node.outputs
-        ]
+        made = [Slot(v.name or "", v.dtype, anchored=anchor is not None) for v in node.outputs]
         scope.slots.update(zip(node.outputs, made, strict=True))
         outputs = tuple(
             slot if value.name else None for slot, value in zip(made, node.outputs, strict=True)
@@ -393,7 +390,10 @@ class _Planner:
                 kwargs[name] = self.graph(attribute.as_graph(), scope, scope.attributes)
                 bodies.append(kwargs[name])
             elif attribute.type == ir.AttributeType.TENSOR:
-                kwargs[name] = _constant(scope, f"{node.name}.{name}", attribute.as_tensor())
+                # One element (ConstantOfShape): a number and its type, bound to no device.
+                tensor = attribute.as_tensor()
+                kwargs[name] = tensor.numpy().reshape(-1).tolist()[0]
+                kwargs["dtype"] = tensor.dtype.value
             else:
                 value = attribute.value
                 kwargs[name] = list(value) if isinstance(value, tuple) else value

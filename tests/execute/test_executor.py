@@ -219,6 +219,27 @@ def test_an_initializer_that_is_an_input_is_a_default() -> None:
     assert Executor(model).run({"x": x, "w": x})["y"].tolist() == [1, 1]
 
 
+def test_a_shape_made_of_constants_and_dims() -> None:
+    """The expanded LayerNormalization has it: no part of it may land on another device."""
+    model = text.model(
+        """
+        g (float[a, b] x) => (float[a, b] y)
+        {
+            count = Constant<value_ints = [1]>()
+            first = Constant<value_ints = [0]>()
+            ones = ConstantOfShape<value = int64[1] {1}>(count)
+            dims = Shape(x)
+            rows = Slice(dims, first, count)
+            shape = Concat<axis = 0>(rows, ones)
+            filled = ConstantOfShape<value = float[1] {0.5}>(shape)
+            y = Add(x, filled)
+        }
+        """
+    )
+    x = text.normal(3, 4)
+    assert np.array_equal(Executor(model).run({"x": x})["y"].numpy(), x + np.float32(0.5))
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_cuda_equals_cpu() -> None:
     model = block()
@@ -227,3 +248,6 @@ def test_cuda_equals_cpu() -> None:
     for name, tensor in on_gpu.items():
         assert tensor.device.type == "cuda"
         assert relative_error(tensor.cpu().numpy(), on_cpu[name].numpy()) < 1e-6
+    module = Executor(model, "cuda").module()
+    x = torch.from_numpy(feeds(2, 5)["x"]).cuda()
+    assert relative_error(module(x)["y"].detach().cpu().numpy(), on_cpu["y"].numpy()) < 1e-6

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import host
 from .row import Ints, Row, along, axes_of, ints, number, row
-from .storage import TORCH_DTYPE, by_bits
+from .storage import TORCH_DTYPE, by_bits, in_order
 
 # -- shape ----------------------------------------------------------------------------------------
 
@@ -197,8 +197,10 @@ def top_k(
 ) -> tuple[Tensor, Tensor]:
     """TopK: of equal values the one with the lower index comes first, which torch.topk leaves open."""
     count = number(k)
-    values, indices = torch.sort(x, dim=axis, descending=bool(largest), stable=True)
-    return values.narrow(axis, 0, count), indices.narrow(axis, 0, count)
+    keys = in_order(x)
+    order = torch.argsort(keys, dim=axis, descending=bool(largest), stable=True)
+    indices = order.narrow(axis, 0, count)
+    return by_bits(torch.gather)(x, axis, indices), indices
 
 
 def reverse_sequence(
@@ -348,11 +350,9 @@ def space_to_depth(input: Tensor, *, blocksize: int, mode: str = "DCR") -> Tenso
 # -- make -----------------------------------------------------------------------------------------
 
 
-def constant_of_shape(input: Ints, *, value: Tensor | None = None) -> Tensor:
-    """ConstantOfShape: float32 zeros without ``value``."""
-    if value is None:
-        return torch.zeros(ints(input))
-    return value.reshape(()).expand(ints(input))
+def constant_of_shape(input: Ints, *, value: float = 0.0, dtype: int = 1) -> Tensor:
+    """ConstantOfShape, on the CPU: it may be a shape itself, and else is placed where it is used."""
+    return torch.tensor(value, dtype=TORCH_DTYPE[ir.DataType(dtype)]).expand(ints(input))
 
 
 def range_(start: Ints | Tensor, limit: Ints | Tensor, delta: Ints | Tensor) -> Tensor:

@@ -163,6 +163,13 @@ def _back(result: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return result.to(dtype) if result.dtype == torch.int64 else result
 
 
+def in_order(x: torch.Tensor) -> torch.Tensor:
+    """``x``, or for the unsigned types that torch cannot sort, int64 numbers in the same order."""
+    if x.dtype == torch.uint64:
+        return x.view(torch.int64) ^ torch.iinfo(torch.int64).min
+    return x.to(torch.int64) if x.dtype in UNSIGNED else x
+
+
 # Types without indexing, padding and the like in torch, and an integer of the same width that has it.
 _BITS_OF = {
     **dict.fromkeys(FLOAT8, torch.uint8),
