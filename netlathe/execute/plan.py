@@ -151,7 +151,7 @@ class _Scope:
             return outer
         inner = Slot(outer.name, outer.dtype, literal=outer.literal, trained=outer.trained)
         tensor = self.around.program.weights.get(outer)
-        if tensor is not None:
+        if tensor is not None and outer not in self.around.program.inputs:
             self.program.weights[inner] = tensor
         else:
             outer = self.around.tensor(outer)
@@ -312,15 +312,17 @@ class _Planner:
             body.captured = [inner.get(slot) or Slot(slot.name, slot.dtype) for slot in captures]
             body.captures = captures
         args += captures
-        anchor = next((a for a in args if _is_tensor(a) and a.anchored), None)
+        met = [a for i, a in enumerate(args) if _is_tensor(a) and not self._reads_on_host(row, i)]
+        anchor = next((a for a in met if a.anchored), None)
         if anchor is not None:
+            placed = {a: scope.place(a, anchor, node) for a in met if not a.anchored}
             args = [
-                scope.place(a, anchor, node)
-                if _is_tensor(a) and not a.anchored and not self._reads_on_host(row, i)
-                else a
+                placed.get(a, a) if _is_tensor(a) and not self._reads_on_host(row, i) else a
                 for i, a in enumerate(args)
             ]
-        made = [Slot(v.name or "", v.dtype, anchored=anchor is not None) for v in node.outputs]
+        # A body gives its results on the device whatever it is given.
+        anchored = anchor is not None or bool(bodies)
+        made = [Slot(v.name or "", v.dtype, anchored=anchored) for v in node.outputs]
         scope.slots.update(zip(node.outputs, made, strict=True))
         outputs = tuple(
             slot if value.name else None for slot, value in zip(made, node.outputs, strict=True)

@@ -64,8 +64,7 @@ def attention(
     shown = scores
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
-        shown = scores if qk_matmul_output_mode == 1 else shown
-    elif qk_matmul_output_mode == 1:
+    if qk_matmul_output_mode == 1:
         shown = scores
     allowed = _allowed(q, k, past, nonpad_kv_seqlen, is_causal, left_window_size, right_window_size)
     bias = None

@@ -356,16 +356,15 @@ def constant_of_shape(input: Ints, *, value: float = 0.0, dtype: int = 1) -> Ten
 
 
 def range_(start: Ints | Tensor, limit: Ints | Tensor, delta: Ints | Tensor) -> Tensor:
-    """Range, of the type of its inputs; of shape values, int64 on the CPU."""
+    """Range on the CPU, of the type of its inputs; of shape values, int64."""
     tensor = next((x for x in (start, limit, delta) if isinstance(x, Tensor)), None)
     dtype = torch.int64 if tensor is None else tensor.dtype
-    device = None if tensor is None else tensor.device
     first, end, step = number(start), number(limit), number(delta)
     if not dtype.is_floating_point:
-        return torch.arange(first, end, step, dtype=dtype, device=device)
+        return torch.arange(first, end, step, dtype=dtype)
     # torch computes the count in the tensor's type, which may be one off for float16.
     count = max(math.ceil((end - first) / step), 0)
-    values: Tensor = torch.arange(count, dtype=torch.float64, device=device) * step + first
+    values: Tensor = torch.arange(count, dtype=torch.float64) * step + first
     return values.to(dtype)
 
 

@@ -30,7 +30,8 @@ Ints = Tensor | Sequence[int] | int
 class Row:
     """``function`` computes on tensors.
 
-    ``host`` names the inputs it reads on the host (shapes, axes, sizes): those may be lists or numbers.
+    ``host`` names the inputs it reads on the host (shapes, axes, sizes): those may be lists or numbers,
+    and a function that reads nothing else makes its result on the CPU.
     ``on_host`` computes the same op when all inputs are shape values (lists of integers, possibly
     symbolic); None where shape values must become tensors first. ``facts`` are passed by name.
     """

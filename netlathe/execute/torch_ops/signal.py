@@ -75,8 +75,7 @@ def _cosine_window(
 ) -> Tensor:
     """sum over k of terms[k] cos(2 pi k i / n), computed in float64."""
     count = number(size)
-    device = size.device if isinstance(size, Tensor) else None
-    i = torch.arange(count, dtype=torch.float64, device=device)
+    i = torch.arange(count, dtype=torch.float64)
     period = count if periodic else max(count - 1, 1)
     y = torch.zeros_like(i)
     for k, term in enumerate(terms):
