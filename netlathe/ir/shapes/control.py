@@ -14,6 +14,7 @@ from netlathe.ir.types import UNTYPED, Inference, Site, Type, infer_graph
 _MOST_ROUNDS = 8
 _SCALAR = Type(ir.DataType.INT64, ())
 _FLAG = Type(ir.DataType.BOOL, ())
+_BRANCHES = ("then_branch", "else_branch")
 
 
 def _graph(s: Site, name: str) -> ir.Graph:
@@ -24,17 +25,29 @@ def _graph(s: Site, name: str) -> ir.Graph:
 
 
 def _if(s: Site) -> list[Type]:
-    branches = [infer_graph(_graph(s, name), s.found) for name in ("then_branch", "else_branch")]
-    count = len(s.node.outputs)
-    for name, types in zip(("then_branch", "else_branch"), branches, strict=True):
-        if len(types) != count:
-            s.fail("arity", f"{name} has {len(types)} outputs, the node {count}")
-    out = []
-    for index, (a, b) in enumerate(zip(*branches, strict=True)):
+    condition = s.ints(0)
+    types: list[list[Type]] = []
+    for name in _BRANCHES:
+        problems, pins = len(s.found.problems), len(s.found.pins)
+        graph = _graph(s, name)
+        types.append(infer_graph(graph, s.found))
+        if len(graph.outputs) != len(s.node.outputs):
+            message = f"{name} has {len(graph.outputs)} outputs, the node {len(s.node.outputs)}"
+            s.fail("arity", message)
+        if not condition:
+            continue
+        if bool(condition[0]) == (name == "then_branch"):
+            for output, value in enumerate(graph.outputs):
+                s.remember(s.found.contents(value), output)
+        else:
+            # What the sizes rule out need not be right for them.
+            del s.found.problems[problems:], s.found.pins[pins:]
+    if condition:
+        return types[0 if condition[0] else 1]
+    for index, (a, b) in enumerate(zip(*types, strict=True)):
         if a.dtype is not None and b.dtype is not None and a.dtype != b.dtype:
             s.fail("dtype", f"output {index} is {a.dtype.name} or {b.dtype.name}")
-        out.append(_common(a, b))
-    return out
+    return [_common(a, b) for a, b in zip(*types, strict=True)]
 
 
 def _common(a: Type, b: Type) -> Type:

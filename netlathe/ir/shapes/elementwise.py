@@ -186,6 +186,13 @@ def _neg(s: Site) -> list[Type]:
     return [s.type()]
 
 
+def _relu(s: Site) -> list[Type]:
+    contents = s.contents(0)
+    if contents is not None:
+        s.remember([dims.largest(item, 0) for item in contents])
+    return [s.type()]
+
+
 _ROUNDING: Mapping[str, Callable[[sympy.Expr], sympy.Expr]] = {
     "Floor": sympy.floor,
     "Ceil": sympy.ceiling,
@@ -317,7 +324,7 @@ def _bernoulli(s: Site) -> list[Type]:
 
 _UNARY = (
     "Abs Acos Acosh Asin Asinh Atan Atanh BitwiseNot Celu Cos Cosh Elu Erf Exp Gelu HardSigmoid "
-    "HardSwish LeakyRelu Log Mish Reciprocal Relu Round Selu Shrink Sigmoid Sign Sin Sinh Softplus "
+    "HardSwish LeakyRelu Log Mish Reciprocal Round Selu Shrink Sigmoid Sign Sin Sinh Softplus "
     "Softsign Sqrt Swish Tan Tanh ThresholdedRelu"
 ).split()
 
@@ -345,5 +352,6 @@ RULES = {
     "Not": _not,
     "PRelu": _prelu,
     "Pow": _pow,
+    "Relu": _relu,
     "Where": _where,
 }

@@ -133,7 +133,7 @@ def _squeeze(s: Site) -> list[Type]:
         return [Type(s.dtype(), tuple(dim for dim in shape if dim != 1) if fixed else None)]
     axes = s.ints(1)
     if axes is None:
-        return [Type(s.dtype(), None)]
+        return [Type(s.dtype(), _of_rank(s, len(shape), -1))]
     gone = {s.checked_axis(axis, len(shape)) for axis in axes}
     for axis in gone:
         what = f"axis {axis} of {s.name(0)} must be 1 to be squeezed"
@@ -141,10 +141,21 @@ def _squeeze(s: Site) -> list[Type]:
     return [Type(s.dtype(), tuple(dim for i, dim in enumerate(shape) if i not in gone))]
 
 
+def _of_rank(s: Site, rank: int, sign: int) -> Shape | None:
+    """The rank with as many dims more or less as input 1 has elements."""
+    axes = s.shape(1)
+    count = axes[0] if axes else None
+    if not isinstance(count, int) or count > MOST_CONTENTS or rank + sign * count < 0:
+        return None
+    return (None,) * (rank + sign * count)
+
+
 def _unsqueeze(s: Site) -> list[Type]:
     shape, axes = s.shape(), s.ints(1)
-    if shape is None or axes is None:
+    if shape is None:
         return [Type(s.dtype(), None)]
+    if axes is None:
+        return [Type(s.dtype(), _of_rank(s, len(shape), 1))]
     rank = len(shape) + len(axes)
     new = {s.checked_axis(axis, rank) for axis in axes}
     if len(new) != len(axes):

@@ -15,8 +15,12 @@ def _check_scale(s: Site) -> None:
     """Input 1, the scale, fits input 0; input 2, the zero point, has the scale's shape."""
     shape, scale, zero = s.shape(), s.shape(1), s.shape(2)
     if scale is not None and zero is not None:
-        s.rank(2, len(scale))
-        for axis, (own, wanted) in enumerate(zip(zero, scale, strict=True)):
+        # One zero point for one scale may be a scalar or [1].
+        if len(zero) != len(scale) and any(
+            dims.same(dims.product(x), 1) is False for x in (scale, zero)
+        ):
+            s.fail("rank", "the zero point needs its scale's shape", *s.show(1, 2), help=_STALE)
+        for axis, (own, wanted) in enumerate(zip(zero, scale, strict=False)):
             what = f"axis {axis} of the zero point {s.name(2)} must be the scale's"
             s.equal(own, wanted, "width", what, *s.show(1, 2), help=_STALE)
     if shape is None or scale is None or not scale or dims.product(scale) == 1:
