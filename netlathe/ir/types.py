@@ -145,12 +145,7 @@ class Site:
             return None
         if value.const_value is None or value.is_graph_input():
             return self.found.reals.get(value)
-        tensor = value.const_value
-        if tensor.dtype not in _REAL or tensor.size > MOST_CONTENTS or len(tensor.shape) > 1:
-            return None
-        items = tensor.numpy().reshape(-1).tolist()
-        # A float is a rational number; sympy would otherwise compute with rounded decimals.
-        return tuple(sympy.Rational(x) if x - x == 0 else None for x in items)
+        return exact_reals(value.const_value)
 
     def name(self, index: int) -> str:
         """Name of an input, for messages."""
@@ -256,6 +251,17 @@ class Site:
         return self.equal(width, shape[0], "width", what, *self.show(0, index), help=help)
 
 
+def exact_reals(tensor: ir.TensorProtocol) -> tuple[sympy.Expr | None, ...] | None:
+    """The elements of a small float tensor as rational numbers; None where one is not finite.
+
+    sympy would compute with rounded decimals if it were given the floats themselves.
+    """
+    if tensor.dtype not in _REAL or tensor.size > MOST_CONTENTS or len(tensor.shape) > 1:
+        return None
+    items = tensor.numpy().reshape(-1).tolist()
+    return tuple(sympy.Rational(x) if x - x == 0 else None for x in items)
+
+
 def infer(model: ir.Model, malformed: Collection[ir.Node] = ()) -> Inference:
     """Derive the type of every value of the main graph and its subgraphs.
 
@@ -325,7 +331,7 @@ def _infer_graph(graph: ir.Graph, found: Inference, given: Sequence[Type] = ()) 
         if tensor is None:
             found.types[value] = recorded(value)
             continue
-        found.types[value] = Type(tensor.dtype, tuple(_fixed(dim) for dim in tensor.shape))
+        found.types[value] = Type(tensor.dtype, tuple(tensor.shape.numpy()))
         if not value.is_graph_input():
             _record_constant(value, tensor, found)
     for node in graph:
@@ -366,11 +372,6 @@ def _fresh(value: ir.Value, axis: int, found: Inference) -> Dim:
         number += 1
         name = f"{stem}_dim{axis}_{number}"
     return dims.symbol(name)
-
-
-def _fixed(dim: int | ir.SymbolicDim) -> int:
-    assert isinstance(dim, int), "a tensor has fixed dims"
-    return dim
 
 
 def _pair(

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import onnx_ir as ir
 
 from netlathe.ir import dims
 from netlathe.ir.dims import Dim
 from netlathe.ir.shapes.elementwise import same_dtype
-from netlathe.ir.types import MOST_CONTENTS, SHAPE_LIKE, Pin, Site, Type
+from netlathe.ir.types import MOST_CONTENTS, SHAPE_LIKE, Pin, Site, Type, exact_reals
 
 
 def _shape(s: Site) -> list[Type]:
@@ -32,24 +33,28 @@ def _constant(s: Site) -> list[Type]:
     for name, attribute in s.node.attributes.items():
         if name == "value":
             tensor = attribute.as_tensor()
-            return [constant_type(s, tensor)]
+            return [_constant_type(s, tensor)]
         if name in ("value_int", "value_ints"):
             items = (attribute.as_int(),) if name == "value_int" else tuple(attribute.as_ints())
             s.remember(items)
             return [Type(ir.DataType.INT64, () if name == "value_int" else (len(items),))]
         if name in ("value_float", "value_floats"):
-            count = () if name == "value_float" else (len(attribute.as_floats()),)
-            return [Type(ir.DataType.FLOAT, count)]
+            floats = [attribute.as_float()] if name == "value_float" else attribute.as_floats()
+            made = ir.tensor(np.array(floats, np.float32))
+            type_ = _constant_type(s, made)
+            return [type_ if name == "value_floats" else Type(type_.dtype, ())]
         if name in ("value_string", "value_strings"):
             count = () if name == "value_string" else (len(attribute.as_strings()),)
             return [Type(ir.DataType.STRING, count)]
     return []
 
 
-def constant_type(s: Site, tensor: ir.TensorProtocol) -> Type:
-    """Type of a constant; its contents are remembered if they may be a shape."""
+def _constant_type(s: Site, tensor: ir.TensorProtocol) -> Type:
+    """Type of a constant; its elements are remembered if they may be sizes."""
     if tensor.dtype in SHAPE_LIKE and len(tensor.shape) <= 1 and tensor.size <= MOST_CONTENTS:
         s.remember([int(item) for item in tensor.numpy().reshape(-1)])
+    elif (reals := exact_reals(tensor)) is not None:
+        s.found.reals[s.node.outputs[0]] = reals
     return Type(tensor.dtype, tuple(tensor.shape.numpy()))
 
 

@@ -49,7 +49,7 @@ def _recurrent(s: Site) -> list[Type]:
             s.equal(need, have, "width", what, *s.show(0, 1, 2, index), help=_STALE)
     if weight is not None and width is None:
         width = weight[2]
-    whole = (length, directions, batch, hidden)
+    whole: Shape = (length, directions, batch, hidden)
     if batch_first:
         whole = (batch, length, directions, hidden)
     return [Type(dtype, whole), Type(dtype, state), Type(dtype, state)]

@@ -55,13 +55,14 @@ def _windows(s: Site, spatial: Shape, kernel: Sequence[Dim]) -> Shape:
         # (kernel - 1) * dilation + 1
         extent = dims.add(dims.product((dims.subtract(width, 1), dilations[axis])), 1)
         room = dims.subtract(dims.add(size, begin + end), extent)
-        if isinstance(room, int) and room < 0:
-            s.fail("window", f"a window of {extent} does not fit axis {axis + 2}", *s.show(0, 1))
         if ceil:
-            fit = dims.add(dims.ceil_divide(room, stride), 1)
-            out.append(dims.smallest(fit, dims.ceil_divide(dims.add(size, begin), stride)))
+            count = dims.add(dims.ceil_divide(room, stride), 1)
+            count = dims.smallest(count, dims.ceil_divide(dims.add(size, begin), stride))
         else:
-            out.append(dims.add(dims.divide(room, stride), 1))
+            count = dims.add(dims.divide(room, stride), 1)
+        if isinstance(count, int) and count < 1:
+            s.fail("window", f"a window of {extent} does not fit axis {axis + 2}", *s.show(0, 1))
+        out.append(count)
     return tuple(out)
 
 
