@@ -188,7 +188,7 @@ def simplify(value: object) -> Dim:
     """An int where the expression is one, else the expression in sympy's canonical form."""
     if value is None or type(value) is int:
         return value
-    expression = sympy.sympify(value, strict=True)
+    expression: sympy.Expr = sympy.sympify(value, strict=True)
     return int(expression) if expression.is_Integer else expression
 
 

@@ -272,7 +272,7 @@ def infer(model: ir.Model, malformed: Collection[ir.Node] = ()) -> Inference:
     for value in model.graph.inputs:
         for dim in recorded(value).shape or ():
             if isinstance(dim, sympy.Expr):
-                found.dim_names.update({name.name: model.graph for name in dim.free_symbols})
+                found.dim_names.update({str(name): model.graph for name in dim.free_symbols})
     _infer_graph(model.graph, found)
     return found
 

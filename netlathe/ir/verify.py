@@ -414,7 +414,9 @@ def _baked(model: ir.Model, inference: types.Inference) -> Iterator[Diagnostic]:
                 message = f"{pin.a} must be {pin.b} here and {other.b} elsewhere"
                 yield _at(pin.node, "baked", message, (f"elsewhere: {show_node(other.node)}",))
             continue
-        difference = sympy.expand(sympy.sympify(pin.a) - sympy.sympify(pin.b))
+        difference = dims.subtract(pin.a, pin.b)
+        if not isinstance(difference, sympy.Expr):
+            continue
         symbols = difference.free_symbols
         if len(symbols) != 1 or not symbols <= free:
             continue

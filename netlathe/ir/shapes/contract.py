@@ -19,7 +19,7 @@ def product_shape(s: Site, a_index: int = 0, b_index: int = 1) -> Shape | None:
         return None
     s.least_rank(a_index, 1)
     s.least_rank(b_index, 1)
-    inner = b[-2] if len(b) > 1 else b[0]
+    inner = b[-2:][0]  # b's rows; a vector counts as a column
     what = f"{s.node.op_type} contracts the last axis of {s.name(a_index)} with {s.name(b_index)}"
     s.equal(a[-1], inner, "width", what, *s.show(a_index, b_index), help=_STALE)
     result = dims.broadcast((a[:-2], b[:-2]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from fractions import Fraction
 
 import numpy as np
 import onnx_ir as ir
@@ -258,7 +259,7 @@ def _resize(s: Site) -> list[Type]:
     return [Type(dtype, tuple(out))]
 
 
-def _crops(s: Site, count: int) -> list[float | None] | None:
+def _crops(s: Site, count: int) -> Sequence[float | None] | None:
     """The share of every axis inside the region of interest; None where there is none."""
     if s.text("coordinate_transformation_mode") != "tf_crop_and_resize":
         return None
@@ -280,10 +281,10 @@ def _scaled(dim: Dim, scale: sympy.Expr | None, crop: float) -> Dim:
         return dims.simplify(sympy.floor(sympy.cancel(scale * dim))) if crop == 1.0 else None
     if isinstance(dim, int):
         return math.floor(np.float32(dim) * np.float32(crop) * np.float32(float(scale)))
-    fraction = sympy.Rational(scale).limit_denominator(64)
+    fraction = Fraction(float(scale)).limit_denominator(64)
     if crop != 1.0 or np.float32(float(fraction)) != np.float32(float(scale)):
         return None
-    return dims.simplify(sympy.floor(dim * fraction))
+    return dims.divide(dims.product((dim, fraction.numerator)), fraction.denominator)
 
 
 def _kept_aspect(s: Site, shape: Shape, at: list[int], sizes: Shape | None) -> Sequence[Dim]:
