@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, reduce
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import onnx_ir as ir
 import sympy
@@ -188,7 +188,7 @@ def simplify(value: object) -> Dim:
     """An int where the expression is one, else the expression in sympy's canonical form."""
     if value is None or type(value) is int:
         return value
-    expression: sympy.Expr = sympy.sympify(value, strict=True)
+    expression: Any = sympy.sympify(value, strict=True)
     return int(expression) if expression.is_Integer else expression
 
 

@@ -134,6 +134,7 @@ def _scatter_nd(s: Site) -> list[Type]:
 
 def _top_k(s: Site) -> list[Type]:
     shape, k = s.shape(), s.contents(1)
+    s.vector(1, 1, "k is one number")
     if shape is None:
         return [Type(s.dtype(), None), Type(ir.DataType.INT64, None)]
     s.least_rank(0, 1)

@@ -22,6 +22,10 @@ def _dft(s: Site) -> list[Type]:
         return [Type(s.dtype(), None)]
     s.least_rank(0, 2)
     inverse, onesided = s.integer("inverse") == 1, s.integer("onesided") == 1
+    wanted = (2,) if onesided and inverse else (1,) if onesided else (1, 2)
+    if isinstance(shape[-1], int) and shape[-1] not in wanted:
+        message = f"the last axis of {s.name(0)} has {shape[-1]} parts, not {' or '.join(map(str, wanted))}"
+        s.fail("width", message, *s.show(0), help="1 is for real data, 2 for complex data")
     axis = _scalar(s, 2) if s.has(2) else -2
     if not isinstance(axis, int):
         return [Type(s.dtype(), (*(None,) * (len(shape) - 1), 1 if inverse and onesided else 2))]

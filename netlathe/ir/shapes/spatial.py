@@ -218,7 +218,13 @@ def _max_unpool(s: Site) -> list[Type]:
     if shape is None:
         return [Type(s.dtype(), None)]
     s.least_rank(0, 3)
+    indices = s.shape(1)
+    if indices is not None:
+        s.rank(1, len(shape))
+        for axis, (a, b) in enumerate(zip(shape, indices, strict=True)):
+            s.equal(a, b, "width", f"axis {axis} of the indices must be the data's", *s.show(0, 1))
     if s.has(2):
+        s.vector(2, len(shape), "output_shape has one entry per dim")
         return [Type(s.dtype(), s.contents(2) or (None,) * len(shape))]
     rank = len(shape) - 2
     kernel = _setting(s, "kernel_shape", rank, 1)
@@ -358,6 +364,13 @@ def _col2im(s: Site) -> list[Type]:
     columns = None if shape is None else shape[1]
     if isinstance(columns, int) and isinstance(taps, int) and (taps <= 0 or columns % taps):
         s.fail("width", f"blocks of {taps} do not divide the {columns} columns", *s.show(0))
+    if block is not None and len(block) != len(image):
+        s.fail("attribute", f"a block of {len(block)} axes for an image of {len(image)}")
+    if block is not None and shape is not None:
+        # One column per place of the block in the image: as many as a convolution has windows.
+        places = dims.product(_windows(s, image, block))
+        what = f"{s.name(0)} needs one column per place of the block in the image"
+        s.equal(shape[2], places, "width", what, *s.show(0))
     batch = None if shape is None else shape[0]
     return [Type(s.dtype(), (batch, dims.divide(columns, taps), *image))]
 
