@@ -10,6 +10,7 @@ Nothing is unpickled and no code from the directory is run.
 from __future__ import annotations
 
 import contextlib
+import difflib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ import torch
 import transformers
 from torch import nn
 
-from netlathe.diagnostics import CaptureError, Diagnostic, InputError, did_you_mean
+from netlathe.diagnostics import CaptureError, Diagnostic, InputError
 from netlathe.frontends.checkpoint import StoredTensor, read_checkpoint
 from netlathe.frontends.compare import Original
 from netlathe.frontends.finish import finish
@@ -161,7 +162,7 @@ def _read_config(folder: Path) -> tuple[Any, type[Any]]:
     names = raw.get("architectures") or []
     model_class = getattr(transformers, names[0], None) if names else None
     if names and model_class is None:
-        known = [n for n in dir(transformers) if n.endswith(names[0].rsplit("For", 1)[-1])]
+        near = difflib.get_close_matches(names[0], dir(transformers), n=3, cutoff=0.8)
         custom = "auto_map" in raw
         raise InputError(
             Diagnostic(
@@ -169,8 +170,8 @@ def _read_config(folder: Path) -> tuple[Any, type[Any]]:
                 f"unknown architecture {names[0]!r} (transformers {transformers.__version__})",
                 at=str(file),
                 notes=("the folder brings its own code, which is not run",) if custom else (),
-                help=did_you_mean(names[0], known)
-                if known and not custom
+                help=f"did you mean {' or '.join(near)}?"
+                if near and not custom
                 else "load the model yourself and capture it as a module with example inputs",
             )
         )

@@ -171,7 +171,6 @@ def export(
     names = [n for n, leaf in named if isinstance(leaf, torch.Tensor)]
     tensors = [leaf for _, leaf in named if isinstance(leaf, torch.Tensor)]
     flat = FlatModule(module, spec, [leaf for _, leaf in named], inside)
-    flat.train(module.training)
 
     entries = [
         Entry(n, "applied", f"argument fixed to {leaf!r} in the graph")

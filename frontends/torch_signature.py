@@ -277,6 +277,8 @@ def name_dims(
     sizes: dict[str, int] = {}
     for position, (value, tensor) in enumerate(zip(inputs, tensors, strict=True)):
         assert value.shape is not None
+        # A dim that the module turned out to fix is written as a symbol all the same: "8".
+        value.shape = ir.Shape([int(str(d)) if str(d).isdigit() else d for d in value.shape])
         for axis, dim in enumerate(value.shape):
             given = table[position].get(axis) if table is not None else None
             if isinstance(dim, int):

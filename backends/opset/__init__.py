@@ -19,8 +19,11 @@ from netlathe.ir import edit, printing, provenance
 
 from . import attention, bits, functions, legal, movement, norms, quantize, reduce
 from .builder import Builder, Gap, Shared
+from .legal import IR_OPSET
 
-OPSETS = range(17, legal.IR_OPSET + 1)
+__all__ = ["IR_OPSET", "OPSETS", "gaps", "lower"]
+
+OPSETS = range(17, IR_OPSET + 1)
 
 # A rule returns the values that replace the node's outputs, or None: it stays, perhaps edited in
 # place. Other ops it writes are in the IR's opset; its own op as the target wants it.
@@ -70,7 +73,7 @@ def lower(model: ir.Model, opset: int) -> None:
             half rewritten and of no more use.
     """
     gaps: list[Diagnostic] = []
-    if opset != legal.IR_OPSET:
+    if opset != IR_OPSET:
         _lower_graph(model.graph, opset, Shared(edit.names_in(model.graph)), gaps)
         for function in model.functions.values():
             names = edit.names_in(function.graph)
@@ -163,7 +166,7 @@ def _rewrite(b: Builder) -> list[ir.Value] | None:
 
 def _drop_defaults(node: ir.Node, opset: int) -> None:
     """Take off attributes that the older schema lacks and that ask for what it always did."""
-    new, old = legal.schema(node.op_type, legal.IR_OPSET), legal.schema(node.op_type, opset)
+    new, old = legal.schema(node.op_type, IR_OPSET), legal.schema(node.op_type, opset)
     if new is None or old is None:
         return
     for name, attribute in tuple(node.attributes.items()):

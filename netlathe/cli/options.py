@@ -31,7 +31,7 @@ def passes() -> Decorator:
         return click.option(
             "--passes",
             metavar="TEXT",
-            help='What to run, in order, such as "cleanup, drop(kind=\'ffn\', count=1)".',
+            help="What to run, in order, such as \"cleanup, drop(kind='ffn', count=1)\".",
         )(function)
 
     return add

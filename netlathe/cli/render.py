@@ -27,7 +27,12 @@ class Bars:
     def track(self, items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
         """Yield ``items`` while drawing how many are done."""
         yield from rich.progress.track(
-            items, description, total=total, console=err, transient=True, disable=not err.is_terminal
+            items,
+            description,
+            total=total,
+            console=err,
+            transient=True,
+            disable=not err.is_terminal,
         )
 
 

@@ -14,8 +14,6 @@ def targets(as_json: bool) -> None:
     """List the targets that --target takes, ours and those of installed plugins."""
     found = [target for backend in registry.backends().values() for target in backend.targets()]
     if as_json:
-        render.print_json(
-            [{"name": t.name, "backend": t.backend, "help": t.help} for t in found]
-        )
+        render.print_json([{"name": t.name, "backend": t.backend, "help": t.help} for t in found])
         return
     render.table("", ("target", "backend", ""), ((t.name, t.backend, t.help) for t in found))

@@ -1,12 +1,16 @@
 """Running the IR in ONNX Runtime, the judge of what we export, without ever holding all weights.
 
 The graph is cut into consecutive ranges of nodes whose weights fit ``max_bytes``; each range is one
-session, fed with what the ranges before it left. A model below that size is one session.
-Optimizations are off unless asked for, so that what runs is what stands in the graph.
+session, fed with what the ranges before it left. A model below that size is one session. Weights of
+a session are handed over where they lie (mapped files stay mapped), not copied into its model.
+Optimizations are off unless asked for, so that what runs is what stands in the graph, but for two
+things that ONNX Runtime has no CPU kernel for: Swish (opset 25) runs as Sigmoid and Mul, and bfloat16
+arithmetic as float32 arithmetic that is rounded to bfloat16 after every node.
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,9 +29,10 @@ from netlathe.ir.provenance import module_path
 Arrays = dict[str, npt.NDArray[Any]]
 
 SEGMENT_BYTES = 512 << 20
+THREADS_VARIABLE = "NETLATHE_THREADS"  # environment variable: how many threads ONNX Runtime may use
 # Weights up to this size are written into the session's model: shape inference looks at them.
 _INLINE_BYTES = 4096
-# dtypes whose numpy arrays ONNX Runtime takes as they are; the others travel as raw bytes.
+# dtypes whose numpy arrays ONNX Runtime takes as they are.
 _NUMPY_DTYPES = frozenset(
     {
         ir.DataType.FLOAT,
@@ -46,6 +51,19 @@ _NUMPY_DTYPES = frozenset(
 )
 
 
+# Whole-byte dtypes that numpy lacks: they are handed over as the integers that hold their bits. The
+# rest (4 bits and less, strings) is written into the session's model.
+_AS_BITS: dict[ir.DataType, type[np.unsignedinteger[Any]]] = {
+    ir.DataType.BFLOAT16: np.uint16,
+    ir.DataType.FLOAT8E4M3FN: np.uint8,
+    ir.DataType.FLOAT8E4M3FNUZ: np.uint8,
+    ir.DataType.FLOAT8E5M2: np.uint8,
+    ir.DataType.FLOAT8E5M2FNUZ: np.uint8,
+}
+# What moves or converts bits runs on bfloat16 as it is.
+_RUNS_ON_BFLOAT16 = frozenset({"Cast", "Identity", "If", "Loop", "Scan"})
+
+
 class RuntimeFailure(NetLatheError):
     """ONNX Runtime refused a model or failed while running it."""
 
@@ -61,8 +79,9 @@ def run(
 ) -> Arrays:
     """Evaluate ``model`` on ``feeds`` and return ``outputs`` by name (default: the graph's outputs).
 
-    Any value of the main graph may be asked for. bfloat16 and narrower floats come back as
-    ``ml_dtypes`` arrays only where ONNX Runtime can hand them out.
+    Any value of the main graph may be asked for; bfloat16 and the 8-bit floats come back as
+    ``ml_dtypes`` arrays. ``max_bytes`` bounds the weights held at once, ``threads`` is how many threads
+    may compute (default: NETLATHE_THREADS, else all that this process may use).
 
     Raises:
         InputError: a feed is missing, unknown or of another dtype or rank; or an output is unknown.
@@ -98,7 +117,7 @@ class Session:
         self._model = model
         self._graph = model.graph
         self._optimize = optimize
-        self._threads = threads or len(os.sched_getaffinity(0))
+        self._threads = threads or default_threads()
         self.outputs = tuple(
             dict.fromkeys(outputs if outputs is not None else _names(model.graph.outputs))
         )
@@ -108,27 +127,32 @@ class Session:
     def run(self, feeds: Mapping[str, npt.NDArray[Any]]) -> Arrays:
         """Evaluate once; see :func:`run` for what it raises."""
         self._check(feeds)
-        held: Arrays = dict(feeds)
+        held = {name: _to_ort(array) for name, array in feeds.items()}
+        for value in self._graph.inputs:  # an input with a default that was not given
+            if value.name and value.name not in held and value.const_value is not None:
+                held[value.name] = _to_ort(value.const_value.numpy())
         for number, segment in enumerate(self._segments):
             session = self._kept or self._session(segment, held)
             if len(self._segments) == 1:
                 self._kept = session
             try:
-                results = session.run(
+                results = session.run_with_ort_values(
                     list(segment.outputs), {name: held[name] for name in segment.inputs}
                 )
             except Exception as error:
                 raise self._failure(error, segment.nodes) from error
+            del session  # before the next segment's weights are read
             held.update(zip(segment.outputs, results, strict=True))
             later = {name for rest in self._segments[number + 1 :] for name in rest.inputs}
             held = {n: a for n, a in held.items() if n in later or n in self.outputs}
-        weights = self._graph.initializers
-        for name in self.outputs:
-            if name not in held and name in weights:
-                tensor = weights[name].const_value
-                assert tensor is not None
-                held[name] = tensor.numpy()
-        return {name: held[name] for name in self.outputs}
+        return {name: self._result(name, held) for name in self.outputs}
+
+    def _result(self, name: str, held: Mapping[str, onnxruntime.OrtValue]) -> npt.NDArray[Any]:
+        if name in held:
+            return _from_ort(held[name])
+        tensor = self._graph.initializers[name].const_value
+        assert tensor is not None  # _cut accepts no other name
+        return tensor.numpy()
 
     # -- cutting ----------------------------------------------------------------------------------
 
@@ -174,7 +198,9 @@ class Session:
 
     # -- sessions ---------------------------------------------------------------------------------
 
-    def _session(self, segment: _Segment, held: Arrays) -> onnxruntime.InferenceSession:
+    def _session(
+        self, segment: _Segment, held: Mapping[str, onnxruntime.OrtValue]
+    ) -> onnxruntime.InferenceSession:
         settings = onnxruntime.SessionOptions()
         settings.log_severity_level = 4
         settings.intra_op_num_threads = self._threads
@@ -197,42 +223,40 @@ class Session:
             raise self._failure(error, segment.nodes) from error
 
     def _proto(
-        self, segment: _Segment, held: Arrays
+        self, segment: _Segment, held: Mapping[str, onnxruntime.OrtValue]
     ) -> tuple[onnx.ModelProto, list[str], list[onnxruntime.OrtValue]]:
         graph = onnx.GraphProto(name=self._graph.name or "main")
-        graph.node.extend(ir.serde.serialize_node(node) for node in segment.nodes)
-        graph_inputs = {value.name: value for value in self._graph.inputs}
+        for node in segment.nodes:
+            graph.node.extend(_runnable(node))
+        read = {v.name: v for node in segment.nodes for v in _reads(node) if v.name}
         for name in segment.inputs:
-            if name in graph_inputs:
-                graph.input.append(ir.serde.serialize_value(graph_inputs[name]))
-            else:
-                element = onnx.helper.np_dtype_to_tensor_dtype(held[name].dtype)
+            if read[name].is_graph_input() or not held[name].is_tensor():
+                graph.input.append(ir.serde.serialize_value(read[name]))
+            else:  # by what it is: a recorded type may be absent
+                element = held[name].element_type()
                 graph.input.append(onnx.helper.make_tensor_value_info(name, element, None))
         graph.output.extend(onnx.ValueInfoProto(name=name) for name in segment.outputs)
-        weights = {v.name: v for node in segment.nodes for v in _reads(node) if _is_weight(v)}
         names, values = [], []
-        for name, value in sorted(weights.items(), key=lambda item: item[0] or ""):
+        for name, value in sorted(read.items()):
             tensor = value.const_value
-            assert name is not None and tensor is not None
-            if tensor.nbytes <= _INLINE_BYTES or tensor.dtype not in _NUMPY_DTYPES:
-                inline = onnx.TensorProto(
-                    name=name, data_type=tensor.dtype.value, dims=[int(d) for d in tensor.shape]
-                )
+            if tensor is None or not _is_weight(value):
+                continue
+            dims = tensor.shape.numpy()
+            whole = tensor.dtype in _NUMPY_DTYPES or tensor.dtype in _AS_BITS
+            if tensor.nbytes <= _INLINE_BYTES or not whole:
+                inline = onnx.TensorProto(name=name, data_type=tensor.dtype.value, dims=dims)
                 if tensor.dtype == ir.DataType.STRING:
                     ir.serde.serialize_tensor_into(inline, tensor)
                 else:
                     inline.raw_data = tensor.tobytes()
                 graph.initializer.append(inline)
                 continue
-            outside = graph.initializer.add(
-                name=name, data_type=tensor.dtype.value, dims=[int(d) for d in tensor.shape]
-            )
+            outside = graph.initializer.add(name=name, data_type=tensor.dtype.value, dims=dims)
             outside.data_location = onnx.TensorProto.EXTERNAL
             outside.external_data.add(key="location", value="memory")
             names.append(name)
             # On the CPU the value shares the array's memory; it keeps the array alive.
-            array = np.ascontiguousarray(tensor.numpy())
-            values.append(onnxruntime.OrtValue.ortvalue_from_numpy(array))
+            values.append(_to_ort(tensor.numpy()))
         opsets = [onnx.helper.make_opsetid(d, v) for d, v in self._graph.opset_imports.items()]
         functions = [ir.serde.serialize_function(f) for f in self._model.functions.values()]
         proto = onnx.helper.make_model(
@@ -282,6 +306,101 @@ class Session:
         )
 
 
+def default_threads() -> int:
+    """NETLATHE_THREADS, else the number of CPUs this process may run on.
+
+    Raises:
+        InputError: NETLATHE_THREADS is not a positive number.
+    """
+    given = os.environ.get(THREADS_VARIABLE)
+    if given is None:
+        affinity = getattr(os, "sched_getaffinity", None)  # not on macOS and Windows
+        return len(affinity(0)) if affinity else os.cpu_count() or 1
+    if not given.isdigit() or int(given) < 1:
+        raise InputError(
+            Diagnostic(
+                "run.threads", f"{THREADS_VARIABLE} must be a positive number, not {given!r}"
+            )
+        )
+    return int(given)
+
+
+def _to_ort(array: npt.NDArray[Any]) -> onnxruntime.OrtValue:
+    array = np.ascontiguousarray(array).reshape(array.shape)  # a scalar stays one
+    if array.dtype.kind in "OUS":  # strings
+        return onnxruntime.OrtValue.ortvalue_from_numpy(array)
+    dtype = ir.DataType.from_numpy(array.dtype)
+    bits = _AS_BITS.get(dtype)
+    if bits is None:
+        return onnxruntime.OrtValue.ortvalue_from_numpy(array)
+    return onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(array.view(bits), dtype.value)
+
+
+def _from_ort(value: onnxruntime.OrtValue) -> npt.NDArray[Any]:
+    if not value.is_tensor() or ir.DataType(value.element_type()) not in _AS_BITS:
+        array: npt.NDArray[Any] = value.numpy()
+        return array
+    dtype = ir.DataType(value.element_type())
+    shape = tuple(value.shape())
+    size = int(np.prod(shape, dtype=np.int64)) * dtype.numpy().itemsize
+    data = ctypes.string_at(value.data_ptr(), size) if size else b""
+    return np.frombuffer(data, dtype.numpy()).reshape(shape)
+
+
+def _runnable(node: ir.Node) -> list[onnx.NodeProto]:
+    """The node as ONNX Runtime can run it; only what it has no kernel for is spelled differently."""
+    if node.domain in ("", "ai.onnx") and node.op_type not in _RUNS_ON_BFLOAT16:
+        floats = [v for v in (*node.inputs, *node.outputs) if v is not None]
+        if any(v.dtype == ir.DataType.BFLOAT16 for v in floats):
+            return _in_float32(node)
+    return _spelled(ir.serde.serialize_node(node))
+
+
+def _spelled(node: onnx.NodeProto) -> list[onnx.NodeProto]:
+    """Swish as Sigmoid and Mul; anything else, and what its subgraphs hold, likewise."""
+    for attribute in node.attribute:
+        if attribute.type == onnx.AttributeProto.GRAPH:
+            inner = [made for old in attribute.g.node for made in _spelled(old)]
+            del attribute.g.node[:]
+            attribute.g.node.extend(inner)
+    if node.op_type != "Swish" or node.domain not in ("", "ai.onnx"):
+        return [node]
+    alpha = next((a.f for a in node.attribute if a.name == "alpha"), 1.0)
+    (x,), (y,), made = node.input, node.output, []
+    scaled = x
+    if alpha != 1.0:
+        scaled = f"{y}/scaled"
+        factor = onnx.helper.make_node("Constant", [], [f"{y}/alpha"], value_float=alpha)
+        like = onnx.helper.make_node("CastLike", [f"{y}/alpha", x], [f"{y}/alpha_like"])
+        times = onnx.helper.make_node("Mul", [x, f"{y}/alpha_like"], [scaled])
+        made = [factor, like, times]
+    gate = onnx.helper.make_node("Sigmoid", [scaled], [f"{y}/gate"], name=node.name)
+    return [*made, gate, onnx.helper.make_node("Mul", [x, f"{y}/gate"], [y])]
+
+
+def _in_float32(node: ir.Node) -> list[onnx.NodeProto]:
+    """A bfloat16 node as float32 arithmetic on widened inputs, its results rounded to bfloat16."""
+    proto = ir.serde.serialize_node(node)
+    widen, rounded = [], []
+    for position, value in enumerate(node.inputs):
+        if value is not None and value.dtype == ir.DataType.BFLOAT16:
+            wide = f"{node.outputs[0].name}/input_{position}"
+            to = onnx.TensorProto.FLOAT
+            widen.append(onnx.helper.make_node("Cast", [value.name or ""], [wide], to=to))
+            proto.input[position] = wide
+    for position, value in enumerate(node.outputs):
+        if value.name and value.dtype == ir.DataType.BFLOAT16:
+            wide, to = f"{value.name}/wide", onnx.TensorProto.BFLOAT16
+            rounded.append(onnx.helper.make_node("Cast", [wide], [value.name], to=to))
+            proto.output[position] = wide
+    for (
+        attribute
+    ) in proto.attribute:  # output_dtype of QuantizeLinear's family, dtype of generators
+        if attribute.name.endswith("dtype") and attribute.i == onnx.TensorProto.BFLOAT16:
+            attribute.i = onnx.TensorProto.FLOAT
+    return [*widen, *_spelled(proto), *rounded]
+
+
 def _names(values: Iterable[ir.Value]) -> list[str]:
     return [value.name for value in values if value.name]
 
@@ -316,5 +435,5 @@ def _ancestors(producers: Mapping[str, ir.Node], outputs: Iterable[str]) -> set[
         if node in needed:
             continue
         needed.add(node)
-        stack += [producers[v.name] for v in _reads(node) if v.name in producers]
+        stack += [producers[v.name] for v in _reads(node) if v.name and v.name in producers]
     return needed

@@ -1,4 +1,4 @@
-"""Brings every Attention to the IR's form: 4-D operands, key and value heads not repeated, one scale.
+"""Brings every Attention to the IR's form: 4-D, heads not repeated, one scale, a mask per query.
 
 Attention(q [b,s,h*d], ..., q_num_heads=h)      -> transposed to [b,h,s,d] before, back after
 k = repeat_interleave(k [b,kv,t,d], over heads) -> k itself: Attention groups query heads
@@ -7,7 +7,7 @@ Attention(c * q, k, scale=z)                    -> Attention(q, k, scale=c*z)
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,7 @@ from netlathe.passes.normalize.match import (
     numbers_of,
     operands,
 )
+from netlathe.passes.normalize.raise_attention import mask_per_query
 from netlathe.passes.normalize.rewrite import Builder, Dims, Proposal, dims_of, text_of
 
 
@@ -33,7 +34,8 @@ class AttentionForms:
             if node.domain == "" and node.op_type == "Attention":
                 q, k, v = operands(node)[:3]
                 merged = q.shape is not None and len(q.shape) == 3
-                if merged or _repeats(k) or _repeats(v) or _is_scaled(q) or _is_scaled(k):
+                changed = _repeats(k) or _repeats(v) or _is_scaled(q) or _is_scaled(k)
+                if merged or changed or _mask_broadcasts(node):
                     yield node
 
     def propose(self, anchor: ir.Node) -> Proposal:
@@ -63,21 +65,28 @@ class AttentionForms:
         if _repeats(k) or _repeats(v):
             k, v, repeats = _unrepeated(k, v)
             says.append(f"key and value heads are no longer repeated {repeats} times")
-        return _rebuilt(build, anchor, (q, k, v), attributes, three_dims, "; ".join(says))
+        rest = list(anchor.inputs)[3:]
+        if _mask_broadcasts(anchor):
+            mask = operands(anchor)[3]
+            rest[0] = mask_per_query(build, mask, q)
+            says.append(f"a mask {text_of(dims_of(mask))} has a row per query")
+        if not says:
+            raise NoMatch("the scale before it cannot move into it", anchor)
+        return _rebuilt(build, anchor, [q, k, v, *rest], attributes, three_dims, "; ".join(says))
 
 
 def _rebuilt(
     build: Builder,
     anchor: ir.Node,
-    qkv: tuple[ir.Value, ir.Value, ir.Value],
+    inputs: Sequence[ir.Value | None],
     attributes: dict[str, Any],
     three_dims: bool,
     says: str,
 ) -> Proposal:
-    q, _, v = qkv
+    q, v = inputs[0], inputs[2]
+    assert q is not None and v is not None
     (b, h, s, _), width = dims_of(q, rank=4), dims_of(v, rank=4)[3]
-    rest = list(anchor.inputs)[3:]
-    attended = build.op("Attention", *qkv, *rest, shape=(b, h, s, width), **attributes)
+    attended = build.op("Attention", *inputs, shape=(b, h, s, width), **attributes)
     node = build.nodes[-1]
     outputs = {anchor.outputs[0]: attended}
     if len(anchor.outputs) > 1:
@@ -97,6 +106,16 @@ def _default(dims: Dims) -> float:
     if not isinstance(dims[3], int):
         raise NoMatch(f"the width of heads {text_of(dims)} is not fixed, and no scale is given")
     return 1.0 / float(np.sqrt(dims[3]))
+
+
+def _mask_broadcasts(node: ir.Node) -> bool:
+    """Whether the mask has one row for all queries, and there are several."""
+    mask = node.inputs[3] if len(node.inputs) > 3 else None
+    q = node.inputs[0]
+    if mask is None or mask.shape is None or q is None or q.shape is None:
+        return False
+    queries = q.shape[-2]
+    return queries != 1 and (len(mask.shape) == 1 or mask.shape[-2] == 1)
 
 
 # -- three dims -----------------------------------------------------------------------------------

@@ -19,7 +19,8 @@ import numpy.typing as npt
 import onnx_ir as ir
 import onnxruntime
 
-from netlathe.passes.normalize.match import NoMatch, array_of
+from netlathe.ir.edit import const_array
+from netlathe.passes.normalize.match import NoMatch
 from netlathe.passes.normalize.rewrite import Trial
 
 TOLERANCE = 1e-5  # max|raised - matched| as a share of the RMS: two float32 orders of summation
@@ -130,7 +131,7 @@ class _Region:
         text: list[str] = [trial]
         text += [f"{value.dtype} {value.shape}" for value in self.inputs]
         for value in self.constants:
-            array = array_of(value)
+            array = const_array(value)
             assert array is not None
             digest = hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()
             text.append(f"{array.dtype}{array.shape}{digest}")
@@ -186,7 +187,7 @@ def _walk(roots: Iterable[ir.Value], *, stops: frozenset[ir.Value], into_graph: 
         seen.add(value)
         node = value.producer()
         at_edge = node is not None and node.graph is not None and not into_graph
-        if node is None or value in stops or at_edge or array_of(value) is not None:
+        if node is None or value in stops or at_edge or const_array(value) is not None:
             walk.leaves.append(value)
             return
         if node in made:
@@ -215,7 +216,7 @@ def _walk(roots: Iterable[ir.Value], *, stops: frozenset[ir.Value], into_graph: 
 
 def _kept(leaf: ir.Value, shared: bool) -> bool:
     """Whether a leaf keeps its bytes: a constant, unless it is a weight that both sides read."""
-    array = array_of(leaf)
+    array = const_array(leaf)
     return array is not None and not (shared and array.size > 1 and leaf.dtype in FLOATS)
 
 
@@ -262,7 +263,7 @@ def _session(region: _Region, side: _Side) -> onnxruntime.InferenceSession:
         )
     initializers = []
     for i, value in enumerate(region.constants):
-        array = array_of(value)
+        array = const_array(value)
         assert array is not None
         if value.dtype in HALF:
             array = array.astype(np.float32)
@@ -294,7 +295,7 @@ def _session(region: _Region, side: _Side) -> onnxruntime.InferenceSession:
         results,
         nodes=nodes,
         initializers=initializers,
-        opset_imports={"": JUDGE_OPSET},
+        opset_imports={"": _opset(side)},
         name="region",
     )
     proto = ir.to_proto(ir.Model(graph, ir_version=10))
@@ -308,6 +309,14 @@ def _session(region: _Region, side: _Side) -> onnxruntime.InferenceSession:
         )
     except _RUNTIME_ERRORS as error:
         raise NoMatch(f"ONNX Runtime does not take it: {_first_line(error)}") from error
+
+
+def _opset(side: _Side) -> int:
+    """25, the IR's; but 24 with Swish, which ONNX Runtime 1.32 expands up to there only.
+
+    At 25 it expands Attention by the standard's own definition instead of taking its kernel.
+    """
+    return 24 if any(node.op_type == "Swish" for node in side.nodes) else 25
 
 
 def _outputs(
@@ -332,7 +341,9 @@ _RUNTIME_ERRORS = _runtime_errors()
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0][:200]
+    """The part of ONNX Runtime's message that says what is wrong."""
+    text = str(error).splitlines()[0].rpartition("Status Message: ")[2]
+    return text.split(".cc:")[-1][-160:]
 
 
 def _judged_dtype(dtype: ir.DataType | None) -> ir.DataType:

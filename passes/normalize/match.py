@@ -17,8 +17,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy.typing as npt
 import onnx_ir as ir
+
+from netlathe.ir.edit import const_array
 
 COMMUTATIVE = frozenset({"Add", "Mul", "And", "Or", "Max", "Min"})
 NUMBER_RTOL = 1e-5  # constants such as sqrt(2/pi) are often written with six digits
@@ -131,7 +132,7 @@ def product(a: Pattern, b: Pattern, c: Pattern) -> Pattern:
 
 
 def outermost(pattern: Pattern, anchor: ir.Node, through: Sequence[str], hops: int) -> Found:
-    """The match of ``pattern`` that contains ``anchor`` and ends furthest after it.
+    """The match of ``pattern`` that contains ``anchor`` and ends at it or furthest after it.
 
     Raises:
         NoMatch: nothing within ``hops`` nodes of the types ``through`` after ``anchor`` matches.
@@ -139,14 +140,14 @@ def outermost(pattern: Pattern, anchor: ir.Node, through: Sequence[str], hops: i
     misses = Misses()
     best: Found | None = None
     frontier = [anchor]
-    for _ in range(hops):
-        readers = [user for node in frontier for user, _ in node.outputs[0].uses()]
-        frontier = [n for n in dict.fromkeys(readers) if n.domain == "" and n.op_type in through]
+    for _ in range(hops + 1):
         for node in frontier:
             for found in pattern.attempts(node.outputs[0], Found(), misses):
                 if anchor in found.nodes:
                     best = found
                     break
+        readers = dict.fromkeys(user for node in frontier for user, _ in node.outputs[0].uses())
+        frontier = [node for node in readers if node.domain == "" and node.op_type in through]
     if best is None:
         reason = misses.reason or f"nothing reads {shown(anchor.outputs[0])} as expected"
         raise NoMatch(reason, misses.node or anchor)
@@ -156,30 +157,17 @@ def outermost(pattern: Pattern, anchor: ir.Node, through: Sequence[str], hops: i
 # -- looking at values ----------------------------------------------------------------------------
 
 
-def array_of(value: ir.Value | None) -> npt.NDArray[Any] | None:
-    """The constant behind ``value``, or None where it is computed or given at run time."""
-    if value is None or value.is_graph_input():
-        return None
-    node = value.producer()
-    if node is not None and not (node.op_type == "Constant" and node.domain == ""):
-        return None
-    tensor = value.const_value
-    if tensor is None and node is not None:
-        tensor = ir.convenience.get_const_tensor(value)
-    return None if tensor is None else tensor.numpy()
-
-
 def number_of(value: ir.Value | None) -> float | None:
     """The one number that ``value`` holds, or None."""
     if value is None or (value.shape is not None and any(d != 1 for d in value.shape)):
         return None  # without touching the bytes of a large weight
-    array = array_of(value)
+    array = const_array(value)
     return float(array.reshape(-1)[0]) if array is not None and array.size == 1 else None
 
 
 def numbers_of(value: ir.Value | None) -> tuple[int, ...] | None:
     """The integers that a constant such as Reshape's target holds, or None."""
-    array = array_of(value)
+    array = const_array(value)
     if array is None or array.dtype.kind not in "iu":
         return None
     return tuple(int(n) for n in array.reshape(-1))

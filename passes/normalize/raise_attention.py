@@ -108,6 +108,7 @@ def _attend(
         held, wanted = dims_of(mask), (b, h, s, t)
         if not held or not broadcasts_to(held, wanted) or held[-1] != t:
             raise NoMatch(f"a mask {text_of(held)} does not broadcast to {text_of(wanted)}")
+        mask = mask_per_query(build, mask, q)
     attributes: dict[str, int | float] = {
         "scale": scores.scale,
         "softcap": scores.softcap,
@@ -123,6 +124,15 @@ def _proposal(build: Builder, root: ir.Value, raised: ir.Value, says: str) -> Pr
     if dims_of(root) != dims_of(raised):
         raise NoMatch(f"the result is {text_of(dims_of(root))}, not {text_of(dims_of(raised))}")
     return Proposal("Attention", {root: raised}, build, says)
+
+
+def mask_per_query(build: Builder, mask: ir.Value, q: ir.Value) -> ir.Value:
+    """``mask`` with a row per query: ONNX Runtime's kernel takes none that broadcasts over them."""
+    dims, queries = dims_of(mask), dims_of(q, rank=4)[2]
+    if len(dims) < 2:
+        return mask_per_query(build, build.unsqueeze(mask, 0), q)
+    axis = len(dims) - 2
+    return mask if dims[axis] == queries else build.expand(mask, axis, queries, q, 2)
 
 
 # -- forward: from the softmax to the product with the values -------------------------------------

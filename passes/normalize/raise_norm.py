@@ -21,10 +21,10 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
+from netlathe.ir.edit import const_array
 from netlathe.passes.normalize.match import (
     Found,
     NoMatch,
-    array_of,
     attribute,
     node_of,
     number,
@@ -63,6 +63,7 @@ _normalized = (
     | op("Mul", _c, _inverse)
     | op("Mul", _c, op("Mul", _inverse, var("scale")), called="x * (scale / rms)")
 )
+_outside = op("Add", op("Sqrt", _mean) | op("Pow", _mean, number(0.5)), scalar("eps"))
 _HOPS = 6  # Add, Sqrt, Reciprocal, Mul with the scale, Mul
 
 
@@ -86,14 +87,21 @@ class Norms:
             NoMatch: what stands there is something else.
         """
         through = ("Add", "Sqrt", "Pow", "Reciprocal", "Div", "Mul")
-        found = outermost(_normalized, anchor, through, _HOPS)
+        try:
+            found = outermost(_normalized, anchor, through, _HOPS)
+        except NoMatch as refusal:
+            try:
+                outermost(_outside, anchor, through, _HOPS)
+            except NoMatch:
+                raise refusal from None
+            raise NoMatch("epsilon is added to the root, not under it", anchor) from None
         axes = _axes(anchor, found)
         x, centred = _centred(found.values["c"], axes)
         return _Norm(found, x, axes, centred).proposal()
 
 
 def _is_square(node: ir.Node) -> bool:
-    exponent = array_of(node.inputs[1]) if node.op_type == "Pow" else None
+    exponent = const_array(node.inputs[1]) if node.op_type == "Pow" else None
     return exponent is not None and exponent.size == 1 and float(exponent.reshape(-1)[0]) == 2.0
 
 
@@ -300,5 +308,5 @@ class GroupNorms:
 
 
 def _all_equal(value: ir.Value, number: float) -> bool:
-    array = array_of(value)
+    array = const_array(value)
     return array is not None and bool((array == number).all())

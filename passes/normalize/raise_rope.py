@@ -18,9 +18,9 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
+from netlathe.ir.edit import const_array
 from netlathe.passes.normalize.match import (
     NoMatch,
-    array_of,
     attribute,
     node_of,
     numbers_of,
@@ -246,7 +246,7 @@ def _halved(build: Builder, value: ir.Value, interleaved: bool) -> ir.Value:
         NoMatch: the two halves (or neighbours) are not known to be equal.
     """
     dims = dims_of(value)
-    array = array_of(value)
+    array = const_array(value)
     if array is not None:
         first, second = (
             np.split(array, 2, -1) if not interleaved else (array[..., ::2], array[..., 1::2])
@@ -346,7 +346,9 @@ def _proposal(rope: _Rope) -> Proposal:
     root, x, width = _whole(rope)
     full = dims_of(x, rank=4)
     b, h, s, d = full if heads_first else (full[0], full[2], full[1], full[3])
-    cos, sin = (_over_batch(build, table, b, x) for table in tables)
+    cos, sin = (
+        table if dims_of(table)[0] == b else build.expand(table, 0, b, x, 0) for table in tables
+    )
     swap = (0, 1, 2, 3) if heads_first else (0, 2, 1, 3)
     rotated = build.op(
         "RotaryEmbedding",
@@ -388,35 +390,6 @@ def _per_position(build: Builder, table: ir.Value, dims: Dims) -> tuple[ir.Value
     axes = build.constant(np.array([axis], np.int64), "axes")
     squeezed = build.op("Squeeze", table, axes, shape=[*held[:axis], *held[axis + 1 :]])
     return (build.unsqueeze(squeezed, 0) if len(held) == 3 else squeezed), heads == 1
-
-
-def _over_batch(
-    build: Builder, table: ir.Value, batch: ir.SymbolicDim | int, x: ir.Value
-) -> ir.Value:
-    """``table`` with the batch written out: a row per sample."""
-    held = dims_of(table)
-    if held[0] == batch:
-        return table
-    if isinstance(batch, int):
-        target = build.constant(np.array([batch, 1, 1], np.int64), "shape")
-    else:
-        source, axis = _source_of(batch, x)
-        size = build.op(
-            "Shape", source, shape=(1,), dtype=ir.DataType.INT64, start=axis, end=axis + 1
-        )
-        ones = build.constant(np.array([1, 1], np.int64), "ones")
-        target = build.op("Concat", size, ones, shape=(3,), axis=0)
-    return build.op("Expand", table, target, shape=(batch, *held[1:]))
-
-
-def _source_of(dim: ir.SymbolicDim, x: ir.Value) -> tuple[ir.Value, int]:
-    """A value and axis to read ``dim`` from: a graph input where one has it, else ``x``."""
-    graph = x.graph
-    for value in () if graph is None else graph.inputs:
-        for axis, held in enumerate(value.shape or ()):
-            if held == dim:
-                return value, axis
-    return x, 0
 
 
 def _whole(rope: _Rope) -> tuple[ir.Value, ir.Value, int]:

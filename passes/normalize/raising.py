@@ -12,6 +12,8 @@ from typing import Protocol
 
 import onnx_ir as ir
 
+from netlathe.ir import edit
+from netlathe.ir.provenance import module_path
 from netlathe.passes.normalize.attention_form import AttentionForms
 from netlathe.passes.normalize.check import TOLERANCE, Judge
 from netlathe.passes.normalize.match import NoMatch
@@ -49,22 +51,23 @@ def raise_operators(model: ir.Model) -> list[Entry]:
     """Raise what is decomposed in ``model``, in place.
 
     Before: the model is in normal form and typed. After: raised values keep the names of those they
-    replace, nothing that became dead stays, nodes are sorted; shape arithmetic of replaced nodes may be
+    replace, nothing that became dead stays, nodes stay sorted; shape arithmetic of replaced nodes may be
     left to the next normalization. Returns one entry per candidate: applied, with the measured error, or
     refused, with the reason.
     """
-    graph, judge = model.graph, Judge()
+    graph, judge, taken = model.graph, Judge(), edit.names_in(model.graph)
     entries: list[Entry] = []
     for family in FAMILIES:
         for anchor in list(family.anchors(graph)):
             if anchor.graph is graph:  # not replaced by an earlier raise
-                entries.append(_raise(graph, judge, family, anchor))
-    graph.sort()
+                entries.append(_raise(graph, judge, family, anchor, taken))
     return entries
 
 
-def _raise(graph: ir.Graph, judge: Judge, family: Family, anchor: ir.Node) -> Entry:
-    where = anchor.metadata_props.get("netlathe.module", "")
+def _raise(
+    graph: ir.Graph, judge: Judge, family: Family, anchor: ir.Node, taken: set[str]
+) -> Entry:
+    where = module_path(anchor)
     name = anchor.outputs[0].name or ""
     try:
         proposal = family.propose(anchor)
@@ -81,6 +84,6 @@ def _raise(graph: ir.Graph, judge: Judge, family: Family, anchor: ir.Node) -> En
         reason = f"{proposal.says}: differs by {error:.1e} of the RMS, more than {TOLERANCE:g}"
         return Entry(name, "refused", reason, where, {"op": proposal.op_type, "error": error})
     name = root.name or ""
-    put_in_place(graph, proposal)
+    put_in_place(graph, proposal, taken)
     detail = {"op": proposal.op_type, "error": error, **proposal.detail}
     return Entry(name, "applied", proposal.says, where, detail)

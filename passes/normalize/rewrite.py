@@ -10,9 +10,9 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from netlathe.ir import edit
 from netlathe.passes.normalize.match import NoMatch
 
-CREATED_BY = "netlathe.created_by"
 Dim = int | ir.SymbolicDim
 Dims = tuple[Dim, ...]
 Trial = Literal["normal", "wide", "small_rows"]
@@ -73,6 +73,40 @@ class Builder:
         axes = self.constant(np.array([axis], np.int64), "axes")
         return self.op("Unsqueeze", value, axes, shape=[*dims[:axis], 1, *dims[axis:]])
 
+    def expand(
+        self, value: ir.Value, axis: int, dim: Dim, like: ir.Value, like_axis: int
+    ) -> ir.Value:
+        """``value`` with its dim of one at ``axis`` written out as ``dim``.
+
+        A dynamic ``dim`` is read from a graph input where one has it, else from ``like_axis`` of ``like``.
+        """
+        dims = dims_of(value)
+        ones = [1] * len(dims)
+        if isinstance(dim, int):
+            target = self.constant(
+                np.array([*ones[:axis], dim, *ones[axis + 1 :]], np.int64), "shape"
+            )
+        else:
+            source, at = _where_is(dim, like, like_axis)
+            size = self.op(
+                "Shape", source, shape=(1,), dtype=ir.DataType.INT64, start=at, end=at + 1
+            )
+            around = [np.array(part, np.int64) for part in (ones[:axis], ones[axis + 1 :])]
+            parts = [self.constant(part, "ones") if part.size else None for part in around]
+            held = [v for v in (parts[0], size, parts[1]) if v is not None]
+            target = self.op("Concat", *held, shape=(len(dims),), axis=0)
+        return self.op("Expand", value, target, shape=[*dims[:axis], dim, *dims[axis + 1 :]])
+
+    def needed_by(self, values: Iterable[ir.Value]) -> tuple[list[ir.Node], list[ir.Value]]:
+        """The new nodes and constants behind ``values``; others were tried and not used."""
+        needed = set(values)
+        nodes = []
+        for node in reversed(self.nodes):
+            if needed & set(node.outputs):
+                needed.update(value for value in node.inputs if value is not None)
+                nodes.append(node)
+        return nodes[::-1], [value for value in self.constants if value in needed]
+
 
 @dataclass(frozen=True)
 class Proposal:
@@ -89,46 +123,19 @@ class Proposal:
     detail: Mapping[str, Any] = field(default_factory=dict)
 
 
-def put_in_place(graph: ir.Graph, proposal: Proposal) -> None:
+def put_in_place(graph: ir.Graph, proposal: Proposal, taken: set[str]) -> None:
     """Replace the matched values, whose names the new ones take over; drop what nothing reads then.
 
-    New nodes carry the module path and source line of the node whose output they replace.
+    Every new node reads values that come before the matched ones, so the graph stays sorted. ``taken``
+    holds the names in use, to which the new constants' names are added.
     """
-    build = proposal.build
-    for value in build.constants:
-        value.name = _unique(graph, value.name or "constant")
+    (matched,) = {old.producer() for old in proposal.outputs}
+    assert matched is not None
+    nodes, constants = proposal.build.needed_by(proposal.outputs.values())
+    for value in constants:
+        value.name = edit.unique_name(graph, value.name or "constant", taken)
         graph.register_initializer(value)
-    matched = [node for old in proposal.outputs if (node := old.producer()) is not None]
-    made = {value for node in build.nodes for value in node.outputs}
-    for node in build.nodes:
-        node.metadata_props.update(matched[0].metadata_props)
-        node.metadata_props[CREATED_BY] = "raise_operators"
-    for old, new in proposal.outputs.items():
-        if new in made:
-            old.name, new.name = None, old.name
-    # The other operands may come later than the first matched node: the caller sorts at the end.
-    graph.insert_before(matched[0], build.nodes)
-    for old, new in proposal.outputs.items():
-        old.replace_all_uses_with(new, replace_graph_outputs=True)
-    remove_dead(graph, matched)
-
-
-def remove_dead(graph: ir.Graph, nodes: Iterable[ir.Node]) -> None:
-    """Remove those of ``nodes`` that nothing reads, and what then becomes dead before them."""
-    stack = list(nodes)
-    while stack:
-        node = stack.pop()
-        if node.graph is not graph:
-            continue
-        if any(value.uses() or value.is_graph_output() for value in node.outputs):
-            continue
-        stack += [p for value in node.inputs if value is not None and (p := value.producer())]
-        read = [value for value in node.inputs if value is not None]
-        graph.remove(node, safe=True)
-        for value in read:
-            unread = not value.uses() and not value.is_graph_output()
-            if unread and value.is_initializer() and not value.is_graph_input():
-                graph.initializers.pop(value.name or "", None)
+    edit.replace(matched, nodes, proposal.outputs, created_by="raise_operators")
 
 
 # -- shapes ---------------------------------------------------------------------------------------
@@ -150,6 +157,16 @@ def dims_of(value: ir.Value, rank: int | None = None) -> Dims:
     return dims
 
 
+def _where_is(dim: ir.SymbolicDim, like: ir.Value, like_axis: int) -> tuple[ir.Value, int]:
+    """A value and axis to read ``dim`` from: a graph input where one has it."""
+    graph = like.graph
+    for value in () if graph is None else graph.inputs:
+        for axis, held in enumerate(value.shape or ()):
+            if held == dim:
+                return value, axis
+    return like, like_axis
+
+
 def text_of(dims: Sequence[Dim]) -> str:
     """Dims as reasons show them: ``[b,4,s,16]``."""
     return "[" + ",".join(str(dim) for dim in dims) + "]"
@@ -161,13 +178,3 @@ def broadcasts_to(dims: Sequence[Dim], target: Sequence[Dim]) -> bool:
         return False
     aligned = target[len(target) - len(dims) :]
     return all(dim == 1 or dim == wanted for dim, wanted in zip(dims, aligned, strict=True))
-
-
-def _unique(graph: ir.Graph, name: str) -> str:
-    taken = {value.name for value in graph.inputs} | graph.initializers.keys()
-    taken |= {value.name for node in graph for value in node.outputs}
-    candidate, n = name, 0
-    while candidate in taken:
-        n += 1
-        candidate = f"{name}_{n}"
-    return candidate

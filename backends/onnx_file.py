@@ -1,0 +1,342 @@
+"""The ONNX backend: standard operators at opset 17 to 25, checked by ONNX and run before it is done.
+
+An artifact is ``model.onnx`` and, where the weights are large, ``model.onnx.data`` beside it. Saving
+is part of the compilation: the file that was written is read back by the ONNX checker and run by ONNX
+Runtime, with optimizations off and on, against the IR. The same model gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import onnx.checker
+import onnx_ir as ir
+import onnxruntime
+
+from netlathe.backends import opset as opsets
+from netlathe.diagnostics import Diagnostic, LowerError, OptionError, VerifyError
+from netlathe.execute import ort, samples
+from netlathe.execute.compare import relative_error
+from netlathe.ir import weights
+from netlathe.pipeline.interfaces import Artifact, Backend, Target
+from netlathe.pipeline.pass_ import Feeds
+
+MODEL_FILE = "model.onnx"
+DATA_FILE = "model.onnx.data"
+MANIFEST_KEY = "netlathe.manifest"  # in metadata_props: SHA-256 of the manifest the file came with
+
+EXTERNAL_OVER = 64 << 20  # total bytes of weights above which they go to a file of their own
+_ALIGNMENT = 4096  # a page: readers map each tensor in place
+_INLINE_BYTES = 1024  # smaller tensors stay in the model, where shape inference sees them
+_CHUNK = 16 << 20
+
+# max|artifact - IR| as a share of the IR's RMS, by the narrowest float in the graph. Lowered and
+# fused forms differ from the IR by rounding alone: 84 ulp of float32, 16 ulp of the half formats.
+_BOUNDS = {
+    ir.DataType.DOUBLE: 1e-5,
+    ir.DataType.FLOAT: 1e-5,
+    ir.DataType.FLOAT16: 16 * 2**-10,
+    ir.DataType.BFLOAT16: 16 * 2**-7,
+}
+# With optimizations on, ONNX Runtime reorders sums and uses polynomial erf and tanh ...
+_OPTIMIZED_FACTOR = 10
+# ... and may run DequantizeLinear + MatMul on int8 activations, one scale per row or block: half a
+# step of 1/127 in every operand, independent of each other.
+_QUANTIZED_BOUND = 0.05
+
+
+class OnnxBackend(Backend):
+    """Writes the IR as a standard ONNX model.
+
+    Target settings: ``opset`` (17 to 25) and ``external_over`` (bytes of weights above which they
+    are written to ``model.onnx.data``).
+    """
+
+    name = "onnx"
+
+    @classmethod
+    def targets(cls) -> Sequence[Target]:
+        """``onnx``, opset 25."""
+        return (
+            Target(
+                name="onnx",
+                backend=cls.name,
+                help="standard ONNX, run in ONNX Runtime; settings: opset=17..25, external_over",
+                settings={"opset": opsets.IR_OPSET, "external_over": EXTERNAL_OVER},
+            ),
+        )
+
+    def unsupported(self, model: ir.Model, target: Target) -> list[Diagnostic]:
+        """Every node that the target's opset cannot express.
+
+        Raises:
+            OptionError: a setting is unknown or out of range.
+        """
+        return opsets.gaps(model, _settings(target).opset)
+
+    def compile(self, model: ir.Model, target: Target) -> OnnxArtifact:
+        """Lower a copy of ``model``; weights stay recipes until :meth:`OnnxArtifact.save`.
+
+        Raises:
+            LowerError: some nodes have no form at the target's opset; all are listed.
+            OptionError: a setting is unknown or out of range.
+        """
+        settings = _settings(target)
+        lowered = model.clone()
+        opsets.lower(lowered, settings.opset)
+        lowered.producer_name = "netlathe"
+        lowered.producer_version = metadata.version("netlathe")
+        return OnnxArtifact(lowered, model.clone(), settings)
+
+
+@dataclass(frozen=True)
+class _Settings:
+    opset: int
+    external_over: int
+
+
+def _settings(target: Target) -> _Settings:
+    defaults = {"opset": opsets.IR_OPSET, "external_over": EXTERNAL_OVER}
+    if unknown := sorted(set(target.settings) - set(defaults)):
+        raise OptionError(
+            Diagnostic(
+                "target.setting",
+                f"target {target.name} has no setting {', '.join(unknown)}",
+                help="known: " + ", ".join(sorted(defaults)),
+            )
+        )
+    values = {**defaults, **target.settings}
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise OptionError(
+                Diagnostic("target.setting", f"setting {name} must be an integer, got {value!r}")
+            )
+    if values["opset"] not in opsets.OPSETS:
+        low, high = opsets.OPSETS[0], opsets.OPSETS[-1]
+        raise OptionError(
+            Diagnostic(
+                "target.opset",
+                f"opset {values['opset']} is out of range",
+                help=f"choose an opset from {low} to {high}",
+            )
+        )
+    return _Settings(**values)
+
+
+class OnnxArtifact(Artifact):
+    """An ONNX model ready to be written.
+
+    ``model`` is the lowered model. ``sample`` may hold feeds for the check that :meth:`save` makes;
+    without, they are synthesized.
+    """
+
+    def __init__(self, model: ir.Model, source: ir.Model, settings: _Settings) -> None:
+        self.model = model
+        self.sample: Feeds | None = None
+        self._source = source  # the IR, which the written file must equal
+        self._settings = settings
+        self._session: ort.Session | None = None
+        self._report: dict[str, Any] = {}
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that :meth:`save` needs on disk, to a page per weight and some for the graph."""
+        count = sum(len(graph.initializers) for graph in self.model.graphs())
+        return weights.num_bytes(self.model) + (count + 256) * _ALIGNMENT
+
+    def run(self, feeds: Feeds) -> dict[str, npt.NDArray[Any]]:
+        """Run in ONNX Runtime with its optimizations, as a user of the file would.
+
+        Raises:
+            InputError: a feed is missing, unknown or of another dtype or rank.
+            RuntimeFailure: ONNX Runtime cannot run the model.
+        """
+        if self._session is None:
+            self._session = ort.Session(self.model, optimize=True)
+        return self._session.run(feeds)
+
+    def stamp(self, manifest_digest: str) -> None:
+        """Record which manifest the file belongs to, in its ``metadata_props``."""
+        self.model.metadata_props[MANIFEST_KEY] = manifest_digest
+
+    def report(self) -> dict[str, Any]:
+        """What was written and how far it is from the IR; complete once saved.
+
+        ``error_optimizations_off`` and ``_on`` are max|file - IR| / RMS(IR) over all outputs in ONNX
+        Runtime, ``bound_*`` what they were held against. ``not_run`` says why ONNX Runtime could
+        not run the model, where its CPU provider lacks a kernel.
+        """
+        return {
+            "opset": self._settings.opset,
+            "ir_version": self.model.ir_version,
+            "nodes": sum(1 for _ in self.model.graph.all_nodes()),
+            **self._report,
+        }
+
+    def save(self, folder: Path) -> list[Path]:
+        """Write into ``folder``, then check and run what was written.
+
+        Peak memory is one weight (all of them where they are small enough to go into the model).
+
+        Raises:
+            LowerError: the ONNX checker refuses the file.
+            VerifyError: ONNX Runtime computes something else from the file than from the IR.
+            OSError: the folder cannot be written, for instance because the disk is full.
+        """
+        self._session = None
+        files = [folder / MODEL_FILE]
+        model = self.model.clone()
+        if weights.num_bytes(model) > self._settings.external_over:
+            files.append(folder / DATA_FILE)
+            with open(files[1], "xb") as data:
+                _externalize(model, data)
+        files[0].write_bytes(_serialize(model))
+        _check_format(files[0])
+        self._report = {
+            "bytes": sum(file.stat().st_size for file in files),
+            **self._compare(files[0]),
+        }
+        return files
+
+    def _compare(self, file: Path) -> dict[str, Any]:
+        feeds = self.sample
+        if feeds is None:
+            feeds = samples.synthesize(self._source, samples.dynamic_dims(self._source), seed=0)
+        results: dict[str, Any] = {}
+        try:
+            expected = ort.run(self._source, feeds)
+        except ort.RuntimeFailure as error:
+            if not _lacks_kernel(str(error)):
+                raise
+            results["not_run"] = str(error.diagnostics[0].message)
+            return results
+        exact, optimized = _bounds(self._source)
+        for setting, bound in (("off", exact), ("on", optimized)):
+            try:
+                actual = _run_file(file, feeds, optimize=setting == "on")
+            except Exception as error:  # ONNX Runtime's own classes derive from Exception alone
+                if not _lacks_kernel(str(error)):
+                    raise _failed(file, setting, str(error)) from error
+                results["not_run"] = " ".join(str(error).split())
+                continue
+            errors = {name: relative_error(actual[name], expected[name]) for name in expected}
+            worst = max(errors, key=lambda name: errors[name])
+            results[f"error_optimizations_{setting}"] = errors[worst]
+            results[f"bound_optimizations_{setting}"] = bound
+            if not errors[worst] <= bound:
+                raise VerifyError(
+                    Diagnostic(
+                        "onnx.differs",
+                        f"output {worst} of the written file differs from the IR by"
+                        f" {errors[worst]:.3g} of its RMS with optimizations {setting}"
+                        f" (bound {bound:.3g})",
+                        at=file.name,
+                        help="choose another opset, and report this with the model",
+                    )
+                )
+        return results
+
+
+def _externalize(model: ir.Model, file: BinaryIO) -> None:
+    """Move every large initializer of ``model`` to ``file``, in graph order, page-aligned."""
+    for graph in model.graphs():
+        for name, value in graph.initializers.items():
+            tensor = value.const_value
+            if tensor is None or tensor.nbytes < _INLINE_BYTES:
+                continue
+            if tensor.dtype == ir.DataType.STRING:  # only numbers can be external
+                continue
+            offset = -(-file.tell() // _ALIGNMENT) * _ALIGNMENT
+            file.write(b"\0" * (offset - file.tell()))
+            _write(tensor, file)
+            value.const_value = ir.ExternalTensor(
+                DATA_FILE,
+                offset,
+                file.tell() - offset,
+                tensor.dtype,
+                shape=ir.Shape(tensor.shape.numpy()),
+                name=name,
+                base_dir=Path(file.name).parent,
+            )
+
+
+def _write(tensor: ir.TensorProtocol, file: BinaryIO) -> None:
+    """The tensor's bytes in ONNX order; two 4-bit elements share a byte."""
+    if tensor.dtype.bitwidth < 8:
+        file.write(tensor.tobytes())
+        return
+    array = np.ascontiguousarray(tensor.numpy())
+    little = array.astype(array.dtype.newbyteorder("<"), copy=False)
+    # write() and not tofile(): numpy's error for a full disk does not carry its errno.
+    data = memoryview(little.reshape(-1).view(np.uint8))
+    for start in range(0, len(data), _CHUNK):
+        file.write(data[start : start + _CHUNK])
+
+
+def _serialize(model: ir.Model) -> bytes:
+    data: bytes = ir.serde.serialize_model(model).SerializeToString(deterministic=True)
+    return data
+
+
+def _check_format(file: Path) -> None:
+    """The ONNX checker with strict shape inference, by path: it also reads models above 2 GB."""
+    try:
+        onnx.checker.check_model(os.fspath(file), full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise LowerError(
+            Diagnostic(
+                "onnx.checker",
+                " ".join(str(error).split()),
+                at=file.name,
+                help="the ONNX checker refuses the model: report this with the model",
+            )
+        ) from error
+
+
+def _run_file(file: Path, feeds: Feeds, *, optimize: bool) -> Mapping[str, npt.NDArray[Any]]:
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4  # its errors arrive as exceptions
+    levels = onnxruntime.GraphOptimizationLevel
+    options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimize else levels.ORT_DISABLE_ALL
+    if not optimize:
+        # Weights stay mapped from the file instead of being copied into packed form.
+        options.add_session_config_entry("session.disable_prepacking", "1")
+    session = onnxruntime.InferenceSession(
+        os.fspath(file), options, providers=["CPUExecutionProvider"]
+    )
+    names = [output.name for output in session.get_outputs()]
+    return dict(zip(names, session.run(names, dict(feeds)), strict=True))
+
+
+def _failed(file: Path, setting: str, text: str) -> VerifyError:
+    return VerifyError(
+        Diagnostic(
+            "onnx.runtime",
+            f"ONNX Runtime cannot run the written file with optimizations {setting}: "
+            + " ".join(text.split()),
+            at=file.name,
+        )
+    )
+
+
+def _lacks_kernel(text: str) -> bool:
+    return "NOT_IMPLEMENTED" in text
+
+
+def _bounds(model: ir.Model) -> tuple[float, float]:
+    """What the file may differ from the IR by, with optimizations off and on."""
+    dtypes = {value.dtype for node in model.graph.all_nodes() for value in node.outputs}
+    exact = max((_BOUNDS[d] for d in dtypes if d in _BOUNDS), default=1e-5)
+    ops = {node.op_type for node in model.graph.all_nodes()}
+    optimized = exact * _OPTIMIZED_FACTOR
+    if ops & {"DequantizeLinear", "QuantizeLinear"}:
+        optimized = max(optimized, _QUANTIZED_BOUND)
+    return exact, optimized

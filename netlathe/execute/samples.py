@@ -1,0 +1,152 @@
+"""Valid inputs for a model whose author left none: ids inside their table, masks with a padded tail."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+import sympy
+
+from netlathe.diagnostics import Diagnostic, InputError, did_you_mean
+
+Arrays = dict[str, npt.NDArray[Any]]
+
+_DEFAULT_BATCH = 2
+_DEFAULT_SIZE = 16
+# Through these an id reaches the table it is looked up in with its value unchanged.
+_KEEP_VALUE = frozenset(
+    {
+        "Cast",
+        "Reshape",
+        "Unsqueeze",
+        "Squeeze",
+        "Transpose",
+        "Slice",
+        "Expand",
+        "Flatten",
+        "Identity",
+    }
+)
+
+
+def dynamic_dims(model: ir.Model) -> dict[str, int]:
+    """The free dims of the graph inputs by name, each with a default size (batch 2, others 16)."""
+    names: dict[str, int] = {}
+    for value in model.graph.inputs:
+        for dim in value.shape or ():
+            if isinstance(dim, ir.SymbolicDim) and dim.value is not None:
+                for symbol in sorted(
+                    map(str, sympy.sympify(dim.value, _symbols(dim)).free_symbols)
+                ):
+                    names.setdefault(symbol, _DEFAULT_BATCH if "batch" in symbol else _DEFAULT_SIZE)
+    return names
+
+
+def shape_of(value: ir.Value, sizes: Mapping[str, int]) -> tuple[int, ...]:
+    """The shape of a graph input at the given sizes; an unnamed dim counts as 1.
+
+    Raises:
+        InputError: the input has no rank.
+    """
+    if value.shape is None:
+        raise InputError(
+            Diagnostic("samples.rank", f"input {value.name!r} has no shape, so no data can be made")
+        )
+    dims = []
+    for dim in value.shape:
+        if isinstance(dim, int):
+            dims.append(dim)
+        elif dim.value is None:
+            dims.append(1)
+        else:
+            dims.append(int(sympy.sympify(dim.value, _symbols(dim)).subs(dict(sizes))))
+    return tuple(dims)
+
+
+def synthesize(model: ir.Model, sizes: Mapping[str, int], seed: int) -> Arrays:
+    """Inputs for ``model``: float32 normal noise, ids below the smallest table they index, masks.
+
+    Ids repeat only after every row of their table has come up once. Rows of a mask end in 0, 1, 2, ...
+    zeros (never only zeros); positions count up. ``sizes`` may leave out dims, which then take their
+    default of :func:`dynamic_dims`.
+
+    Raises:
+        InputError: a size names no dim of the model, or an input has no rank.
+    """
+    defaults = dynamic_dims(model)
+    for name in sizes:
+        if name not in defaults:
+            raise InputError(
+                Diagnostic(
+                    "samples.dim",
+                    f"the model has no dynamic dim {name!r}",
+                    help=did_you_mean(name, list(defaults)) if defaults else "all dims are fixed",
+                )
+            )
+    full = {**defaults, **sizes}
+    rng = np.random.default_rng(seed)
+    return {v.name: _make(v, shape_of(v, full), rng) for v in model.graph.inputs if v.name}
+
+
+def _make(value: ir.Value, shape: tuple[int, ...], rng: np.random.Generator) -> npt.NDArray[Any]:
+    dtype = (value.dtype or ir.DataType.FLOAT).numpy()
+    kind = np.dtype(dtype).kind
+    name = (value.name or "").lower()
+    if kind not in "iub":
+        return rng.standard_normal(shape, dtype=np.float32).astype(dtype)
+    if kind == "b" or "mask" in name:
+        return _mask(shape).astype(dtype)
+    if "position" in name and shape:
+        return np.broadcast_to(np.arange(shape[-1]), shape).astype(dtype)
+    bounds = list(_table_rows(value))
+    top = max(1, min([*bounds, np.iinfo(dtype).max])) if bounds else 2
+    return _ids(top, shape, rng).astype(dtype)
+
+
+def _ids(top: int, shape: tuple[int, ...], rng: np.random.Generator) -> npt.NDArray[np.int64]:
+    """Numbers below ``top``, each as often as the others to within one."""
+    size = int(np.prod(shape, dtype=np.int64))
+    if size <= top:
+        return rng.choice(top, size, replace=False).astype(np.int64).reshape(shape)
+    rounds = [rng.permutation(top) for _ in range(-(-size // top))]
+    return np.concatenate(rounds)[:size].astype(np.int64).reshape(shape)
+
+
+def _mask(shape: tuple[int, ...]) -> npt.NDArray[np.bool_]:
+    """Row i of the first axis keeps all but its last i positions, and always the first."""
+    mask = np.ones(shape, np.bool_)
+    if len(shape) >= 2:
+        for row in range(shape[0]):
+            keep = max(1, shape[-1] - row)
+            mask[row, ..., keep:] = False
+    return mask
+
+
+def _table_rows(value: ir.Value) -> Iterator[int]:
+    """How many rows the tables have that ``value`` indexes."""
+    stack, seen = [value], {value}
+    while stack:
+        current = stack.pop()
+        for node, position in current.uses():
+            if node.op_type == "Gather" and position == 1:
+                table = node.inputs[0]
+                axis = node.attributes.get("axis")
+                at = axis.as_int() if axis is not None else 0
+                if table is not None and table.shape is not None:
+                    rows = table.shape[at]
+                    if isinstance(rows, int):
+                        yield rows
+            elif node.op_type in _KEEP_VALUE and position == 0:
+                stack += [out for out in node.outputs if out not in seen]
+                seen.update(node.outputs)
+
+
+def _symbols(dim: ir.SymbolicDim) -> dict[str, sympy.Symbol]:
+    """Every identifier of a dim as a plain symbol: names such as ``beta`` or ``N`` mean no function."""
+
+    words = set(re.findall(r"[A-Za-z_]\w*", dim.value or "")) - {"floor", "ceiling", "Max", "Min"}
+    return {word: sympy.Symbol(word) for word in words}

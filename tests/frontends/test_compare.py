@@ -1,0 +1,94 @@
+"""A wrong graph is refused, and the first wrong node is named."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+import torch
+from torch import nn
+
+from netlathe.diagnostics import CaptureError
+from netlathe.frontends import compare, torch_export
+from netlathe.frontends.torch_module import TorchModule
+
+
+class Tower(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList([nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(4)])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = x + layer(x)
+        return x
+
+
+def test_the_first_wrong_node_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = torch_export.condense
+
+    def spoil(model: ir.Model, strip: object) -> None:
+        tanh = [node for node in model.graph if node.op_type == "Tanh"][2]
+        tanh.op_type = "Sigmoid"  # as a wrong translation would
+        real(model, strip)  # type: ignore[arg-type]  # passed through unchanged
+
+    monkeypatch.setattr(torch_export, "condense", spoil)
+    with pytest.raises(CaptureError) as caught:
+        TorchModule(args=(torch.ones(3, 8),), dynamic={"x": {0: "batch"}}).capture(Tower())
+    (diagnostic,) = caught.value.diagnostics
+    assert diagnostic.code == "capture.differs"
+    assert diagnostic.where == "layers.2.1"
+    assert "Sigmoid" in diagnostic.at
+
+
+def test_a_difference_that_only_other_sizes_show_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shape literal that happens to be right for the example is wrong for every other batch."""
+    real = torch_export.condense
+
+    def bake(model: ir.Model, strip: object) -> None:
+        node = next(node for node in model.graph if node.op_type == "Add")
+        ones = ir.node("Expand", [node.inputs[0], _constant(model, [3, 8])])
+        model.graph.insert_before(node, ones)
+        node.replace_input_with(0, ones.outputs[0])
+        real(model, strip)  # type: ignore[arg-type]  # passed through unchanged
+
+    monkeypatch.setattr(torch_export, "condense", bake)
+    with pytest.raises(Exception, match=r"[Ee]xpand|broadcast|differs"):
+        TorchModule(args=(torch.ones(3, 8),), dynamic={"x": {0: "batch"}}).capture(Tower())
+
+
+def _constant(model: ir.Model, values: list[int]) -> ir.Value:
+    tensor = ir.tensor(np.asarray(values, dtype=np.int64), name="baked")
+    value = ir.Value(
+        name="baked",
+        type=ir.TensorType(ir.DataType.INT64),
+        shape=ir.Shape([len(values)]),
+        const_value=tensor,
+    )
+    model.graph.register_initializer(value)
+    return value
+
+
+def test_rounding_of_an_ill_conditioned_model_is_no_difference() -> None:
+    """Outputs that amplify every rounding error are compared with how far rounding moves them."""
+
+    class Cancels(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one = nn.Linear(64, 64)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.one(x)
+            return (y + 1e4).cumsum(1) - (y + 1e4).sum(1, keepdim=True) * 0.999
+
+    torch.manual_seed(0)
+    model = Cancels()
+    x = torch.randn(4, 64, generator=torch.Generator().manual_seed(0))
+    captured = TorchModule(args=(x,), dynamic={"x": {0: "batch"}}).capture(model)
+    assert captured.entries[-1].candidate == "capture"
+
+
+def test_sizes_stay_within_bounds() -> None:
+    grown = compare._other_sizes({"s": 64, "b": 2}, {"s": (2, 64)}, lambda n: 2 * n)
+    assert grown == {"s": 63, "b": 4}
