@@ -10,6 +10,7 @@ structure, attributes, shapes and kept constants are judged once.
 from __future__ import annotations
 
 import hashlib
+import importlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -232,9 +233,9 @@ def _random(
     value: ir.Value, shape: Sequence[int], rng: np.random.Generator, trial: Trial
 ) -> npt.NDArray[Any]:
     if value.dtype == ir.DataType.BOOL:
-        data = rng.random(shape) < 0.8
-        data[..., :1], data[..., 1:2] = True, False  # no row of a mask is all one or the other
-        return data
+        mask = rng.random(shape) < 0.8
+        mask[..., :1], mask[..., 1:2] = True, False  # no row of a mask is all one or the other
+        return mask
     if value.dtype is not None and value.dtype not in FLOATS:
         return rng.integers(0, 3, shape).astype(value.dtype.numpy())
     data = rng.standard_normal(shape)
@@ -269,7 +270,10 @@ def _session(region: _Region, side: _Side) -> onnxruntime.InferenceSession:
             array = array.astype(np.float32)
         tensor = ir.tensor(array)
         copies[value] = ir.Value(
-            name=f"c{i}", type=ir.TensorType(tensor.dtype), shape=tensor.shape, const_value=tensor
+            name=f"c{i}",
+            type=ir.TensorType(tensor.dtype),
+            shape=ir.Shape(array.shape),
+            const_value=tensor,
         )
         initializers.append(copies[value])
     nodes = []
@@ -324,15 +328,15 @@ def _outputs(
 ) -> list[npt.NDArray[Any]]:
     wanted = {i.name for i in session.get_inputs()}
     try:
-        return list(session.run(None, {k: v for k, v in feeds.items() if k in wanted}))
+        results = session.run(None, {k: v for k, v in feeds.items() if k in wanted})
     except _RUNTIME_ERRORS as error:
         raise NoMatch(f"ONNX Runtime cannot run it: {_first_line(error)}") from error
+    return [np.asarray(result) for result in results]
 
 
 def _runtime_errors() -> tuple[type[Exception], ...]:
     """Every exception class that ONNX Runtime's binding raises; it has no common base."""
-    from onnxruntime.capi import onnxruntime_pybind11_state as state
-
+    state = importlib.import_module("onnxruntime.capi.onnxruntime_pybind11_state")
     named = ("Fail", "InvalidArgument", "InvalidGraph", "NotImplemented", "RuntimeException")
     return tuple(getattr(state, name) for name in named)
 

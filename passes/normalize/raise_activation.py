@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import onnx_ir as ir
 
@@ -35,7 +36,7 @@ from netlathe.passes.normalize.rewrite import Builder, Proposal, dims_of
 
 _THROUGH = ("Add", "Mul", "Div", "Tanh", "Log", "Clip")
 _HOPS = 4  # the longest formula ends four nodes after its anchor
-_Attributes = Mapping[str, float | str]
+_Attributes = Mapping[str, Any]  # float or str
 
 
 @dataclass(frozen=True)

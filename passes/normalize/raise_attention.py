@@ -6,16 +6,18 @@
     MatMul(softmax(scores), v)         the softmax possibly in float32
 
 A ``where`` with a fill becomes ``scores + where(c, 0, fill)``: the same for a fill that swallows any score
-(and for -inf in every row that keeps a key; the others are NaN before). Attention over ``[n,s,d]`` whose operands were merged from ``[b,h,s,d]`` is raised on those; other
-three-dim attention becomes one head.
+(and for -inf in every row that keeps a key; the others are NaN before). Attention over ``[n,s,d]`` whose
+operands were merged from ``[b,h,s,d]`` is raised on those; other three-dim attention becomes one head.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 
 from netlathe.passes.normalize.match import (
@@ -109,7 +111,7 @@ def _attend(
         if not held or not broadcasts_to(held, wanted) or held[-1] != t:
             raise NoMatch(f"a mask {text_of(held)} does not broadcast to {text_of(wanted)}")
         mask = mask_per_query(build, mask, q)
-    attributes: dict[str, int | float] = {
+    attributes: dict[str, Any] = {
         "scale": scores.scale,
         "softcap": scores.softcap,
         "is_causal": 0,
@@ -196,7 +198,7 @@ def _scores(build: Builder, value: ir.Value) -> _Scores:
             raise NoMatch("the scores are scaled after the softcap", node)
         mask = scores.mask
         if mask is not None:
-            literal = np.array(factor, _float(mask))
+            literal: npt.NDArray[Any] = np.array(factor, _float(mask))
             mask = build.op("Mul", mask, build.constant(literal, "scale"), shape=dims_of(mask))
         return _Scores(scores.product, scores.scale * factor, 0.0, mask, scores.grouped)
     raise NoMatch(f"{node.op_type} between the scores and the softmax", node)
@@ -242,7 +244,7 @@ def _softcapped(build: Builder, tanh: ir.Node, cap: float) -> _Scores:
     return _Scores(scores.product, scores.scale * factor * cap, cap, None, scores.grouped)
 
 
-def _with_mask(scores: _Scores, mask: ir.Value) -> _Scores:
+def _with_mask(scores: _Scores, mask: ir.Value | None) -> _Scores:
     return _Scores(scores.product, scores.scale, scores.softcap, mask, scores.grouped)
 
 
@@ -279,9 +281,10 @@ def _broadcast(a: Dims, b: Dims) -> Dims:
 
 
 def _float(value: ir.Value) -> type:
-    if value.dtype not in (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.DOUBLE):
-        raise NoMatch(f"a mask of {value.dtype}")
-    return value.dtype.numpy().type
+    dtype = value.dtype
+    if dtype not in (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.DOUBLE):
+        raise NoMatch(f"a mask of {dtype}")
+    return ir.DataType(dtype).numpy().type
 
 
 def _keys(build: Builder, kt: ir.Value) -> ir.Value:

@@ -168,7 +168,7 @@ class _Norm:
         op_type = "InstanceNormalization" if per_channel else "LayerNormalization"
         if not self.centred:
             op_type = "RMSNormalization"
-        width = (dims[1],) if per_channel else normalized_dims
+        width = dims[1:2] if per_channel else normalized_dims
         return self._build(op_type, x, root, scale, shift, width)
 
     def _build(

@@ -97,9 +97,10 @@ def _part(value: ir.Value) -> _Part | None:
     if node is None:
         return None
     source = operands(node)[0]
-    if source.shape is None or not isinstance(source.shape[-1], int):
+    width = None if source.shape is None else source.shape[-1]
+    if source.shape is None or not isinstance(width, int):
         return None
-    width, last = source.shape[-1], len(source.shape) - 1
+    last = len(source.shape) - 1
     if node.op_type == "Split":
         if attribute(node, "axis", 0) % (last + 1) != last or value.shape is None:
             return None
