@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ import onnx_ir as ir
 Array = npt.NDArray[Any]
 
 # Keys in a lazy tensor's ``meta``.
-_RECIPE = "netlathe.recipe"
+_BASE = "netlathe.base"  # the tensor that a recipe reads
 _TRANSPOSE = "netlathe.transpose"  # (tensor, perm) it was made from
 
 
@@ -42,13 +43,13 @@ def derived(
         return ir.Tensor(np.ascontiguousarray(array), dtype=dtype, name=name)
 
     made = ir.LazyTensor(evaluate, dtype=dtype, shape=ir.Shape(shape), cache=False, name=name)
-    made.meta[_RECIPE] = True
+    made.meta[_BASE] = base
     return made
 
 
 def is_recipe(tensor: ir.TensorProtocol) -> bool:
     """Whether :func:`derived` made this tensor: reading it computes."""
-    return isinstance(tensor, ir.LazyTensor) and _RECIPE in tensor.meta
+    return isinstance(tensor, ir.LazyTensor) and _BASE in tensor.meta
 
 
 def transposed(base: ir.TensorProtocol, perm: Sequence[int], name: str = "") -> ir.TensorProtocol:
@@ -104,6 +105,19 @@ def num_bytes(model: ir.Model) -> int:
         for value in graph.initializers.values()
         if value.const_value is not None
     )
+
+
+def files(model: ir.Model) -> set[Path]:
+    """The files that initializers are mapped from, by way of recipes too."""
+    found = set()
+    for graph in model.graphs():
+        for value in graph.initializers.values():
+            tensor = value.const_value
+            while isinstance(tensor, ir.LazyTensor) and _BASE in tensor.meta:
+                tensor = tensor.meta[_BASE]
+            if isinstance(tensor, ir.ExternalTensor):
+                found.add(Path(tensor.path))
+    return found
 
 
 def digest(tensor: ir.TensorProtocol) -> str:
