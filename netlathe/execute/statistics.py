@@ -1,0 +1,266 @@
+"""Statistics over calibration data: what a pass declares, and what the sweep hands back.
+
+    mean_square, cosine = ctx.collect(model, [MeanSquare("add_7"), CosineSimilarity("x", "y")], ...)
+
+A statistic names values of the main graph. Its rows ("tokens") are all positions of the leading axes,
+its channels those of one axis (the last; an image's feature map has its channels at axis 1). Sums are
+kept in float64, added in the order of the samples, so that a result is the same for the same data.
+
+Positions that are padding do not count; :mod:`netlathe.execute.calibration` says which these are.
+"""
+
+from __future__ import annotations
+
+import abc
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+Float64 = npt.NDArray[np.float64]
+# Rows handled at once: bounds the float64 copy of an activation to this many elements.
+_AT_ONCE = 1 << 22
+
+
+@dataclass(frozen=True)
+class Statistic(abc.ABC):
+    """What is wanted; two equal ones are one. Subclasses say which values they read."""
+
+    @property
+    @abc.abstractmethod
+    def values(self) -> tuple[str, ...]:
+        """Names of the values that are read together."""
+
+    @property
+    def channel_axis(self) -> int:
+        """The axis of the channels; the other ones are rows."""
+        return -1
+
+    @abc.abstractmethod
+    def start(self) -> Accumulator:
+        """An empty sum."""
+
+
+@dataclass(frozen=True)
+class StatisticResult:
+    """``array`` in float64 (a scalar has no dims) over ``count`` rows."""
+
+    statistic: Statistic
+    array: Float64
+    count: int
+
+    @property
+    def scalar(self) -> float:
+        """The result of a statistic that is one number."""
+        return float(self.array)
+
+
+class Accumulator(abc.ABC):
+    """A running sum over rows. ``add`` is given ``[rows, channels]`` in float64, one per value."""
+
+    count = 0
+
+    @abc.abstractmethod
+    def add(self, *rows: torch.Tensor) -> None:
+        """Take in some rows."""
+
+    @abc.abstractmethod
+    def result(self) -> torch.Tensor:
+        """What the rows so far give; there was at least one."""
+
+
+def chunks(rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """``rows`` in pieces small enough for a float64 copy each."""
+    return rows.split(max(1, _AT_ONCE // max(1, rows.shape[1])))
+
+
+# -- one value ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _OfOne(Statistic):
+    value: str
+    axis: int = -1
+
+    @property
+    def values(self) -> tuple[str, ...]:
+        """The one value."""
+        return (self.value,)
+
+    @property
+    def channel_axis(self) -> int:
+        """As declared."""
+        return self.axis
+
+
+@dataclass(frozen=True)
+class Mean(_OfOne):
+    """Mean per channel: ``[channels]``."""
+
+    def start(self) -> Accumulator:
+        """An empty sum."""
+        return _Sum(lambda x: x)
+
+
+@dataclass(frozen=True)
+class MeanSquare(_OfOne):
+    """Mean of the squares per channel: ``[channels]``."""
+
+    def start(self) -> Accumulator:
+        """An empty sum."""
+        return _Sum(torch.square)
+
+
+@dataclass(frozen=True)
+class MeanAbs(_OfOne):
+    """Mean magnitude per channel: ``[channels]``."""
+
+    def start(self) -> Accumulator:
+        """An empty sum."""
+        return _Sum(torch.abs)
+
+
+@dataclass(frozen=True)
+class AbsMax(_OfOne):
+    """Largest magnitude per channel: ``[channels]``."""
+
+    def start(self) -> Accumulator:
+        """No rows yet."""
+        return _Extreme()
+
+
+@dataclass(frozen=True)
+class MinMax(_OfOne):
+    """Smallest and largest element per channel: ``[2, channels]``."""
+
+    def start(self) -> Accumulator:
+        """No rows yet."""
+        return _Range()
+
+
+@dataclass(frozen=True)
+class Covariance(_OfOne):
+    """Second moment about zero, sum of x x^T over rows divided by their count: ``[channels, channels]``.
+
+    Not centred: the covariance proper is this less ``mean mean^T``.
+    """
+
+    def start(self) -> Accumulator:
+        """An empty sum."""
+        return _Outer()
+
+
+# -- two values -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class CosineSimilarity(Statistic):
+    """Mean over rows of the cosine between two values of one shape: a scalar.
+
+    Of two rows of zeros it is 1, of one 0: nothing was changed, or nothing is left.
+    """
+
+    a: str
+    b: str
+    axis: int = -1
+
+    @property
+    def values(self) -> tuple[str, ...]:
+        """Both values."""
+        return (self.a, self.b)
+
+    @property
+    def channel_axis(self) -> int:
+        """As declared."""
+        return self.axis
+
+    def start(self) -> Accumulator:
+        """An empty sum."""
+        return _Cosine()
+
+
+# -- accumulators ---------------------------------------------------------------------------------
+
+
+class _Sum(Accumulator):
+    def __init__(self, of: Any) -> None:
+        self._of = of
+        self._sum: torch.Tensor | None = None
+
+    def add(self, *rows: torch.Tensor) -> None:
+        (x,) = rows
+        total = self._of(x).sum(0)
+        self._sum = total if self._sum is None else self._sum + total
+        self.count += x.shape[0]
+
+    def result(self) -> torch.Tensor:
+        assert self._sum is not None
+        return self._sum / self.count
+
+
+class _Outer(Accumulator):
+    def __init__(self) -> None:
+        self._sum: torch.Tensor | None = None
+
+    def add(self, *rows: torch.Tensor) -> None:
+        (x,) = rows
+        if self._sum is None:
+            self._sum = torch.zeros(x.shape[1], x.shape[1], dtype=torch.float64, device=x.device)
+        self._sum.addmm_(x.T, x)
+        self.count += x.shape[0]
+
+    def result(self) -> torch.Tensor:
+        assert self._sum is not None
+        return (self._sum + self._sum.T) / (2 * self.count)  # symmetric to the last bit
+
+
+class _Extreme(Accumulator):
+    def __init__(self) -> None:
+        self._most: torch.Tensor | None = None
+
+    def add(self, *rows: torch.Tensor) -> None:
+        (x,) = rows
+        most = x.abs().amax(0)
+        self._most = most if self._most is None else torch.maximum(self._most, most)
+        self.count += x.shape[0]
+
+    def result(self) -> torch.Tensor:
+        assert self._most is not None
+        return self._most
+
+
+class _Range(Accumulator):
+    def __init__(self) -> None:
+        self._low: torch.Tensor | None = None
+        self._high: torch.Tensor | None = None
+
+    def add(self, *rows: torch.Tensor) -> None:
+        (x,) = rows
+        low, high = x.amin(0), x.amax(0)
+        self._low = low if self._low is None else torch.minimum(self._low, low)
+        self._high = high if self._high is None else torch.maximum(self._high, high)
+        self.count += x.shape[0]
+
+    def result(self) -> torch.Tensor:
+        assert self._low is not None and self._high is not None
+        return torch.stack((self._low, self._high))
+
+
+class _Cosine(Accumulator):
+    def __init__(self) -> None:
+        self._sum: torch.Tensor | None = None
+
+    def add(self, *rows: torch.Tensor) -> None:
+        a, b = rows
+        dot, norms = (a * b).sum(1), a.norm(dim=1) * b.norm(dim=1)
+        both_zero = (a.norm(dim=1) == 0) & (b.norm(dim=1) == 0)
+        cosine = torch.where(norms > 0, dot / norms.clamp(min=torch.finfo(a.dtype).tiny), 0.0)
+        total = torch.where(both_zero, 1.0, cosine).sum()
+        self._sum = total if self._sum is None else self._sum + total
+        self.count += a.shape[0]
+
+    def result(self) -> torch.Tensor:
+        assert self._sum is not None
+        return self._sum / self.count
