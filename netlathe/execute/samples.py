@@ -35,15 +35,20 @@ _KEEP_VALUE = frozenset(
 
 def dynamic_dims(model: ir.Model) -> dict[str, int]:
     """The free dims of the graph inputs by name, each with a default size (batch 2, others 16)."""
-    names: dict[str, int] = {}
-    for value in model.graph.inputs:
-        for dim in value.shape or ():
-            if isinstance(dim, ir.SymbolicDim) and dim.value is not None:
-                for symbol in sorted(
-                    map(str, sympy.sympify(dim.value, _symbols(dim)).free_symbols)
-                ):
-                    names.setdefault(symbol, _DEFAULT_BATCH if "batch" in symbol else _DEFAULT_SIZE)
-    return names
+    return {
+        name: _DEFAULT_BATCH if "batch" in name else _DEFAULT_SIZE
+        for value in model.graph.inputs
+        for name in free_dims(value)
+    }
+
+
+def free_dims(value: ir.Value) -> list[str]:
+    """The names that the dims of ``value`` are made of, in order: ``2*n`` is made of ``n``."""
+    names: list[str] = []
+    for dim in value.shape or ():
+        if isinstance(dim, ir.SymbolicDim) and dim.value is not None:
+            names += sorted(map(str, sympy.sympify(dim.value, _symbols(dim)).free_symbols))
+    return list(dict.fromkeys(names))
 
 
 def shape_of(value: ir.Value, sizes: Mapping[str, int]) -> tuple[int, ...]:
