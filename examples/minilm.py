@@ -58,14 +58,14 @@ def main() -> None:
     embeddings = {name: s.run(None, dict(feeds))[0] for name, s in sessions.items()}
     cosines = cosine(embeddings["dense"], embeddings["compiled"])
     show_comparison(compiled, sessions, cosines)
-    console.print(f"\nwritten to {arguments.output / 'compiled'}; `ls` shows what an application needs")
+    console.print(
+        f"\nwritten to {arguments.output / 'compiled'}; `ls` shows what an application needs"
+    )
 
 
 def session(folder: Path) -> onnxruntime.InferenceSession:
     """A session as an application makes it."""
-    return onnxruntime.InferenceSession(
-        folder / "model.onnx", providers=["CPUExecutionProvider"]
-    )
+    return onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
 
 
 def cosine(a: npt.NDArray[np.float32], b: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
@@ -78,7 +78,14 @@ def cosine(a: npt.NDArray[np.float32], b: npt.NDArray[np.float32]) -> npt.NDArra
 def show_passes(compiled: netlathe.Compiled) -> None:
     """What each pass changed and skipped, and what that cost."""
     table = Table(box=None, pad_edge=False)
-    for column in ("pass", "did", "what was applied", "cosine to input model", "time", "verification"):
+    for column in (
+        "pass",
+        "did",
+        "what was applied",
+        "cosine to input model",
+        "time",
+        "verification",
+    ):
         table.add_column(column)
     for step in compiled.steps:
         applied = [entry.reason for entry in step.entries if entry.status == "applied"]
