@@ -228,9 +228,9 @@ def _names(given: Feeds, model: ir.Model, path: Path) -> Iterator[Diagnostic]:
 def _types(given: Feeds, model: ir.Model, path: Path) -> Iterator[Diagnostic]:
     """Another dtype or rank than the input's, and numbers that are not finite."""
     for value in model.graph.inputs:
-        if value.name not in given:
+        array = given.get(value.name or "")
+        if array is None:
             continue
-        array = given[value.name]
         wanted = None if value.dtype is None else np.dtype(value.dtype.numpy())
         if wanted is not None and array.dtype != wanted:
             yield Diagnostic(
@@ -260,7 +260,7 @@ def _shapes(feeds: Feeds, model: ir.Model, path: Path) -> Iterator[Diagnostic]:
     for value in inputs:
         for dim, size in zip(value.shape or (), feeds[value.name or ""].shape, strict=True):
             if not isinstance(dim, int) and dim.value in samples.free_dims(value):
-                sizes.setdefault(dim.value, size)
+                sizes.setdefault(str(dim), size)
     for value in inputs:
         array = feeds[value.name or ""]
         if not sizes.keys() >= set(samples.free_dims(value)):
