@@ -82,7 +82,9 @@ def write_model(folder: Path, layers: int) -> int:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--layers", type=int, default=LAYERS)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:

@@ -46,7 +46,9 @@ def measure(name: str) -> tuple[float, float, int]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("names", nargs="*", default=list(zoo.NAMES), metavar="NAME")
     failed = []
     print(f"{'model':14} {'nodes':>5} {'capture':>9} {'executor':>9}")

@@ -53,7 +53,9 @@ def generate(session: onnxruntime.InferenceSession, ids: list[int], count: int) 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("model", type=Path, nargs="?", default=Path("out/tiny-llama"))
     parser.add_argument("--output", type=Path, default=Path("out/causal-lm"))
     arguments = parser.parse_args()

@@ -93,7 +93,9 @@ def accuracy(folder: Path, images: npt.NDArray[np.float32], labels: npt.NDArray[
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--output", type=Path, default=Path("out/cnn"))
     arguments = parser.parse_args()
     images, labels = digits()

@@ -67,7 +67,9 @@ def write_network(file: Path, *, seed: int = 0) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("model", type=Path, nargs="?", default=Path("out/network.onnx"))
     parser.add_argument("--output", type=Path, default=Path("out/onnx-model"))
     arguments = parser.parse_args()

@@ -78,7 +78,9 @@ def make(folder: Path, *, steps: int = 150, seed: int = 0) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path, nargs="?", default=Path("out/tiny-llama"))
     parser.add_argument("--steps", type=int, default=150)
     arguments = parser.parse_args()
