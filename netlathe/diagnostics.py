@@ -18,8 +18,8 @@ class Diagnostic:
     """One problem, rendered as compiler users expect.
 
     ``code`` is ``stage.what`` in lower snake case, such as ``verify.width`` or ``onnx.truncated``.
-    ``at`` shows the offending node or file, ``where`` the module path in the user's model, ``help``
-    the way forward.
+    ``at`` shows the offending node, file or text (with a caret under it), ``where`` the module path
+    in the user's model, ``help`` the way forward.
     """
 
     code: str
@@ -32,7 +32,7 @@ class Diagnostic:
     def __str__(self) -> str:
         lines = [f"error[{self.code}]: {self.message}"]
         if self.at:
-            lines.append(f"  at  {self.at}")
+            lines.append("  at  " + self.at.replace("\n", "\n      "))
         if self.where:
             lines.append(f"  in  {self.where}")
         lines += [f"  note: {note}" for note in self.notes]

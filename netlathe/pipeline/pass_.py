@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import functools
 import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,8 +26,9 @@ import onnx_ir as ir
 import pydantic
 import pydantic.dataclasses
 
-from netlathe.diagnostics import Diagnostic, PassError
+from netlathe.diagnostics import Diagnostic, OptionError, PassError
 from netlathe.pipeline.ledger import Entry
+from netlathe.pipeline.validation import explain
 
 if TYPE_CHECKING:
     from netlathe.execute.statistics import Statistic, StatisticResult
@@ -157,9 +159,22 @@ C = TypeVar("C", bound=type)
 
 @dataclass_transform(kw_only_default=True, frozen_default=True, field_specifiers=(option,))
 def options(cls: C) -> C:
-    """Class decorator that turns annotated fields into validated, keyword-only, frozen options."""
+    """Class decorator that turns annotated fields into validated, keyword-only, frozen options.
+
+    Making such a pass with an unknown, missing or impossible option raises OptionError.
+    """
     config = pydantic.ConfigDict(extra="forbid", strict=False)
     made: Any = pydantic.dataclasses.dataclass(frozen=True, kw_only=True, config=config)(cls)
+    validate = made.__init__
+
+    @functools.wraps(validate)
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        try:
+            validate(self, *args, **kwargs)
+        except pydantic.ValidationError as error:
+            raise OptionError(explain(type(self), error)) from error
+
+    made.__init__ = __init__
     return made  # type: ignore[no-any-return]  # pydantic's decorator loses the class type
 
 
