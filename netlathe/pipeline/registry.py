@@ -69,9 +69,11 @@ def find_frontend(source: Any) -> type[Frontend]:
         MissingExtraError: one might, but lacks its extra.
         OptionError: an entry point is broken.
     """
-    loaded, lacking = _FRONTENDS.load()
-    for frontend in loaded.values():
-        if frontend.accepts(source):
+    lacking: dict[str, _Lack] = {}
+    for name, frontend in _FRONTENDS.load_lightest_first():
+        if isinstance(frontend, _Lack):
+            lacking[name] = frontend
+        elif frontend.accepts(source):
             return frontend
     shown = str(source) if isinstance(source, str | Path) else f"a {type(source).__name__}"
     if lacking:
@@ -87,8 +89,8 @@ def find_frontend(source: Any) -> type[Frontend]:
         Diagnostic(
             "frontend.none",
             f"no frontend takes {shown}",
-            help=f"there are {', '.join(sorted(loaded))}: give an ONNX file, a local Hugging Face"
-            " directory, an nn.Module or a torch.fx.GraphModule",
+            help=f"there are {', '.join(_FRONTENDS.entries())}: give an ONNX file, a local Hugging"
+            " Face directory, an nn.Module or a torch.fx.GraphModule",
         )
     )
 
@@ -226,14 +228,19 @@ class _Group(Generic[T]):
 
     def load(self) -> tuple[dict[str, type[T]], dict[str, _Lack]]:
         """What can be imported, and what lacks an optional dependency."""
-        loaded: dict[str, type[T]] = {}
-        lacking: dict[str, _Lack] = {}
-        for name, entry in self.entries().items():
+        offers = sorted(self.load_lightest_first(), key=lambda offer: offer[0])
+        return (
+            {name: found for name, found in offers if not isinstance(found, _Lack)},
+            {name: found for name, found in offers if isinstance(found, _Lack)},
+        )
+
+    def load_lightest_first(self) -> Iterator[tuple[str, type[T] | _Lack]]:
+        """One after the other, those that need no extra first: they are imported in no time."""
+        for name, entry in sorted(self.entries().items(), key=lambda e: (bool(e[1].extras), e[0])):
             try:
-                loaded[name] = self._import(entry)
+                yield name, self._import(entry)
             except _Lacking as error:
-                lacking[name] = error.lack
-        return loaded, lacking
+                yield name, error.lack
 
     def load_all(self) -> dict[str, type[T]]:
         return self.load()[0]
@@ -282,8 +289,8 @@ def _lack(entry: metadata.EntryPoint, module: str) -> _Lack | None:
     if entry.dist is None:
         return None
     requirements = list(_extra_requirements(entry.dist.requires or ()))
-    for name, extra in requirements:
-        if _canonical(name) == _canonical(root):
+    for name, extra in requirements:  # an extra may be made of others: netlathe[torch]
+        if _canonical(name) == _canonical(root) != _canonical(entry.dist.name):
             return _Lack(entry.dist.name, next(iter(entry.extras), extra), root)
     return None
 
