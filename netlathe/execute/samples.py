@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -12,6 +11,7 @@ import onnx_ir as ir
 import sympy
 
 from netlathe.diagnostics import Diagnostic, InputError, did_you_mean
+from netlathe.ir import dims
 
 Arrays = dict[str, npt.NDArray[Any]]
 
@@ -46,8 +46,9 @@ def free_dims(value: ir.Value) -> list[str]:
     """The names that the dims of ``value`` are made of, in order: ``2*n`` is made of ``n``."""
     names: list[str] = []
     for dim in value.shape or ():
-        if isinstance(dim, ir.SymbolicDim) and dim.value is not None:
-            names += sorted(map(str, sympy.sympify(dim.value, _symbols(dim)).free_symbols))
+        parsed = dims.from_ir(dim)
+        if isinstance(parsed, sympy.Expr):
+            names += sorted(map(str, parsed.free_symbols))
     return list(dict.fromkeys(names))
 
 
@@ -61,15 +62,12 @@ def shape_of(value: ir.Value, sizes: Mapping[str, int]) -> tuple[int, ...]:
         raise InputError(
             Diagnostic("samples.rank", f"input {value.name!r} has no shape, so no data can be made")
         )
-    dims = []
-    for dim in value.shape:
-        if isinstance(dim, int):
-            dims.append(dim)
-        elif dim.value is None:
-            dims.append(1)
-        else:
-            dims.append(int(sympy.sympify(dim.value, _symbols(dim)).subs(dict(sizes))))
-    return tuple(dims)
+    known = [(dims.symbol(name), size) for name, size in sizes.items()]
+    shape = []
+    for dim in map(dims.from_ir, value.shape):
+        size: Any = dim.subs(known) if isinstance(dim, sympy.Expr) else dim
+        shape.append(1 if size is None else int(size))
+    return tuple(shape)
 
 
 def synthesize(model: ir.Model, sizes: Mapping[str, int], seed: int) -> Arrays:
@@ -148,10 +146,3 @@ def _table_rows(value: ir.Value) -> Iterator[int]:
             elif node.op_type in _KEEP_VALUE and position == 0:
                 stack += [out for out in node.outputs if out not in seen]
                 seen.update(node.outputs)
-
-
-def _symbols(dim: ir.SymbolicDim) -> dict[str, sympy.Symbol]:
-    """Every identifier of a dim as a plain symbol: names such as ``beta`` or ``N`` mean no function."""
-
-    words = set(re.findall(r"[A-Za-z_]\w*", dim.value or "")) - {"floor", "ceiling", "Max", "Min"}
-    return {word: sympy.Symbol(word) for word in words}
