@@ -81,7 +81,7 @@ class _Cached(nn.Module):
 
         cache = DynamicCache([(layer["key"], layer["value"]) for layer in past_key_values])
         past = past_key_values[0]["key"].shape[2]
-        torch._check(attention_mask.shape[1] == past + input_ids.shape[1])
+        torch._check(attention_mask.shape[1] == past + input_ids.shape[1])  # type: ignore[no-untyped-call]  # torch gives it no types
         extra: dict[str, Any] = {self._cache_name: cache}
         if self._takes_positions:
             positions = (attention_mask.cumsum(1) - 1).clamp(min=0)
@@ -275,7 +275,7 @@ def _image(model: nn.Module, config: Any, folder: Path) -> Task:
 
 def _image_size(config: Any, folder: Path) -> tuple[int, int]:
     """Height and width: the config's, else the preprocessor's, else 224."""
-    size = getattr(config, "image_size", None)
+    size: Any = getattr(config, "image_size", None)
     file = folder / "preprocessor_config.json"
     if size is None and file.is_file():
         settings = json.loads(file.read_text("utf-8"))

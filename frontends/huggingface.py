@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -21,9 +21,11 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
+import onnx_ir.passes.common as common_passes
 import torch
 import transformers
 from torch import nn
+from transformers.initialization import no_init_weights
 
 from netlathe.diagnostics import CaptureError, Diagnostic, InputError
 from netlathe.frontends.checkpoint import StoredTensor, read_checkpoint
@@ -119,7 +121,7 @@ class HuggingFaceDirectory(Frontend):
         implementation: _Implementation,
     ) -> Captured:
         loaded = _load(folder, model_class, implementation)
-        config = loaded.model.config
+        config: Any = loaded.model.config
         task = make_task(loaded.model, config, folder, cache=self.cache)
         what = f"{type(loaded.model).__name__} in {folder}"
         exported = export(task.module, (), task.kwargs, task.dynamic, what=what, inside=INNER)
@@ -187,7 +189,8 @@ def _read_config(folder: Path) -> tuple[Any, type[Any]]:
             )
         ) from error
     if model_class is None:
-        model_class = transformers.AutoModel._model_mapping[type(config)]
+        known: Any = transformers.AutoModel._model_mapping
+        model_class = known[type(config)]
     return config, model_class
 
 
@@ -286,7 +289,7 @@ def _load(folder: Path, model_class: type[Any], implementation: _Implementation)
     if not narrow:
         model = stored
     else:
-        with _float32_default(), transformers.initialization.no_init_weights():
+        with _float32_default(), no_init_weights():
             model = model_class._from_config(stored.config, dtype=torch.float32)
         own = dict(stored.named_buffers())
         persistent = stored.state_dict().keys()
@@ -308,6 +311,7 @@ def _float32_default() -> Iterator[None]:
 
 
 def _check_shapes(info: Mapping[str, Any], folder: Path) -> None:
+    mismatched: Iterable[Any] = info.get("mismatched_keys") or ()
     wrong = [
         Diagnostic(
             "hf.shape",
@@ -316,7 +320,7 @@ def _check_shapes(info: Mapping[str, Any], folder: Path) -> None:
             at=str(folder),
             help="config.json and the weights are not of the same model",
         )
-        for name, found, wanted in sorted(info.get("mismatched_keys") or ())
+        for name, found, wanted in sorted(mismatched)
     ]
     if wrong:
         raise InputError(wrong)
@@ -333,7 +337,7 @@ def _bind_weights(
     Raises:
         InputError: the graph uses weights that the checkpoint does not have.
     """
-    ir.passes.common.RemoveUnusedNodesPass()(model)  # a head nobody asked for may lack its weights
+    common_passes.RemoveUnusedNodesPass()(model)  # a head nobody asked for may lack its weights
     graph = model.graph
     used = [name for name in graph.initializers if name in loaded.missing]
     if used:
@@ -409,7 +413,7 @@ def _numpy(tensor: torch.Tensor) -> npt.NDArray[Any]:
     return tensor.numpy()
 
 
-def _tensor(tensor: torch.Tensor, name: str) -> ir.Tensor:
+def _tensor(tensor: torch.Tensor, name: str) -> ir.TensorProtocol:
     return ir.tensor(_numpy(tensor), name=name)
 
 

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 import onnx_ir as ir
+import onnx_ir.passes.common as common_passes
 
 from netlathe.diagnostics import Diagnostic, InputError
 from netlathe.execute import ort, samples
@@ -61,7 +62,7 @@ class OnnxFile(Frontend):
             entries.append(Entry("opset", "applied", f"raised from {version} to {NEWEST}"))
         if model.functions:
             names = ", ".join(sorted({f.name for f in model.functions.values()}))
-            ir.passes.common.InlinePass()(model)
+            common_passes.InlinePass()(model)
             entries.append(Entry("functions", "applied", f"inlined {names}"))
         condense(model)
 
@@ -174,7 +175,7 @@ def _not_onnx(path: Path) -> InputError:
 def _check_structure(proto: onnx.ModelProto, path: Path) -> None:
     """Refuse a graph that uses values nothing makes: what a cut or edited file looks like."""
     graph = proto.graph
-    made = {v.name for v in (*graph.input, *graph.initializer)}
+    made = {v.name for v in graph.input} | {t.name for t in graph.initializer}
     made |= {s.values.name for s in graph.sparse_initializer}
     made |= {name for node in graph.node for name in node.output}
     wanted = [(name, node.name or node.op_type) for node in graph.node for name in node.input]

@@ -238,7 +238,9 @@ def export(
                 handle.remove()
 
     def intermediates(feeds: Feeds) -> Arrays:
-        return _interpret(translated.exported_program, tensors_of(feeds))
+        decomposed = translated.exported_program
+        assert decomposed is not None  # it was translated from one
+        return _interpret(decomposed, tensors_of(feeds))
 
     return Exported(
         model=model,

@@ -51,7 +51,7 @@ def _leaves(value: Any) -> Iterator[tuple[tuple[str, ...], Any]]:
         fields = dataclasses.fields(value)
         children = ((f.name, getattr(value, f.name)) for f in fields)
     elif isinstance(value, tuple) and hasattr(value, "_fields"):
-        children = zip(value._fields, value, strict=True)
+        children = zip(value._fields, value, strict=True)  # pyright: ignore[reportAttributeAccessIssue]  # a named tuple
     elif isinstance(value, list | tuple):
         children = ((str(i), v) for i, v in enumerate(value))
     elif type(value) in pytree.SUPPORTED_NODES:

@@ -7,6 +7,7 @@ relative to nothing proves nothing: here every block's output has an RMS between
 
 from __future__ import annotations
 
+import hashlib
 import math
 import tempfile
 from collections.abc import Callable, Mapping
@@ -485,7 +486,8 @@ def export(zoo: ZooModel) -> ir.Model:
 def exported(name: str) -> ir.Model:
     """:func:`export` of a zoo model, kept as a file for the next call (weights included)."""
     versions = f"torch{torch.__version__}-transformers{transformers.__version__}"
-    folder = Path(tempfile.gettempdir()) / "netlathe-zoo" / versions
+    source = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:8]
+    folder = Path(tempfile.gettempdir()) / "netlathe-zoo" / f"{versions}-{source}"
     path = folder / f"{name}.onnx"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)

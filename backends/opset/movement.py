@@ -127,7 +127,7 @@ def grid_sample(b: Builder) -> list[ir.Value] | None:
         return None
     if b.rank(b.need(0)) != 4:
         raise Gap("GridSample of other than images [n, c, h, w] exists since opset 20")
-    mode = b.attribute("mode", "linear")
+    mode = str(b.attribute("mode", "linear"))
     b.node.attributes["mode"] = ir.AttrString("mode", _GRID_MODES.get(mode, mode))
     return None
 

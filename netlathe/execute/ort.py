@@ -3,9 +3,10 @@
 The graph is cut into consecutive ranges of nodes whose weights fit ``max_bytes``; each range is one
 session, fed with what the ranges before it left. A model below that size is one session. Weights of
 a session are handed over where they lie (mapped files stay mapped), not copied into its model.
-Optimizations are off unless asked for, so that what runs is what stands in the graph, but for two
-things that ONNX Runtime has no CPU kernel for: Swish (opset 25) runs as Sigmoid and Mul, and bfloat16
-arithmetic as float32 arithmetic that is rounded to bfloat16 after every node.
+Optimizations are off unless asked for, so that what runs is what stands in the graph, but for three
+things that ONNX Runtime has no CPU kernel for: Swish (opset 25) runs as Sigmoid and Mul, RoiAlign as the
+same operator of opset 21, and bfloat16 arithmetic as float32 arithmetic that is rounded to bfloat16
+after every node.
 """
 
 from __future__ import annotations
@@ -60,6 +61,15 @@ _AS_BITS: dict[ir.DataType, type[np.unsignedinteger[Any]]] = {
     ir.DataType.FLOAT8E5M2: np.uint8,
     ir.DataType.FLOAT8E5M2FNUZ: np.uint8,
 }
+# Integers of less than a byte live inside a session only: at its edge they are Cast to and from these.
+_WIDENED: dict[ir.DataType, ir.DataType] = {
+    ir.DataType.INT4: ir.DataType.INT8,
+    ir.DataType.UINT4: ir.DataType.UINT8,
+    ir.DataType.INT2: ir.DataType.INT8,
+    ir.DataType.UINT2: ir.DataType.UINT8,
+}
+# Operators with a kernel for an older opset only, in which they mean the same.
+_OLDER: dict[str, int] = {"RoiAlign": 21}
 # What moves or converts bits runs on bfloat16 as it is.
 _RUNS_ON_BFLOAT16 = frozenset({"Cast", "Identity", "If", "Loop", "Scan"})
 
@@ -79,13 +89,14 @@ def run(
 ) -> Arrays:
     """Evaluate ``model`` on ``feeds`` and return ``outputs`` by name (default: the graph's outputs).
 
-    Any value of the main graph may be asked for; bfloat16 and the 8-bit floats come back as
-    ``ml_dtypes`` arrays. ``max_bytes`` bounds the weights held at once, ``threads`` is how many threads
-    may compute (default: NETLATHE_THREADS, else all that this process may use).
+    Any tensor of the main graph may be asked for; bfloat16, the 8-bit floats and integers of less than
+    a byte come back as ``ml_dtypes`` arrays. ``max_bytes`` bounds the weights held at once, ``threads``
+    is how many threads may compute (default: NETLATHE_THREADS, else all that this process may use).
 
     Raises:
         InputError: a feed is missing, unknown or of another dtype or rank; or an output is unknown.
-        RuntimeFailure: ONNX Runtime does not accept or cannot run the graph; the node is named.
+        RuntimeFailure: ONNX Runtime does not accept or cannot run the graph, and the node is named;
+            or a result is no tensor.
     """
     session = Session(model, outputs, optimize=optimize, max_bytes=max_bytes, threads=threads)
     return session.run(feeds)
@@ -96,6 +107,7 @@ class _Segment:
     nodes: tuple[ir.Node, ...]
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
+    opset: int | None  # of the default domain; None: the model's
 
 
 class Session:
@@ -118,6 +130,12 @@ class Session:
         self._graph = model.graph
         self._optimize = optimize
         self._threads = threads or default_threads()
+        values = (*model.graph.inputs, *(v for node in model.graph for v in node.outputs))
+        self._narrow = {
+            value.name: value.dtype
+            for value in values
+            if value.name and value.dtype is not None and value.dtype in _WIDENED
+        }
         self.outputs = tuple(
             dict.fromkeys(outputs if outputs is not None else _names(model.graph.outputs))
         )
@@ -127,17 +145,18 @@ class Session:
     def run(self, feeds: Mapping[str, npt.NDArray[Any]]) -> Arrays:
         """Evaluate once; see :func:`run` for what it raises."""
         self._check(feeds)
-        held = {name: _to_ort(array) for name, array in feeds.items()}
+        held = {name: self._held(name, array) for name, array in feeds.items()}
         for value in self._graph.inputs:  # an input with a default that was not given
             if value.name and value.name not in held and value.const_value is not None:
-                held[value.name] = _to_ort(value.const_value.numpy())
+                held[value.name] = self._held(value.name, value.const_value.numpy())
         for number, segment in enumerate(self._segments):
             session = self._kept or self._session(segment, held)
             if len(self._segments) == 1:
                 self._kept = session
             try:
                 results = session.run_with_ort_values(
-                    list(segment.outputs), {name: held[name] for name in segment.inputs}
+                    [self._edge(name) for name in segment.outputs],
+                    {self._edge(name): held[name] for name in segment.inputs},
                 )
             except Exception as error:
                 raise self._failure(error, segment.nodes) from error
@@ -149,10 +168,26 @@ class Session:
 
     def _result(self, name: str, held: Mapping[str, onnxruntime.OrtValue]) -> npt.NDArray[Any]:
         if name in held:
-            return _from_ort(held[name])
+            if not held[name].is_tensor():
+                raise RuntimeFailure(
+                    Diagnostic(
+                        "run.result", f"{name!r} is no tensor, and only tensors are returned"
+                    )
+                )
+            array = _from_ort(held[name])
+            return array.astype(self._narrow[name].numpy()) if name in self._narrow else array
         tensor = self._graph.initializers[name].const_value
         assert tensor is not None  # _cut accepts no other name
         return tensor.numpy()
+
+    def _held(self, name: str, array: npt.NDArray[Any]) -> onnxruntime.OrtValue:
+        if name in self._narrow:
+            array = array.astype(_WIDENED[self._narrow[name]].numpy())
+        return _to_ort(array)
+
+    def _edge(self, name: str) -> str:
+        """What a value is called where it enters or leaves a session."""
+        return f"{name}/widened" if name in self._narrow else name
 
     # -- cutting ----------------------------------------------------------------------------------
 
@@ -167,16 +202,19 @@ class Session:
         ranges: list[list[ir.Node]] = [[]]
         size = 0
         held: set[str] = set()
+        opset: int | None = None
         for node in self._graph:
             if node not in needed:
                 continue
             weights = {v.name: _bytes(v) for v in _reads(node) if v.name and v.is_initializer()}
             new = sum(count for name, count in weights.items() if name not in held)
-            if ranges[-1] and size + new > max_bytes:
+            wanted = self._opset_for(node)
+            if ranges[-1] and (size + new > max_bytes or wanted != opset):
                 ranges.append([])
                 size, held = 0, set()
                 new = sum(weights.values())
             ranges[-1].append(node)
+            opset = wanted
             size += new
             held |= weights.keys()
         ranges = [nodes for nodes in ranges if nodes]
@@ -190,11 +228,16 @@ class Session:
                 for v in _reads(node)
                 if v.name and v.name not in made and not _is_weight(v)
             }
-            cut.append(
-                _Segment(tuple(nodes), tuple(sorted(reads)), tuple(sorted(made & read_later)))
-            )
+            outputs = tuple(sorted(made & read_later))
+            opset = self._opset_for(nodes[0])
+            cut.append(_Segment(tuple(nodes), tuple(sorted(reads)), outputs, opset))
             read_later |= reads
         yield from reversed(cut)
+
+    def _opset_for(self, node: ir.Node) -> int | None:
+        """The older opset that ``node`` has to run in; None where it runs in the model's."""
+        older = _OLDER.get(node.op_type) if node.domain in ("", "ai.onnx") else None
+        return older if older and self._graph.opset_imports.get("", 0) > older else None
 
     # -- sessions ---------------------------------------------------------------------------------
 
@@ -226,16 +269,26 @@ class Session:
         self, segment: _Segment, held: Mapping[str, onnxruntime.OrtValue]
     ) -> tuple[onnx.ModelProto, list[str], list[onnxruntime.OrtValue]]:
         graph = onnx.GraphProto(name=self._graph.name or "main")
+        for name in segment.inputs:
+            if name in self._narrow:
+                to = self._narrow[name].value
+                graph.node.append(onnx.helper.make_node("Cast", [self._edge(name)], [name], to=to))
         for node in segment.nodes:
             graph.node.extend(_runnable(node))
+        for name in segment.outputs:
+            if name in self._narrow:
+                to = _WIDENED[self._narrow[name]].value
+                graph.node.append(onnx.helper.make_node("Cast", [name], [self._edge(name)], to=to))
         read = {v.name: v for node in segment.nodes for v in _reads(node) if v.name}
         for name in segment.inputs:
-            if read[name].is_graph_input() or not held[name].is_tensor():
+            by_declaration = read[name].is_graph_input() and name not in self._narrow
+            if by_declaration or not held[name].is_tensor():
                 graph.input.append(ir.serde.serialize_value(read[name]))
             else:  # by what it is: a recorded type may be absent
                 element = held[name].element_type()
-                graph.input.append(onnx.helper.make_tensor_value_info(name, element, None))
-        graph.output.extend(onnx.ValueInfoProto(name=name) for name in segment.outputs)
+                edge = self._edge(name)
+                graph.input.append(onnx.helper.make_tensor_value_info(edge, element, None))
+        graph.output.extend(onnx.ValueInfoProto(name=self._edge(n)) for n in segment.outputs)
         names, values = [], []
         for name, value in sorted(read.items()):
             tensor = value.const_value
@@ -257,7 +310,10 @@ class Session:
             names.append(name)
             # On the CPU the value shares the array's memory; it keeps the array alive.
             values.append(_to_ort(tensor.numpy()))
-        opsets = [onnx.helper.make_opsetid(d, v) for d, v in self._graph.opset_imports.items()]
+        versions = dict(self._graph.opset_imports)
+        if segment.opset is not None:
+            versions[""] = segment.opset
+        opsets = [onnx.helper.make_opsetid(d, v) for d, v in versions.items()]
         functions = [ir.serde.serialize_function(f) for f in self._model.functions.values()]
         proto = onnx.helper.make_model(
             graph, opset_imports=opsets, functions=functions, ir_version=self._model.ir_version
@@ -278,7 +334,9 @@ class Session:
                 if name in read and name not in self._graph.initializers:
                     problems.append(f"input {name!r} is missing")
                 continue
-            if value.dtype is not None and array.dtype != value.dtype.numpy():
+            if array.dtype.kind in "OUS" or array.dtype.name == "float4_e2m1fn":
+                problems.append(f"input {name!r} is {array.dtype}, which cannot be handed over")
+            elif value.dtype is not None and array.dtype != value.dtype.numpy():
                 problems.append(f"input {name!r} is {array.dtype}, not {value.dtype.numpy()}")
             if value.shape is not None and array.ndim != len(value.shape):
                 problems.append(f"input {name!r} has {array.ndim} dims, not {len(value.shape)}")
@@ -293,9 +351,12 @@ class Session:
 
     def _failure(self, error: Exception, nodes: Sequence[ir.Node]) -> RuntimeFailure:
         text = " ".join(str(error).split())
-        named = [n for n in nodes if n.name and f"'{n.name}'" in text] or [
-            n for n in nodes if any(v.name and f"'{v.name}'" in text for v in n.outputs)
-        ]
+
+        def said(name: str | None) -> bool:
+            return bool(name) and (f"'{name}'" in text or f'"{name}"' in text)
+
+        named = [n for n in nodes if said(n.name)]
+        named = named or [n for n in nodes if any(said(v.name) for v in n.outputs)]
         return RuntimeFailure(
             Diagnostic(
                 "run.onnxruntime",
@@ -327,8 +388,6 @@ def default_threads() -> int:
 
 def _to_ort(array: npt.NDArray[Any]) -> onnxruntime.OrtValue:
     array = np.ascontiguousarray(array).reshape(array.shape)  # a scalar stays one
-    if array.dtype.kind in "OUS":  # strings
-        return onnxruntime.OrtValue.ortvalue_from_numpy(array)
     dtype = ir.DataType.from_numpy(array.dtype)
     bits = _AS_BITS.get(dtype)
     if bits is None:
@@ -337,7 +396,7 @@ def _to_ort(array: npt.NDArray[Any]) -> onnxruntime.OrtValue:
 
 
 def _from_ort(value: onnxruntime.OrtValue) -> npt.NDArray[Any]:
-    if not value.is_tensor() or ir.DataType(value.element_type()) not in _AS_BITS:
+    if ir.DataType(value.element_type()) not in _AS_BITS:
         array: npt.NDArray[Any] = value.numpy()
         return array
     dtype = ir.DataType(value.element_type())

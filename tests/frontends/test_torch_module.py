@@ -100,12 +100,13 @@ def test_names_modes_and_ties_are_kept() -> None:
 
 
 def test_weights_are_bound_and_not_copied() -> None:
-    module = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())
+    conv = nn.Conv2d(3, 4, 3)
+    module = nn.Sequential(conv, nn.ReLU())
     captured = TorchModule(args=(torch.zeros(2, 3, 8, 8),), dynamic={}).capture(module)
     bound = captured.model.graph.initializers["0.weight"].const_value
     assert bound is not None
     with torch.no_grad():
-        module[0].weight[0, 0, 0, 0] = 42.0
+        conv.weight[0, 0, 0, 0] = 42.0
     assert bound.numpy()[0, 0, 0, 0] == 42.0
 
 

@@ -169,7 +169,7 @@ def _evaluated(shape: dims.Shape, sizes: Mapping[sympy.Symbol, int]) -> list[int
         if isinstance(dim, int) or dim is None:
             found.append(dim)
             continue
-        size = dim.subs(sizes)
+        size = dim.subs(list(sizes.items()))
         found.append(None if size.free_symbols else int(size))
     return found
 
@@ -216,7 +216,7 @@ def _judge(proto: onnx.ModelProto, feeds: Mapping[str, Any]) -> list[Any] | None
         session = onnxruntime.InferenceSession(
             proto.SerializeToString(), options, providers=["CPUExecutionProvider"]
         )
-        results: list[Any] = session.run(None, dict(feeds))
+        results: list[Any] = list(session.run(None, dict(feeds)))
     except Exception:  # its errors share no base class; a refusal is an answer
         return None
     return results

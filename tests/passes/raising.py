@@ -82,7 +82,8 @@ def run(model: ir.Model, feeds: Mapping[str, np.ndarray], opset: int = 25) -> li
         proto.SerializeToString(), options, providers=["CPUExecutionProvider"]
     )
     wanted = {i.name for i in session.get_inputs()}
-    return list(session.run(None, {k: v for k, v in feeds.items() if k in wanted}))
+    results: list[Any] = list(session.run(None, {k: v for k, v in feeds.items() if k in wanted}))
+    return results
 
 
 def feeds(model: ir.Model, sizes: Mapping[str, int], seed: int) -> dict[str, np.ndarray]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 
@@ -24,7 +25,7 @@ GELU_TANH = {
     "factored": """xx = Mul(x, x) m = Mul(xx, k) i = Add(m, one) xr = Mul(x, r) u = Mul(xr, i)
         t = Tanh(u) p = Add(t, one) q = Mul(half, p) y = Mul(x, q)""",
 }
-NUMBERS = dict(
+NUMBERS: dict[str, Any] = dict(
     half=0.5,
     one=1.0,
     two=2.0,

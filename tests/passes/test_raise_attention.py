@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +14,9 @@ Q, K, V = "float[b,4,s,8] q", "float[b,4,t,8] k", "float[b,4,t,8] v"
 QKV = f"{Q}, {K}, {V}"
 SCORES = "kt = Transpose<perm=[0,1,3,2]>(k) z = MatMul(q, kt)"
 OUT = "p = Softmax<axis=-1>(l) y = MatMul(p, v)"
-NUMBERS = dict(root=math.sqrt(8), inverse=1 / math.sqrt(8), zero=0.0, cap=5.0, fill=-3.4e38)
+NUMBERS: dict[str, Any] = dict(
+    root=math.sqrt(8), inverse=1 / math.sqrt(8), zero=0.0, cap=5.0, fill=-3.4e38
+)
 
 
 @pytest.mark.parametrize(
@@ -170,7 +173,7 @@ def _repeat(name: str, *, as_tile: bool = False) -> str:
     )
 
 
-REPEAT = dict(
+REPEAT: dict[str, Any] = dict(
     one=[1], two=[2], inplace=[1, 1, 2, 1, 1], tiled=[1, 2, 1, 1, 1], merged=[0, 4, -1, 8]
 )
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -10,7 +12,7 @@ from tests.passes.raising import graph, node, ops, raised, refusals
 X = "float[b,s,8] x"
 W = np.linspace(0.5, 1.5, 8, dtype=np.float32)
 B = np.linspace(-0.2, 0.3, 8, dtype=np.float32)
-SHARED = dict(eps=1e-5, two=2.0, half=0.5, minus_half=-0.5, one=1.0, axes=[-1])
+SHARED: dict[str, Any] = dict(eps=1e-5, two=2.0, half=0.5, minus_half=-0.5, one=1.0, axes=[-1])
 
 RMS = {
     "pow, reciprocal": "q = Pow(x, two) m = ReduceMean(q, axes) a = Add(m, eps) r = Sqrt(a)"
@@ -66,7 +68,7 @@ def test_rms_norm_over_two_axes_with_a_two_dim_scale() -> None:
         " y = Mul(n, w)"
     )
     w = np.linspace(0.5, 2, 32, dtype=np.float32).reshape(4, 8)
-    constants = SHARED | {"axes": [-2, -1]}
+    constants: dict[str, Any] = SHARED | {"axes": [-2, -1]}
     after, _ = raised(graph("float[b,4,8] x", body, w=w, **constants))
     assert node(after, "RMSNormalization").attributes["axis"].as_int() == 1
 
@@ -121,7 +123,7 @@ def test_layer_norm_with_two_subtractions() -> None:
 def test_instance_norm() -> None:
     body = f"{LAYER} g = Mul(n, w) y = Add(g, c0)"
     w, c0 = (v.reshape(8, 1, 1) for v in (W, B))
-    constants = SHARED | {"axes": [2, 3]}
+    constants: dict[str, Any] = SHARED | {"axes": [2, 3]}
     after, _ = raised(graph("float[b,8,5,6] x", body, w=w, c0=c0, **constants))
     assert "InstanceNormalization" in ops(after)
     assert "LayerNormalization" not in ops(after)

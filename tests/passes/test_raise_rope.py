@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
+import onnx_ir as ir
 import pytest
 
 from tests.passes.raising import graph, node, ops, raised, refusals
@@ -10,7 +13,7 @@ from tests.passes.raising import graph, node, ops, raised, refusals
 X = "float[b,3,s,8] x"
 ANGLES = "float[b,s,4] f"
 FREQUENCIES = (10000.0 ** (-np.arange(4) / 4)).astype(np.float32)
-HALVES = dict(
+HALVES: dict[str, Any] = dict(
     first0=[0], first1=[4], second0=[4], second1=[2**62], last=[3], heads=[1], minus1=[-1]
 )
 ROTATE = (
@@ -24,9 +27,9 @@ COS_SIN = (
 SUM = "xc = Mul(x, cos) xs = Mul(rot, sin) y = Add(xc, xs)"
 
 
-def _table_dims(model) -> list[list[str]]:  # type: ignore[no-untyped-def]  # any raised model
+def _table_dims(model: ir.Model) -> list[list[str]]:
     tables = node(model, "RotaryEmbedding").inputs[1:3]
-    return [[str(d) for d in table.shape] for table in tables if table is not None]
+    return [[str(d) for d in table.shape or ()] for table in tables if table is not None]
 
 
 def test_rotate_half() -> None:
@@ -83,8 +86,8 @@ def test_tables_gathered_by_position() -> None:
     )
     after, _ = raised(model)
     assert ops(after) == {"Gather": 2, "RotaryEmbedding": 1}
-    assert [list(v.shape) for n, v in after.graph.initializers.items() if "cache" in n] == [
-        [16, 4]
+    assert [v.shape for n, v in after.graph.initializers.items() if "cache" in n] == [
+        ir.Shape([16, 4])
     ] * 2
 
 
@@ -110,7 +113,12 @@ TWICE = (
 
 
 def test_interleaved() -> None:
-    constants = HALVES | {"two": [2], "one1": [1], "flat": [0, 3, -1, 8], "flat3": [0, -1, 8]}
+    constants: dict[str, Any] = HALVES | {
+        "two": [2],
+        "one1": [1],
+        "flat": [0, 3, -1, 8],
+        "flat3": [0, -1, 8],
+    }
     after, entries = raised(graph(f"{X}, {ANGLES}", f"{TWICE} {INTERLEAVED} {SUM}", **constants))
     assert ops(after)["RotaryEmbedding"] == 1, entries
     assert node(after, "RotaryEmbedding").attributes["interleaved"].as_int() == 1
@@ -131,7 +139,7 @@ def test_partial() -> None:
 def test_positions_before_heads() -> None:
     """x is [b,s,h,d]: the op stands between transpositions."""
     body = f"{COS_SIN} {ROTATE} {SUM}"
-    constants = HALVES | {"heads": [2]}
+    constants: dict[str, Any] = HALVES | {"heads": [2]}
     after, _ = raised(graph(f"float[b,s,3,8] x, {ANGLES}", body, **constants))
     assert ops(after) == {"Cos": 1, "Sin": 1, "RotaryEmbedding": 1, "Transpose": 2}
 
