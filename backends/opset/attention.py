@@ -187,8 +187,9 @@ class _Attention:
         # Layers with the same dims share one mask; a dim of unknown name is shared with nothing.
         key = (id(b.graph), causal, left, right, rows, columns, past)
         shareable = self.valid is None and None not in (rows, columns, past)
-        if shareable and key in b.shared.results:
-            return b.shared.results[key]
+        found = b.shared.results.get(key) if shareable else None
+        if found is not None and found.graph is not None:  # else its readers went, and it with them
+            return found
         if shareable and isinstance(rows, int) and isinstance(columns, int) and past == 0:
             ahead = np.arange(columns)[None, :] - np.arange(rows)[:, None]  # key minus query
             keep = np.ones_like(ahead, bool)

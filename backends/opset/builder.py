@@ -170,7 +170,8 @@ class Builder:
         # Rounded once, to the type it is used in: float64 0.1 -> float32 0.1.
         data = np.ascontiguousarray(data.astype(dtype.numpy()))
         key = (id(self.graph), dtype.name, data.shape, data.tobytes())
-        if key not in self.shared.constants:
+        found = self.shared.constants.get(key)
+        if found is None or found.graph is None:  # its readers went, and it with them
             stem = "const" if data.ndim == 0 else "consts"
             tensor = ir.Tensor(data, dtype=dtype, name=self.shared.fresh(f"opset/{stem}"))
             value = ir.Value(

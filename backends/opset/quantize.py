@@ -110,7 +110,8 @@ def _storable(b: Builder, value: ir.Value) -> ir.Value:
     if b.is_function:
         raise Gap("a function cannot hold a widened constant")
     key = (id(b.graph), "widened", id(value))
-    if key not in b.shared.results:
+    found = b.shared.results.get(key)
+    if found is None or found.graph is None:  # its readers went, and it with them
         name = f"{value.name}/{wanted.name.lower()}"
         widened = weights.derived(
             tensor,

@@ -1,0 +1,440 @@
+"""The ONNX backend: what it writes is checked, runs in plain ONNX Runtime, and is the IR's function."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import shutil
+import subprocess
+import sys
+from collections import namedtuple
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import onnx
+import onnx.checker
+import onnx_ir as ir
+import onnxruntime
+import pytest
+
+from netlathe.backends import onnx_file
+from netlathe.backends.onnx_file import DATA_FILE, MODEL_FILE, OnnxArtifact, OnnxBackend
+from netlathe.diagnostics import LowerError, OptionError, VerifyError
+from netlathe.execute import ort, samples
+from netlathe.execute.compare import relative_error
+from netlathe.frontends.onnx_file import OnnxFile
+from netlathe.ir import edit, normal, provenance, verify, weights
+from tests.ir.onnx_text import matrix, model, ops
+
+TARGET = OnnxBackend.targets()[0]
+OPSETS = range(17, 26)
+
+
+def target(**settings: Any) -> Any:
+    return dataclasses.replace(TARGET, settings={**TARGET.settings, **settings})
+
+
+def compiled(made: ir.Model, **settings: Any) -> OnnxArtifact:
+    return OnnxBackend().compile(made, target(**settings))
+
+
+def settled(made: ir.Model) -> ir.Model:
+    normal.normalize(made)
+    verify.check(made)
+    return made
+
+
+def block() -> ir.Model:
+    """A decoder block: RMSNorm, grouped-query attention, a Swish gate, LayerNorm, Gelu."""
+    made = model(
+        "float[b,s,16] x",
+        "float[b,s,16] y",
+        """
+        n = RMSNormalization<axis = -1>(x, g)
+        q = MatMul(n, wq)  k = MatMul(n, wk)  v = MatMul(n, wv)
+        a = Attention<q_num_heads = 4, kv_num_heads = 2, is_causal = 1>(q, k, v)
+        o = MatMul(a, wo)
+        h = Add(x, o)
+        l = LayerNormalization<axis = -1>(h, g, c)
+        up = MatMul(l, w1)
+        gate = Swish(up)
+        e = Gelu(up)
+        both = Mul(gate, e)
+        down = MatMul(both, w2)
+        y = Add(h, down)
+        """,
+        g=1 + matrix(16, seed=1) / 4,
+        c=matrix(16, seed=2) / 4,
+        wq=matrix(16, 16, seed=3) / 4,
+        wk=matrix(16, 8, seed=4) / 4,
+        wv=matrix(16, 8, seed=5) / 4,
+        wo=matrix(16, 16, seed=6) / 4,
+        w1=matrix(16, 32, seed=7) / 4,
+        w2=matrix(32, 16, seed=8) / 6,
+    )
+    made = settled(made)
+    for node in made.graph:
+        provenance.mark(node, module=f"layers.0.{node.op_type.lower()}")
+    made.metadata_props["netlathe.test"] = "kept"
+    made.graph.doc_string = "a block"
+    return made
+
+
+def convolution() -> ir.Model:
+    return settled(
+        model(
+            "float[b,3,8,8] x",
+            "float y",
+            """
+            c = Conv<pads = [1,1,1,1]>(x, w)
+            p = MaxPool<kernel_shape = [2,2], strides = [2,2]>(c)
+            m = ReduceMean<keepdims = 0>(p, axes)
+            y = Softmax(m)
+            """,
+            w=matrix(4, 3, 3, 3) / 5,
+            axes=[2, 3],
+        )
+    )
+
+
+def quantized() -> ir.Model:
+    """A weight in int8 with a scale a column, as weight-only quantization leaves it."""
+    rng = np.random.default_rng(0)
+    return settled(
+        model(
+            "float[b,64] x",
+            "float y",
+            "w = DequantizeLinear<axis = 1>(wq, scale)  y = MatMul(x, w)",
+            wq=rng.integers(-127, 128, (64, 48)).astype(np.int8),
+            scale=(rng.random(48, np.float32) + 0.5) / 127,
+        )
+    )
+
+
+def branching() -> ir.Model:
+    """A weight inside a branch of an If."""
+    made = model(
+        "float[b,16] x, bool flag",
+        "float y",
+        """y = If(flag) <
+            then_branch = yes () => (float[b,16] t) { t = Neg(x) },
+            else_branch = no () => (float[b,16] e) { e = Neg(x) }>""",
+    )
+    inner = next(iter(made.graph)).attributes["then_branch"].as_graph()
+    weight = edit.constant(inner, matrix(16, 16), "wt")
+    edit.replace(
+        inner[0],
+        [product := ir.node("MatMul", [made.graph.inputs[0], weight])],
+        {inner[0].outputs[0]: product.outputs[0]},
+        created_by="test",
+    )
+    return settled(made)
+
+
+def plain(file: Path, feeds: dict[str, Any], *, optimize: bool) -> list[Any]:
+    """What ONNX Runtime makes of the file, set up here and not by us."""
+    options = onnxruntime.SessionOptions()
+    if not optimize:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+    return list(session.run(None, feeds))
+
+
+@pytest.mark.parametrize("opset", OPSETS)
+@pytest.mark.parametrize("make", [block, convolution, quantized, branching])
+def test_every_opset_round_trips(make: Any, opset: int, tmp_path: Path) -> None:
+    made = make()
+    files = compiled(made, opset=opset).save(tmp_path)
+    assert files == [tmp_path / MODEL_FILE]
+    proto = onnx.load(str(files[0]))
+    assert {o.domain: o.version for o in proto.opset_import}[""] == opset
+    onnx.checker.check_model(proto, full_check=True)
+    feeds = dict(samples.synthesize(made, {"b": 3}, 5))
+    (expected,) = ort.run(made, feeds).values()
+    # 84 ulp of float32; with optimizations an int8 weight may be multiplied as such, which rounds the
+    # other operand to 8 bits: half a step of 1/127 each.
+    loose = 0.02 if make is quantized else 1e-4
+    for optimize, bound in ((False, 1e-5), (True, loose)):
+        (actual,) = plain(files[0], feeds, optimize=optimize)
+        assert relative_error(actual, expected) <= bound
+    again = OnnxFile().capture(files[0])
+    (actual,) = ort.run(again.model, feeds).values()
+    assert relative_error(actual, expected) <= 1e-5
+
+
+def test_the_report_tells_what_was_written(tmp_path: Path) -> None:
+    artifact = compiled(block(), opset=20)
+    assert artifact.report()["opset"] == 20 and "bytes" not in artifact.report()
+    artifact.save(tmp_path)
+    report = artifact.report()
+    assert report["bytes"] == (tmp_path / MODEL_FILE).stat().st_size
+    assert report["ir_version"] == onnx.load(str(tmp_path / MODEL_FILE)).ir_version
+    for way in ("off", "on"):
+        assert report[f"error_optimizations_{way}"] <= report[f"bound_optimizations_{way}"]
+    assert "not_run" not in report
+
+
+def test_names_and_provenance_are_kept(tmp_path: Path) -> None:
+    made = block()
+    compiled(made, opset=23).save(tmp_path)
+    read = ir.load(tmp_path / MODEL_FILE)
+    assert read.metadata_props["netlathe.test"] == "kept"
+    assert (read.graph.doc_string, read.producer_name) == ("a block", "netlathe")
+    assert [v.name for v in read.graph.inputs] == ["x"]
+    assert [v.name for v in read.graph.outputs] == ["y"]
+    assert set(read.graph.initializers) >= {"wq", "wk", "wv", "wo", "w1", "w2"}
+    paths = {provenance.module_path(node) for node in read.graph}
+    assert {"layers.0.attention", "layers.0.rmsnormalization", "layers.0.swish"} <= paths
+    assert all(paths)  # nodes that the lowering wrote have one too
+    assert str(read.graph.outputs[0].shape) == str(made.graph.outputs[0].shape)
+
+
+def test_the_compiled_model_is_left_as_it_was() -> None:
+    made = block()
+    before = ir.to_proto(made).SerializeToString(deterministic=True)
+    compiled(made, opset=17)
+    assert ir.to_proto(made).SerializeToString(deterministic=True) == before
+
+
+def test_run_equals_the_ir_and_takes_the_same_feeds() -> None:
+    made = block()
+    artifact = compiled(made, opset=18)
+    feeds = samples.synthesize(made, {"b": 1, "s": 4}, 0)
+    assert relative_error(artifact.run(feeds)["y"], ort.run(made, feeds)["y"]) <= 1e-4
+
+
+@pytest.mark.parametrize("external_over", [0, onnx_file.EXTERNAL_OVER])
+def test_the_same_model_gives_the_same_bytes(external_over: int, tmp_path: Path) -> None:
+    contents = []
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        artifact = compiled(block(), opset=19, external_over=external_over)
+        artifact.stamp("0" * 64)
+        files = artifact.save(tmp_path / name)
+        contents.append([file.read_bytes() for file in files])
+    assert contents[0] == contents[1]
+    assert ir.load(tmp_path / "a" / MODEL_FILE).metadata_props[onnx_file.MANIFEST_KEY] == "0" * 64
+
+
+# -- weights beside the model ---------------------------------------------------------------------
+
+
+def test_large_weights_go_beside_the_model(tmp_path: Path) -> None:
+    made = settled(
+        model(
+            "float[b,64] x",
+            "float y",
+            "a = MatMul(x, w)  h = Add(a, small)  y = MatMul(h, narrow)",
+            w=matrix(64, 64) / 8,
+            small=matrix(64),
+            narrow=matrix(64, 64, seed=1) / 8,
+        )
+    )
+    num_bytes = weights.num_bytes(made)
+    inline = compiled(made, external_over=num_bytes)
+    inside = tmp_path / "inside"
+    inside.mkdir()
+    assert len(inline.save(inside)) == 1  # not over the threshold
+    files = compiled(made, external_over=num_bytes - 1).save(tmp_path)
+    assert [file.name for file in files] == [MODEL_FILE, DATA_FILE]
+    proto = onnx.load(str(files[0]), load_external_data=False)
+    placed = {
+        tensor.name: {entry.key: entry.value for entry in tensor.external_data}
+        for tensor in proto.graph.initializer
+    }
+    assert placed.keys() == {"w", "small", "narrow"} and not placed["small"]
+    for name in ("w", "narrow"):
+        assert placed[name]["location"] == DATA_FILE  # beside the model wherever that goes
+        assert int(placed[name]["offset"]) % 4096 == 0  # so that readers can map it
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    for file in files:
+        file.rename(moved / file.name)
+    feeds = dict(samples.synthesize(made, {}, 0))
+    (expected,) = ort.run(made, feeds).values()
+    (actual,) = plain(moved / MODEL_FILE, feeds, optimize=False)
+    assert relative_error(actual, expected) <= 1e-5
+
+
+@pytest.mark.parametrize("opset", [17, 25])
+def test_weights_of_branches_go_beside_the_model(opset: int, tmp_path: Path) -> None:
+    made = branching()
+    files = compiled(made, opset=opset, external_over=0).save(tmp_path)
+    assert len(files) == 2
+    for flag in (True, False):
+        feeds = {"x": matrix(2, 16, seed=1), "flag": np.asarray(flag)}
+        (expected,) = ort.run(made, feeds).values()
+        (actual,) = plain(files[0], feeds, optimize=False)
+        assert relative_error(actual, expected) <= 1e-5
+
+
+def test_packed_elements_go_beside_the_model(tmp_path: Path) -> None:
+    """Two int4 to a byte, scales of blocks of 16 rows, an odd number of columns."""
+    rng = np.random.default_rng(0)
+    numbers = rng.integers(-8, 8, (128, 33)).astype(ml_dtypes.int4)
+    made = model(
+        "float[b,128] x",
+        "float y",
+        "w = DequantizeLinear<axis = 0, block_size = 16>(wq, scale)  y = MatMul(x, w)",
+        scale=(rng.random((8, 33), np.float32) + 0.5) / 8,
+        wq=np.zeros((128, 33), np.int8),
+    )
+    value = made.graph.initializers["wq"]
+    value.const_value = ir.tensor(numbers, name="wq")
+    value.type = ir.TensorType(ir.DataType.INT4)
+    settled(made)
+    files = compiled(made, external_over=0).save(tmp_path)
+    assert len(files) == 2
+    np.testing.assert_array_equal(
+        weights.array(ir.load(files[0]).graph.initializers["wq"]), numbers
+    )
+    feeds = dict(samples.synthesize(made, {}, 0))
+    (expected,) = ort.run(made, feeds).values()
+    (actual,) = plain(files[0], feeds, optimize=False)
+    assert relative_error(actual, expected) <= 1e-5
+
+
+_SAVE_LAZY_WEIGHTS = """
+import resource, sys
+import numpy as np, onnx_ir as ir
+from netlathe.backends import onnx_file
+from netlathe.ir import edit, weights
+from tests.ir.onnx_text import model
+
+made = model("float[b,1024] x", "float y", "y = Identity(x)")
+base = ir.tensor(np.zeros((1024, 1024), np.int8))
+for _ in range(48):
+    edit.constant(
+        made.graph,
+        weights.derived(base, lambda a: a + np.float32(1), ir.DataType.FLOAT, (1024, 1024), "w"),
+        "w",
+    )
+with open(sys.argv[1], "wb") as file:
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    onnx_file._externalize(made, file)
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is KiB on Linux")
+def test_a_weight_is_in_memory_only_while_it_is_written(tmp_path: Path) -> None:
+    """48 recipes of 4 MiB each are written with a few of them in memory, not 192 MiB."""
+    done = subprocess.run(
+        [sys.executable, "-c", _SAVE_LAZY_WEIGHTS, str(tmp_path / "data")],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert (tmp_path / "data").stat().st_size == 48 << 22
+    assert int(done.stdout) < 32 << 10
+
+
+# -- what ONNX Runtime cannot run -----------------------------------------------------------------
+
+
+def narrow(opset: int = 25) -> ir.Model:
+    """bfloat16 arithmetic, which ONNX Runtime has few CPU kernels for."""
+    made = model("bfloat16[b,16] x", "bfloat16 y", "a = MatMul(x, w)  h = Swish(a)  y = Add(h, x)")
+    value = ir.Value(
+        name="w",
+        type=ir.TensorType(ir.DataType.BFLOAT16),
+        shape=ir.Shape([16, 16]),
+        const_value=ir.tensor((matrix(16, 16) / 4).astype(ml_dtypes.bfloat16), name="w"),
+    )
+    made.graph[0].replace_input_with(1, value)
+    made.graph.initializers["w"] = value
+    return settled(made)
+
+
+@pytest.mark.parametrize("opset", [17, 21, 25])
+def test_bfloat16_is_read_back_and_compared(opset: int, tmp_path: Path) -> None:
+    artifact = compiled(narrow(), opset=opset)
+    (file,) = artifact.save(tmp_path)
+    assert "NOT_IMPLEMENTED" in artifact.report()["not_run"]
+    assert artifact.report()["error_read_back"] <= artifact.report()["bound_read_back"]
+    read = ir.load(file)
+    assert read.graph.initializers["w"].dtype == ir.DataType.BFLOAT16
+    assert read.graph.outputs[0].dtype == ir.DataType.BFLOAT16
+
+
+def test_swish_is_written_so_that_it_runs(tmp_path: Path) -> None:
+    """ONNX Runtime 1.32 has no kernel for Swish at opset 25: this test says when it gets one."""
+    text = (
+        '<ir_version: 10, opset_import: ["": 25]> g (float[4] x) => (float[4] y) { y = Swish(x) }'
+    )
+    with pytest.raises(Exception, match="NOT_IMPLEMENTED"):
+        onnxruntime.InferenceSession(onnx.parser.parse_model(text).SerializeToString())
+    compiled(block(), opset=25).save(tmp_path)
+    assert "Swish" not in ops(ir.load(tmp_path / MODEL_FILE))
+    assert ops(OnnxFile().capture(tmp_path / MODEL_FILE).model)["Swish"] == 1  # raised again
+
+
+# -- what is refused ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"opset": 16}, "choose an opset from 17 to 25"),
+        ({"opset": 26}, "opset 26 is out of range"),
+        ({"opset": "20"}, "must be an integer"),
+        ({"opset": True}, "must be an integer"),
+        ({"external_over": -1}, "from 0 to"),
+        ({"external_over": 1 << 31}, "from 0 to"),
+        ({"opsett": 20}, "no setting opsett"),
+    ],
+)
+def test_a_wrong_setting_is_refused(settings: dict[str, Any], says: str) -> None:
+    with pytest.raises(OptionError, match=says):
+        compiled(convolution(), **settings)
+    with pytest.raises(OptionError):
+        OnnxBackend().unsupported(convolution(), target(**settings))
+
+
+def test_all_gaps_are_told_before_any_work() -> None:
+    made = model(
+        "float[4] x",
+        "float8e4m3fn y, float8e5m2 z",
+        "y = Cast<to = 17>(x)  z = Cast<to = 19>(x)",
+    )
+    settled(made)
+    found = OnnxBackend().unsupported(made, target(opset=18))
+    assert [d.code for d in found] == ["onnx.opset", "onnx.opset"]
+    assert "y = Cast" in found[0].at and "choose opset 19 or newer" in found[0].help
+    assert not OnnxBackend().unsupported(made, target(opset=19))
+    with pytest.raises(LowerError) as error:
+        compiled(made, opset=18)
+    assert len(error.value.diagnostics) == 2
+
+
+def test_a_wrong_lowering_is_caught(tmp_path: Path) -> None:
+    """Planted: one weight of the lowered model is not the IR's."""
+    artifact = compiled(block(), opset=17)
+    value = artifact.model.graph.initializers["wo"]
+    value.const_value = ir.tensor(weights.array(value) * np.float32(1.01), name="wo")
+    with pytest.raises(VerifyError, match=r"'y' of the written file differs.*optimizations off"):
+        artifact.save(tmp_path)
+
+
+def test_a_file_that_the_checker_refuses_is_caught(tmp_path: Path) -> None:
+    """Planted: an output that claims another width."""
+    artifact = compiled(block())
+    artifact.model.graph.outputs[0].shape = ir.Shape(["b", "s", 17])
+    with pytest.raises(LowerError) as error:
+        artifact.save(tmp_path)
+    assert error.value.diagnostics[0].code == "onnx.checker"
+
+
+def test_too_small_a_disk_is_found_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    artifact = compiled(block())
+    free = weights.num_bytes(artifact.model) - 1
+    usage = namedtuple("usage", "total used free")(free, 0, free)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
+    with pytest.raises(OSError) as error:
+        artifact.save(tmp_path)
+    assert error.value.errno == errno.ENOSPC
+    assert not list(tmp_path.iterdir())
