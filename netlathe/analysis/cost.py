@@ -212,8 +212,7 @@ class _Counter:
         if isinstance(dim, int):
             return dim
         if dim not in self._sizes:
-            value = None if dim is None else dim.subs(self._at)
-            self._sizes[dim] = int(value) if value is not None and value.is_Integer else None
+            self._sizes[dim] = dims.evaluate(dim, self._at)
         known = self._sizes[dim]
         if known is None:
             raise _UnknownSizeError

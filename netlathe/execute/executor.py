@@ -90,7 +90,7 @@ class Executor:
                 )
             wanted = {name: program.values[name] for name in outputs}
         with torch.inference_mode(False), torch.no_grad(), _exact_arithmetic(self.device):
-            values = self._feed(feeds)
+            values: dict[Slot, Any] = {**self.feed(feeds)}
             results = self._run(program, values, tuple(wanted.values()))
         return dict(zip(wanted, results, strict=True))
 
@@ -100,9 +100,38 @@ class Executor:
 
         return to_fx(self.model).to(self.device)
 
-    # -- running ----------------------------------------------------------------------------------
+    # -- in parts, for many samples: see netlathe.execute.calibration -------------------------------
 
-    def _feed(self, feeds: Mapping[str, Feed]) -> dict[Slot, torch.Tensor]:
+    @property
+    def program(self) -> Program:
+        """The plan of the whole graph."""
+        return self._program
+
+    def steps(self, wanted: Sequence[Slot]) -> tuple[Step, ...]:
+        """The steps of the plan that ``wanted`` need, in order."""
+        return self._schedule(self._program, tuple(wanted)).steps
+
+    def run_part(self, part: Program, values: dict[Slot, Any]) -> None:
+        """Run the steps of ``part`` that its outputs need, on ``values``, which hold what they read.
+
+        Afterwards ``values`` hold the outputs, and nothing that the steps alone have read or made.
+
+        Raises:
+            ExecutionError: a node failed; it is named.
+        """
+        with torch.inference_mode(False), torch.no_grad(), _exact_arithmetic(self.device):
+            self._run_steps(part, values, tuple(part.outputs))
+
+    def release_weights(self) -> None:
+        """Give back the weights that ``keep_weights`` holds; they are read again when needed."""
+        self._kept.clear()
+
+    def feed(self, feeds: Mapping[str, Feed]) -> dict[Slot, torch.Tensor]:
+        """``feeds`` on the device, by slot.
+
+        Raises:
+            InputError: a feed is missing, unknown or of another dtype or rank.
+        """
         problems = []
         inputs = {slot.name: slot for slot in self._program.inputs}
         recorded = {value.name: value for value in self.model.graph.inputs}
@@ -133,9 +162,17 @@ class Executor:
             )
         return values
 
+    # -- running ----------------------------------------------------------------------------------
+
     def _run(
         self, program: Program, values: dict[Slot, Any], wanted: tuple[Slot, ...]
     ) -> list[torch.Tensor]:
+        self._run_steps(program, values, wanted)
+        return [self._on_device(self._value(program, values, slot)) for slot in wanted]
+
+    def _run_steps(
+        self, program: Program, values: dict[Slot, Any], wanted: tuple[Slot, ...]
+    ) -> None:
         schedule = self._schedule(program, wanted)
         for step, done in zip(schedule.steps, schedule.done, strict=True):
             args = [self._value(program, values, arg) for arg in step.args]
@@ -149,7 +186,6 @@ class Executor:
             del args, kwargs, result, results
             for slot in done:
                 values.pop(slot, None)
-        return [self._on_device(self._value(program, values, slot)) for slot in wanted]
 
     def _value(self, program: Program, values: dict[Slot, Any], arg: Any) -> Any:
         if isinstance(arg, Program):

@@ -38,6 +38,11 @@ class Statistic(abc.ABC):
         """The axis of the channels; the other ones are rows."""
         return -1
 
+    @property
+    def per_channel(self) -> bool:
+        """Whether the result has a place for every channel, whose number must then be fixed."""
+        return True
+
     @abc.abstractmethod
     def start(self) -> Accumulator:
         """An empty sum."""
@@ -73,7 +78,7 @@ class Accumulator(abc.ABC):
 
 def chunks(rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """``rows`` in pieces small enough for a float64 copy each."""
-    return rows.split(max(1, _AT_ONCE // max(1, rows.shape[1])))
+    return torch.split(rows, max(1, _AT_ONCE // max(1, rows.shape[1])))
 
 
 # -- one value ------------------------------------------------------------------------------------
@@ -175,6 +180,11 @@ class CosineSimilarity(Statistic):
     def channel_axis(self) -> int:
         """As declared."""
         return self.axis
+
+    @property
+    def per_channel(self) -> bool:
+        """One number for all channels."""
+        return False
 
     def start(self) -> Accumulator:
         """An empty sum."""

@@ -290,6 +290,14 @@ def smallest(a: Dim, b: Dim) -> Dim:
     return None if a is None or b is None else simplify(sympy.Min(a, b))
 
 
+def evaluate(dim: Dim, at: Mapping[sympy.Symbol, int]) -> int | None:
+    """The dim as a number, where ``at`` gives every name in it a size."""
+    if dim is None or isinstance(dim, int):
+        return dim
+    value = dim.subs(list(at.items()))
+    return int(value) if value.is_Integer else None
+
+
 # -- broadcasting -----------------------------------------------------------------------------------
 
 
