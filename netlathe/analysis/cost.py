@@ -128,14 +128,15 @@ def is_parameter(value: ir.Value) -> bool:
 
 
 def _roles(value: ir.Value) -> Iterator[tuple[ir.Node, int]]:
-    """Who reads ``value``, and as which input; looked for through nodes that only move it."""
+    """Who computes with ``value``, and as which input; looked for through nodes that only move it."""
     stack, seen = [value], {value}
     while stack:
         for node, position in stack.pop().uses():
             if node.op_type in _MOVEMENTS and (position == 0 or node.op_type == "Concat"):
                 stack += [output for output in node.outputs if output not in seen]
                 seen.update(node.outputs)
-            yield node, position
+            else:
+                yield node, position
 
 
 # -- multiply-accumulates -------------------------------------------------------------------------

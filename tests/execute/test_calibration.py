@@ -28,9 +28,8 @@ from netlathe.execute.statistics import (
     StatisticResult,
 )
 from netlathe.ir import normal
-from netlathe.passes.normalize import raise_operators
 from netlathe.pipeline.pass_ import Context, SilentProgress
-from tests import zoo
+from tests import zoo_ir
 from tests.execute import text
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -134,14 +133,7 @@ def test_one_result_for_each_that_is_asked_for() -> None:
 
 
 def zoo_model(name: str) -> tuple[ir.Model, list[dict[str, Array]]]:
-    model = zoo.exported(name)
-    normal.normalize(model)
-    raise_operators(model)
-    normal.normalize(model)
-    made = zoo.build(name)
-    sizes = (made.sizes[0], made.sizes[1], made.sizes[0])
-    samples = [made.feeds(at, seed) for seed, at in enumerate(sizes)]
-    return model, [{k: v.numpy() for k, v in sample.items()} for sample in samples]
+    return zoo_ir.captured(name), [*zoo_ir.feeds(name), *zoo_ir.feeds(name, seed=2)[:1]]
 
 
 def floats(model: ir.Model) -> list[str]:
