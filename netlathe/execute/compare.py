@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,10 +19,12 @@ def relative_error(actual: npt.NDArray[Any], expected: npt.NDArray[Any]) -> floa
     """max|actual - expected| as a share of expected's RMS; infinite where they cannot be compared.
 
     Non-finite numbers agree only with the same non-finite number at the same place; the RMS is taken
-    over the finite ones. Integers and booleans are compared as numbers.
+    over the finite ones. Integers and booleans are compared as numbers, strings for equality.
     """
     if actual.shape != expected.shape or actual.dtype != expected.dtype:
         return float("inf")
+    if actual.dtype.kind in "OUS":
+        return 0.0 if np.array_equal(actual, expected) else float("inf")
     if expected.size == 0:
         return 0.0
     a, e = actual.astype(np.float64), expected.astype(np.float64)
@@ -42,7 +44,7 @@ def relative_error(actual: npt.NDArray[Any], expected: npt.NDArray[Any]) -> floa
 
 @dataclass(frozen=True)
 class Difference:
-    """A value of ``a`` that is not what ``b`` makes of the same inputs."""
+    """How far a value of ``a`` is from what ``b`` makes of the same inputs."""
 
     name: str
     other: str  # its name in b
@@ -66,20 +68,48 @@ def first_difference(
     Raises:
         RuntimeFailure: ONNX Runtime cannot run one of the models.
     """
-    made = {v.name: v for node in a.graph for v in node.outputs if v.name}
     if names is None:
         others = {v.name for node in b.graph for v in node.outputs if v.name}
-        names = {name: name for name in made if name in others}
-    order = [name for name in made if name in names]
+        made = {v.name for node in a.graph for v in node.outputs if v.name}
+        names = {name: name for name in made & others}
+    for difference in differences(a, b, feeds, names):
+        if not difference.error <= tolerance:
+            return difference
+    return None
+
+
+def differences(
+    a: ir.Model,
+    b: ir.Model,
+    feeds: Mapping[str, npt.NDArray[Any]],
+    names: Mapping[str, str],
+) -> Iterator[Difference]:
+    """How far every value of ``a`` in ``names`` is from its counterpart in ``b``, in node order.
+
+    See :func:`first_difference`.
+    """
+    for value, other, actual, expected in pairs(a, b, feeds, names):
+        yield Difference(value.name or "", other, relative_error(actual, expected), value)
+
+
+def pairs(
+    a: ir.Model,
+    b: ir.Model,
+    feeds: Mapping[str, npt.NDArray[Any]],
+    names: Mapping[str, str],
+) -> Iterator[tuple[ir.Value, str, npt.NDArray[Any], npt.NDArray[Any]]]:
+    """Values of ``a`` in ``names``, in node order, with their counterparts and what both come to.
+
+    They are computed a few at a time, and not kept.
+    """
+    made = {v.name: v for node in a.graph for v in node.outputs if v.name and v.name in names}
+    order = list(made)
     for start in range(0, len(order), _AT_ONCE):
         some = order[start : start + _AT_ONCE]
         actual = ort.run(a, inputs_of(a, feeds), some)
         expected = ort.run(b, inputs_of(b, feeds), [names[name] for name in some])
         for name in some:
-            error = relative_error(actual[name], expected[names[name]])
-            if not error <= tolerance:
-                return Difference(name, names[name], error, made[name])
-    return None
+            yield made[name], names[name], actual[name], expected[names[name]]
 
 
 def inputs_of(

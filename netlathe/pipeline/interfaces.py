@@ -68,7 +68,16 @@ class Target:
 
 
 class Artifact(abc.ABC):
-    """A compiled model in memory."""
+    """A compiled model in memory; ``sample`` may hold feeds for the checks that :meth:`save` makes."""
+
+    sample: Feeds | None = None
+
+    def stamp(self, manifest_digest: str) -> None:  # noqa: B027  # not every format has room for it
+        """Record which manifest the artifact belongs to, where its format has room for that."""
+
+    def report(self) -> dict[str, Any]:
+        """What is worth knowing about the artifact, as JSON data; complete once it is saved."""
+        return {}
 
     @abc.abstractmethod
     def run(self, feeds: Feeds) -> dict[str, Any]:

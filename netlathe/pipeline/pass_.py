@@ -169,8 +169,11 @@ def options(cls: C) -> C:
 
     @functools.wraps(validate)
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        if args:  # pydantic takes them, whatever kw_only says
+            message = f"options of {self.name} are given by name"
+            raise OptionError(Diagnostic("option.positional", message))
         try:
-            validate(self, *args, **kwargs)
+            validate(self, **kwargs)
         except pydantic.ValidationError as error:
             raise OptionError(explain(type(self), error)) from error
 

@@ -56,6 +56,15 @@ def find_pass(name: str) -> type[Pass]:
     return _PASSES.find(name)
 
 
+def distribution_of(pass_: Pass) -> str:
+    """Name and version of the distribution that ``pass_`` comes from; its module where none does."""
+    for entry in metadata.entry_points(group=_PASSES.name):
+        home = f"{type(pass_).__module__}:{type(pass_).__qualname__}"
+        if f"{entry.module}:{entry.attr}" == home and entry.dist is not None:
+            return f"{entry.dist.name} {entry.dist.version}"
+    return type(pass_).__module__
+
+
 def frontends() -> dict[str, type[Frontend]]:
     """Every frontend by name, sorted; see :func:`passes`."""
     return _FRONTENDS.load_all()
@@ -138,8 +147,8 @@ def _find_target(name: str) -> tuple[type[Backend], Target]:
     offers = [(backend, target) for backend in loaded.values() for target in backend.targets()]
     found = [(backend, target) for backend, target in offers if target.name == name]
     if len(found) > 1:
-        both = " and ".join(backend.name for backend, _ in found)
-        message = f"the backends {both} all have a target {name!r}"
+        names = " and ".join(sorted(backend.name for backend, _ in found))
+        message = f"more than one backend has a target {name!r}: {names}"
         raise OptionError(Diagnostic("target.duplicate", message))
     if not found:
         absent = [f"{n} needs {lack.says}" for n, lack in lacking.items()]

@@ -1,59 +1,38 @@
-"""The manager: runs passes one after the other, checks each, and accounts for what each did."""
+"""The manager: runs passes one after the other, checks each, and accounts for what each did.
+
+Every pass works on a copy of the model (weights are shared, not copied), which becomes the current
+model only after its checks. So whatever happens, Ctrl-C included, the caller's model is as it was.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+import json
+import sys
+import time
+import traceback
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from pathlib import Path
+from typing import Any, Protocol, get_args
 
-import numpy.typing as npt
 import onnx_ir as ir
 
-from netlathe.pipeline.interfaces import Captured
-from netlathe.pipeline.ledger import Entry
-from netlathe.pipeline.pass_ import Context, Feeds, Pass
+from netlathe.analysis.cost import Cost, cost
+from netlathe.diagnostics import Diagnostic, GateError, NetLatheError, PassError, VerifyError
+from netlathe.execute import ort
+from netlathe.ir import normal, verify
+from netlathe.pipeline.fingerprint import Guard
+from netlathe.pipeline.interfaces import Artifact, Captured
+from netlathe.pipeline.ledger import Entry, Status
+from netlathe.pipeline.loss import Loss, Metric, Scale, Subject
+from netlathe.pipeline.pass_ import ChoosingPass, Context, Lossy, Pass, Result
+from netlathe.pipeline.verification import Bench, Check, Outcome, blamed
 
-if TYPE_CHECKING:
-    from netlathe.analysis.cost import Cost
+if sys.platform != "win32":
+    import resource
 
-Runner = Callable[[Feeds], dict[str, npt.NDArray[Any]]]
-Metric = Callable[[Runner], float]  # what a user measures on a model, given a way to run it
-
-
-@dataclass(frozen=True)
-class Check:
-    """What the model after a pass was held against, and how far it was from it.
-
-    ``error`` is the largest max|after - against| over the outputs, as a share of the output's RMS;
-    ``output`` is where it was found. ``kind`` "none" means nothing was compared, for ``reason``.
-    """
-
-    kind: Literal["input", "reference", "none"]  # the model before; the simulated reference
-    error: float | None = None
-    tolerance: float | None = None
-    output: str = ""
-    sizes: tuple[str, ...] = ()  # "batch=2, sequence=16": the sizes it was compared at
-    reason: str = ""
-
-
-@dataclass(frozen=True)
-class Loss:
-    """How far a model's outputs are from another's, as means over all rows of all feeds.
-
-    The numbers are those of the first floating-point output, which by convention is the model's
-    result; ``by_output`` has every one. Positions that an ``attention_mask`` pads are left out.
-    """
-
-    output: str
-    cosine: float
-    relative_rms: float  # RMS(after - before) / RMS(before)
-    kl: float | None  # KL(before || after) in nats, where the output looks like logits
-    top1: float | None  # share of rows with the same largest logit
-    feeds: int  # how many feeds it was measured on
-    data: Literal["calibration", "samples"]
-    by_output: Mapping[str, Mapping[str, float | None]] = field(default_factory=dict)
-    metric_before: float | None = None  # the user's own metric
-    metric_after: float | None = None
+_MOST_LISTED = 20  # skipped candidates that an error shows one by one
 
 
 @dataclass
@@ -64,14 +43,17 @@ class Step:
     entries: list[Entry]
     changed: bool
     statistics: dict[str, float]
+    renamed: dict[str, str | None]  # old value names to new ones, or to None where removed
     cost_before: Cost
     cost_after: Cost
     check: Check
-    loss: Loss | None  # against the model before the pass; only of a lossy pass that changed it
-    total_loss: Loss | None  # against the captured model
-    seconds: float  # the pass itself and the normal form after it
-    check_seconds: float  # structure, types, comparison, loss
-    peak_bytes: int  # most memory the process has held at any time until the step's end; 0: unknown
+    loss: Loss | None = None  # to the model before the pass; of a lossy pass that changed something
+    total_loss: Loss | None = None  # likewise, to the captured model
+    seconds: float = 0.0  # the pass itself, and bringing the model into normal form after it
+    check_seconds: float = 0.0  # structure and types, the comparison, cost and loss
+    peak_bytes: int = (
+        0  # most memory the process has held so far, mapped files included; 0: unknown
+    )
 
 
 @dataclass
@@ -81,12 +63,35 @@ class Compiled:
     captured: Captured
     model: ir.Model
     steps: list[Step]
-    context: Context
+    context: Context = field(default_factory=Context)
 
     @property
     def dense(self) -> ir.Model:
         """The model as captured."""
         return self.captured.model
+
+    def save(
+        self,
+        folder: str | Path,
+        target: str | None = None,
+        *,
+        overwrite: bool = False,
+        **settings: Any,
+    ) -> Artifact:
+        """Build for ``target`` and write the artifact, its manifest and what travels with it.
+
+        ``target`` is the one it was compiled for unless another is named, else ``onnx``; settings are
+        the target's, such as ``opset``. ``folder`` is written whole or not at all.
+
+        Raises:
+            OptionError: there is no such target or setting.
+            LowerError: the target cannot express the model; every gap is listed.
+            InputError: the folder exists or cannot be written, or holds the source.
+            VerifyError: what was written computes something else.
+        """
+        from netlathe.pipeline.save import save  # backends and output are not needed to run passes
+
+        return save(self, Path(folder), target, overwrite=overwrite, settings=settings)
 
 
 class Observer(Protocol):
@@ -99,3 +104,311 @@ class Observer(Protocol):
     def finished(self, step: Step) -> None:
         """A pass has run and was checked."""
         ...
+
+
+def run(
+    captured: Captured,
+    passes: Sequence[Pass],
+    ctx: Context,
+    *,
+    strict: bool = False,
+    verify: bool = True,
+    observer: Observer | None = None,
+    metric: Metric | None = None,
+) -> Compiled:
+    """Run ``passes`` over a copy of the captured model, checking after each.
+
+    Structure and types are always checked; ``verify`` compares outputs too and measures losses.
+    ``metric`` is a number of the user's own, measured before and after every lossy pass.
+
+    Raises:
+        VerifyError: a pass broke the model, or changed what it must not change. It is named.
+        PassError: a pass could not do what was asked, failed, or did not tell the truth.
+        GateError: with ``strict``, a pass skipped a candidate or had none.
+    """
+    judge = _Judge(captured, ctx, metric) if verify else None
+    model = captured.model
+    costs = cost(model, captured.dynamic)
+    steps: list[Step] = []
+    for pass_ in passes:
+        if observer is not None:
+            observer.started(pass_)
+        model, step = _step(pass_, model, ctx, captured, costs, judge, strict)
+        costs = step.cost_after
+        steps.append(step)
+        if observer is not None:
+            observer.finished(step)
+    return Compiled(captured, model, steps, ctx)
+
+
+def plan(
+    captured: Captured, passes: Sequence[Pass], ctx: Context, *, strict: bool = False
+) -> list[Step]:
+    """What :func:`run` would do, without comparing outputs; the caller's model is not touched.
+
+    Raises:
+        PassError: a pass could not do what was asked, failed, or did not tell the truth.
+        VerifyError: a pass left a model that is not well formed.
+        GateError: with ``strict``, passes skipped candidates or had none; all are listed.
+    """
+    steps = run(captured, passes, ctx, verify=False).steps
+    if strict and (problems := [d for step in steps for d in _skips(step.pass_, step.entries)]):
+        raise GateError(problems)
+    return steps
+
+
+def _step(
+    pass_: Pass,
+    before: ir.Model,
+    ctx: Context,
+    captured: Captured,
+    cost_before: Cost,
+    judge: _Judge | None,
+    strict: bool,
+) -> tuple[ir.Model, Step]:
+    """Run and check one pass; the current model after it, and what happened."""
+    start = time.perf_counter()
+    model, result, chosen = _transform(pass_, before, ctx)
+    step = Step(
+        pass_,
+        result.entries,
+        result.changed,
+        dict(result.statistics),
+        dict(result.renamed),
+        cost_before,
+        cost_before,
+        Check("nothing", reason="nothing changed"),
+    )
+    if strict and (problems := _skips(pass_, result.entries)):
+        raise GateError(problems)
+    if result.changed:
+        _settle(pass_, model)
+    checking = time.perf_counter()
+    step.seconds = checking - start
+    if result.changed:
+        _check_structure(pass_, before, model, result)
+        step.cost_after = cost(model, captured.dynamic)
+        step.check = Check("nothing", reason="verification is off")
+        if judge is not None:
+            step.check, step.loss, step.total_loss = judge.judge(pass_, model, result, chosen)
+    step.check_seconds = time.perf_counter() - checking
+    step.peak_bytes = _peak_bytes()
+    return (model if result.changed else before), step
+
+
+# -- running one pass -----------------------------------------------------------------------------
+
+
+def _transform(
+    pass_: Pass, before: ir.Model, ctx: Context
+) -> tuple[ir.Model, Result, Sequence[Entry]]:
+    """The pass on a copy of ``before``: the copy, the result, and what was chosen."""
+    if isinstance(pass_.exactness, Lossy) and not isinstance(pass_, ChoosingPass):
+        raise _untrue(pass_, "is lossy and no ChoosingPass: nothing says what it must equal")
+    model = before.clone()
+    was = Guard.of(model)
+    chosen: Sequence[Entry] = ()
+    with _naming(pass_):
+        if isinstance(pass_, ChoosingPass):
+            chosen = pass_.choose(model, ctx)
+            now = Guard.of(model)
+            if now != was:
+                raise _untrue(pass_, "edited the model while it chose", *was.edited_in_place(now))
+            result = pass_.edit(model, chosen, ctx)
+        else:
+            result = pass_.run(model, ctx)
+    now = Guard.of(model)
+    if edited := was.edited_in_place(now):
+        raise _untrue(pass_, "wrote into weights that the model before it still uses", *edited)
+    if not result.changed and now != was:
+        raise _untrue(pass_, "changed the model and says that it did not")
+    if not result.entries:
+        reason = "no candidate: the model has nothing that this pass is for"
+        result.entries = [Entry("(the model)", "skipped", reason)]
+    _check_ledger(pass_, chosen, result)
+    return model, result, chosen
+
+
+def _check_ledger(pass_: Pass, chosen: Sequence[Entry], result: Result) -> None:
+    """Check that the ledger is whole, says what happened, and can be written down."""
+    for entry in result.entries:
+        if entry.status not in get_args(Status):
+            raise _untrue(pass_, f"has a ledger entry with the status {entry.status!r}")
+        try:
+            json.dumps(entry.to_json(), allow_nan=False)
+        except (TypeError, ValueError) as error:
+            message = f"has a ledger entry for {entry.candidate} that is no JSON data: {error}"
+            raise _untrue(pass_, message) from error
+    listed = {entry.candidate for entry in result.entries}
+    if lost := [entry.candidate for entry in chosen if entry.candidate not in listed]:
+        raise _untrue(pass_, "lost candidates from its ledger", *lost)
+    if result.changed != any(entry.status == "applied" for entry in result.entries):
+        says = "changed the model" if result.changed else "did not change the model"
+        raise _untrue(pass_, f"{says}, but its ledger says otherwise")
+
+
+def _settle(pass_: Pass, model: ir.Model) -> None:
+    """Bring the model into normal form again; a model too broken for that is reported as such."""
+    try:
+        normal.normalize(model)
+    except Exception as error:
+        if problems := verify.verify(model):
+            raise blamed(VerifyError(problems), pass_) from error
+        raise _failed(pass_, error, "left a model that has no normal form") from error
+
+
+@contextlib.contextmanager
+def _naming(pass_: Pass) -> Iterator[None]:
+    """Let every error that comes out of a pass name it."""
+    try:
+        yield
+    except NetLatheError as error:
+        error.add_note(f"  in the pass {pass_}")
+        raise
+    except Exception as error:
+        raise _failed(pass_, error, "failed") from error
+
+
+def _failed(pass_: Pass, error: Exception, what: str) -> PassError:
+    frames = traceback.extract_tb(error.__traceback__)
+    place = f"raised at {Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""
+    return PassError(
+        Diagnostic(
+            "pass.failed",
+            f"the pass {pass_} {what}: {type(error).__name__}: {error}",
+            notes=(place,) if place else (),
+            help=f"leave {pass_.name} out, and report this to whoever wrote it",
+        )
+    )
+
+
+def _untrue(pass_: Pass, what: str, *names: str) -> PassError:
+    """A pass that breaks its contract with the pipeline."""
+    more = f" (and {len(names) - 3} more)" if len(names) > 3 else ""
+    listed = f": {', '.join(names[:3])}{more}" if names else ""
+    return PassError(
+        Diagnostic(
+            "pass.contract",
+            f"the pass {pass_} {what}{listed}",
+            help=f"leave {pass_.name} out, and report this to whoever wrote it",
+        )
+    )
+
+
+def _skips(pass_: Pass, entries: Sequence[Entry]) -> list[Diagnostic]:
+    """What strictness objects to: every candidate that was skipped."""
+    skipped = [entry for entry in entries if entry.status == "skipped"]
+    found = [
+        Diagnostic(
+            "strict.skipped",
+            f"{pass_} skipped {entry.candidate}: {entry.reason}",
+            where=entry.where,
+        )
+        for entry in skipped[:_MOST_LISTED]
+    ]
+    if more := len(skipped) - len(found):
+        found.append(Diagnostic("strict.skipped", f"{pass_} skipped {more} more candidates"))
+    return found
+
+
+# -- checking -------------------------------------------------------------------------------------
+
+
+class _Judge:
+    """Compares models after passes with those before, and measures what is lost."""
+
+    def __init__(self, captured: Captured, ctx: Context, metric: Metric | None) -> None:
+        self._bench = Bench(captured)
+        samples = [trial.feeds for trial in self._bench.trials]
+        self._scale = Scale.of(ctx.calibration, samples, metric, ctx.progress)
+        self._before = self._bench.dense
+        self._dense = self._subject(self._bench.dense)
+        self._last = self._dense  # what the next loss is measured against
+
+    def judge(
+        self, pass_: Pass, model: ir.Model, result: Result, chosen: Sequence[Entry]
+    ) -> tuple[Check, Loss | None, Loss | None]:
+        """Check ``model``, which then is what the next one is compared with."""
+        before = self._before
+        try:
+            after = self._bench.run(model)
+        except ort.RuntimeFailure as error:
+            message = "ONNX Runtime cannot run the model any more"
+            diagnostics = [Diagnostic("verify.run", message), *error.diagnostics]
+            raise blamed(VerifyError(diagnostics), pass_) from error
+        loss = total = None
+        if isinstance(pass_.exactness, Lossy):
+            assert isinstance(pass_, ChoosingPass)  # _transform lets no other lossy pass through
+            with _naming(pass_):
+                reference = pass_.simulate(before.model.clone(), chosen)
+                check = self._bench.simulated(pass_, before, after, reference, result)
+            subject = self._subject(after)
+            loss = self._scale.loss(self._last, subject)
+            total = loss
+            if self._last is not self._dense:
+                total = self._scale.loss(self._dense, subject)
+            self._last = subject  # an exact pass after it loses nothing that could be measured
+        else:
+            check = self._bench.same(pass_, before, after, result)
+        self._before = after
+        return check, loss, total
+
+    def _subject(self, outcome: Outcome) -> Subject:
+        known = outcome.outputs if self._scale.data == "samples" else ()
+        return Subject(outcome.model, known)
+
+
+def _check_structure(pass_: Pass, before: ir.Model, after: ir.Model, result: Result) -> None:
+    """Check interface, structure and types."""
+    problems = _interface_problems(pass_, before, after, result) or verify.verify(after)
+    if problems:
+        raise blamed(VerifyError(problems), pass_)
+
+
+def _interface_problems(
+    pass_: Pass, before: ir.Model, after: ir.Model, result: Result
+) -> list[Diagnostic]:
+    """Inputs and outputs stay as they are; only a lossy pass may remove one, and must say so."""
+    removable = isinstance(pass_.exactness, Lossy)
+    removed = {name for name, new in result.renamed.items() if new is None and removable}
+    found = []
+    for kind, old, new in (
+        ("input", before.graph.inputs, after.graph.inputs),
+        ("output", before.graph.outputs, after.graph.outputs),
+    ):
+        now = {value.name: value for value in new}
+        wanted = [value for value in old if value.name in now or value.name not in removed]
+        for value in wanted:
+            if value.name not in now:
+                found.append(_interface(f"{kind} {value.name!r} is gone"))
+            elif _spec(now[value.name], kind) != _spec(value, kind):
+                message = f"{kind} {value.name!r} was {_spec(value, kind)}"
+                found.append(_interface(f"{message} and is {_spec(now[value.name], kind)}"))
+        names = [value.name for value in wanted]
+        found += [_interface(f"{kind} {n!r} is new") for n in now if n not in names]
+        if not found and list(now) != names:
+            found.append(
+                _interface(f"the {kind}s are in another order: {', '.join(map(str, now))}")
+            )
+    return found
+
+
+def _interface(message: str) -> Diagnostic:
+    return Diagnostic(
+        "verify.interface", message, help="whoever uses the model relies on its inputs and outputs"
+    )
+
+
+def _spec(value: ir.Value, kind: str) -> str:
+    """What must stay: of an output only dtype and rank, as its dims may be derived anew."""
+    dtype = value.dtype.name.lower() if value.dtype is not None else "?"
+    if value.shape is None:
+        return dtype
+    return f"{dtype}{value.shape}" if kind == "input" else f"{dtype} of rank {len(value.shape)}"
+
+
+def _peak_bytes() -> int:
+    if sys.platform == "win32":
+        return 0
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -89,9 +89,6 @@ def _explain(
 ) -> Diagnostic:
     first, *inner = error["loc"] or ("",)
     option = str(first)
-    if isinstance(first, int):
-        message = f"options of {name} are given by name"
-        return Diagnostic("option.positional", message, at=place(""))
     if error["type"] == "unexpected_keyword_argument":
         message = f"{name} has no option {option!r}"
         help_ = did_you_mean(option, list(specs)) if specs else f"{name} takes no options"

@@ -1,0 +1,113 @@
+"""NetLathe from Python: capture a model, compile it with checked passes, save the artifact."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from netlathe.diagnostics import Diagnostic, OptionError, did_you_mean
+from netlathe.pipeline import calibration_data, registry, run, text
+from netlathe.pipeline.interfaces import Captured, Target
+from netlathe.pipeline.loss import Metric
+from netlathe.pipeline.pass_ import Context, Feeds, Pass, Progress, SilentProgress
+from netlathe.pipeline.run import Compiled, Step
+
+
+def capture(source: Any, **settings: Any) -> Captured:
+    """Bring a model into the IR and compare it there with the original.
+
+    ``source`` is the path of an ONNX file or of a local Hugging Face directory, an ``nn.Module`` or
+    a ``torch.fx.GraphModule``. Settings are its frontend's: ``args``, ``kwargs`` and ``dynamic`` for
+    modules, ``cache=True`` for a causal language model with its KV cache.
+
+    Raises:
+        InputError: the source cannot be read as what it claims to be.
+        CaptureError: the captured graph is not the same function.
+        OptionError: the frontend has no such setting.
+        MissingExtraError: an extra is needed that is not installed.
+    """
+    frontend = registry.find_frontend(source)
+    known = [name for name in inspect.signature(frontend).parameters]
+    for name in settings:
+        if name not in known:
+            raise OptionError(
+                Diagnostic(
+                    "frontend.setting",
+                    f"the frontend {frontend.name} has no setting {name!r}",
+                    help=did_you_mean(name, known) if known else f"{frontend.name} takes none",
+                )
+            )
+    return frontend(**settings).capture(source)
+
+
+def compile(
+    source: Any,
+    passes: str | Sequence[Pass],
+    *,
+    calibration: str | Path | Sequence[Feeds] | None = None,
+    seed: int = 0,
+    strict: bool = False,
+    verify: bool = True,
+    progress: Progress | None = None,
+    device: str = "cpu",
+    target: str | Target | None = None,
+    metric: Metric | None = None,
+) -> Compiled:
+    """Run ``passes`` over ``source``, which is captured first unless it is already.
+
+    ``passes`` are in the text form (``'cleanup, drop(kind="ffn", count=1)'``) or made in Python.
+    ``calibration`` is a file (.npz, .txt) or feeds; ``device`` is where calibration runs. ``target``
+    is what the result is for: passes round widths as it wants. ``strict`` turns a skipped candidate
+    into an error. ``metric`` is measured before and after every lossy pass: it is called with a
+    function that runs a model on feeds, and returns a number.
+
+    Raises:
+        OptionError: a pass, option or target is unknown, or a value out of range.
+        PassError: a pass could not do what was asked of it.
+        VerifyError: a pass broke the model, or changed what it must not change.
+        GateError: with ``strict``, a pass skipped a candidate or had none.
+        InputError, CaptureError, MissingExtraError: see :func:`capture`.
+    """
+    made = text.parse(passes) if isinstance(passes, str) else list(passes)
+    chosen = registry.find_target(target)[1] if isinstance(target, str) else target
+    captured = source if isinstance(source, Captured) else capture(source)
+    ctx = _context(captured, calibration, chosen, seed, device, progress)
+    return run.run(captured, made, ctx, strict=strict, verify=verify, metric=metric)
+
+
+def plan(
+    source: Any,
+    passes: str | Sequence[Pass],
+    *,
+    calibration: str | Path | Sequence[Feeds] | None = None,
+    seed: int = 0,
+    strict: bool = False,
+    progress: Progress | None = None,
+    device: str = "cpu",
+    target: str | Target | None = None,
+) -> list[Step]:
+    """What :func:`compile` would do, candidate by candidate; nothing is touched or compared.
+
+    Raises:
+        As :func:`compile`; with ``strict`` all skipped candidates of all passes are listed.
+    """
+    made = text.parse(passes) if isinstance(passes, str) else list(passes)
+    chosen = registry.find_target(target)[1] if isinstance(target, str) else target
+    captured = source if isinstance(source, Captured) else capture(source)
+    ctx = _context(captured, calibration, chosen, seed, device, progress)
+    return run.plan(captured, made, ctx, strict=strict)
+
+
+def _context(
+    captured: Captured,
+    calibration: str | Path | Sequence[Feeds] | None,
+    target: Target | None,
+    seed: int,
+    device: str,
+    progress: Progress | None,
+) -> Context:
+    if isinstance(calibration, str | Path):
+        calibration = calibration_data.load(Path(calibration), captured)
+    return Context(calibration or (), target, seed, device, progress or SilentProgress())

@@ -1,0 +1,423 @@
+"""Holds the model after a pass against what it must equal, and names the first value that does not.
+
+An exact or equivalent pass must leave the outputs as they were; a lossy one must yield those of its
+simulated reference. Models run in ONNX Runtime with optimizations off, on sample inputs at two sizes
+of every dynamic dim, a batch above 1 among them. Every model runs once: what it gave is what the
+next pass is held against.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from netlathe.diagnostics import Diagnostic, VerifyError
+from netlathe.execute import ort
+from netlathe.execute.compare import Difference, differences, inputs_of, pairs, relative_error
+from netlathe.ir import edit
+from netlathe.ir.printing import show_node
+from netlathe.ir.provenance import location
+from netlathe.pipeline.interfaces import Captured
+from netlathe.pipeline.pass_ import Equivalent, Exact, Feeds, Lossy, Pass, Reference, Result
+
+Arrays = dict[str, npt.NDArray[Any]]
+
+_ULP = {
+    ir.DataType.DOUBLE: 2.0**-52,
+    ir.DataType.FLOAT: 2.0**-23,
+    ir.DataType.FLOAT16: 2.0**-10,
+    ir.DataType.BFLOAT16: 2.0**-7,
+}
+# An exact pass may let the runtime sum in another order. A sum of n terms that is rounded n times
+# is off by 0.29 ulp / sqrt(2) * sqrt(n) = 0.2 sqrt(n) ulp of its RMS; the largest of 10^5 elements
+# is 4.5 times that. n = 8192, the widest contraction of the models we know: 84 ulp, 1e-5 in float32.
+_ORDER_ULPS = 84
+# In half precision products are summed in float32, and what counts is that every value is rounded:
+# 0.29 ulp a node, over a path of 200 nodes 0.29 * sqrt(200) = 4 ulp, times 4 for the largest.
+_HALF_ULPS = 16
+# Where one rounding error in every value moves an output that far, so may a pass with several.
+_ROUNDINGS = 8.0
+# Values inside the model cancel more than outputs do.
+_INNER_SLACK = 10.0
+# Operators that hand values on as they are, so that nothing is rounded in them.
+_MOVES = frozenset(
+    "Cast Concat Expand Flatten Gather GatherElements GatherND Identity Pad Reshape Slice Split"
+    " Squeeze Tile Transpose Unsqueeze Where".split()
+)
+
+
+@dataclass(frozen=True)
+class Check:
+    """What the model after a pass was held against, and how far it was from it.
+
+    ``error`` is the largest max|after - against| over the outputs, as a share of the output's RMS;
+    ``output`` is where it was found. With ``against`` "nothing", ``reason`` says why.
+    """
+
+    against: Literal["input model", "simulated reference", "nothing"]
+    error: float | None = None
+    tolerance: float | None = None
+    output: str = ""
+    sizes: tuple[str, ...] = ()  # "batch=2, sequence=16": what it was compared at
+    reason: str = ""
+
+    def __str__(self) -> str:
+        if self.error is None:
+            return f"not compared: {self.reason}"
+        text = (
+            f"equals the {self.against}: {self.error:.1e} of the RMS, at most {self.tolerance:.1e}"
+        )
+        return f"{text} ({self.reason})" if self.reason else text
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Inputs to run models on, and the sizes they have."""
+
+    label: str
+    feeds: Feeds
+
+
+@dataclass
+class Outcome:
+    """A model and what it makes of every trial."""
+
+    model: ir.Model
+    outputs: list[Arrays]
+
+
+# -- running --------------------------------------------------------------------------------------
+
+
+class Bench:
+    """The sample inputs on which one captured model and all that is made of it are compared."""
+
+    def __init__(self, captured: Captured) -> None:
+        """Choose the inputs and run the captured model on them.
+
+        Raises:
+            RuntimeFailure: ONNX Runtime cannot run the captured model.
+        """
+        self.trials: list[Trial] = []
+        session = ort.Session(captured.model)
+        outputs = []
+        for seed, choices in enumerate(_sizes(captured.dynamic)):
+            trial, output = _first_that_runs(captured, session, choices, seed)
+            self.trials.append(trial)
+            outputs.append(output)
+        self.dense = Outcome(captured.model, outputs)
+
+    @property
+    def sizes(self) -> tuple[str, ...]:
+        """The sizes that are compared."""
+        return tuple(trial.label for trial in self.trials)
+
+    def run(self, model: ir.Model) -> Outcome:
+        """Run ``model`` on every trial.
+
+        Raises:
+            RuntimeFailure: ONNX Runtime cannot run it.
+        """
+        session = ort.Session(model)
+        return Outcome(model, [session.run(inputs_of(model, t.feeds)) for t in self.trials])
+
+    # -- judging ----------------------------------------------------------------------------------
+
+    def same(self, pass_: Pass, before: Outcome, after: Outcome, result: Result) -> Check:
+        """Check that an exact or equivalent pass moved no output by more than it may.
+
+        Raises:
+            VerifyError: it did; the first value that differs is named.
+        """
+        assert not isinstance(pass_.exactness, Lossy)
+        bound = tolerance(pass_.exactness, before.model, after.model)
+        return self._judge(pass_, after, before, bound, result, "input model")
+
+    def simulated(
+        self, pass_: Pass, before: Outcome, after: Outcome, reference: Reference, result: Result
+    ) -> Check:
+        """Check that a lossy pass gave what its simulated reference gives.
+
+        Raises:
+            VerifyError: it did not, or an output that was finite no longer is.
+        """
+        self._finite(pass_, before, after, result)
+        against = self.run(reference.model)
+        bound = reference.tolerance
+        return self._judge(pass_, after, against, bound, result, "simulated reference")
+
+    def _judge(
+        self,
+        pass_: Pass,
+        after: Outcome,
+        against: Outcome,
+        bound: float,
+        result: Result,
+        what: Literal["input model", "simulated reference"],
+    ) -> Check:
+        worst, where, allowed, reason = 0.0, "", bound, ""
+        for number, trial in enumerate(self.trials):
+            expected = against.outputs[number]
+            errors = {
+                name: relative_error(array, expected[name]) if name in expected else float("inf")
+                for name, array in after.outputs[number].items()
+            }
+            wrong = {name: error for name, error in errors.items() if not error <= bound}
+            if wrong:
+                moved = _moved_by_rounding(against, number, trial.feeds)
+                for name, error in wrong.items():
+                    limit = _ROUNDINGS * moved.get(name, 0.0)
+                    if not error <= limit:
+                        problem = _Problem(pass_, what, name, error, max(bound, limit), trial)
+                        raise VerifyError(problem.explain(after.model, against.model, result))
+                    allowed = max(allowed, limit)
+                    reason = f"one rounding error a value moves {name} by {moved[name]:.1e}"
+            for name, error in errors.items():
+                if error >= worst:
+                    worst, where = error, name
+        return Check(what, worst, allowed, where, self.sizes, reason)
+
+    def _finite(self, pass_: Pass, before: Outcome, after: Outcome, result: Result) -> None:
+        """Check that what was finite still is, whatever the reference says."""
+        for trial, old, new in zip(self.trials, before.outputs, after.outputs, strict=True):
+            for name, array in new.items():
+                if name in old and lost_finite(array, old[name]):
+                    problem = _Problem(pass_, "", name, float("inf"), 0.0, trial)
+                    raise VerifyError(_not_finite(problem, before.model, after.model, result))
+
+
+def tolerance(exactness: Exact | Equivalent, *models: ir.Model) -> float:
+    """How far a pass of that exactness may move an output, as a share of its RMS.
+
+    Half precision anywhere in the models sets the bound: every value in it is rounded anew.
+    """
+    if isinstance(exactness, Exact):
+        bound = _ORDER_ULPS * _ULP[ir.DataType.FLOAT]
+    else:
+        bound = exactness.tolerance
+    computed = {
+        value.dtype
+        for model in models
+        for node in model.graph.all_nodes()
+        if node.op_type not in _MOVES
+        for value in node.outputs
+    }
+    halves = [_ULP[t] for t in (ir.DataType.FLOAT16, ir.DataType.BFLOAT16) if t in computed]
+    return max([bound, *(_HALF_ULPS * ulp for ulp in halves)])
+
+
+# -- sizes ----------------------------------------------------------------------------------------
+
+
+def _sizes(dynamic: Mapping[str, int]) -> Iterator[list[dict[str, int]]]:
+    """For each of the two trials the sizes to try, in order: a model may not take all."""
+    given = {name: max(size, 2) for name, size in dynamic.items()}
+    yield [given, dict(dynamic)]
+    yield [
+        {name: size + size // 2 + 1 for name, size in given.items()},
+        {name: 2 * size for name, size in given.items()},  # an even size, a multiple of a patch
+        {name: size - 1 if size > 2 else size + 1 for name, size in given.items()},  # a full table
+        dict(dynamic),
+    ]
+
+
+def _first_that_runs(
+    captured: Captured, session: ort.Session, choices: Sequence[Mapping[str, int]], seed: int
+) -> tuple[Trial, Arrays]:
+    for sizes in choices:
+        label = ", ".join(f"{name}={size}" for name, size in sizes.items()) or "fixed shapes"
+        feeds = captured.sample(sizes, seed)
+        try:
+            return Trial(label, feeds), session.run(inputs_of(captured.model, feeds))
+        except ort.RuntimeFailure as error:
+            failure = error
+    raise failure
+
+
+# -- conditioning ---------------------------------------------------------------------------------
+
+
+def _moved_by_rounding(outcome: Outcome, number: int, feeds: Feeds) -> dict[str, float]:
+    """How far each output moves when every value that is computed is off by up to one ulp."""
+    disturbed = _disturbed(outcome.model)
+    moved = ort.run(disturbed, inputs_of(disturbed, feeds))
+    return {name: relative_error(moved[name], a) for name, a in outcome.outputs[number].items()}
+
+
+def _disturbed(model: ir.Model) -> ir.Model:
+    """``model`` with a factor of 1 - ulp, 1 or 1 + ulp behind everything that rounds."""
+    model = model.clone()
+    graph, rng, taken = model.graph, np.random.default_rng(0), edit.names_in(model.graph)
+    for node in list(graph):
+        for value in node.outputs:
+            ulp = _ULP.get(value.dtype or ir.DataType.UNDEFINED)
+            if node.op_type in _MOVES or ulp is None or value.dtype is None or not value.uses():
+                continue
+            width = value.shape[-1] if value.shape else 1
+            width = width if isinstance(width, int) else 1
+            shape = (width,) if value.shape else ()
+            off = (1 + ulp * rng.integers(-1, 2, shape)).astype(value.dtype.numpy())
+            readers = list(value.uses())
+            factor = edit.constant(graph, np.asarray(off), f"{value.name}_off", taken)
+            name = edit.unique_name(graph, f"{value.name}_rounded", taken)
+            times = edit.node(
+                "Mul", [value, factor], name=name, dtype=value.dtype, shape=value.shape
+            )
+            for reader, position in readers:
+                reader.replace_input_with(position, times.outputs[0])
+            graph.insert_after(node, times)
+    return model
+
+
+# -- blaming --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Problem:
+    """An output that is not what it must be."""
+
+    pass_: Pass
+    what: str
+    output: str
+    error: float
+    bound: float
+    trial: Trial
+
+    def explain(self, after: ir.Model, against: ir.Model, result: Result) -> Diagnostic:
+        """The diagnostic, with the first value that differs."""
+        kind = type(self.pass_.exactness).__name__.lower()
+        message = (
+            f"{self.pass_} is wrong: output {self.output!r} is off by {self.error:.2g} of the RMS of"
+            f" the {self.what}'s at {self.trial.label} (a {kind} pass may be by {self.bound:.2g})"
+        )
+        first = self._first(after, against, result)
+        if first is None:
+            note = "no value inside the model is shared with what it is held against"
+            return Diagnostic("verify.differs", message, notes=(note,))
+        node = first.value.producer()
+        assert node is not None  # differences() takes the outputs of nodes
+        was = f", {first.other} before the pass" if first.other != first.name else ""
+        return Diagnostic(
+            "verify.differs",
+            message,
+            at=show_node(node),
+            where=location(node),
+            notes=(f"the first value that differs: {first.name}{was}, by {first.error:.2g}",),
+            help=f"leave {self.pass_.name} out, and report this to whoever wrote it",
+        )
+
+    def _first(self, after: ir.Model, against: ir.Model, result: Result) -> Difference | None:
+        names = shared_names(after, against, result.renamed)
+        found = {d.name: d for d in differences(after, against, self.trial.feeds, names)}
+        wrong = {n for n, d in found.items() if not d.error <= _INNER_SLACK * self.bound}
+        wrong.add(self.output)
+        output = next(v for v in after.graph.outputs if v.name == self.output)
+        return found.get(_culprit(output, found, wrong))
+
+
+def _culprit(output: ir.Value, found: Mapping[str, Difference], wrong: set[str]) -> str:
+    """The first wrong value behind ``output``: wrong itself, while all it was made from is right.
+
+    A value may be another on purpose (a scale that moved to its consumer). Such a one is not to
+    blame where something right lies between it and the output.
+    """
+    seen: set[ir.Value] = set()
+    while True:
+        behind = [v for v in _compared_behind(output, found, seen) if v.name in wrong]
+        if not behind:
+            return output.name or ""
+        output = behind[0]
+
+
+def _compared_behind(
+    value: ir.Value, found: Mapping[str, Difference], seen: set[ir.Value]
+) -> Iterator[ir.Value]:
+    """The nearest values behind ``value`` that were compared."""
+    node = value.producer()
+    stack = [v for v in (node.inputs if node is not None else ()) if v is not None]
+    while stack:
+        current = stack.pop(0)
+        if current in seen:
+            continue
+        seen.add(current)
+        if current.name in found:
+            yield current
+        elif (maker := current.producer()) is not None:
+            stack += [v for v in maker.inputs if v is not None]
+
+
+def shared_names(
+    after: ir.Model, before: ir.Model, renamed: Mapping[str, str | None]
+) -> dict[str, str]:
+    """Values of ``after`` that mean the same as one of ``before``: new name to old.
+
+    A pass that moves a meaning to another name says so in ``renamed``. Values whose recorded types
+    differ are left out: a narrower value is not wrong.
+    """
+    old = {v.name: v for node in before.graph for v in node.outputs if v.name}
+    origin = {new: name for name, new in renamed.items() if new is not None}
+    names = {}
+    for node in after.graph:
+        for value in node.outputs:
+            if not value.name:
+                continue
+            name = origin.get(value.name, "" if value.name in renamed else value.name)
+            if name in old and _same_type(value, old[name]):
+                names[value.name] = name
+    return names
+
+
+def _same_type(a: ir.Value, b: ir.Value) -> bool:
+    if not isinstance(a.type, ir.TensorType) or a.dtype != b.dtype or a.dtype is None:
+        return False
+    if a.shape is None or b.shape is None:
+        return True
+    return len(a.shape) == len(b.shape) and all(
+        x == y
+        for x, y in zip(a.shape, b.shape, strict=True)
+        if isinstance(x, int) and isinstance(y, int)
+    )
+
+
+def _not_finite(problem: _Problem, before: ir.Model, after: ir.Model, result: Result) -> Diagnostic:
+    """The diagnostic of an overflow, with the first value that it shows in."""
+    at = where = note = ""
+    names = shared_names(after, before, result.renamed)
+    for value, _, actual, expected in pairs(after, before, problem.trial.feeds, names):
+        if lost_finite(actual, expected):
+            node = value.producer()
+            assert node is not None  # pairs() takes the outputs of nodes
+            at, where = show_node(node), location(node)
+            note = f"the first value that is no longer finite: {value.name}"
+            break
+    return Diagnostic(
+        "verify.finite",
+        f"{problem.pass_} is wrong: output {problem.output!r} is NaN or infinite where it was not,"
+        f" at {problem.trial.label}",
+        at=at,
+        where=where,
+        notes=(note,) if note else (),
+        help="a value may be out of the range of a narrower format: keep its node in float32",
+    )
+
+
+def lost_finite(after: npt.NDArray[Any], before: npt.NDArray[Any]) -> bool:
+    """Whether an element is NaN or infinite after that was neither before."""
+    if after.shape != before.shape or after.dtype.kind in "OUS" or before.dtype.kind in "OUS":
+        return False
+    was, is_ = (np.isfinite(array.astype(np.float64)) for array in (before, after))
+    return bool((was & ~is_).any())
+
+
+def blamed(error: VerifyError, pass_: Pass) -> VerifyError:
+    """The same problems, each with a note that names the pass they came up after."""
+    return VerifyError(
+        dataclasses.replace(d, notes=(*d.notes, f"after the pass {pass_}"))
+        for d in error.diagnostics
+    )

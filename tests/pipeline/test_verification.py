@@ -1,0 +1,175 @@
+"""What outputs are held against, at which sizes, and how far they may be off."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from netlathe.diagnostics import VerifyError
+from netlathe.execute import ort, samples
+from netlathe.ir import edit
+from netlathe.pipeline.pass_ import Context, Equivalent, Exact, Feeds, Pass, Result
+from netlathe.pipeline.run import run
+from netlathe.pipeline.verification import Bench, shared_names, tolerance
+from tests.ir.onnx_text import matrix, model
+from tests.pipeline.toy import captured_of, did, find, mlp
+
+
+def reorder(model: ir.Model) -> None:
+    """(x + a) + b as x + (a + b): the same sum, rounded at other places."""
+    inner, outer = find(model, "s"), find(model, "t")
+    x, a = inner.inputs
+    b = outer.inputs[1]
+    both = edit.node("Add", [a, b], name="both")
+    model.graph.insert_before(outer, both)
+    outer.replace_input_with(0, x)
+    outer.replace_input_with(1, both.outputs[0])
+
+
+class Reorder(Pass):
+    """Adds in another order."""
+
+    name = "reorder"
+    exactness = Exact()
+
+    def run(self, model: ir.Model, ctx: Context) -> Result:
+        reorder(model)
+        edit.remove_dead(model.graph)
+        return Result(True, did("t"), {"s": None})
+
+    def __str__(self) -> str:
+        return self.name
+
+
+# -- tolerances -----------------------------------------------------------------------------------
+
+
+def test_tolerances_by_exactness_and_number_format() -> None:
+    single = mlp().model
+    assert tolerance(Exact(), single) == pytest.approx(1e-5, rel=0.01)
+    assert tolerance(Equivalent(3e-4), single) == 3e-4
+    for kind, ulp in ((10, 2.0**-10), (16, 2.0**-7)):  # float16, bfloat16
+        half = captured_of(
+            model(
+                "float[b,4] x",
+                "float y",
+                f"h = Cast<to = {kind}>(x)  e = Exp(h)  y = Cast<to = 1>(e)",
+            )
+        ).model
+        assert tolerance(Exact(), single, half) == 16 * ulp
+        assert tolerance(Equivalent(0.5), half) == 0.5
+
+
+def test_weights_stored_in_half_precision_do_not_loosen_the_bound() -> None:
+    made = model("float[b,4] x", "float y", "y = Mul(x, w)", w=matrix(4))
+    cast = model(
+        "float[b,4] x",
+        "float y",
+        "v = Cast<to = 1>(w)  y = Mul(x, v)",
+        w=matrix(4).astype(np.float16),
+    )
+    assert tolerance(Exact(), made, cast) < 1.1e-5
+
+
+def test_an_ill_conditioned_output_may_move_as_far_as_single_roundings_move_it() -> None:
+    """tan near its pole: 1e-7 in its argument is more than the bound in the result."""
+    captured = captured_of(
+        model(
+            "float[b,64] x",
+            "float y",
+            "h = Mul(x, tiny)  s = Add(h, a)  t = Add(s, c)  y = Tan(t)",
+            tiny=1e-4,
+            a=matrix(64) * 1e-4,
+            c=1.5705,
+        )
+    )
+    compiled = run(captured, [Reorder()], Context())
+    check = compiled.steps[0].check
+    assert check.error is not None and check.tolerance is not None
+    assert 1e-5 < check.error <= check.tolerance
+    assert "one rounding error a value moves y by" in check.reason and check.reason in str(check)
+
+
+def test_a_wrong_rewrite_of_an_ill_conditioned_model_is_still_wrong() -> None:
+    class Wrong(Reorder):
+        def run(self, model: ir.Model, ctx: Context) -> Result:
+            result = super().run(model, ctx)
+            value = model.graph.initializers["c"]
+            value.const_value = ir.tensor(np.array(1.5706, np.float32))
+            return result
+
+    captured = captured_of(
+        model(
+            "float[b,64] x",
+            "float y",
+            "h = Mul(x, tiny)  s = Add(h, a)  t = Add(s, c)  y = Tan(t)",
+            tiny=1e-4,
+            a=matrix(64) * 1e-4,
+            c=1.5705,
+        )
+    )
+    with pytest.raises(VerifyError, match="verify.differs"):
+        run(captured, [Wrong()], Context())
+
+
+# -- sizes ----------------------------------------------------------------------------------------
+
+
+def bench_with(made: ir.Model, dynamic: Mapping[str, int], seen: list[Any]) -> Bench:
+    captured = captured_of(made)
+
+    def sample(sizes: Mapping[str, int], seed: int) -> Feeds:
+        seen.append((dict(sizes), seed))
+        return samples.synthesize(made, sizes, seed)
+
+    return Bench(dataclasses.replace(captured, dynamic=dynamic, sample=sample))
+
+
+def test_two_sizes_with_more_than_one_row() -> None:
+    seen: list[Any] = []
+    bench = bench_with(
+        model("float[batch,s,3] x", "float y", "y = Relu(x)"), {"batch": 1, "s": 7}, seen
+    )
+    assert bench.sizes == ("batch=2, s=7", "batch=4, s=11")
+    assert [seed for _, seed in seen] == [0, 1]
+
+
+def test_other_sizes_where_a_model_does_not_take_these() -> None:
+    """A table of 7 positions: only a shorter sequence fits."""
+    made = model(
+        "float[batch,s] x",
+        "float y",
+        "shape = Shape<start = 1>(x)  n = Squeeze(shape)  r = Range(zero, n, one)"
+        "  p = Gather(table, r)  y = Add(x, p)",
+        table=matrix(7),
+        zero=np.array(0, np.int64),
+        one=np.array(1, np.int64),
+    )
+    seen: list[Any] = []
+    assert bench_with(made, {"batch": 2, "s": 7}, seen).sizes == ("batch=2, s=7", "batch=3, s=6")
+    assert len(seen) == 4  # 11 and 14 were tried
+
+
+def test_a_model_that_cannot_run_is_an_error() -> None:
+    made = model("float[b,3] x", "float y", "y = Relu(x)")
+    captured = captured_of(made)
+    made.graph.node(0).op_type = "Nonsense"
+    with pytest.raises(ort.RuntimeFailure):
+        Bench(captured)
+
+
+# -- names ----------------------------------------------------------------------------------------
+
+
+def test_shared_names_follow_renames_and_skip_other_shapes() -> None:
+    before = mlp().model
+    after = before.clone()
+    find(after, "h").outputs[0].name = "hidden"
+    find(after, "b").outputs[0].shape = ir.Shape(["batch", 5])
+    names = shared_names(after, before, {"h": "hidden", "r": None})
+    assert names == {"hidden": "h", "d": "d", "y": "y"}
