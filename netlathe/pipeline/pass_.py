@@ -4,7 +4,7 @@
     class Drop(ChoosingPass):
         \"\"\"Remove whole residual branches (LLM-Drop, arXiv 2406.15786).\"\"\"
         name = "drop"
-        count: int = option(1, ge=0, help="how many branches to remove")
+        count: int = option(default=1, ge=0, help="how many branches to remove")
 
 The same fields are the options in Python, in the text form ``drop(count=1)``, in a YAML recipe and in
 the manifest. Every pass is also an ``onnx_ir`` pass: ``ir.passes.Sequential(Drop().bind(ctx))`` works.
@@ -150,7 +150,10 @@ class Context:
 
 
 def option(default: Any = ..., *, help: str, **constraints: Any) -> Any:
-    """A pass option: its default, one help sentence, and pydantic constraints (ge, lt, ...)."""
+    """A pass option: its default, one help sentence, and pydantic constraints (ge, lt, ...).
+
+    Write ``default=``: type checkers take an option without the word for a required one.
+    """
     return pydantic.Field(default, description=help, **constraints)
 
 

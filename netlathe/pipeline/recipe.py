@@ -29,6 +29,7 @@ from netlathe.pipeline.pass_ import Pass, summary
 from netlathe.pipeline.validation import make
 
 _HELP = "`netlathe passes --schema` prints the JSON schema of a recipe"
+_PLAIN = ("tag:yaml.org,2002:map", "tag:yaml.org,2002:seq")
 Where = tuple[Hashable, ...]  # keys and indices from the top of the document
 
 
@@ -82,6 +83,7 @@ def load(path: str | Path) -> Recipe:
         values["passes"] = _passes(values["passes"], document, problems)
     if isinstance(values.get("calibration"), str):
         values["calibration"] = path.parent / values["calibration"]
+    recipe = None
     try:
         recipe = Recipe(**values)
         registry.find_target(recipe.target, **recipe.settings)
@@ -89,7 +91,7 @@ def load(path: str | Path) -> Recipe:
         problems += [_explain(found, document) for found in error.errors(include_url=False)]
     except OptionError as error:
         problems += _placed(error, document.at(("target",)))
-    if problems:
+    if problems or recipe is None:
         raise OptionError(problems)
     return recipe
 
@@ -180,7 +182,7 @@ class _Document:
         except yaml.MarkedYAMLError as error:
             mark = error.problem_mark or error.context_mark
             place = f"{path}:{mark.line + 1}" if mark is not None else str(path)
-            problem = error.problem or "not YAML"
+            problem = ", ".join(filter(None, (error.context, error.problem)))
             raise InputError(Diagnostic("recipe.yaml", problem, at=place)) from error
         except (yaml.YAMLError, ValueError, RecursionError) as error:
             # a character YAML forbids; an impossible date; nested too deeply
@@ -196,6 +198,8 @@ class _Document:
         """Plain data; refuses what `yaml.safe_load` would let pass: repeated keys, endless aliases."""
         if node in self._open:
             raise self._error(node, "an alias stands inside what it names")
+        if not isinstance(node, yaml.ScalarNode) and node.tag not in _PLAIN:
+            raise self._error(node, f"the tag {node.tag} has no meaning here")
         self._open.add(node)
         self._lines.setdefault(where, node.start_mark.line + 1)
         data: Any

@@ -8,6 +8,7 @@ next pass is held against.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -230,14 +231,19 @@ def _sizes(dynamic: Mapping[str, int]) -> Iterator[list[dict[str, int]]]:
 def _first_that_runs(
     captured: Captured, session: ort.Session, choices: Sequence[Mapping[str, int]], seed: int
 ) -> tuple[Trial, Arrays]:
-    for sizes in choices:
-        label = ", ".join(f"{name}={size}" for name, size in sizes.items()) or "fixed shapes"
-        feeds = captured.sample(sizes, seed)
-        try:
-            return Trial(label, feeds), session.run(inputs_of(captured.model, feeds))
-        except ort.RuntimeFailure as error:
-            failure = error
-    raise failure
+    *others, last = choices
+    for sizes in others:
+        with contextlib.suppress(ort.RuntimeFailure):
+            return _run_at(captured, session, sizes, seed)
+    return _run_at(captured, session, last, seed)
+
+
+def _run_at(
+    captured: Captured, session: ort.Session, sizes: Mapping[str, int], seed: int
+) -> tuple[Trial, Arrays]:
+    label = ", ".join(f"{name}={size}" for name, size in sizes.items()) or "fixed shapes"
+    feeds = captured.sample(sizes, seed)
+    return Trial(label, feeds), session.run(inputs_of(captured.model, feeds))
 
 
 # -- conditioning ---------------------------------------------------------------------------------

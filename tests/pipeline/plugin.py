@@ -17,8 +17,8 @@ class Polish(Pass):
     name = "polish"
     version = 3
     exactness = Exact()
-    strokes: int = option(1, ge=1, le=9, help="how often")
-    tool: str = option("cloth", help="what with")
+    strokes: int = option(default=1, ge=1, le=9, help="how often")
+    tool: str = option(default="cloth", help="what with")
 
     def run(self, model, ctx):
         return Result(False)

@@ -113,7 +113,7 @@ def test_a_wrong_rewrite_of_an_ill_conditioned_model_is_still_wrong() -> None:
             c=1.5705,
         )
     )
-    with pytest.raises(VerifyError, match="verify.differs"):
+    with pytest.raises(VerifyError, match=r"verify\.differs"):
         run(captured, [Wrong()], Context())
 
 

@@ -99,7 +99,7 @@ class Balance(Pass):
 
     name = "balance"
     exactness = Equivalent(1e-5)
-    factor: float = option(3.0, gt=0, help="the factor")
+    factor: float = option(default=3.0, gt=0, help="the factor")
 
     def run(self, model: ir.Model, ctx: Context) -> Result:
         for name, scale in (("up", self.factor), ("bias", self.factor), ("down", 1 / self.factor)):
@@ -121,8 +121,8 @@ class Cut(ChoosingPass):
 
     name = "cut"
     exactness = Lossy()
-    count: int = option(2, ge=0, lt=HIDDEN, help="how many channels to remove")
-    side: Literal["last", "first"] = option("last", help="from which side")
+    count: int = option(default=2, ge=0, lt=HIDDEN, help="how many channels to remove")
+    side: Literal["last", "first"] = option(default="last", help="from which side")
 
     def choose(self, model: ir.Model, ctx: Context) -> list[Entry]:
         """The channels at one side go."""
