@@ -60,14 +60,14 @@ def compile(
     ``passes`` are in the text form (``'cleanup, drop(kind="ffn", count=1)'``) or made in Python.
     ``calibration`` is a file (.npz, .txt) or feeds; ``device`` is where calibration runs. ``target``
     is what the result is for: passes round widths as it wants. ``strict`` turns a skipped candidate
-    into an error. ``metric`` is measured before and after every lossy pass: it is called with a
+    into an error, unless the pass' options leave it out. ``metric`` is measured before and after every lossy pass: it is called with a
     function that runs a model on feeds, and returns a number.
 
     Raises:
         OptionError: a pass, option or target is unknown, or a value out of range.
         PassError: a pass could not do what was asked of it.
         VerifyError: a pass broke the model, or changed what it must not change.
-        GateError: with ``strict``, a pass skipped a candidate or had none.
+        GateError: with ``strict``, a pass did nothing, or skipped what its options do not leave out.
         InputError, CaptureError, MissingExtraError: see :func:`capture`.
     """
     made = text.parse(passes) if isinstance(passes, str) else list(passes)

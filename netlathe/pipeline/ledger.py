@@ -15,8 +15,10 @@ class Entry:
     """One candidate.
 
     ``skipped`` means the pass could have acted and chose not to; ``refused`` means that acting would
-    have been wrong or impossible. ``detail`` is JSON data that says precisely what was decided (axis,
-    bits, indices, score, ...): a lossy pass' simulated reference is built from it and from nothing else.
+    have been wrong or impossible. A skip is ``left_out`` where the pass' options ask for it (a count
+    that is reached, a list of what to ignore, a least size): strictness does not object to that.
+    ``detail`` is JSON data that says precisely what was decided (axis, bits, indices, score, ...): a
+    lossy pass' simulated reference is built from it and from nothing else.
     """
 
     candidate: str  # name of the value, node or module
@@ -24,6 +26,7 @@ class Entry:
     reason: str  # one line; for "applied" it says what was done
     where: str = ""  # module path in the user's model
     detail: Mapping[str, Any] = field(default_factory=dict)
+    left_out: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """The entry as plain JSON data."""

@@ -19,7 +19,9 @@ Arrays = dict[str, npt.NDArray[Any]]
 Runner = Callable[[Feeds], Arrays]
 Metric = Callable[[Runner], float]  # what a user measures on a model, given a way to run it
 
-_MOST_FEEDS = 8  # of the calibration data, spread over it: a mean over some 64 samples is steady
+# Of the calibration data so many samples, spread over it, are enough to see what a pass costs, and few
+# enough that seeing it does not cost more than the pass.
+_SAMPLES = 16
 _KEPT_BYTES = 64 << 20  # outputs of a model kept between measurements; the rest is computed again
 _ROWS_AT_ONCE = 1 << 22  # elements turned into float64 together
 _TINY = np.finfo(np.float64).tiny
@@ -46,7 +48,7 @@ class Loss(Distance):
     """
 
     output: str = ""
-    feeds: int = 0  # how many it was measured on
+    samples: int = 0  # how many it was measured on
     data: Literal["calibration", "samples"] = "samples"
     by_output: Mapping[str, Distance] = field(default_factory=dict)
     metric_before: float | None = None  # the user's own metric on the two models
@@ -107,10 +109,11 @@ class Scale:
         metric: Metric | None,
         progress: Progress,
     ) -> Scale:
-        """Calibration data if there is any, else samples."""
+        """Some of the calibration data if there is any, else samples."""
         if not calibration:
             return cls(samples, "samples", metric, progress)
-        count = min(len(calibration), _MOST_FEEDS)
+        most = max(map(_count, calibration))
+        count = min(len(calibration), -(-_SAMPLES // most))
         spread = [calibration[i * len(calibration) // count] for i in range(count)]
         return cls(spread, "calibration", metric, progress)
 
@@ -146,11 +149,16 @@ class Scale:
             first.kl,
             first.top1,
             output,
-            len(self.feeds),
+            sum(map(_count, self.feeds)),
             self.data,
             found,
             **metrics,
         )
+
+
+def _count(feeds: Feeds) -> int:
+    """How many samples feeds hold: the length of the first axis of the first array that has one."""
+    return next((array.shape[0] for array in feeds.values() if array.ndim), 1) or 1
 
 
 @dataclass

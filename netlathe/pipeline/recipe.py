@@ -44,12 +44,15 @@ class Recipe(pydantic.BaseModel):
         pydantic.Field(description="what to run, in order")
     )
     calibration: Path | None = pydantic.Field(
-        None, description="data for passes that measure (.npz or .txt), relative to the recipe"
+        default=None,
+        description="data for passes that measure (.npz or .txt), relative to the recipe",
     )
-    target: str = pydantic.Field("onnx", description="what to build for")
-    settings: dict[str, Any] = pydantic.Field({}, description="settings of the target")
-    seed: int = pydantic.Field(0, ge=0, description="the one source of randomness")
-    strict: bool = pydantic.Field(False, description="whether a skipped candidate is an error")
+    target: str = pydantic.Field(default="onnx", description="what to build for")
+    settings: dict[str, Any] = pydantic.Field(default={}, description="settings of the target")
+    seed: int = pydantic.Field(default=0, ge=0, description="the one source of randomness")
+    strict: bool = pydantic.Field(
+        default=False, description="whether a skipped candidate is an error"
+    )
 
 
 def load(path: str | Path) -> Recipe:

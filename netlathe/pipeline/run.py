@@ -124,7 +124,7 @@ def run(
     Raises:
         VerifyError: a pass broke the model, or changed what it must not change. It is named.
         PassError: a pass could not do what was asked, failed, or did not tell the truth.
-        GateError: with ``strict``, a pass skipped a candidate or had none.
+        GateError: with ``strict``, a pass did nothing, or skipped what its options do not leave out.
     """
     judge = _Judge(captured, ctx, metric) if verify else None
     model = captured.model
@@ -149,7 +149,7 @@ def plan(
     Raises:
         PassError: a pass could not do what was asked, failed, or did not tell the truth.
         VerifyError: a pass left a model that is not well formed.
-        GateError: with ``strict``, passes skipped candidates or had none; all are listed.
+        GateError: with ``strict``, for what :func:`run` raises it; all passes are listed.
     """
     steps = run(captured, passes, ctx, verify=False).steps
     if strict and (problems := [d for step in steps for d in _skips(step.pass_, step.entries)]):
@@ -296,18 +296,21 @@ def _untrue(pass_: Pass, what: str, *names: str) -> PassError:
 
 
 def _skips(pass_: Pass, entries: Sequence[Entry]) -> list[Diagnostic]:
-    """What strictness objects to: every candidate that was skipped."""
-    skipped = [entry for entry in entries if entry.status == "skipped"]
+    """What strictness objects to: a skip that no option asks for, or a pass that did nothing at all."""
+    if any(entry.status == "applied" for entry in entries):
+        wrong = [e for e in entries if e.status == "skipped" and not e.left_out]
+    else:
+        wrong = [*entries]
     found = [
         Diagnostic(
             "strict.skipped",
-            f"{pass_} skipped {entry.candidate}: {entry.reason}",
+            f"{pass_} {entry.status} {entry.candidate}: {entry.reason}",
             where=entry.where,
         )
-        for entry in skipped[:_MOST_LISTED]
+        for entry in wrong[:_MOST_LISTED]
     ]
-    if more := len(skipped) - len(found):
-        found.append(Diagnostic("strict.skipped", f"{pass_} skipped {more} more candidates"))
+    if more := len(wrong) - len(found):
+        found.append(Diagnostic("strict.skipped", f"{pass_} left {more} more candidates alone"))
     return found
 
 

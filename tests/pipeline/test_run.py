@@ -16,10 +16,18 @@ from netlathe.ir import weights
 from netlathe.pipeline import run as manager
 from netlathe.pipeline.fingerprint import Guard, graph_digest, weights_digest
 from netlathe.pipeline.ledger import Entry
-from netlathe.pipeline.pass_ import Context, Exact, Pass, Result, options
+from netlathe.pipeline.pass_ import Context, Equivalent, Exact, Pass, Result, options
 from netlathe.pipeline.run import Step, plan, run
 from tests.ir.onnx_text import assert_same, matrix, model, ops
-from tests.pipeline.toy import HIDDEN, Balance, Cut, ReluToMax, captured_of, mlp
+from tests.pipeline.toy import (
+    HIDDEN,
+    Balance,
+    Cut,
+    ReluToMax,
+    captured_of,
+    mlp,
+    set_weight,
+)
 
 
 def test_passes_run_in_order_on_copies_and_are_accounted_for() -> None:
@@ -109,21 +117,51 @@ def test_strict_plans_list_the_skips_of_all_passes() -> None:
     assert "relu_to_max" in caught.value.diagnostics[1].message
 
 
-def test_a_long_list_of_skips_is_cut() -> None:
-    @options
-    class Picky(Pass):
-        """Skips everything."""
+def picky(*entries: Entry) -> Pass:
+    """A pass with this ledger, which scales a weight if it applied anything."""
 
+    class Picky(Pass):
         name = "picky"
-        exactness = Exact()
+        exactness = Equivalent(10.0)
 
         def run(self, model: ir.Model, ctx: Context) -> Result:
-            return Result(False, [Entry(f"c{i}", "skipped", "not today") for i in range(50)])
+            applied = any(entry.status == "applied" for entry in entries)
+            if applied:
+                set_weight(model, "bias", matrix(8, seed=9))
+            return Result(applied, list(entries))
 
+        def __str__(self) -> str:
+            return self.name
+
+    return Picky()
+
+
+DONE = Entry("done", "applied", "")
+LEFT = Entry("left", "skipped", "enough", left_out=True)
+SKIPPED = Entry("skipped", "skipped", "not today")
+REFUSED = Entry("refused", "refused", "impossible")
+
+
+@pytest.mark.parametrize(
+    ("entries", "named"),
+    [
+        ([DONE, LEFT, REFUSED], []),
+        ([DONE, SKIPPED, LEFT], ["skipped"]),
+        ([LEFT, REFUSED], ["left", "refused"]),  # it did nothing at all
+        ([REFUSED], ["refused"]),
+        ([DONE, *[SKIPPED] * 50], ["skipped"] * 20),
+    ],
+)
+def test_what_strictness_objects_to(entries: list[Entry], named: list[str]) -> None:
+    if not named:
+        run(mlp(), [picky(*entries)], Context(), strict=True)
+        return
     with pytest.raises(GateError) as caught:
-        run(mlp(), [Picky()], Context(), strict=True)
-    assert len(caught.value.diagnostics) == 21
-    assert "30 more" in caught.value.diagnostics[-1].message
+        run(mlp(), [picky(*entries)], Context(), strict=True)
+    diagnostics = caught.value.diagnostics
+    assert [d.message.split()[2].rstrip(":") for d in diagnostics[:20]] == named
+    if len(entries) > 20:
+        assert len(diagnostics) == 21 and "30 more" in diagnostics[-1].message
 
 
 def test_plan_gives_the_ledger_and_runs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -188,15 +226,15 @@ def test_losses_add_up_against_the_captured_model() -> None:
     assert first.loss is not None and first.loss == first.total_loss
     assert second.loss is not None and second.total_loss is not None
     assert second.total_loss.relative_rms > second.loss.relative_rms > 0
-    assert second.loss.data == "samples" and second.loss.feeds == 2 and second.loss.output == "y"
+    assert second.loss.data == "samples" and second.loss.samples == 2 + 4
 
 
 def test_loss_is_measured_on_calibration_data_where_given() -> None:
     feeds = [{"x": matrix(3, 6, seed=seed)} for seed in range(20)]
     compiled = run(mlp(), [Cut(count=2)], Context(calibration=feeds))
     loss = compiled.steps[0].loss
-    assert loss is not None and loss.data == "calibration" and loss.feeds == 8
-    spread = [feeds[i * 20 // 8] for i in range(8)]
+    assert loss is not None and loss.data == "calibration" and loss.samples == 18
+    spread = [feeds[i * 20 // 6] for i in range(6)]
     before = np.concatenate([ort.run(compiled.dense, f)["y"] for f in spread]).astype(np.float64)
     after = np.concatenate([ort.run(compiled.model, f)["y"] for f in spread]).astype(np.float64)
     cosines = (
