@@ -60,8 +60,8 @@ def compile(
     ``passes`` are in the text form (``'cleanup, drop(kind="ffn", count=1)'``) or made in Python.
     ``calibration`` is a file (.npz, .txt) or feeds; ``device`` is where calibration runs. ``target``
     is what the result is for: passes round widths as it wants. ``strict`` turns a skipped candidate
-    into an error, unless the pass' options leave it out. ``metric`` is measured before and after every lossy pass: it is called with a
-    function that runs a model on feeds, and returns a number.
+    into an error, unless the pass' options leave it out. ``metric`` is measured before and after every
+    lossy pass: it is called with a function that runs a model on feeds, and returns a number.
 
     Raises:
         OptionError: a pass, option or target is unknown, or a value out of range.
