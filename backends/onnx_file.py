@@ -206,8 +206,9 @@ class OnnxArtifact(Artifact):
             files.append(folder / DATA_FILE)
             with open(files[1], "xb") as data:
                 _externalize(model, data)
+        _take_in(model, folder)
         files[0].write_bytes(_serialize(model))
-        _check_format(files[0])
+        check_format(files[0])
         self._report = {
             "bytes": sum(file.stat().st_size for file in files),
             **self._compare(files[0]),
@@ -221,18 +222,18 @@ class OnnxArtifact(Artifact):
         try:
             expected = ort.run(self._source, feeds)
         except ort.RuntimeFailure as error:
-            if not _lacks_kernel(str(error)):
+            if not lacks_kernel(error):
                 raise
             return {"not_run": error.diagnostics[0].message}
-        exact, optimized = _bounds(self._source)
+        exact, optimized = bounds(self._source)
         results: dict[str, Any] = {}
         for way, bound in (("optimizations_off", exact), ("optimizations_on", optimized)):
             try:
-                actual = _run_file(file, feeds, optimize=way == "optimizations_on")
-            except Exception as error:  # ONNX Runtime's own classes derive from Exception alone
-                if not _lacks_kernel(str(error)):
-                    raise _failed(file, way, str(error)) from error
-                results["not_run"] = " ".join(str(error).split())
+                actual = run_file(file, feeds, optimize=way == "optimizations_on")
+            except ort.RuntimeFailure as error:
+                if not lacks_kernel(error):
+                    raise _failed(file, way, error) from error
+                results["not_run"] = error.diagnostics[0].message
                 way, bound = "read_back", exact
                 actual = ort.run(ir.load(file), feeds)
             results[f"error_{way}"] = _worst(file, actual, expected, way, bound)
@@ -311,12 +312,21 @@ def _write(tensor: ir.TensorProtocol, file: BinaryIO) -> None:
         file.write(data[start : start + _CHUNK])
 
 
+def _take_in(model: ir.Model, folder: Path) -> None:
+    """Put into the model itself what is still mapped from the files of its source."""
+    for graph in model.graphs():
+        for name, value in graph.initializers.items():
+            tensor = value.const_value
+            if isinstance(tensor, ir.ExternalTensor) and Path(tensor.path).parent != folder:
+                value.const_value = ir.Tensor(tensor.numpy(), dtype=tensor.dtype, name=name)
+
+
 def _serialize(model: ir.Model) -> bytes:
     data: bytes = ir.serde.serialize_model(model).SerializeToString(deterministic=True)
     return data
 
 
-def _check_format(file: Path) -> None:
+def check_format(file: Path) -> None:
     """The ONNX checker with strict shape inference, by path: it also reads models above 2 GB."""
     try:
         onnx.checker.check_model(os.fspath(file), full_check=True)
@@ -331,41 +341,69 @@ def _check_format(file: Path) -> None:
         ) from error
 
 
-def _run_file(file: Path, feeds: Feeds, *, optimize: bool) -> Mapping[str, npt.NDArray[Any]]:
+def open_file(
+    file: Path, *, optimize: bool, threads: int | None = None
+) -> onnxruntime.InferenceSession:
+    """A session on ``file`` as an application makes it, with or without optimizations.
+
+    Raises:
+        RuntimeFailure: ONNX Runtime does not take the file.
+    """
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4  # its errors arrive as exceptions
-    options.intra_op_num_threads = ort.default_threads()
+    options.intra_op_num_threads = threads or ort.default_threads()
     options.enable_cpu_mem_arena = False  # memory goes back when a tensor does
     levels = onnxruntime.GraphOptimizationLevel
     options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimize else levels.ORT_DISABLE_ALL
     if not optimize:
         # Weights stay mapped from the file instead of being copied into packed form.
         options.add_session_config_entry("session.disable_prepacking", "1")
-    session = onnxruntime.InferenceSession(
-        os.fspath(file), options, providers=["CPUExecutionProvider"]
-    )
+    try:
+        return onnxruntime.InferenceSession(
+            os.fspath(file), options, providers=["CPUExecutionProvider"]
+        )
+    except Exception as error:  # ONNX Runtime's own classes derive from Exception alone
+        raise _failure(file, error) from error
+
+
+def run_file(file: Path, feeds: Feeds, *, optimize: bool) -> dict[str, npt.NDArray[Any]]:
+    """What ONNX Runtime makes of ``file``, by output name.
+
+    Raises:
+        RuntimeFailure: it does not take the file, or fails while running it.
+    """
+    session = open_file(file, optimize=optimize)
     names = [output.name for output in session.get_outputs()]
-    results: Sequence[Any] = session.run(names, dict(feeds))
+    try:
+        results: Sequence[Any] = session.run(names, dict(feeds))
+    except Exception as error:
+        raise _failure(file, error) from error
     return dict(zip(names, results, strict=True))
 
 
-def _failed(file: Path, way: str, text: str) -> VerifyError:
+def _failure(file: Path, error: Exception) -> ort.RuntimeFailure:
+    text = " ".join(str(error).split())
+    return ort.RuntimeFailure(Diagnostic("run.onnxruntime", text, at=file.name))
+
+
+def _failed(file: Path, way: str, error: ort.RuntimeFailure) -> VerifyError:
     return VerifyError(
         Diagnostic(
             "onnx.runtime",
             f"ONNX Runtime cannot run the written file with {way.replace('_', ' ')}: "
-            + " ".join(text.split()),
+            + error.diagnostics[0].message,
             at=file.name,
         )
     )
 
 
-def _lacks_kernel(text: str) -> bool:
-    return "NOT_IMPLEMENTED" in text
+def lacks_kernel(error: ort.RuntimeFailure) -> bool:
+    """Whether the model is fine and ONNX Runtime's CPU provider has no kernel for one of its ops."""
+    return "NOT_IMPLEMENTED" in str(error)
 
 
-def _bounds(model: ir.Model) -> tuple[float, float]:
-    """What the file may differ from the IR by, with optimizations off and on."""
+def bounds(model: ir.Model) -> tuple[float, float]:
+    """What a file may differ from the IR by, as a share of the RMS: optimizations off and on."""
     dtypes = {value.dtype for node in model.graph.all_nodes() for value in node.outputs}
     exact = max((_BOUNDS[d] for d in dtypes if d is not None and d in _BOUNDS), default=1e-5)
     ops = {node.op_type for node in model.graph.all_nodes()}

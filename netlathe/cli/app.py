@@ -29,12 +29,17 @@ def app() -> None:
     """Make a neural network smaller, one checked pass at a time.
 
     \b
-    netlathe inspect MODEL                     what is in it
-    netlathe plan MODEL --passes "..."         what would be done, touching nothing
-    netlathe compile MODEL --passes "..." -o DIR
+    netlathe inspect MODEL                         what is in it
+    netlathe passes                                what can be done to it
+    netlathe plan MODEL --passes "..."             what would be done, touching nothing
+    netlathe compile MODEL --passes "..." -o DIR   do it, check every step, write the result
+    netlathe bench MODEL DIR                       what that gained
 
-    MODEL is an ONNX file or a local Hugging Face directory (config.json and safetensors).
-    Exit codes: 0 done, 1 a gate failed, 2 bad input or usage.
+    MODEL is an ONNX file, a local Hugging Face directory (config.json and safetensors), or a folder
+    that `netlathe compile` wrote.
+
+    \b
+    Exit codes: 0 done, 1 a gate failed, 2 bad input or usage, 70 a defect of NetLathe.
     """
 
 

@@ -11,57 +11,65 @@ import click
 from netlathe.diagnostics import Diagnostic, OptionError
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+_PATH = click.Path(path_type=Path)
 
 
 def model(name: str = "model") -> Decorator:
-    """MODEL: an ONNX file or a local Hugging Face directory."""
-    return click.argument(name, metavar=name.upper(), type=click.Path(path_type=Path))
+    """MODEL: an ONNX file, a local Hugging Face directory, or a folder that `compile` wrote."""
+    return click.argument(name, metavar=name.upper(), type=_PATH)
 
 
-def passes() -> Decorator:
-    """--passes or --recipe, of which exactly one must be given."""
-
-    def add(function: Callable[..., Any]) -> Callable[..., Any]:
-        function = click.option(
-            "--recipe",
-            type=click.Path(path_type=Path),
-            metavar="FILE",
-            help="A YAML recipe; `netlathe passes --schema` prints its JSON schema.",
-        )(function)
-        return click.option(
+def pipeline() -> Decorator:
+    """What to run and with what: --passes or --recipe, --calibration, --seed, --strict, --target."""
+    return _together(
+        click.option(
             "--passes",
             metavar="TEXT",
             help="What to run, in order, such as \"cleanup, drop(kind='ffn', count=1)\".",
-        )(function)
-
-    return add
-
-
-def calibration() -> Decorator:
-    """--calibration: real data for the passes that measure."""
-    return click.option(
-        "--calibration",
-        type=click.Path(path_type=Path),
-        metavar="FILE",
-        help="Data for passes that measure: .npz (an array per graph input) or .txt (a text a line).",
+        ),
+        click.option(
+            "--recipe",
+            type=_PATH,
+            metavar="FILE",
+            help="The same as a YAML file; `netlathe passes --schema` prints its JSON schema."
+            " Options given here win over what it says.",
+        ),
+        click.option(
+            "--calibration",
+            type=_PATH,
+            metavar="FILE",
+            help="Data for passes that measure: .npz (an array per graph input) or .txt (a text a"
+            " line).",
+        ),
+        click.option(
+            "--seed",
+            type=click.IntRange(min=0),
+            metavar="N",
+            help="The one source of randomness.  [default: 0]",
+        ),
+        click.option(
+            "--strict",
+            is_flag=True,
+            help="Fail (exit code 1) when a pass skips a candidate or has none.",
+        ),
+        click.option(
+            "--target",
+            metavar="NAME",
+            help="What to build for; `netlathe targets` lists them.  [default: onnx]",
+        ),
+        click.option(
+            "--opset", type=int, metavar="N", help="ONNX opset to write, 17 to 25.  [default: 25]"
+        ),
     )
-
-
-def seed() -> Decorator:
-    """--seed: the one source of randomness."""
-    return click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
 
 
 def cache() -> Decorator:
     """--kv-cache: capture a causal language model with its cache."""
     return click.option(
-        "--kv-cache", is_flag=True, help="Capture a causal language model with its KV cache."
+        "--kv-cache",
+        is_flag=True,
+        help="Capture a causal language model with its key-value cache as inputs and outputs.",
     )
-
-
-def as_json() -> Decorator:
-    """--json: the same content for a script."""
-    return click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout.")
 
 
 def sizes() -> Decorator:
@@ -74,6 +82,20 @@ def sizes() -> Decorator:
     )
 
 
+def as_json() -> Decorator:
+    """--json: the same content for a script."""
+    return click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout.")
+
+
+def _together(*decorators: Decorator) -> Decorator:
+    def add(function: Callable[..., Any]) -> Callable[..., Any]:
+        for decorator in reversed(decorators):
+            function = decorator(function)
+        return function
+
+    return add
+
+
 def _parse_sizes(
     ctx: click.Context, parameter: click.Parameter, text: str | None
 ) -> dict[str, int]:
@@ -81,8 +103,8 @@ def _parse_sizes(
     for part in (text or "").split(","):
         if not part.strip():
             continue
-        name, _, size = part.partition("=")
-        if not size.strip().isdigit() or int(size) < 1:
+        name, _, size = (word.strip() for word in part.partition("="))
+        if not name or not (size.isascii() and size.isdigit()) or int(size) < 1:
             raise OptionError(
                 Diagnostic(
                     "cli.dims",
@@ -90,5 +112,5 @@ def _parse_sizes(
                     help="for example --dims batch=1,sequence=128",
                 )
             )
-        given[name.strip()] = int(size)
+        given[name] = int(size)
     return given

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import inspect
-from typing import Any
+from inspect import getdoc
+from typing import TYPE_CHECKING, Any
 
 import click
-import pydantic
 
 from netlathe.cli import options, render
-from netlathe.pipeline import recipe, registry
-from netlathe.pipeline.pass_ import Pass, summary
+
+if TYPE_CHECKING:
+    from netlathe.pipeline.pass_ import Pass
 
 
 @click.command()
@@ -18,80 +18,85 @@ from netlathe.pipeline.pass_ import Pass, summary
 @click.option("--schema", is_flag=True, help="Print the JSON schema of a recipe file.")
 @options.as_json()
 def passes(name: str | None, schema: bool, as_json: bool) -> None:
-    """List the passes, or show the options of the pass NAME."""
+    """List the passes, or the options of one.
+
+    \b
+    netlathe passes
+    netlathe passes quantize
+    netlathe passes --schema > recipe.schema.json
+    """
+    from netlathe.pipeline import recipe, registry
+    from netlathe.pipeline.pass_ import summary
+
     if schema:
         render.print_json(recipe.json_schema())
-        return
-    if name is not None:
-        _show(registry.find_pass(name), as_json)
-        return
-    found = registry.passes()
-    if as_json:
-        render.print_json([_describe(pass_type) for pass_type in found.values()])
-        return
-    render.table(
-        "",
-        ("pass", "exactness", ""),
-        ((n, type(p.exactness).__name__.lower(), summary(p)) for n, p in found.items()),
-    )
-    render.out.print("\n`netlathe passes NAME` shows a pass' options.")
+    elif name is not None:
+        found = registry.find_pass(name)
+        if as_json:
+            render.print_json(_describe(found))
+        else:
+            _show(found)
+    elif as_json:
+        render.print_json([_describe(pass_type) for pass_type in registry.passes().values()])
+    else:
+        render.table(
+            "",
+            ("pass", "exactness", ""),
+            ((n, _exactness(p), summary(p)) for n, p in registry.passes().items()),
+        )
+        render.line("\n`netlathe passes NAME` shows a pass' options.")
+
+
+def _exactness(pass_type: type[Pass]) -> str:
+    return type(pass_type.exactness).__name__.lower()
 
 
 def _options(pass_type: type[Pass]) -> list[dict[str, Any]]:
     """One row per option, from the schema that also checks recipes."""
-    schema = pydantic.TypeAdapter(pass_type).json_schema()
-    rows = []
-    for option, spec in schema.get("properties", {}).items():
-        limits = {
-            word: spec[key]
-            for key, word in (
-                ("minimum", ">="),
-                ("exclusiveMinimum", ">"),
-                ("maximum", "<="),
-                ("exclusiveMaximum", "<"),
-            )
-            if key in spec
+    from netlathe.pipeline.validation import option_schemas, takes
+
+    return [
+        {
+            "option": name,
+            "takes": takes(spec),
+            "required": "default" not in spec,
+            "default": spec.get("default"),
+            "help": spec.get("description", ""),
         }
-        choices = spec.get("enum") or [spec["const"]] if "const" in spec or "enum" in spec else []
-        rows.append(
-            {
-                "option": option,
-                "type": spec.get("type", "any"),
-                "default": spec.get("default"),
-                "choices": choices,
-                "limits": " ".join(f"{word} {limit}" for word, limit in limits.items()),
-                "help": spec.get("description", ""),
-            }
-        )
-    return rows
+        for name, spec in option_schemas(pass_type).items()
+    ]
 
 
 def _describe(pass_type: type[Pass]) -> dict[str, Any]:
+    from netlathe.pipeline.pass_ import summary
+
     return {
         "name": pass_type.name,
         "version": pass_type.version,
-        "exactness": type(pass_type.exactness).__name__.lower(),
+        "exactness": _exactness(pass_type),
         "summary": summary(pass_type),
         "options": _options(pass_type),
     }
 
 
-def _show(pass_type: type[Pass], as_json: bool) -> None:
-    if as_json:
-        render.print_json(_describe(pass_type))
+def _show(pass_type: type[Pass]) -> None:
+    render.line(f"{pass_type.name}  ({_exactness(pass_type)})")
+    render.line(getdoc(pass_type) or "")
+    rows = _options(pass_type)
+    if not rows:
+        render.line("\nIt takes no options.")
         return
-    render.out.print(f"[bold]{pass_type.name}[/bold]  {type(pass_type.exactness).__name__.lower()}")
-    render.out.print(inspect.getdoc(pass_type) or "", markup=False)
+    render.line()
     render.table(
         "",
         ("option", "default", "takes", ""),
         (
             (
                 row["option"],
-                repr(row["default"]),
-                " | ".join(map(repr, row["choices"])) or f"{row['type']} {row['limits']}".strip(),
+                "(required)" if row["required"] else repr(row["default"]),
+                row["takes"],
                 row["help"],
             )
-            for row in _options(pass_type)
+            for row in rows
         ),
     )

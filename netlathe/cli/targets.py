@@ -5,15 +5,30 @@ from __future__ import annotations
 import click
 
 from netlathe.cli import options, render
-from netlathe.pipeline import registry
 
 
 @click.command()
 @options.as_json()
 def targets(as_json: bool) -> None:
-    """List the targets that --target takes, ours and those of installed plugins."""
-    found = [target for backend in registry.backends().values() for target in backend.targets()]
+    """List what can be built for.
+
+    These are the names that --target takes, ours and those of installed plugins. A target whose extra is not installed is left out; asking for it says which extra that is.
+    """
+    from netlathe.pipeline import registry
+
+    found = registry.targets()
     if as_json:
-        render.print_json([{"name": t.name, "backend": t.backend, "help": t.help} for t in found])
+        rows = [
+            {"name": t.name, "backend": t.backend, "help": t.help, "settings": t.settings}
+            for t in found
+        ]
+        render.print_json(rows)
         return
-    render.table("", ("target", "backend", ""), ((t.name, t.backend, t.help) for t in found))
+    render.table(
+        "",
+        ("target", "backend", "settings", ""),
+        (
+            (t.name, t.backend, ", ".join(f"{k}={v}" for k, v in t.settings.items()), t.help)
+            for t in found
+        ),
+    )

@@ -37,20 +37,29 @@ def load(path: Path, captured: Captured) -> list[Feeds]:
     Raises:
         InputError: with everything that is wrong with the file.
     """
-    if not path.is_file():
-        raise InputError(Diagnostic("calibration.file", "there is no such file", at=str(path)))
+    check_file(path)
     if path.suffix == ".npz":
         return _cut(_read_arrays(path), captured.model, path)
-    if path.suffix == ".txt":
-        return list(_tokenized(_read_texts(path), captured, path))
-    raise InputError(
-        Diagnostic(
-            "calibration.format",
-            f"{path.suffix or 'a file without a suffix'} is not a kind of calibration data",
-            at=str(path),
-            help=_KINDS,
+    return list(_tokenized(_read_texts(path), captured, path))
+
+
+def check_file(path: Path) -> None:
+    """Return if ``path`` is a file of a kind that :func:`load` reads; it is not opened.
+
+    Raises:
+        InputError: it is none.
+    """
+    if not path.is_file():
+        raise InputError(Diagnostic("calibration.file", "there is no such file", at=str(path)))
+    if path.suffix not in (".npz", ".txt"):
+        raise InputError(
+            Diagnostic(
+                "calibration.format",
+                f"{path.suffix or 'a file without a suffix'} is not a kind of calibration data",
+                at=str(path),
+                help=_KINDS,
+            )
         )
-    )
 
 
 # -- texts ----------------------------------------------------------------------------------------

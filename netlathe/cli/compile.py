@@ -1,0 +1,153 @@
+"""``netlathe compile``: run passes over a model, check every one, write the result."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from netlathe.cli import depfile as depfiles
+from netlathe.cli import options, render
+from netlathe.cli.request import Request, capture, model_path
+
+if TYPE_CHECKING:
+    from netlathe.pipeline.interfaces import Artifact
+    from netlathe.pipeline.run import Compiled
+
+
+@click.command("compile")
+@options.model()
+@options.pipeline()
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    required=True,
+    help="The folder to write; it is there whole or not at all.",
+)
+@click.option("--overwrite", is_flag=True, help="Replace DIR, if NetLathe wrote it.")
+@options.cache()
+@options.sizes()
+@click.option(
+    "--no-verify",
+    is_flag=True,
+    help="Do not compare outputs after every pass; structure and types are checked still.",
+)
+@click.option(
+    "--depfile",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Write what DIR was made from, for make and ninja.",
+)
+@options.as_json()
+@click.option("-v", "--verbose", is_flag=True, help="Show every candidate, time and memory.")
+def compile_(
+    model: Path,
+    passes: str | None,
+    recipe: Path | None,
+    calibration: Path | None,
+    seed: int | None,
+    strict: bool,
+    target: str | None,
+    opset: int | None,
+    output: Path,
+    overwrite: bool,
+    kv_cache: bool,
+    dims: dict[str, int],
+    no_verify: bool,
+    depfile: Path | None,
+    as_json: bool,
+    verbose: bool,
+) -> None:
+    """Run passes over MODEL and write the result.
+
+    Every pass is checked: one that should change nothing must leave the outputs as they were, and one
+    that loses accuracy on purpose must equal a reference that was made without its own code. What
+    fails a check is not written, and the exit code is 1.
+
+    \b
+    Store the weights of an ONNX file in 8 bits, as opset 21:
+      netlathe compile resnet.onnx --passes 'fold_batch_norm, quantize(weights="int8")' \\
+          --opset 21 -o resnet-int8
+    Drop the least important feed-forward branch of an encoder, judged on real sentences:
+      netlathe compile my-encoder/ --passes 'drop(kind="ffn", count=1)' \\
+          --calibration sentences.txt -o smaller
+    From a build system:
+      netlathe compile model.onnx --recipe small.yaml -o out --overwrite --depfile out.d
+
+    DIR holds the model, manifest.json (what was decided, checked and measured, and from what), and
+    the tokenizer and generation files of a Hugging Face directory.
+    """
+    from netlathe.pipeline import output as outputs
+    from netlathe.pipeline import run
+
+    request = Request.of(
+        passes=passes,
+        recipe=recipe,
+        calibration=calibration,
+        seed=seed,
+        strict=strict,
+        target=target,
+        opset=opset,
+    )
+    read = [file for file in (model_path(model), recipe, request.calibration) if file is not None]
+    outputs.check_output(output, overwrite=overwrite, sources=read)
+    if depfile is not None:
+        depfiles.check(depfile)
+    captured = capture(model, kv_cache=kv_cache, dims=dims)
+    compiled = run.run(
+        captured,
+        request.passes,
+        request.context(captured),
+        strict=request.strict,
+        verify=not no_verify,
+        observer=render.Steps(verbose=verbose),
+    )
+    with render.working(f"writing {output}"):
+        artifact = compiled.save(output, overwrite=overwrite)
+    written = json.loads((output / outputs.MARKER).read_text("utf-8"))
+    if depfile is not None:
+        first = next(iter(written["artifact"]["files"]))
+        sources = depfiles.sources(captured, recipe, request.calibration)
+        depfiles.write(depfile, output / first, sources)
+    if as_json:
+        render.print_json({"output": output, **written})
+    else:
+        _show(compiled, artifact, output, verified=not no_verify, verbose=verbose)
+
+
+def _show(
+    compiled: Compiled, artifact: Artifact, output: Path, *, verified: bool, verbose: bool
+) -> None:
+    from netlathe.analysis.cost import cost
+
+    for step in compiled.steps:
+        render.ledger(step, every=verbose)
+    render.line()
+    dense = cost(compiled.dense, compiled.captured.dynamic)
+    render.steps(dense, compiled.steps, checked=verified)
+    render.line(f"(MACs at {render.sizes(compiled.captured.dynamic)})")
+    if verbose and compiled.steps:
+        render.line()
+        render.timings(compiled.steps)
+    render.line()
+    for file in sorted(path for path in output.rglob("*") if path.is_file()):
+        render.line(f"{file}  {render.size(file.stat().st_size)}")
+    for text in _judged(artifact):
+        render.line(text)
+
+
+def _judged(artifact: Artifact) -> list[str]:
+    """What the runtime made of what was written."""
+    report = artifact.report()
+    lines = []
+    for way in ("optimizations_off", "optimizations_on", "read_back"):
+        if (error := report.get(f"error_{way}")) is not None:
+            bound = report[f"bound_{way}"]
+            lines.append(f"run with {way.replace('_', ' ')}: {error:.1e} of at most {bound:.1e}")
+    if reason := report.get("not_run"):
+        lines.append(f"note: ONNX Runtime's CPU kernels cannot run it: {reason}")
+    return lines

@@ -1,0 +1,82 @@
+"""``netlathe plan``: what compile would do, touching nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from netlathe.cli import options, render
+from netlathe.cli.request import Request, capture
+
+
+@click.command()
+@options.model()
+@options.pipeline()
+@options.cache()
+@options.sizes()
+@options.as_json()
+@click.option("-v", "--verbose", is_flag=True, help="Show every candidate, skipped ones too.")
+def plan(
+    model: Path,
+    passes: str | None,
+    recipe: Path | None,
+    calibration: Path | None,
+    seed: int | None,
+    strict: bool,
+    target: str | None,
+    opset: int | None,
+    kv_cache: bool,
+    dims: dict[str, int],
+    as_json: bool,
+    verbose: bool,
+) -> None:
+    """Show what passes would do to MODEL.
+
+    Every candidate is listed with what is decided about it and why, and what that would save; nothing
+    is written. With --strict the exit code is 1 if a pass would skip a candidate.
+
+    \b
+    netlathe plan model.onnx --passes 'cleanup, quantize(weights="int8")' -v
+    """
+    from netlathe.analysis.cost import cost
+    from netlathe.pipeline import run
+
+    request = Request.of(
+        passes=passes,
+        recipe=recipe,
+        calibration=calibration,
+        seed=seed,
+        strict=strict,
+        target=target,
+        opset=opset,
+    )
+    captured = capture(model, kv_cache=kv_cache, dims=dims)
+    steps = run.plan(captured, request.passes, request.context(captured), strict=request.strict)
+    dense = cost(captured.model, captured.dynamic)
+    if as_json:
+        render.print_json(
+            {
+                "model": captured.source,
+                "captured": _sizes(dense),
+                "steps": [
+                    {
+                        "pass": str(step.pass_),
+                        "changed": step.changed,
+                        "ledger": [entry.to_json() for entry in step.entries],
+                        "after": _sizes(step.cost_after),
+                    }
+                    for step in steps
+                ],
+            }
+        )
+        return
+    for step in steps:
+        render.ledger(step, every=verbose)
+    render.line()
+    render.steps(dense, steps, checked=False)
+    render.line(f"(MACs at {render.sizes(captured.dynamic)})")
+
+
+def _sizes(cost: object) -> dict[str, object]:
+    return {name: getattr(cost, name) for name in ("params", "bytes", "macs")}

@@ -1,0 +1,136 @@
+"""What a command line asks for: the model, captured; and the passes with what they run with."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from netlathe.cli import render
+from netlathe.diagnostics import Diagnostic, OptionError, did_you_mean
+
+if TYPE_CHECKING:  # a command's help must not wait for the imports
+    from netlathe.pipeline.interfaces import Captured
+    from netlathe.pipeline.pass_ import Context, Feeds, Pass
+
+_ARTIFACT = ("manifest.json", "model.onnx")  # what a folder that `compile` wrote for ONNX holds
+
+
+def model_path(path: Path) -> Path:
+    """``path``, or the ONNX model in it where it is a folder that `compile` wrote."""
+    if all((path / name).is_file() for name in _ARTIFACT):
+        return path / "model.onnx"
+    return path
+
+
+def capture(
+    path: Path, *, kv_cache: bool = False, dims: Mapping[str, int] | None = None
+) -> Captured:
+    """The model at ``path``, its dynamic dims at the sizes asked for.
+
+    Raises:
+        OptionError: a size names no dim, or a cache was asked of what cannot have one.
+    """
+    from netlathe import api
+
+    path = model_path(path)
+    if kv_cache and not path.is_dir():
+        raise OptionError(
+            Diagnostic(
+                "cli.kv_cache",
+                "--kv-cache is for a Hugging Face directory: a file has its inputs already",
+                at=str(path),
+            )
+        )
+    settings = {"cache": True} if kv_cache else {}
+    with render.working(f"capturing {path}"):
+        captured = api.capture(path, **settings)
+    for name in dims or {}:
+        if name not in captured.dynamic:
+            known = list(captured.dynamic)
+            raise OptionError(
+                Diagnostic(
+                    "cli.dims",
+                    f"the model has no dynamic dimension {name!r}",
+                    at=str(path),
+                    help=did_you_mean(name, known) if known else "all of its sizes are fixed",
+                )
+            )
+    return dataclasses.replace(captured, dynamic={**captured.dynamic, **(dims or {})})
+
+
+@dataclass(frozen=True)
+class Request:
+    """The passes and what they run with; from the command line, else the recipe, else defaults."""
+
+    passes: list[Pass]
+    calibration: Path | None
+    seed: int
+    strict: bool
+    target: str
+    settings: Mapping[str, Any]
+
+    @classmethod
+    def of(
+        cls,
+        *,
+        passes: str | None,
+        recipe: Path | None,
+        calibration: Path | None,
+        seed: int | None,
+        strict: bool,
+        target: str | None,
+        opset: int | None,
+    ) -> Request:
+        """Read everything, and check what can be checked without the model.
+
+        Raises:
+            OptionError: a pass, option, target or setting is unknown or impossible.
+            InputError: the recipe cannot be read, or there is no such calibration file.
+        """
+        from netlathe.pipeline import calibration_data, registry, text
+        from netlathe.pipeline import recipe as recipes
+
+        if (passes is None) == (recipe is None):
+            problem = "both --passes and --recipe" if passes is not None else "nothing to run"
+            raise OptionError(
+                Diagnostic(
+                    "cli.passes",
+                    f"{problem}: give --passes TEXT or --recipe FILE",
+                    help='`netlathe passes` lists the passes; --passes "" runs none',
+                )
+            )
+        if recipe is None:
+            made = cls(
+                text.parse(passes or ""), calibration, seed or 0, strict, target or "onnx", {}
+            )
+        else:
+            read = recipes.load(recipe)
+            other_target = target is not None and target != read.target
+            made = cls(
+                list(read.passes),
+                calibration or read.calibration,
+                read.seed if seed is None else seed,
+                strict or read.strict,
+                target or read.target,
+                {} if other_target else read.settings,  # they are those of the recipe's target
+            )
+        if opset is not None:
+            made = dataclasses.replace(made, settings={**made.settings, "opset": opset})
+        registry.find_target(made.target, **made.settings)
+        if made.calibration is not None:
+            calibration_data.check_file(made.calibration)
+        return made
+
+    def context(self, captured: Captured) -> Context:
+        """What the passes are given besides the model."""
+        from netlathe.pipeline import calibration_data, registry
+        from netlathe.pipeline.pass_ import Context
+
+        data: Sequence[Feeds] = ()
+        if self.calibration is not None:
+            data = calibration_data.load(self.calibration, captured)
+        target = registry.find_target(self.target, **self.settings)[1]
+        return Context(data, target, self.seed, progress=render.Bars())
