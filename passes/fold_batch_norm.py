@@ -56,7 +56,7 @@ class FoldBatchNorm(Pass):
                 work.fold(norm)
         if not norms:
             reason = "the model has no BatchNormalization"
-            result.entries.append(Entry(graph.name or "graph", "skipped", reason))
+            result.entries.append(Entry("(the model)", "skipped", reason))
         result.changed = any(entry.status == "applied" for entry in result.entries)
         return result
 

@@ -61,7 +61,7 @@ class FoldNorms(Pass):
         norms = [n for n in model.graph.all_nodes() if not n.domain and n.op_type in streams.NORMS]
         if not norms:
             reason = "the model has no LayerNormalization and no RMSNormalization"
-            result.entries.append(Entry(model.graph.name or "graph", "skipped", reason))
+            result.entries.append(Entry("(the model)", "skipped", reason))
             return result
         sites = [_site(norm, model.graph, self.untie) for norm in norms]
         for stream, centring in _plan(sites, self.untie):
