@@ -109,7 +109,8 @@ _NOT_TRAINED: Mapping[str, frozenset[int]] = {
 }
 # Between quantized data and the operator that reads it as such.
 _MOVEMENTS = frozenset(
-    {"Gather", "Reshape", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze", "Concat"}
+    {"Concat", "Gather", "GatherND", "Reshape", "Slice", "Split", "Squeeze", "Transpose"}
+    | {"Unsqueeze"}
 )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import re
 
 import onnx_ir as ir
@@ -27,6 +28,15 @@ def module_path(thing: ir.Node | ir.Value) -> str:
     if scoped := _SCOPED_NAME.match(thing.name or ""):
         return scoped["path"].replace("/", ".")
     return ""
+
+
+def matches(path: str, pattern: str) -> bool:
+    """Whether ``pattern`` names ``path`` or whole parts of it that follow each other.
+
+    ``layers.1`` is in ``model.layers.1.mlp`` and not in ``model.layers.10``; ``*`` and ``?`` are wildcards.
+    """
+    whole = fnmatch.fnmatchcase(path, pattern)
+    return whole or fnmatch.fnmatchcase(f".{path}.", f"*.{pattern}.*")
 
 
 def location(node: ir.Node) -> str:
