@@ -1,4 +1,4 @@
-"""Reads what safetensors files hold from their headers alone: the weights can stay in the files.
+"""Reads what safetensors files hold from their headers alone: the weights stay in the files.
 
 Format: 8 bytes of little-endian header length, the header as JSON (name -> dtype, shape and byte
 range), then the data (https://huggingface.co/docs/safetensors). A pickled checkpoint is refused:
@@ -8,7 +8,8 @@ loading one can run any code.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+import mmap
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -54,22 +55,113 @@ class StoredTensor:
     offset: int
     length: int
 
-    def tensor(self, name: str) -> ir.ExternalTensor:
-        """A memory-mapped tensor over these bytes, called ``name``."""
+    def tensor(self, name: str, shape: Sequence[int] | None = None) -> ir.ExternalTensor:
+        """A memory-mapped tensor over these bytes, called ``name``, in ``shape`` where one is given."""
         return ir.ExternalTensor(
-            self.file.name,
+            self.file.resolve(),  # whole: a download cache links to files in another folder
             self.offset,
             self.length,
             self.dtype,
             name=name,
-            shape=ir.Shape(self.shape),
-            base_dir=self.file.parent,
+            shape=ir.Shape(self.shape if shape is None else shape),
         )
 
     def array(self) -> npt.NDArray[Any]:
         """A memory-mapped view of the values."""
+        if not self.length:  # nothing to map
+            return np.empty(self.shape, self.dtype.numpy())
         raw = np.memmap(self.file, np.uint8, "r", self.offset, (self.length,))
         return raw.view(self.dtype.numpy()).reshape(self.shape)
+
+
+class Files:
+    """The files of a checkpoint, each mapped once and privately: nothing written reaches the file."""
+
+    def __init__(self) -> None:
+        self._maps: dict[Path, mmap.mmap] = {}
+
+    def array(self, place: StoredTensor) -> npt.NDArray[Any]:
+        """The values as a view of the file's map."""
+        if not place.length:
+            return place.array()
+        if place.file not in self._maps:
+            with place.file.open("rb") as stream:
+                self._maps[place.file] = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
+        count = place.length // place.dtype.itemsize
+        values = np.frombuffer(
+            self._maps[place.file], place.dtype.numpy(), int(count), place.offset
+        )
+        return values.reshape(place.shape)
+
+    def give_back(self) -> None:
+        """Give back the memory that having been read takes; what was written is lost."""
+        if hasattr(mmap, "MADV_DONTNEED"):  # not on Windows
+            for held in self._maps.values():
+                held.madvise(mmap.MADV_DONTNEED)
+
+
+class Places:
+    """Where in a checkpoint's files the bytes of a weight lie.
+
+    Libraries rename weights when they load them, and merge them (a stack of experts from one file
+    entry each). Bytes tell them again: a weight is one tensor of the files, or several in a row.
+    """
+
+    def __init__(self, checkpoint: Mapping[str, StoredTensor]) -> None:
+        self._named = checkpoint
+        self._starts: dict[tuple[ir.DataType, bytes], list[StoredTensor]] = {}
+        for place in checkpoint.values():
+            if place.length:
+                start = place.array().reshape(-1).view(np.uint8)[:_START].tobytes()
+                self._starts.setdefault((place.dtype, start), []).append(place)
+        self._lengths = sorted({len(start) for _, start in self._starts}, reverse=True)
+
+    def find(
+        self, names: Iterable[str], dtype: ir.DataType, values: npt.NDArray[Any]
+    ) -> list[StoredTensor]:
+        """The tensors whose bytes, in a row, are those of the contiguous array ``values``.
+
+        Tensors called one of ``names`` are tried first. Empty where the files do not have them.
+        """
+        wanted = values.reshape(-1).view(np.uint8)
+        for name in names:
+            place = self._named.get(name)
+            if place is not None and place.dtype == dtype and place.shape == values.shape:
+                if _same_bytes(place, wanted):
+                    return [place]
+        found: list[StoredTensor] = []
+        at = 0
+        while at < wanted.size:
+            place = self._at(dtype, wanted[at:])
+            if place is None:
+                return []
+            found.append(place)
+            at += place.length
+        return found
+
+    def _at(self, dtype: ir.DataType, wanted: npt.NDArray[np.uint8]) -> StoredTensor | None:
+        """The longest tensor that ``wanted`` starts with."""
+        candidates = [
+            place
+            for length in self._lengths
+            for place in self._starts.get((dtype, wanted[:length].tobytes()), ())
+            if place.length <= wanted.size
+        ]
+        candidates.sort(key=lambda place: place.length, reverse=True)
+        return next((p for p in candidates if _same_bytes(p, wanted[: p.length])), None)
+
+
+_START = 64  # bytes by which candidates are looked up
+_CHUNK = 1 << 20
+
+
+def _same_bytes(place: StoredTensor, wanted: npt.NDArray[np.uint8]) -> bool:
+    """Whether the tensor holds these bytes, looked at a chunk at a time."""
+    held = place.array().reshape(-1).view(np.uint8)
+    return held.size == wanted.size and all(
+        np.array_equal(held[i : i + _CHUNK], wanted[i : i + _CHUNK])
+        for i in range(0, held.size, _CHUNK)
+    )
 
 
 def read_checkpoint(folder: Path) -> dict[str, StoredTensor]:
@@ -158,12 +250,14 @@ def _read_header(file: Path) -> Iterator[StoredTensor]:
     data = 8 + length
     for name, item in items.items():
         try:
-            begin, end = item["data_offsets"]
+            begin, end = (int(n) for n in item["data_offsets"])
             dtype, shape = item["dtype"], tuple(int(n) for n in item["shape"])
         except (KeyError, ValueError, TypeError) as error:
             raise damaged(f"the entry of {name!r} is malformed ({error!r})") from error
         if dtype not in _DTYPES:
             raise damaged(f"{name!r} has the dtype {dtype!r}, which is not known")
+        if not 0 <= begin <= end or min(shape, default=0) < 0:
+            raise damaged(f"the entry of {name!r} is malformed (bytes {begin} to {end})")
         if data + end > size:
             raise damaged(f"{name!r} ends at byte {data + end}, the file at {size}")
         itemsize = _DTYPES[dtype].itemsize

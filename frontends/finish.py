@@ -9,7 +9,7 @@ import onnx_ir as ir
 
 from netlathe.execute import samples
 from netlathe.frontends.compare import Original, check_same
-from netlathe.ir import normal, verify
+from netlathe.ir import normal, verify, weights
 from netlathe.passes.normalize import raise_operators
 from netlathe.pipeline.interfaces import Captured
 from netlathe.pipeline.ledger import Entry
@@ -40,6 +40,7 @@ def finish(
     ledger += raise_operators(model)
     ledger += normal.normalize(model)
     verify.check(model)
+    weights.give_back(model)
 
     def sample(sizes: Mapping[str, int], seed: int) -> Feeds:
         return samples.synthesize(model, {**dynamic, **sizes}, seed)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -28,7 +28,7 @@ from torch import nn
 from transformers.initialization import no_init_weights
 
 from netlathe.diagnostics import CaptureError, Diagnostic, InputError
-from netlathe.frontends.checkpoint import StoredTensor, read_checkpoint
+from netlathe.frontends.checkpoint import Files, Places, StoredTensor, read_checkpoint
 from netlathe.frontends.compare import Original
 from netlathe.frontends.finish import finish
 from netlathe.frontends.finite import check_finite
@@ -120,12 +120,13 @@ class HuggingFaceDirectory(Frontend):
         checkpoint: Mapping[str, StoredTensor],
         implementation: _Implementation,
     ) -> Captured:
-        loaded = _load(folder, model_class, implementation)
+        loaded = _load(folder, model_class, implementation, checkpoint)
         config: Any = loaded.model.config
         task = make_task(loaded.model, config, folder, cache=self.cache)
         what = f"{type(loaded.model).__name__} in {folder}"
         exported = export(task.module, (), task.kwargs, task.dynamic, what=what, inside=INNER)
-        entries = [*exported.entries, *_bind_weights(exported.model, loaded, checkpoint, folder)]
+        loaded.files.give_back()
+        entries = [*exported.entries, *_bind_weights(exported.model, loaded, folder)]
         inputs = [str(v.name) for v in exported.model.graph.inputs]
         max_length = _max_length(folder, config)
         return finish(
@@ -212,13 +213,16 @@ def _max_length(folder: Path, config: Any) -> int | None:
 class _Loaded:
     """A float32 model, and the checkpoint's own values where they are of another dtype.
 
-    ``stored`` has the checkpoint's value of every parameter and persistent buffer by name. Where
-    the checkpoint is narrower, the model's parameters are placeholders of untouched, so
-    unallocated, memory, and hold values only while their module runs inside :meth:`filled`.
+    ``stored`` has the checkpoint's value of every parameter and persistent buffer by name, and
+    ``places`` where in the files each lies: nowhere, if the library changed it. Where the checkpoint
+    is narrower, the model's parameters are placeholders of untouched, so unallocated, memory, and
+    hold values only while their module runs inside :meth:`filled`.
     """
 
     model: nn.Module
     stored: Mapping[str, torch.Tensor]
+    places: Mapping[str, Sequence[StoredTensor]]
+    files: Files
     missing: frozenset[str]
     narrow: bool
 
@@ -227,6 +231,7 @@ class _Loaded:
         """Give each module its float32 parameters just while it runs."""
         if not self.narrow:
             yield
+            self.files.give_back()
             return
         handles = []
         for path, module in self.model.named_modules():
@@ -252,9 +257,15 @@ class _Loaded:
         finally:
             for handle in handles:
                 handle.remove()
+            self.files.give_back()
 
 
-def _load(folder: Path, model_class: type[Any], implementation: _Implementation) -> _Loaded:
+def _load(
+    folder: Path,
+    model_class: type[Any],
+    implementation: _Implementation,
+    checkpoint: Mapping[str, StoredTensor],
+) -> _Loaded:
     """Load in the checkpoint's dtype (mapped, not copied) and give it a float32 shape.
 
     Raises:
@@ -285,6 +296,8 @@ def _load(folder: Path, model_class: type[Any], implementation: _Implementation)
             )
         ) from error
     _check_shapes(info, folder)
+    files = Files()
+    places = _remap(stored, checkpoint, files)
     narrow = {p.dtype for p in stored.parameters()} - {torch.float32}
     if not narrow:
         model = stored
@@ -297,7 +310,33 @@ def _load(folder: Path, model_class: type[Any], implementation: _Implementation)
             if name in persistent:
                 buffer.data = own[name].to(buffer.dtype)
     missing = info.get("missing_keys") or ()
-    return _Loaded(model.eval(), stored.state_dict(), frozenset(missing), bool(narrow))
+    return _Loaded(
+        model.eval(), stored.state_dict(), places, files, frozenset(missing), bool(narrow)
+    )
+
+
+def _remap(
+    model: Any, checkpoint: Mapping[str, StoredTensor], files: Files
+) -> dict[str, list[StoredTensor]]:
+    """Let ``model`` read what is unchanged from ``files``; where every weight lies, by name.
+
+    The library maps the files too, but keeps every page it has read.
+    """
+    found: dict[str, list[StoredTensor]] = {}
+    places = Places(checkpoint)
+    prefix = str(getattr(model, "base_model_prefix", ""))
+    weights = {
+        **dict(model.named_parameters(remove_duplicate=False)),
+        **dict(model.named_buffers(remove_duplicate=False)),
+    }
+    for name in model.state_dict():
+        weight, array = weights[name], _numpy(weights[name])
+        names = (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}")
+        found[name] = places.find(names, ir.DataType.from_numpy(array.dtype), array)
+        if len(found[name]) == 1:
+            mapped = _torch(files.array(found[name][0]))
+            weight.data = mapped.reshape(weight.shape)
+    return found
 
 
 @contextlib.contextmanager
@@ -329,9 +368,7 @@ def _check_shapes(info: Mapping[str, Any], folder: Path) -> None:
 # -- binding --------------------------------------------------------------------------------------
 
 
-def _bind_weights(
-    model: ir.Model, loaded: _Loaded, checkpoint: Mapping[str, StoredTensor], folder: Path
-) -> list[Entry]:
+def _bind_weights(model: ir.Model, loaded: _Loaded, folder: Path) -> list[Entry]:
     """Point every initializer that is a checkpoint weight into its file.
 
     Raises:
@@ -354,26 +391,29 @@ def _bind_weights(
                 for name in used
             ]
         )
-    mapped = cast = 0
-    prefix = str(getattr(loaded.model, "base_model_prefix", ""))
+    held: list[str] = []
+    cast = total = 0
     for name, value in graph.initializers.items():
         stored = loaded.stored.get(name)
         if stored is None:
             continue  # a constant of the code, not of the checkpoint
-        place = _place(name, prefix, stored, checkpoint)
-        base = place.tensor(name) if place else _tensor(stored, name)
-        mapped += place is not None
+        total += 1
+        base = _mapped(name, tuple(stored.shape), loaded.places[name])
+        if base is None:
+            held.append(name)
+            base = _tensor(stored, name)
         if stored.dtype == torch.float32:
-            if place:
-                value.const_value = base
+            value.const_value = base
         elif value.dtype == ir.DataType.FLOAT:
             value.const_value = weights.derived(
                 base, _to_float32, ir.DataType.FLOAT, tuple(stored.shape), name
             )
             cast += 1
-    entries = [
-        Entry("weights", "applied", f"{mapped} of {len(loaded.stored)} mapped from their files")
-    ]
+    reason = f"{total - len(held)} of {total} weights stay in their files"
+    if held:
+        reason += f"; in memory, because the library changed them: {', '.join(held[:4])}"
+        reason += f" and {len(held) - 4} more" if len(held) > 4 else ""
+    entries = [Entry("weights", "applied", reason)]
     if cast:
         dtype = str(next(iter(loaded.model.parameters())).dtype).removeprefix("torch.")
         reason = f"{cast} weights of a narrower checkpoint are cast to {dtype} when used"
@@ -381,28 +421,13 @@ def _bind_weights(
     return entries
 
 
-def _place(
-    name: str, prefix: str, stored: torch.Tensor, checkpoint: Mapping[str, StoredTensor]
-) -> StoredTensor | None:
-    """Where in the files this weight lies: found by name, believed only when the bytes agree."""
-    candidates = (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}")
-    for candidate in candidates:
-        place = checkpoint.get(candidate)
-        if place is None or place.shape != tuple(stored.shape):
-            continue
-        array = _numpy(stored)
-        if place.dtype.numpy() == array.dtype and _same_bytes(place.array(), array):
-            return place
-    return None
-
-
-def _same_bytes(a: npt.NDArray[Any], b: npt.NDArray[Any]) -> bool:
-    """Whether two contiguous arrays hold the same bytes, a chunk at a time."""
-    left, right = a.reshape(-1).view(np.uint8), b.reshape(-1).view(np.uint8)
-    step = 1 << 24
-    return all(
-        np.array_equal(left[i : i + step], right[i : i + step]) for i in range(0, left.size, step)
-    )
+def _mapped(
+    name: str, shape: Sequence[int], places: Sequence[StoredTensor]
+) -> ir.TensorProtocol | None:
+    """The weight as it lies in the files; None where the files hold other bytes."""
+    if len(places) == 1:
+        return places[0].tensor(name, shape)
+    return weights.joined([p.tensor(p.name) for p in places], shape, name) if places else None
 
 
 def _numpy(tensor: torch.Tensor) -> npt.NDArray[Any]:
@@ -411,6 +436,13 @@ def _numpy(tensor: torch.Tensor) -> npt.NDArray[Any]:
     if tensor.dtype == torch.bfloat16:
         return tensor.view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
     return tensor.numpy()
+
+
+def _torch(array: npt.NDArray[Any]) -> torch.Tensor:
+    """The reverse of :func:`_numpy`."""
+    if array.dtype == ml_dtypes.bfloat16:
+        return torch.from_numpy(array.view(np.uint16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
 
 
 def _tensor(tensor: torch.Tensor, name: str) -> ir.TensorProtocol:

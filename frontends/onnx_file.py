@@ -26,6 +26,7 @@ from netlathe.frontends.exporter_metadata import condense
 from netlathe.frontends.finish import finish
 from netlathe.frontends.finite import check_finite
 from netlathe.frontends.onnx_opset import NEWEST, raise_opset
+from netlathe.ir import weights
 from netlathe.pipeline.interfaces import Captured, Frontend
 from netlathe.pipeline.ledger import Entry
 from netlathe.pipeline.pass_ import Feeds
@@ -55,6 +56,7 @@ class OnnxFile(Frontend):
         proto = read_proto(path)
         original, model = _to_ir(proto, path), _to_ir(proto, path)  # both over the same weights
         check_finite(_floats(original), str(path), allow=_masks(original))
+        weights.give_back(original)
         entries = _settle_inputs(model)
         _settle_inputs(original)
         version = raise_opset(model)
@@ -257,6 +259,13 @@ def _external_problem(
             "onnx.external_missing",
             f"external data of {name!r} is missing: {location}",
             f"put {Path(location).name} beside the model",
+        )
+    if file.stat().st_nlink > 1:  # onnx-ir and onnx refuse to read such a file
+        return (
+            "onnx.external_path",
+            f"external data of {name!r} has a second name (a hard link), which may lie outside the"
+            f" model's folder: {location!r}",
+            "copy the data file itself beside the model",
         )
     itemsize = ir.DataType(tensor.data_type).itemsize
     needed = int(np.ceil(float(np.prod(tensor.dims, dtype=np.int64)) * itemsize))

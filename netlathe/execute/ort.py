@@ -2,7 +2,8 @@
 
 The graph is cut into consecutive ranges of nodes whose weights fit ``max_bytes``; each range is one
 session, fed with what the ranges before it left. A model below that size is one session. Weights of
-a session are handed over where they lie (mapped files stay mapped), not copied into its model.
+a session are handed over where they lie (mapped files stay mapped): as inputs, because ONNX Runtime
+copies initializers, unless optimizations are on, which look at constants.
 Optimizations are off unless asked for, so that what runs is what stands in the graph, but for three
 things that ONNX Runtime has no CPU kernel for: Swish (opset 25) runs as Sigmoid and Mul, RoiAlign as the
 same operator of opset 21, and bfloat16 arithmetic as float32 arithmetic that is rounded to bfloat16
@@ -24,6 +25,7 @@ import onnx_ir as ir
 import onnxruntime
 
 from netlathe.diagnostics import Diagnostic, InputError, NetLatheError
+from netlathe.ir import weights
 from netlathe.ir.printing import show_node
 from netlathe.ir.provenance import module_path
 
@@ -99,7 +101,10 @@ def run(
             or a result is no tensor.
     """
     session = Session(model, outputs, optimize=optimize, max_bytes=max_bytes, threads=threads)
-    return session.run(feeds)
+    results = session.run(feeds)
+    del session
+    weights.give_back(model)
+    return results
 
 
 @dataclass(frozen=True)
@@ -108,6 +113,12 @@ class _Segment:
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     opset: int | None  # of the default domain; None: the model's
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    session: onnxruntime.InferenceSession
+    weights: dict[str, onnxruntime.OrtValue]  # fed in every run
 
 
 class Session:
@@ -140,7 +151,7 @@ class Session:
             dict.fromkeys(outputs if outputs is not None else _names(model.graph.outputs))
         )
         self._segments = list(self._cut(max_bytes))
-        self._kept: onnxruntime.InferenceSession | None = None
+        self._kept: _Prepared | None = None
 
     def run(self, feeds: Mapping[str, npt.NDArray[Any]]) -> Arrays:
         """Evaluate once; see :func:`run` for what it raises."""
@@ -150,17 +161,19 @@ class Session:
             if value.name and value.name not in held and value.const_value is not None:
                 held[value.name] = self._held(value.name, value.const_value.numpy())
         for number, segment in enumerate(self._segments):
-            session = self._kept or self._session(segment, held)
+            prepared = self._kept or self._session(segment, held)
             if len(self._segments) == 1:
-                self._kept = session
+                self._kept = prepared
+            inputs = {self._edge(name): held[name] for name in segment.inputs}
             try:
-                results = session.run_with_ort_values(
-                    [self._edge(name) for name in segment.outputs],
-                    {self._edge(name): held[name] for name in segment.inputs},
+                results = prepared.session.run_with_ort_values(
+                    [self._edge(name) for name in segment.outputs], inputs | prepared.weights
                 )
             except Exception as error:
                 raise self._failure(error, segment.nodes) from error
-            del session  # before the next segment's weights are read
+            del prepared  # before the next segment's weights are read
+            if len(self._segments) > 1:
+                weights.give_back(self._model)
             held.update(zip(segment.outputs, results, strict=True))
             later = {name for rest in self._segments[number + 1 :] for name in rest.inputs}
             held = {n: a for n, a in held.items() if n in later or n in self.outputs}
@@ -206,17 +219,17 @@ class Session:
         for node in self._graph:
             if node not in needed:
                 continue
-            weights = {v.name: _bytes(v) for v in _reads(node) if v.name and v.is_initializer()}
-            new = sum(count for name, count in weights.items() if name not in held)
+            sizes = {v.name: _bytes(v) for v in _reads(node) if v.name and v.is_initializer()}
+            new = sum(count for name, count in sizes.items() if name not in held)
             wanted = self._opset_for(node)
             if ranges[-1] and (size + new > max_bytes or wanted != opset):
                 ranges.append([])
                 size, held = 0, set()
-                new = sum(weights.values())
+                new = sum(sizes.values())
             ranges[-1].append(node)
             opset = wanted
             size += new
-            held |= weights.keys()
+            held |= sizes.keys()
         ranges = [nodes for nodes in ranges if nodes]
         read_later: set[str] = set(self.outputs)
         cut: list[_Segment] = []
@@ -241,9 +254,7 @@ class Session:
 
     # -- sessions ---------------------------------------------------------------------------------
 
-    def _session(
-        self, segment: _Segment, held: Mapping[str, onnxruntime.OrtValue]
-    ) -> onnxruntime.InferenceSession:
+    def _session(self, segment: _Segment, held: Mapping[str, onnxruntime.OrtValue]) -> _Prepared:
         settings = onnxruntime.SessionOptions()
         settings.log_severity_level = 4
         settings.intra_op_num_threads = self._threads
@@ -256,18 +267,22 @@ class Session:
         )
         if not self._optimize:
             settings.add_session_config_entry("session.disable_prepacking", "1")
-        proto, names, values = self._proto(segment, held)
-        settings.add_external_initializers(names, values)
+        proto, given = self._proto(segment, held)
+        if self._optimize:
+            settings.add_external_initializers(list(given), list(given.values()))
+            given = {}
         try:
-            return onnxruntime.InferenceSession(
+            session = onnxruntime.InferenceSession(
                 proto.SerializeToString(), settings, providers=["CPUExecutionProvider"]
             )
         except Exception as error:
             raise self._failure(error, segment.nodes) from error
+        return _Prepared(session, given)
 
     def _proto(
         self, segment: _Segment, held: Mapping[str, onnxruntime.OrtValue]
-    ) -> tuple[onnx.ModelProto, list[str], list[onnxruntime.OrtValue]]:
+    ) -> tuple[onnx.ModelProto, dict[str, onnxruntime.OrtValue]]:
+        """The segment as a model, and the weights that it is given from outside."""
         graph = onnx.GraphProto(name=self._graph.name or "main")
         for name in segment.inputs:
             if name in self._narrow:
@@ -289,7 +304,7 @@ class Session:
                 edge = self._edge(name)
                 graph.input.append(onnx.helper.make_tensor_value_info(edge, element, None))
         graph.output.extend(onnx.ValueInfoProto(name=self._edge(n)) for n in segment.outputs)
-        names, values = [], []
+        given: dict[str, onnxruntime.OrtValue] = {}
         for name, value in sorted(read.items()):
             tensor = value.const_value
             if tensor is None or not _is_weight(value):
@@ -304,12 +319,15 @@ class Session:
                     inline.raw_data = tensor.tobytes()
                 graph.initializer.append(inline)
                 continue
+            # On the CPU the value shares the array's memory; it keeps the array alive.
+            given[name] = _to_ort(tensor.numpy())
+            if not self._optimize:
+                element = tensor.dtype.value
+                graph.input.append(onnx.helper.make_tensor_value_info(name, element, dims))
+                continue
             outside = graph.initializer.add(name=name, data_type=tensor.dtype.value, dims=dims)
             outside.data_location = onnx.TensorProto.EXTERNAL
             outside.external_data.add(key="location", value="memory")
-            names.append(name)
-            # On the CPU the value shares the array's memory; it keeps the array alive.
-            values.append(_to_ort(tensor.numpy()))
         versions = dict(self._graph.opset_imports)
         if segment.opset is not None:
             versions[""] = segment.opset
@@ -318,7 +336,7 @@ class Session:
         proto = onnx.helper.make_model(
             graph, opset_imports=opsets, functions=functions, ir_version=self._model.ir_version
         )
-        return proto, names, values
+        return proto, given
 
     # -- errors -----------------------------------------------------------------------------------
 

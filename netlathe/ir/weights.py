@@ -1,14 +1,15 @@
 """Weights as recipes: bytes are made when asked for, handed out, and not kept.
 
 An initializer's tensor is an ``ir.ExternalTensor`` (mapped from a file), a plain tensor, or the lazy
-recipe that :func:`derived` makes from another tensor. Recipes compose, so a transposed and quantized
-weight still costs nothing until it is written, and its memory is given back after.
+recipe that :func:`derived` or :func:`joined` makes from other tensors. Recipes compose, so a transposed
+and quantized weight still costs nothing until it is written, and its memory is given back after.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+import mmap
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import onnx_ir as ir
 Array = npt.NDArray[Any]
 
 # Keys in a lazy tensor's ``meta``.
-_BASE = "netlathe.base"  # the tensor that a recipe reads
+_BASES = "netlathe.bases"  # the tensors that a recipe reads
 _TRANSPOSE = "netlathe.transpose"  # (tensor, perm) it was made from
 
 
@@ -35,21 +36,39 @@ def derived(
     ``function`` must be pure: the pipeline may call it several times. What it returns must have
     ``shape`` and the numpy dtype of ``dtype``; anything else is a ValueError when it is read.
     """
+    return _recipe([base], lambda: function(base.numpy()), dtype, shape, name)
 
+
+def joined(parts: Sequence[ir.TensorProtocol], shape: Sequence[int], name: str) -> ir.LazyTensor:
+    """The elements of ``parts``, all of one dtype, one after the other in a tensor of ``shape``."""
+
+    def join() -> Array:
+        return np.concatenate([part.numpy().reshape(-1) for part in parts]).reshape(shape)
+
+    return _recipe(parts, join, parts[0].dtype, shape, name)
+
+
+def _recipe(
+    bases: Sequence[ir.TensorProtocol],
+    make: Callable[[], Array],
+    dtype: ir.DataType,
+    shape: Sequence[int],
+    name: str,
+) -> ir.LazyTensor:
     def evaluate() -> ir.TensorProtocol:
-        array = function(base.numpy())
+        array = make()
         if array.shape != tuple(shape):
             raise ValueError(f"{name}: recipe gave shape {array.shape}, promised {tuple(shape)}")
         return ir.Tensor(np.ascontiguousarray(array), dtype=dtype, name=name)
 
     made = ir.LazyTensor(evaluate, dtype=dtype, shape=ir.Shape(shape), cache=False, name=name)
-    made.meta[_BASE] = base
+    made.meta[_BASES] = tuple(bases)
     return made
 
 
 def is_recipe(tensor: ir.TensorProtocol) -> bool:
-    """Whether :func:`derived` made this tensor: reading it computes."""
-    return isinstance(tensor, ir.LazyTensor) and _BASE in tensor.meta
+    """Whether :func:`derived` or :func:`joined` made this tensor: reading it computes."""
+    return isinstance(tensor, ir.LazyTensor) and _BASES in tensor.meta
 
 
 def transposed(base: ir.TensorProtocol, perm: Sequence[int], name: str = "") -> ir.TensorProtocol:
@@ -112,12 +131,38 @@ def files(model: ir.Model) -> set[Path]:
     found = set()
     for graph in model.graphs():
         for value in graph.initializers.values():
-            tensor = value.const_value
-            while isinstance(tensor, ir.LazyTensor) and _BASE in tensor.meta:
-                tensor = tensor.meta[_BASE]
-            if isinstance(tensor, ir.ExternalTensor):
-                found.add(Path(tensor.path))
+            if value.const_value is not None:
+                found |= {
+                    Path(t.path)
+                    for t in _read(value.const_value)
+                    if isinstance(t, ir.ExternalTensor)
+                }
     return found
+
+
+def give_back(model: ir.Model) -> None:
+    """Give back the memory that weights mapped from files take by having been read.
+
+    They stay as valid as they were: what is read again comes from the file again.
+    """
+    if not hasattr(mmap, "MADV_DONTNEED"):  # Windows: the system decides
+        return
+    for graph in model.graphs():
+        for value in graph.initializers.values():
+            if value.const_value is None:
+                continue
+            for tensor in _read(value.const_value):
+                if isinstance(tensor, ir.ExternalTensor) and tensor.raw is not None:
+                    tensor.raw.madvise(mmap.MADV_DONTNEED)
+
+
+def _read(tensor: ir.TensorProtocol) -> Iterator[ir.TensorProtocol]:
+    """The tensors that hold the bytes which ``tensor`` is made from."""
+    if isinstance(tensor, ir.LazyTensor) and _BASES in tensor.meta:
+        for base in tensor.meta[_BASES]:
+            yield from _read(base)
+    else:
+        yield tensor
 
 
 def digest(tensor: ir.TensorProtocol) -> str:

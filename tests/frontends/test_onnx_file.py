@@ -316,6 +316,10 @@ def data_linked(path: Path) -> None:
     (path.parent / "model.data").symlink_to(outside)
 
 
+def data_hard_linked(path: Path) -> None:
+    os.link(path.parent / "model.data", path.parent.parent / "elsewhere.data")
+
+
 def wrong_length(path: Path) -> None:
     model = onnx.load(str(path), load_external_data=False)
     for entry in model.graph.initializer[0].external_data:
@@ -332,6 +336,7 @@ def wrong_length(path: Path) -> None:
         (data_above, "onnx.external_path"),
         (data_absolute, "onnx.external_path"),
         (data_linked, "onnx.external_path"),
+        (data_hard_linked, "onnx.external_path"),
         (wrong_length, "onnx.external_length"),
     ],
 )

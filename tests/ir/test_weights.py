@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -81,3 +82,34 @@ def test_array_refuses_what_is_not_constant() -> None:
     made = model("float[b,3] x", "float y", "y = Relu(x)")
     with pytest.raises(ValueError, match="x is not a constant"):
         weights.array(made.graph.inputs[0])
+
+
+def test_parts_in_a_row_are_one_weight(tmp_path: Path) -> None:
+    """A stack of experts whose files hold one entry each, then transposed."""
+    parts = [matrix(2, 3, seed=i) for i in range(4)]
+    (tmp_path / "w").write_bytes(b"".join(part.tobytes() for part in parts))
+    mapped = [
+        ir.ExternalTensor(
+            *("w", i * 24, 24, ir.DataType.FLOAT),
+            shape=ir.Shape([2, 3]),
+            name=f"part{i}",
+            base_dir=tmp_path,
+        )
+        for i in range(4)
+    ]
+    made = weights.joined(mapped, [4, 2, 3], "experts")
+    assert weights.is_recipe(made) and made.dtype == ir.DataType.FLOAT
+    np.testing.assert_array_equal(made.numpy(), np.stack(parts))
+    turned = weights.transposed(made, [0, 2, 1])
+    np.testing.assert_array_equal(turned.numpy(), np.stack(parts).transpose(0, 2, 1))
+    holder = model("float[b,3] x", "float y", "y = MatMul(x, w)", w=matrix(4, 3, 2))
+    holder.graph.initializers["w"].const_value = turned
+    assert weights.files(holder) == {tmp_path / "w"}
+    weights.give_back(holder)
+    np.testing.assert_array_equal(turned.numpy(), np.stack(parts).transpose(0, 2, 1))
+
+
+def test_parts_that_do_not_fill_the_shape_are_refused() -> None:
+    made = weights.joined([ir.tensor(matrix(2, 3))] * 2, [5, 3], "w")
+    with pytest.raises(ValueError, match="cannot reshape array of size 12"):
+        made.numpy()
