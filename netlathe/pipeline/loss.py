@@ -58,12 +58,14 @@ class Loss(Distance):
 class Subject:
     """A model whose loss is measured; what it makes of the feeds is kept while that is little."""
 
-    def __init__(self, model: ir.Model, known: Sequence[Arrays] = ()) -> None:
-        """``known`` are its outputs on the first of the feeds."""
+    def __init__(
+        self, model: ir.Model, known: Sequence[Arrays] = (), session: ort.Session | None = None
+    ) -> None:
+        """``known`` are its outputs on the first of the feeds, ``session`` one to run it in."""
         self.model = model
         self._known = dict(enumerate(known))
         self._kept = 0
-        self._session: ort.Session | None = None
+        self._session = session
         self._metric: float | None = None
 
     def outputs(self, number: int, feeds: Feeds) -> Arrays:

@@ -353,12 +353,15 @@ class _Judge:
             self._last = subject  # an exact pass after it loses nothing that could be measured
         else:
             check = self._bench.same(pass_, before, after, result)
+        after.session = None
         self._before = after
         return check, loss, total
 
     def _subject(self, outcome: Outcome) -> Subject:
+        """What a loss is measured on; it takes the session over."""
         known = outcome.outputs if self._scale.data == "samples" else ()
-        return Subject(outcome.model, known)
+        session, outcome.session = outcome.session, None
+        return Subject(outcome.model, known, session)
 
 
 def _check_structure(pass_: Pass, before: ir.Model, after: ir.Model, result: Result) -> None:

@@ -21,7 +21,7 @@ import onnx_ir as ir
 from netlathe.diagnostics import Diagnostic, VerifyError
 from netlathe.execute import ort
 from netlathe.execute.compare import Difference, differences, inputs_of, pairs, relative_error
-from netlathe.ir import edit
+from netlathe.ir import edit, weights
 from netlathe.ir.printing import show_node
 from netlathe.ir.provenance import location
 from netlathe.pipeline.interfaces import Captured
@@ -46,6 +46,8 @@ _HALF_ULPS = 16
 _ROUNDINGS = 8.0
 # Values inside the model cancel more than outputs do.
 _INNER_SLACK = 10.0
+# Sessions over weights up to this size may live on: making one reads and converts every weight.
+_SESSION_BYTES = 128 << 20
 # Operators that hand values on as they are, so that nothing is rounded in them.
 _MOVES = frozenset(
     "Cast Concat Expand Flatten Gather GatherElements GatherND Identity Pad Reshape Slice Split"
@@ -87,10 +89,14 @@ class Trial:
 
 @dataclass
 class Outcome:
-    """A model and what it makes of every trial."""
+    """A model and what it makes of every trial.
+
+    ``session`` is kept for whoever runs the model again, where the weights it may hold are few.
+    """
 
     model: ir.Model
     outputs: list[Arrays]
+    session: ort.Session | None = None
 
 
 # -- running --------------------------------------------------------------------------------------
@@ -112,7 +118,7 @@ class Bench:
             trial, output = _first_that_runs(captured, session, choices, seed)
             self.trials.append(trial)
             outputs.append(output)
-        self.dense = Outcome(captured.model, outputs)
+        self.dense = Outcome(captured.model, outputs, _small(captured.model, session))
 
     @property
     def sizes(self) -> tuple[str, ...]:
@@ -126,7 +132,8 @@ class Bench:
             RuntimeFailure: ONNX Runtime cannot run it.
         """
         session = ort.Session(model)
-        return Outcome(model, [session.run(inputs_of(model, t.feeds)) for t in self.trials])
+        outputs = [session.run(inputs_of(model, trial.feeds)) for trial in self.trials]
+        return Outcome(model, outputs, _small(model, session))
 
     # -- judging ----------------------------------------------------------------------------------
 
@@ -191,6 +198,10 @@ class Bench:
                 if name in old and lost_finite(array, old[name]):
                     problem = _Problem(pass_, "", name, float("inf"), 0.0, trial)
                     raise VerifyError(_not_finite(problem, before.model, after.model, result))
+
+
+def _small(model: ir.Model, session: ort.Session) -> ort.Session | None:
+    return session if weights.num_bytes(model) <= _SESSION_BYTES else None
 
 
 def tolerance(exactness: Exact | Equivalent, *models: ir.Model) -> float:

@@ -14,7 +14,7 @@ import netlathe
 from netlathe.execute import ort
 from netlathe.pipeline import registry
 from netlathe.pipeline.pass_ import Pass
-from tests.ir.onnx_text import matrix
+from tests.ir.onnx_text import matrix, model
 from tests.pipeline.test_manifest import onnx_file
 from tests.pipeline.toy import Balance, Cut, ReluToMax
 
@@ -145,3 +145,32 @@ def test_an_own_pass_in_a_few_lines(tmp_path: Path) -> None:
 
     compiled = netlathe.compile(onnx_file(tmp_path), [Rename(to="first")])
     assert compiled.steps[0].renamed == {"h": "first"} and compiled.steps[0].check.error == 0.0
+
+
+def test_the_passes_that_come_with_it_keep_to_the_contract(tmp_path: Path) -> None:
+    """Real passes under the manager, without torch: every one changes something and is checked."""
+    rng = np.random.default_rng(0)
+    weights = {
+        "conv": rng.standard_normal((16, 3, 3, 3)) / 5,
+        "scale": rng.uniform(0.5, 1.5, 16),
+        "shift": rng.standard_normal(16),
+        "mean": rng.standard_normal(16) / 10,
+        "var": rng.uniform(0.5, 1.5, 16),
+        "head": rng.standard_normal((16, 80)) / 4,
+    }
+    made = model(
+        "float[batch,3,8,8] image",
+        "float logits",
+        "c = Conv<pads = [1,1,1,1]>(image, conv)  b = BatchNormalization(c, scale, shift, mean, var)"
+        "  r = Relu(b)  i = Identity(r)  p = GlobalAveragePool(i)  f = Flatten(p)"
+        "  logits = MatMul(f, head)",
+        **{name: array.astype(np.float32) for name, array in weights.items()},
+    )
+    ir.save(made, tmp_path / "net.onnx")
+    compiled = netlathe.compile(
+        tmp_path / "net.onnx", 'fold_batch_norm, quantize(weights="int8", min_size=1)', strict=True
+    )
+    fold, quantize = compiled.steps
+    assert fold.changed and fold.check.error is not None and fold.check.error < 1e-5
+    assert quantize.loss is not None and quantize.loss.kl is not None and quantize.loss.top1 == 1.0
+    assert quantize.cost_after.bytes < 0.5 * quantize.cost_before.bytes

@@ -192,6 +192,10 @@ def test_every_model_runs_once(monkeypatch: pytest.MonkeyPatch) -> None:
     run(mlp(), [ReluToMax(), Balance(), Cut(), Balance()], Context())
     assert len(made) == 6  # the captured model, one a pass, and the simulated reference
     made.clear()
+    feeds = [{"x": matrix(8, 6, seed=seed)} for seed in range(4)]
+    run(mlp(), [ReluToMax(), Balance(), Cut(), Balance()], Context(calibration=feeds))
+    assert len(made) == 6  # losses are measured in the same sessions
+    made.clear()
     run(mlp(), [ReluToMax(), Balance(), Cut(), Balance()], Context(), verify=False)
     assert not made
 
