@@ -151,7 +151,11 @@ class Quantize(ChoosingPass):
         name, where = value.name or "", module_path(value)
         if reason := _refusal(candidate):
             return Entry(name, "refused", reason, where)
-        if reason := self._skip(candidate):
+        if reason := self._left_out(candidate):
+            return Entry(name, "skipped", reason, where, left_out=True)
+        if not candidate.uses:
+            readers = ", ".join(sorted({node.op_type for node in value.consumers()}))
+            reason = f"read by {readers or 'nothing'}, which is no product and no lookup"
             return Entry(name, "skipped", reason, where)
         dims = _dims(value)
         if reason := _unfit(value):  # reads the weight, so it comes last
@@ -174,13 +178,10 @@ class Quantize(ChoosingPass):
         }
         return Entry(name, "applied", reason, where, detail)
 
-    def _skip(self, candidate: _Candidate) -> str:
+    def _left_out(self, candidate: _Candidate) -> str:
         for pattern in self.ignore:
             if candidate.matches(pattern):
                 return f"ignored: it matches {pattern!r}"
-        if not candidate.uses:
-            readers = sorted({node.op_type for node in candidate.value.consumers()})
-            return f"read by {', '.join(readers) or 'nothing'}, which is no product and no lookup"
         size = math.prod(_dims(candidate.value))
         if size < self.min_size:
             return f"{size} elements, fewer than min_size={self.min_size}"
