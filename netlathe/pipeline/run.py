@@ -7,6 +7,7 @@ model only after its checks. So whatever happens, Ctrl-C included, the caller's 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import sys
 import time
@@ -21,6 +22,7 @@ import onnx_ir as ir
 from netlathe.analysis.cost import Cost, cost
 from netlathe.diagnostics import Diagnostic, GateError, NetLatheError, PassError, VerifyError
 from netlathe.execute import ort
+from netlathe.execute.compare import inputs_of
 from netlathe.ir import normal, verify
 from netlathe.pipeline.fingerprint import Guard
 from netlathe.pipeline.interfaces import Artifact, Captured
@@ -129,11 +131,13 @@ def run(
     judge = _Judge(captured, ctx, metric) if verify else None
     model = captured.model
     costs = cost(model, captured.dynamic)
+    given = ctx
     steps: list[Step] = []
     for pass_ in passes:
         if observer is not None:
             observer.started(pass_)
-        model, step = _step(pass_, model, ctx, captured, costs, judge, strict)
+        model, step = _step(pass_, model, given, captured, costs, judge, strict)
+        given = _fitting(given, model)
         costs = step.cost_after
         steps.append(step)
         if observer is not None:
@@ -155,6 +159,13 @@ def plan(
     if strict and (problems := [d for step in steps for d in _skips(step.pass_, step.entries)]):
         raise GateError(problems)
     return steps
+
+
+def _fitting(ctx: Context, model: ir.Model) -> Context:
+    """``ctx`` without the data for inputs that ``model`` does not have any more (a dropped cache)."""
+    data = [inputs_of(model, feeds) for feeds in ctx.calibration]
+    same = all(len(a) == len(b) for a, b in zip(data, ctx.calibration, strict=True))
+    return ctx if same else dataclasses.replace(ctx, calibration=data)
 
 
 def _step(
