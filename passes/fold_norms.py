@@ -31,6 +31,12 @@ from netlathe.pipeline.ledger import Entry, Status
 from netlathe.pipeline.pass_ import Context, Equivalent, Pass, Result, option, options
 
 CREATED_BY = "fold_norms"
+_ULP = {
+    ir.DataType.DOUBLE: 2.0**-52,
+    ir.DataType.FLOAT: 2.0**-23,
+    ir.DataType.FLOAT16: 2.0**-10,
+    ir.DataType.BFLOAT16: 2.0**-7,
+}
 # In float32: every weight is rounded once more, and sums run in another order. Either is like one of the
 # roundings that a model makes at every node: a sum of n terms is off by 0.2 sqrt(n) ulp of its RMS, the
 # largest of 10^5 such by 4.5 times that, which for n = 8192 is 84 ulp. Where a deep model makes more of
@@ -173,7 +179,7 @@ def _judge_layers(site: _Site, untie: bool) -> None:
 
 @dataclass(frozen=True)
 class _Writer:
-    """Something that is added to a stream, and how its mean is taken from it."""
+    """Something that is added to a stream, and how its mean is taken from it; if it has one at all."""
 
     value: ir.Value
     axis: int
@@ -200,8 +206,10 @@ def _plan(sites: Sequence[_Site], untie: bool) -> list[tuple[Stream, list[_Write
         on_it = [other for other in on_it if other.is_layer_norm]
         saved = [other for other in on_it if other.can_be_rms]
         writers = _writers(stream, untie)
-        why = _not_centred(stream, writers, len(saved or on_it))
-        if saved and not why:
+        mixed = any(use.node.op_type == "RMSNormalization" for use in stream.norms)
+        done = mixed and not stream.others and all(map(_has_no_mean, writers))
+        why = "" if done else _not_centred(stream, writers, len(saved or on_it))
+        if saved and not why and not done:
             planned.append((stream, writers))
         for other in on_it:
             other.is_centred, other.not_centred = not why, why
@@ -245,6 +253,8 @@ def _writer(stream: Stream, value: ir.Value, axis: int, untie: bool) -> _Writer:
         return _Writer(value, axis, held, for_all=not leaves)
     if node is None:
         return _Writer(value, axis, why=f"{value.name} comes from outside")
+    if _is_centred(node, axis):
+        return _Writer(value, axis)
     if node.op_type in streams.NORMS:
         return _Writer(value, axis, why=f"{node.op_type} {value.name} writes to it (post-norm)")
     weight = linear.production(node, axis)
@@ -263,9 +273,29 @@ def _writer(stream: Stream, value: ir.Value, axis: int, untie: bool) -> _Writer:
     return _Writer(value, axis, (weight, bias))
 
 
+def _is_centred(node: ir.Node, axis: int) -> bool:
+    """Whether the node takes from a value its mean over the channels."""
+    mean = node.inputs[1].producer() if node.op_type == "Sub" and node.inputs[1] else None
+    if mean is None or mean.op_type != "ReduceMean" or mean.inputs[0] is not node.inputs[0]:
+        return False
+    axes = edit.const_array(mean.inputs[1]) if len(mean.inputs) > 1 else None
+    kept = mean.attributes.get_int("keepdims", 1) == 1
+    return kept and axes is not None and axes.reshape(-1).tolist() == [axis]
+
+
+def _has_no_mean(writer: _Writer) -> bool:
+    """Whether nothing is left to centre, up to one rounding: an earlier run has done it."""
+    for weight in writer.weights:
+        array = weight.tensor.numpy()
+        mean = np.abs(array.astype(np.float64).mean(axis=weight.axis)).max()
+        if mean > _ULP[weight.tensor.dtype] * float(np.abs(array).max()):
+            return False
+    return not writer.why
+
+
 def _settled(writer: _Writer, uses: dict[ir.Value, int], untie: bool) -> _Writer:
     """The writer with ``for_all`` decided, or with the reason why its weight cannot be changed."""
-    if writer.why or writer.for_all or weights.is_weight(writer.value):
+    if writer.for_all or not writer.weights or weights.is_weight(writer.value):
         return writer
     weight = writer.weights[0]
     if weight.is_alone:
@@ -306,6 +336,8 @@ class _Work:
         for writer in writers:
             if writer.why:
                 kept |= self._subtract_mean(stream, writer)
+            elif not writer.weights:
+                kept.add(writer.value)
             elif writer.value.producer() is None:
                 self._centre_constant(writer)
             else:
@@ -493,7 +525,9 @@ class _Work:
         where: str,
         detail: dict[str, Any] | None = None,
     ) -> None:
-        self.result.entries.append(Entry(name, status, reason, where, detail or {}))
+        # A skip is one that untie=False asks for, or a norm with nothing left to do.
+        left_out = status == "skipped"
+        self.result.entries.append(Entry(name, status, reason, where, detail or {}, left_out))
 
 
 def _is_one(scale: Vector) -> bool:

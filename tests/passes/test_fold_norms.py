@@ -295,6 +295,14 @@ def test_a_tied_embedding_may_be_untied() -> None:
     assert {"table", "table_untied"} <= set(model.graph.initializers)
 
 
+def test_a_tied_embedding_may_be_untied_later() -> None:
+    model = block(TIED_BLOCK, **SECOND)
+    check(model)
+    result = check(model, untie=True)
+    assert statuses(result.entries) == ["skipped", "skipped", "applied"]
+    assert raising.ops(model)["LayerNormalization"] == 0
+
+
 def test_an_activation_that_starts_a_stream_is_centred_by_nodes() -> None:
     body = BLOCK.replace("x = Gather(table, ids)", "x = Tanh(ids)")
     model = block(body, f"float[b,s,{WIDTH}] ids")
