@@ -77,6 +77,14 @@ class OnnxBackend(Backend):
             ),
         )
 
+    def check(self, target: Target) -> None:
+        """Return if the settings are known and within their ranges.
+
+        Raises:
+            OptionError: one is not.
+        """
+        _settings(target)
+
     def unsupported(self, model: ir.Model, target: Target) -> list[Diagnostic]:
         """Every node that the target's opset cannot express.
 

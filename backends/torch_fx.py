@@ -12,12 +12,13 @@ holds the weights under their own names.
 
 from __future__ import annotations
 
+import io
 import shutil
 import tempfile
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import IO, Any, BinaryIO, ClassVar, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -118,12 +119,53 @@ class TorchArtifact(Artifact):
         }
 
     def save(self, folder: Path) -> list[Path]:
-        """Write ``model.pt2``."""
+        """Write ``model.pt2``.
+
+        Raises:
+            OSError: the folder cannot be written, for instance because the disk is full.
+        """
         path = folder / MODEL_FILE
         with tempfile.TemporaryDirectory(dir=folder) as part:
-            torch.export.save(self.program, Path(part, MODEL_FILE))
+            with open(Path(part, MODEL_FILE), "wb") as file:
+                sink = _Sink(file)
+                torch.export.save(self.program, cast(IO[bytes], sink))
+                if sink.error is not None:
+                    raise sink.error
             _copy_archive(Path(part, MODEL_FILE), path)
         return [path]
+
+
+class _Sink(io.BufferedIOBase):
+    """Where torch's archive writer writes to.
+
+    That writer ends the whole process when a write fails (a destructor throws), so it is never told:
+    after the first error the rest is swallowed, and ``error`` is for whoever waits for the archive.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.error: OSError | None = None
+        self._file = file
+
+    def writable(self) -> bool:
+        """It is."""
+        return True
+
+    def seekable(self) -> bool:
+        """Torch turns to the start when it is done."""
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """Turn to ``offset``."""
+        return self._file.seek(offset, whence) if self.error is None else 0
+
+    def write(self, data: Any) -> int:
+        """Take everything."""
+        if self.error is None:
+            try:
+                self._file.write(data)
+            except OSError as error:
+                self.error = error
+        return memoryview(data).nbytes
 
 
 def _inputs(model: ir.Model) -> list[ir.Value]:

@@ -68,13 +68,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(words: list[str]) -> int:
+    """Parse and run; not by click's own ``main``, which takes a closed pipe for exit code 1."""
     from netlathe.cli.app import app
 
     try:
-        code = app.main(args=words, prog_name="netlathe", standalone_mode=False)
+        with app.make_context("netlathe", words) as ctx:
+            code = app.invoke(ctx)
     except click.exceptions.NoArgsIsHelpError as shown:  # `netlathe` alone
         shown.show()
         return 2
+    except click.exceptions.Exit as done:  # --help, --version
+        code = done.exit_code
+    sys.stdout.flush()  # here a closed pipe can still be told
     return code if isinstance(code, int) else 0
 
 

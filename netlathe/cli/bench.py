@@ -55,8 +55,9 @@ def bench(
 ) -> None:
     """Measure the latency of models in turn.
 
-    Every MODEL runs in ONNX Runtime, and is shown with its ratio to the first. The models take turns (A B C, C B A, ...) in one process, so that a machine that slows down slows
-    all of them; the ratio of the medians is what to trust. Optimizations are on, as in an application.
+    Every MODEL runs in ONNX Runtime, and is shown with its ratio to the first. The models take
+    turns (A B C, C B A, ...) in one process, so that a machine that slows down slows all of them;
+    the ratio of the medians is what to trust. Optimizations are on, as in an application.
 
     \b
     netlathe bench model.onnx out --dims batch=1,sequence=128 --threads 1

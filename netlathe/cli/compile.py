@@ -64,9 +64,9 @@ def compile_(
 ) -> None:
     """Run passes over MODEL and write the result.
 
-    Every pass is checked: one that should change nothing must leave the outputs as they were, and one
-    that loses accuracy on purpose must equal a reference that was made without its own code. What
-    fails a check is not written, and the exit code is 1.
+    Every pass is checked: one that should change nothing must leave the outputs as they were, and
+    one that loses accuracy on purpose must equal a reference that was made without its own code.
+    What fails a check is not written, and the exit code is 1.
 
     \b
     Store the weights of an ONNX file in 8 bits, as opset 21:

@@ -31,8 +31,9 @@ def diff(
 ) -> None:
     """Show what changed from A to B.
 
-    Nodes, weights, cost, and how far the outputs are apart. Nodes and weights are matched by name, and outputs compared on the same inputs. It is a report
-    and not a check: the exit code is 0 whatever it finds (`netlathe verify --against` is the check).
+    Nodes, weights, cost, and how far the outputs are apart. Nodes and weights are matched by name,
+    and outputs compared on the same inputs. It is a report and not a check: the exit code is 0
+    whatever it finds (`netlathe verify --against` is the check).
 
     \b
     netlathe diff model.onnx out

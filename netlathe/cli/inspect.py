@@ -38,8 +38,9 @@ def inspect(
 ) -> None:
     """Show what MODEL is made of.
 
-    Inputs and outputs, operators, weights, and what every module costs. The model is captured first, so what is shown is what passes see: in normal form, with decomposed
-    attention and normalization raised to single operators.
+    Inputs and outputs, operators, weights, and what every module costs. The model is captured
+    first, so what is shown is what passes see: in normal form, with decomposed attention and
+    normalization raised to single operators.
 
     \b
     netlathe inspect model.onnx

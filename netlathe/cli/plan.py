@@ -33,8 +33,8 @@ def plan(
 ) -> None:
     """Show what passes would do to MODEL.
 
-    Every candidate is listed with what is decided about it and why, and what that would save; nothing
-    is written. With --strict the exit code is 1 if a pass would skip a candidate.
+    Every candidate is listed with what is decided about it and why, and what that would save;
+    nothing is written. With --strict the exit code is 1 if a pass would skip a candidate.
 
     \b
     netlathe plan model.onnx --passes 'cleanup, quantize(weights="int8")' -v

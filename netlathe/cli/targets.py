@@ -12,7 +12,8 @@ from netlathe.cli import options, render
 def targets(as_json: bool) -> None:
     """List what can be built for.
 
-    These are the names that --target takes, ours and those of installed plugins. A target whose extra is not installed is left out; asking for it says which extra that is.
+    These are the names that --target takes, ours and those of installed plugins. A target whose
+    extra is not installed is left out; asking for it says which extra that is.
     """
     from netlathe.pipeline import registry
 

@@ -55,10 +55,10 @@ def verify(
 ) -> int:
     """Check that MODEL is sound.
 
-    The exit code is 1 if a check fails. Its structure, types and shapes are checked by NetLathe's own rules, an ONNX file by the ONNX
-    checker too, and it is run in ONNX Runtime with optimizations off and on. With --against its
-    outputs must be those of OTHER, at two sizes of every dynamic dimension; where they are not, the
-    first value that differs is named.
+    The exit code is 1 if a check fails. Its structure, types and shapes are checked by NetLathe's
+    own rules, an ONNX file by the ONNX checker too, and it is run in ONNX Runtime with
+    optimizations off and on. With --against its outputs must be those of OTHER, at two sizes of
+    every dynamic dimension; where they are not, the first value that differs is named.
 
     \b
     netlathe verify model.onnx

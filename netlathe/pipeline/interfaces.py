@@ -98,6 +98,13 @@ class Backend(abc.ABC):
     def targets(cls) -> Sequence[Target]:
         """The targets this backend builds for."""
 
+    def check(self, target: Target) -> None:  # noqa: B027  # most settings need no check
+        """Return if every setting of ``target`` is within its range; no model is needed for that.
+
+        Raises:
+            OptionError: one is not.
+        """
+
     @abc.abstractmethod
     def unsupported(self, model: ir.Model, target: Target) -> list[Diagnostic]:
         """Every gap between ``model`` and ``target``, before any work starts."""

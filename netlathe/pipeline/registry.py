@@ -121,7 +121,7 @@ def find_target(name: str, **settings: Any) -> tuple[Backend, Target]:
     """The target called ``name`` with ``settings`` over its defaults, and the backend for it.
 
     Raises:
-        OptionError: there is no such target, or it has no such setting.
+        OptionError: there is no such target, or it has no such setting, or one is out of range.
         MissingExtraError: its backend lacks its extra.
     """
     backend, target = _find_target(name)
@@ -134,7 +134,9 @@ def find_target(name: str, **settings: Any) -> tuple[Backend, Target]:
                 help=did_you_mean(unknown[0], taken) if taken else f"{name} takes no settings",
             )
         )
-    return backend(), dataclasses.replace(target, settings={**target.settings, **settings})
+    made, target = backend(), dataclasses.replace(target, settings={**target.settings, **settings})
+    made.check(target)
+    return made, target
 
 
 def _find_target(name: str) -> tuple[type[Backend], Target]:

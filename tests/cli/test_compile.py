@@ -57,7 +57,7 @@ def test_json_says_everything_that_the_manifest_holds(
     assert said.pop("output") == str(out)
     assert said == json.loads((out / "manifest.json").read_text())
     assert said["compilation"]["seed"] == 3
-    assert [step["pass"] for step in said["compilation"]["steps"]][0] == "fold_batch_norm"
+    assert said["compilation"]["steps"][0]["pass"] == "fold_batch_norm"
     file = said["artifact"]["files"]["model.onnx"]
     assert file["sha256"] == hashlib.sha256((out / "model.onnx").read_bytes()).hexdigest()
 
@@ -162,7 +162,7 @@ def test_plan_touches_nothing(run: Run, model: Path, tmp_path: Path) -> None:
     assert done.code == 0 and tree(tmp_path) == before
     assert "fold_batch_norm: 1 applied" in done.out and "/stem" not in done.err
     said = run("plan", model, "--passes", PASSES, "--json").json
-    assert [step["pass"] for step in said["steps"]][0] == "fold_batch_norm"
+    assert said["steps"][0]["pass"] == "fold_batch_norm"
     assert said["steps"][1]["after"]["bytes"] < 0.5 * said["captured"]["bytes"]
     statuses = {entry["status"] for step in said["steps"] for entry in step["ledger"]}
     assert "applied" in statuses
