@@ -6,15 +6,16 @@ a session are handed over where they lie (mapped files stay mapped): as inputs, 
 copies initializers, unless optimizations are on, which look at constants.
 Optimizations are off unless asked for, so that what runs is what stands in the graph, but for three
 things that ONNX Runtime has no CPU kernel for: Swish (opset 25) runs as Sigmoid and Mul, RoiAlign as the
-same operator of opset 21, and bfloat16 arithmetic as float32 arithmetic that is rounded to bfloat16
-after every node.
+same operator of opset 21, and arithmetic in half precision as float32 arithmetic that is rounded after
+every node. (ONNX Runtime by itself computes float16 in float32 as well, but leaves the roundings out
+between nodes; with optimizations on, it may.)
 """
 
 from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,8 +73,8 @@ _WIDENED: dict[ir.DataType, ir.DataType] = {
 }
 # Operators with a kernel for an older opset only, in which they mean the same.
 _OLDER: dict[str, int] = {"RoiAlign": 21}
-# What moves or converts bits runs on bfloat16 as it is.
-_RUNS_ON_BFLOAT16 = frozenset({"Cast", "Identity", "If", "Loop", "Scan"})
+# What moves or converts bits runs on half precision as it is.
+_RUNS_ON_HALVES = frozenset({"Cast", "Identity", "If", "Loop", "Scan"})
 
 
 class RuntimeFailure(NetLatheError):
@@ -140,6 +141,8 @@ class Session:
         self._model = model
         self._graph = model.graph
         self._optimize = optimize
+        # Half types whose arithmetic runs in float32, rounded after every node.
+        self._rounded = {ir.DataType.BFLOAT16} | (set() if optimize else {ir.DataType.FLOAT16})
         self._threads = threads or default_threads()
         values = (*model.graph.inputs, *(v for node in model.graph for v in node.outputs))
         self._narrow = {
@@ -289,7 +292,7 @@ class Session:
                 to = self._narrow[name].value
                 graph.node.append(onnx.helper.make_node("Cast", [self._edge(name)], [name], to=to))
         for node in segment.nodes:
-            graph.node.extend(_runnable(node))
+            graph.node.extend(_runnable(node, self._rounded))
         for name in segment.outputs:
             if name in self._narrow:
                 to = _WIDENED[self._narrow[name]].value
@@ -424,12 +427,14 @@ def _from_ort(value: onnxruntime.OrtValue) -> npt.NDArray[Any]:
     return np.frombuffer(data, dtype.numpy()).reshape(shape)
 
 
-def _runnable(node: ir.Node) -> list[onnx.NodeProto]:
+def _runnable(node: ir.Node, rounded: Collection[ir.DataType]) -> list[onnx.NodeProto]:
     """The node as ONNX Runtime can run it; only what it has no kernel for is spelled differently."""
-    if node.domain in ("", "ai.onnx") and node.op_type not in _RUNS_ON_BFLOAT16:
-        floats = [v for v in (*node.inputs, *node.outputs) if v is not None]
-        if any(v.dtype == ir.DataType.BFLOAT16 for v in floats):
-            return _in_float32(node)
+    if node.domain in ("", "ai.onnx") and node.op_type not in _RUNS_ON_HALVES:
+        dtypes = {v.dtype for v in (*node.inputs, *node.outputs) if v is not None}
+        # With a type that is not known, only ONNX Runtime can tell what to widen, and it can float16.
+        known = None not in dtypes or ir.DataType.BFLOAT16 in dtypes
+        if known and not dtypes.isdisjoint(rounded):
+            return _in_float32(node, rounded)
     return _spelled(ir.serde.serialize_node(node))
 
 
@@ -455,27 +460,26 @@ def _spelled(node: onnx.NodeProto) -> list[onnx.NodeProto]:
     return [*made, gate, onnx.helper.make_node("Mul", [x, f"{y}/gate"], [y])]
 
 
-def _in_float32(node: ir.Node) -> list[onnx.NodeProto]:
-    """A bfloat16 node as float32 arithmetic on widened inputs, its results rounded to bfloat16."""
+def _in_float32(node: ir.Node, rounded: Collection[ir.DataType]) -> list[onnx.NodeProto]:
+    """A node in half precision as float32 arithmetic on widened inputs, its results rounded."""
     proto = ir.serde.serialize_node(node)
-    widen, rounded = [], []
+    before, after = [], []
     for position, value in enumerate(node.inputs):
-        if value is not None and value.dtype == ir.DataType.BFLOAT16:
+        if value is not None and value.dtype in rounded:
             wide = f"{node.outputs[0].name}/input_{position}"
-            to = onnx.TensorProto.FLOAT
-            widen.append(onnx.helper.make_node("Cast", [value.name or ""], [wide], to=to))
+            to: int = onnx.TensorProto.FLOAT
+            before.append(onnx.helper.make_node("Cast", [value.name or ""], [wide], to=to))
             proto.input[position] = wide
     for position, value in enumerate(node.outputs):
-        if value.name and value.dtype == ir.DataType.BFLOAT16:
-            wide, to = f"{value.name}/wide", onnx.TensorProto.BFLOAT16
-            rounded.append(onnx.helper.make_node("Cast", [wide], [value.name], to=to))
+        if value.name and value.dtype is not None and value.dtype in rounded:
+            wide, to = f"{value.name}/wide", value.dtype.value
+            after.append(onnx.helper.make_node("Cast", [wide], [value.name], to=to))
             proto.output[position] = wide
-    for (
-        attribute
-    ) in proto.attribute:  # output_dtype of QuantizeLinear's family, dtype of generators
-        if attribute.name.endswith("dtype") and attribute.i == onnx.TensorProto.BFLOAT16:
-            attribute.i = onnx.TensorProto.FLOAT
-    return [*widen, *_spelled(proto), *rounded]
+    for attribute in proto.attribute:
+        # output_dtype of QuantizeLinear's family, dtype of generators
+        if attribute.name.endswith("dtype") and attribute.i in rounded:
+            attribute.i = int(onnx.TensorProto.FLOAT)
+    return [*before, *_spelled(proto), *after]
 
 
 def _names(values: Iterable[ir.Value]) -> list[str]:

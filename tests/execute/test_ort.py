@@ -133,13 +133,23 @@ def test_integers_of_half_a_byte_come_and_go(
     assert got["y"].tolist() == [3 * low, 3, 7, 3 * high]
 
 
-def test_bfloat16_is_float32_arithmetic_rounded_after_every_node() -> None:
-    model = text.model("g (bfloat16[3] a, bfloat16[3] b) => (bfloat16[3] y) { y = Mul(a, b) }")
-    a, b = (text.normal(3, seed=i).astype(ml_dtypes.bfloat16) for i in range(2))
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("bfloat16", ml_dtypes.bfloat16), ("float16", np.float16)]
+)
+def test_half_precision_is_float32_arithmetic_rounded_after_every_node(
+    name: str, dtype: type[np.generic]
+) -> None:
+    model = text.model(
+        f"g ({name}[64] a, {name}[64] b) => ({name}[64] y)"
+        " { p = Mul(a, b) q = Add(p, a) y = Sqrt(q) }"
+    )
+    normal.normalize(model)  # types are known then
+    a, b = (np.abs(text.normal(64, seed=i)).astype(dtype) for i in range(2))
+    product = (a.astype(np.float32) * b.astype(np.float32)).astype(dtype)
+    total = (product.astype(np.float32) + a.astype(np.float32)).astype(dtype)
     got = ort.run(model, {"a": a, "b": b})["y"]
-    exact = a.astype(np.float32) * b.astype(np.float32)
-    assert got.dtype == ml_dtypes.bfloat16
-    assert got.tobytes() == exact.astype(ml_dtypes.bfloat16).tobytes()
+    assert got.dtype == dtype
+    assert got.tobytes() == np.sqrt(total.astype(np.float32)).astype(dtype).tobytes()
 
 
 def test_optimizations_see_big_weights_as_constants(tmp_path: Path) -> None:
