@@ -16,7 +16,8 @@ class Entry:
 
     ``skipped`` means the pass could have acted and chose not to; ``refused`` means that acting would
     have been wrong or impossible. A skip is ``left_out`` where the pass' options ask for it (a count
-    that is reached, a list of what to ignore, a least size): strictness does not object to that.
+    that is reached, a list of what to ignore, a least size) or nothing is left to do for it:
+    strictness does not object to that.
     ``detail`` is JSON data that says precisely what was decided (axis, bits, indices, score, ...): a
     lossy pass' simulated reference is built from it and from nothing else.
     """

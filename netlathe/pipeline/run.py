@@ -228,6 +228,8 @@ def _transform(
             result = pass_.edit(model, chosen, ctx)
         else:
             result = pass_.run(model, ctx)
+    if not isinstance(result, Result):
+        raise _untrue(pass_, f"returned {result!r} and no Result")
     now = Guard.of(model)
     if edited := was.edited_in_place(now):
         raise _untrue(pass_, "wrote into weights that the model before it still uses", *edited)
@@ -332,7 +334,15 @@ class _Judge:
     """Compares models after passes with those before, and measures what is lost."""
 
     def __init__(self, captured: Captured, ctx: Context, metric: Metric | None) -> None:
-        self._bench = Bench(captured)
+        try:
+            self._bench = Bench(captured)
+        except ort.RuntimeFailure as error:
+            problem = Diagnostic(
+                "verify.run",
+                "no pass can be verified: ONNX Runtime cannot run the captured model",
+                help="--no-verify (verify=False) checks structure and types only",
+            )
+            raise VerifyError([problem, *error.diagnostics]) from error
         samples = [trial.feeds for trial in self._bench.trials]
         self._scale = Scale.of(ctx.calibration, samples, metric, ctx.progress)
         self._before = self._bench.dense

@@ -210,6 +210,20 @@ def test_writing_into_a_shared_weight() -> None:
         run(captured, [liar(scribble)], Context())
 
 
+def test_a_pass_that_returns_nothing() -> None:
+    class Silent(Pass):
+        name = "silent"
+        exactness = Exact()
+
+        def run(self, model: ir.Model, ctx: Context) -> Result:
+            return None  # type: ignore[return-value]
+
+        def __str__(self) -> str:
+            return self.name
+
+    assert "silent returned None and no Result" in caught(Silent(), PassError)
+
+
 # -- failures -------------------------------------------------------------------------------------
 
 

@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 import pytest
 
-from netlathe.diagnostics import GateError, OptionError, PassError
+from netlathe.diagnostics import GateError, OptionError, PassError, VerifyError
 from netlathe.execute import ort
 from netlathe.ir import weights
 from netlathe.pipeline import run as manager
 from netlathe.pipeline.fingerprint import Guard, graph_digest, weights_digest
 from netlathe.pipeline.ledger import Entry
-from netlathe.pipeline.pass_ import Context, Equivalent, Exact, Pass, Result, options
+from netlathe.pipeline.pass_ import (
+    Context,
+    Equivalent,
+    Exact,
+    Pass,
+    Reference,
+    Result,
+    options,
+)
 from netlathe.pipeline.run import Step, plan, run
 from tests.ir.onnx_text import assert_same, matrix, model, ops
 from tests.pipeline.toy import (
@@ -25,6 +33,7 @@ from tests.pipeline.toy import (
     Cut,
     ReluToMax,
     captured_of,
+    find,
     mlp,
     set_weight,
 )
@@ -375,3 +384,51 @@ def test_models_without_dynamic_dims_run_twice() -> None:
     captured = captured_of(model("float[2,3] x", "float y", "y = Relu(x)"))
     compiled = run(captured, [ReluToMax()], Context())
     assert compiled.steps[0].check.sizes == ("fixed shapes", "fixed shapes")
+
+
+def test_a_model_that_the_judge_cannot_run() -> None:
+    """An operator that ONNX Runtime does not know: passes run, unverified, if that is asked for."""
+    captured = mlp()
+    find(captured.model, "d").domain = "vendor"
+    captured.model.opset_imports["vendor"] = 1
+    with pytest.raises(VerifyError, match="no pass can be verified") as caught:
+        run(captured, [ReluToMax()], Context())
+    assert "vendor" in str(caught.value) and "--no-verify" in str(caught.value)
+    compiled = run(captured, [ReluToMax()], Context(), verify=False)
+    assert compiled.steps[0].changed
+
+
+def test_calibration_data_follows_an_input_that_goes() -> None:
+    class DropInput(Cut):
+        """Reads x where it read z."""
+
+        name = "drop_input"
+
+        def edit(self, model: ir.Model, chosen: Sequence[Entry], ctx: Context) -> Result:
+            x, z = model.graph.inputs
+            find(model, "y").replace_input_with(1, x)
+            model.graph.inputs.remove(z)
+            return Result(True, list(chosen), {"z": None})
+
+        def choose(self, model: ir.Model, ctx: Context) -> list[Entry]:
+            return [Entry("z", "applied", "gone")]
+
+        def simulate(self, before: ir.Model, chosen: Sequence[Entry]) -> Reference:
+            find(before, "y").replace_input_with(1, before.graph.inputs[0])
+            return Reference(before, 0.0)
+
+    class Inputs(ReluToMax):
+        """Notes what data it is given."""
+
+        def run(self, model: ir.Model, ctx: Context) -> Result:
+            seen.append(sorted(ctx.calibration[0]))
+            return super().run(model, ctx)
+
+    seen: list[list[str]] = []
+    captured = captured_of(
+        model("float[b,3] x, float[b,3] z", "float y", "r = Relu(x)  y = Add(r, z)")
+    )
+    feeds = [{"x": matrix(2, 3), "z": matrix(2, 3, seed=1)}]
+    compiled = run(captured, [DropInput(), Inputs()], Context(calibration=feeds))
+    assert seen == [["x"]] and compiled.steps[0].loss is not None
+    assert [v.name for v in compiled.model.graph.inputs] == ["x"]
