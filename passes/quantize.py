@@ -59,11 +59,6 @@ _LARGEST_WEIGHT = 2.0**127
 # by DequantizeLinear or by numpy. ONNX Runtime then runs the same kernels on them. What is left is
 # room for a kernel that adds in another order where its weight is a constant: 4 ulp of float32.
 TOLERANCE = 4 * 2.0**-23
-# A weight in half precision is cast behind DequantizeLinear, and ONNX Runtime, which computes in float32,
-# may leave that cast out: every product is off by a rounding of its weight, as it is by the one of
-# its result. Half an ulp is at most 2**-11 of a value; a path of 200 such values, each with
-# its own sign, and the largest of many: 2**-11 / sqrt(3) * sqrt(200) * 4 = 16 ulp.
-_HALF_TOLERANCE = {ir.DataType.FLOAT16: 16 * 2.0**-10, ir.DataType.BFLOAT16: 16 * 2.0**-7}
 
 
 @options
@@ -117,19 +112,17 @@ class Quantize(ChoosingPass):
     def simulate(self, before: ir.Model, chosen: Sequence[Entry]) -> Reference:
         """The model with float weights that are rounded to the multiples of their scales."""
         by_name = _by_name(before)
-        tolerance = TOLERANCE
         for entry in chosen:
             if entry.status != "applied":
                 continue
             value = by_name[entry.detail["value"]]
             base = value.const_value
             assert base is not None
-            tolerance = max(tolerance, _HALF_TOLERANCE.get(base.dtype, 0.0))
             axis, block = entry.detail["axis"], entry.detail["block_size"]
             value.const_value = weights.derived(
                 base, _fake_quantizer(axis, block), base.dtype, base.shape.numpy(), base.name or ""
             )
-        return Reference(before, tolerance)
+        return Reference(before, TOLERANCE)
 
     # -- choosing ---------------------------------------------------------------------------------
 
