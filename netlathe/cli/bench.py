@@ -122,7 +122,7 @@ def _runner(captured: Captured, threads: int) -> Callable[[], object]:
     feeds = inputs_of(captured.model, captured.sample(captured.dynamic, 0))
     file = Path(captured.source)
     if file.is_file():
-        session = onnx_file.open_file(file, optimize=True, threads=threads)
+        session = onnx_file.open_file(file, optimize=True, exact=False, threads=threads)
         return lambda: session.run(None, feeds)
     whole = ort.Session(captured.model, optimize=True, threads=threads, max_bytes=1 << 62)
     return lambda: whole.run(feeds)

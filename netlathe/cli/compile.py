@@ -148,6 +148,12 @@ def _judged(artifact: Artifact) -> list[str]:
         if (error := report.get(f"error_{way}")) is not None:
             bound = report[f"bound_{way}"]
             lines.append(f"run with {way.replace('_', ' ')}: {error:.1e} of at most {bound:.1e}")
+    if (error := report.get("error_default_settings")) is not None:
+        lines.append(
+            f"run with default settings: {error:.1e} (cosine {report['cosine_default_settings']:.5f}),"
+            " as ONNX Runtime then rounds activations to 8 bits too; the session option"
+            " session.qdq_matmulnbits_accuracy_level=1 keeps them in float32"
+        )
     if reason := report.get("not_run"):
         lines.append(f"note: ONNX Runtime's CPU kernels cannot run it: {reason}")
     return lines
