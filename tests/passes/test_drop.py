@@ -28,7 +28,7 @@ from netlathe.pipeline.interfaces import Captured
 from netlathe.pipeline.ledger import Entry
 from netlathe.pipeline.pass_ import Context, Feeds, Result
 from tests import zoo, zoo_ir
-from tests.analysis.test_branches import WEIGHTS, attention, cached, ffn, typed
+from tests.analysis.residual import WEIGHTS, attention, cached, ffn, typed
 from tests.pipeline.toy import captured_of
 
 # The project's bar for parity with eager torch: max|difference| as a share of the RMS, float32.
@@ -344,6 +344,21 @@ def test_a_cache_goes_with_its_attention() -> None:
         (entry,) = [e for e in result.entries if e.status == "applied"]
         assert set(entry.detail["cache_inputs"]) == gone
         assert f"k{layer}, v{layer} gone, other layers' caches keep" in entry.reason
+
+
+def test_a_cache_inside_attention_itself() -> None:
+    body = """h = Relu(x) q = MatMul(h, wq) k = MatMul(h, wk) v = MatMul(h, wv)
+        a, nk, nv = Attention<q_num_heads=2, kv_num_heads=2>(q, k, v, mask, pk, pv)
+        o = MatMul(a, wo) t = Add(h, o) y = Tanh(t)"""
+    inputs = "float[b,s,8] x, float[s,u] mask, float[b,2,p,4] pk, float[b,2,p,4] pv"
+    model = typed(body, inputs, "float y, float nk, float nv")
+    rng = np.random.default_rng(0)
+    shapes = {"x": (2, 3, 8), "mask": (3, 7), "pk": (2, 2, 4, 4), "pv": (2, 2, 4, 4)}
+    feed = {n: rng.standard_normal(shape).astype(np.float32) for n, shape in shapes.items()}
+    after, _ = assert_simulated(model, Drop(), only(0), [feed])
+    assert [n.op_type for n in after.graph] == ["Relu", "Tanh"]
+    assert [v.name for v in after.graph.inputs] == ["x", "mask"]  # a mask is no cache
+    assert [v.name for v in after.graph.outputs] == ["y"]
 
 
 def test_passes_after_it_do_without_the_cache() -> None:
