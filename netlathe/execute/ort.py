@@ -120,6 +120,7 @@ class _Segment:
 class _Prepared:
     session: onnxruntime.InferenceSession
     weights: dict[str, onnxruntime.OrtValue]  # fed in every run
+    constants: dict[str, onnxruntime.OrtValue]  # read where they lie, so they must live on
 
 
 class Session:
@@ -263,6 +264,8 @@ class Session:
         settings.intra_op_num_threads = self._threads
         settings.inter_op_num_threads = 1
         settings.enable_cpu_mem_arena = False
+        # In the graph's own order: by default all weights are dequantized before the first is used.
+        settings.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED
         settings.graph_optimization_level = (
             onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
             if self._optimize
@@ -271,16 +274,17 @@ class Session:
         if not self._optimize:
             settings.add_session_config_entry("session.disable_prepacking", "1")
         proto, given = self._proto(segment, held)
+        constants: dict[str, onnxruntime.OrtValue] = {}
         if self._optimize:
             settings.add_external_initializers(list(given), list(given.values()))
-            given = {}
+            given, constants = {}, given
         try:
             session = onnxruntime.InferenceSession(
                 proto.SerializeToString(), settings, providers=["CPUExecutionProvider"]
             )
         except Exception as error:
             raise self._failure(error, segment.nodes) from error
-        return _Prepared(session, given)
+        return _Prepared(session, given, constants)
 
     def _proto(
         self, segment: _Segment, held: Mapping[str, onnxruntime.OrtValue]

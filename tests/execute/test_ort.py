@@ -13,7 +13,7 @@ from onnx import TensorProto
 
 from netlathe.diagnostics import InputError
 from netlathe.execute import ort
-from netlathe.ir import normal
+from netlathe.ir import normal, weights
 from tests.execute import text
 
 
@@ -162,6 +162,25 @@ def test_optimizations_see_big_weights_as_constants(tmp_path: Path) -> None:
     plain, optimized = ort.run(model, feeds)["y"], ort.run(model, feeds, optimize=True)["y"]
     # at most 64 products a sum, each rounding 2^-24 of values around 1
     np.testing.assert_allclose(optimized, plain, atol=2**-16)
+
+
+def test_optimized_sessions_keep_the_weights_that_were_computed_for_them() -> None:
+    """They read constants where they lie, and a recipe's array has no other owner."""
+    size = 1 << 20
+    model = text.model(f"g (float[{size}] x) => (float[{size}] y) {{ y = Mul(x, w) }}")
+    base = ir.tensor(np.arange(size, dtype=np.float32), name="w")
+    tensor = weights.derived(base, lambda array: array + 1, base.dtype, [size], "w")
+    w = ir.Value(name="w", type=ir.TensorType(base.dtype), const_value=tensor)
+    w.shape = ir.Shape([size])
+    model.graph.register_initializer(w)
+    model.graph[0].replace_input_with(1, w)
+    session = ort.Session(model, optimize=True)
+    ones = np.ones(size, np.float32)
+    first = session.run({"x": ones})["y"]
+    litter = [np.full(size, np.nan, np.float32) for _ in range(8)]  # where freed memory was
+    assert len(litter) == 8
+    for result in (first, session.run({"x": ones})["y"]):
+        assert np.array_equal(result, np.arange(size) + 1)
 
 
 def segment_of(model: ir.Model) -> tuple[ort._Segment, dict[str, onnxruntime.OrtValue]]:
