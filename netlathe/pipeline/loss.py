@@ -19,9 +19,10 @@ Arrays = dict[str, npt.NDArray[Any]]
 Runner = Callable[[Feeds], Arrays]
 Metric = Callable[[Runner], float]  # what a user measures on a model, given a way to run it
 
-# Of the calibration data so many samples, spread over it, are enough to see what a pass costs, and few
-# enough that seeing it does not cost more than the pass.
-_SAMPLES = 16
+# Of the calibration data an eighth, spread over it, and no fewer samples than eight: that costs less than
+# the sweeps over all of it, in which passes measure what they need.
+_SHARE = 8
+_LEAST_SAMPLES = 8
 _KEPT_BYTES = 64 << 20  # outputs of a model kept between measurements; the rest is computed again
 _ROWS_AT_ONCE = 1 << 22  # elements turned into float64 together
 _TINY = np.finfo(np.float64).tiny
@@ -114,9 +115,10 @@ class Scale:
         """Some of the calibration data if there is any, else samples."""
         if not calibration:
             return cls(samples, "samples", metric, progress)
-        most = max(map(_count, calibration))
-        count = min(len(calibration), -(-_SAMPLES // most))
-        spread = [calibration[i * len(calibration) // count] for i in range(count)]
+        total = len(calibration)
+        least = -(-_LEAST_SAMPLES // max(map(_count, calibration)))
+        count = min(total, max(-(-total // _SHARE), least))
+        spread = [calibration[i * total // count] for i in range(count)]
         return cls(spread, "calibration", metric, progress)
 
     def loss(self, before: Subject, after: Subject) -> Loss | None:

@@ -140,3 +140,14 @@ def test_no_floating_point_output_no_loss() -> None:
     made = captured_of(model("float[b,4] x", "bool y", "y = Greater(x, w)", w=0.0)).model
     scale = Scale.of([{"x": matrix(2, 4)}], [], None, SilentProgress())
     assert scale.loss(Subject(made), Subject(made)) is None
+
+
+@pytest.mark.parametrize(
+    ("feeds", "rows", "used"),
+    [(3, 1, 3), (20, 1, 8), (20, 8, 3), (1, 64, 1), (100, 2, 13), (7, 8, 1)],
+)
+def test_an_eighth_of_the_data_and_at_least_eight_samples(feeds: int, rows: int, used: int) -> None:
+    data: list[Feeds] = [{"x": np.full((rows, 4), i, np.float32)} for i in range(feeds)]
+    chosen = Scale.of(data, [], None, SilentProgress()).feeds
+    starts = [int(one["x"][0, 0]) for one in chosen]
+    assert len(starts) == used and starts == [i * feeds // used for i in range(used)]

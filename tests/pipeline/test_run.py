@@ -246,8 +246,8 @@ def test_loss_is_measured_on_calibration_data_where_given() -> None:
     feeds = [{"x": matrix(3, 6, seed=seed)} for seed in range(20)]
     compiled = run(mlp(), [Cut(count=2)], Context(calibration=feeds))
     loss = compiled.steps[0].loss
-    assert loss is not None and loss.data == "calibration" and loss.samples == 18
-    spread = [feeds[i * 20 // 6] for i in range(6)]
+    assert loss is not None and loss.data == "calibration" and loss.samples == 9
+    spread = [feeds[i * 20 // 3] for i in range(3)]
     before = np.concatenate([ort.run(compiled.dense, f)["y"] for f in spread]).astype(np.float64)
     after = np.concatenate([ort.run(compiled.model, f)["y"] for f in spread]).astype(np.float64)
     cosines = (
