@@ -43,7 +43,7 @@ _ORDER_ULPS = 84
 # 0.29 ulp a node, over a path of 200 nodes 0.29 * sqrt(200) = 4 ulp, times 4 for the largest.
 _HALF_ULPS = 16
 # Where one rounding error in every value moves an output that far, so may a pass with several.
-_ROUNDINGS = 8.0
+ROUNDINGS = 8.0
 # Values inside the model cancel more than outputs do.
 _INNER_SLACK = 10.0
 # Sessions over weights up to this size may live on: making one reads and converts every weight.
@@ -178,9 +178,9 @@ class Bench:
             }
             wrong = {name: error for name, error in errors.items() if not error <= bound}
             if wrong:
-                moved = _moved_by_rounding(against, number, trial.feeds)
+                moved = moved_by_rounding(against.model, expected, trial.feeds)
                 for name, error in wrong.items():
-                    limit = _ROUNDINGS * moved.get(name, 0.0)
+                    limit = ROUNDINGS * moved.get(name, 0.0)
                     if not error <= limit:
                         problem = _Problem(pass_, what, name, error, max(bound, limit), trial)
                         raise VerifyError(problem.explain(after.model, against.model, result))
@@ -260,11 +260,11 @@ def _run_at(
 # -- conditioning ---------------------------------------------------------------------------------
 
 
-def _moved_by_rounding(outcome: Outcome, number: int, feeds: Feeds) -> dict[str, float]:
-    """How far each output moves when every value that is computed is off by up to one ulp."""
-    disturbed = _disturbed(outcome.model)
+def moved_by_rounding(model: ir.Model, outputs: Arrays, feeds: Feeds) -> dict[str, float]:
+    """How far each of ``outputs`` moves when every value that is computed is off by up to one ulp."""
+    disturbed = _disturbed(model)
     moved = ort.run(disturbed, inputs_of(disturbed, feeds))
-    return {name: relative_error(moved[name], a) for name, a in outcome.outputs[number].items()}
+    return {name: relative_error(moved[name], array) for name, array in outputs.items()}
 
 
 def _disturbed(model: ir.Model) -> ir.Model:

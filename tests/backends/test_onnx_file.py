@@ -434,6 +434,27 @@ def test_a_wrong_lowering_is_caught(tmp_path: Path) -> None:
         artifact.save(tmp_path)
 
 
+def test_an_ill_conditioned_model_is_no_false_alarm(tmp_path: Path) -> None:
+    """(10000 n + n) - 10000 n: one ulp of n, which the lowering may round off, moves it by 1e-3."""
+    made = settled(
+        model(
+            "float[b,16] x",
+            "float y",
+            """
+            n = Gelu(x)
+            big = Mul(n, factor)
+            sum = Add(big, n)
+            y = Sub(sum, big)
+            """,
+            factor=np.float32(10000),
+        )
+    )
+    artifact = compiled(made, opset=17)
+    artifact.save(tmp_path)
+    report = artifact.report()
+    assert 1e-5 < report["error_optimizations_off"] <= report["bound_optimizations_off"] < 0.1
+
+
 def test_a_file_that_the_checker_refuses_is_caught(tmp_path: Path) -> None:
     """Planted: an output that claims another width."""
     artifact = compiled(block())
