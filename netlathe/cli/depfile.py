@@ -62,7 +62,7 @@ def sources(captured: Captured, *more: Path | None) -> set[Path]:
     from netlathe.pipeline import manifest
 
     path = Path(captured.source)
-    found = {*manifest.source_files(captured), *weights.files(captured.model)}
+    found = set(manifest.source_files(captured))
     if path.is_dir():
         found.update(path.glob("*.safetensors.index.json"))
     else:  # weights that were folded away are no longer in the graph

@@ -15,9 +15,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import onnx_ir as ir
-
 import netlathe
+from netlathe.ir import weights
 from netlathe.pipeline import registry, text
 from netlathe.pipeline.fingerprint import feeds_digest, graph_digest, weights_digest
 from netlathe.pipeline.interfaces import Artifact, Captured, Target
@@ -124,11 +123,7 @@ def source_files(captured: Captured) -> list[Path]:
     files.update(captured.files.values())
     if (path / "config.json").is_file():
         files.add(path / "config.json")
-    for graph in captured.model.graphs():
-        for value in graph.initializers.values():
-            if isinstance(value.const_value, ir.ExternalTensor):
-                files.add(Path(value.const_value.path))
-    return sorted(files)
+    return sorted(files | weights.files(captured.model))
 
 
 def _pass(pass_: Pass) -> dict[str, Any]:
