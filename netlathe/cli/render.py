@@ -140,13 +140,15 @@ def ledger(step: Step, *, every: bool) -> None:
     if not every and len(shown) > _MOST_ROWS:
         shown = shown[:_MOST_ROWS]
     line(f"\n{step.pass_}: {counts(step.entries)}")
-    table(
-        "",
-        ("status", "candidate", "where", "reason"),
-        ((Text(e.status, STATUS_STYLE[e.status]), e.candidate, e.where, e.reason) for e in shown),
-    )
+    if shown:
+        rows = ((Text(e.status, STATUS_STYLE[e.status]), *_entry(e)) for e in shown)
+        table("", ("status", "candidate", "where", "reason"), rows)
     if hidden := len(step.entries) - len(shown):
         line(f"... and {hidden} more (-v shows them)")
+
+
+def _entry(entry: Entry) -> tuple[str, str, str]:
+    return entry.candidate, entry.where, entry.reason
 
 
 def steps(dense: Cost, made: Sequence[Step], *, checked: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,9 @@ import numpy as np
 import onnx
 import pytest
 from onnx import helper, numpy_helper
+from rich.console import Console
 
+from netlathe.cli import render
 from tests.cli.conftest import Outcome, Run, tree
 
 QUANTIZE = 'quantize(weights="int8", min_size=600)'
@@ -244,6 +247,29 @@ def test_targets_lists_what_can_be_built_for(run: Run) -> None:
     done = run("targets")
     assert done.code == 0 and "opset=25" in row(done, "onnx  ")
     assert {"onnx", "torch"} <= {target["name"] for target in run("targets", "--json").json}
+
+
+# -- progress -------------------------------------------------------------------------------------
+
+
+def test_bars_may_be_nested_and_leave_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = io.StringIO()
+    console = Console(file=drawn, force_terminal=True, width=80)
+    monkeypatch.setattr(render, "err", console)
+    bars = render.Bars()
+    seen = [(i, j) for i in bars.track(range(2), "outer", 2) for j in bars.track("ab", "inner")]
+    assert seen == [(0, "a"), (0, "b"), (1, "a"), (1, "b")]
+    assert "outer" in drawn.getvalue() and "inner" in drawn.getvalue()
+    with pytest.raises(ZeroDivisionError):
+        for i in bars.track(range(2), "fails"):
+            assert 1 / i
+    with console.status("another"):  # no bar is live any more
+        pass
+
+
+def test_bars_are_silent_where_nobody_looks(capsys: pytest.CaptureFixture[str]) -> None:
+    assert list(render.Bars().track(range(3), "counting", 3)) == [0, 1, 2]
+    assert capsys.readouterr() == ("", "")
 
 
 # -- a Hugging Face directory ---------------------------------------------------------------------
