@@ -69,11 +69,14 @@ class Reference:
     """What a lossy pass must equal: built from the model before it, without the edit code.
 
     ``tolerance`` bounds max|after - reference| as a share of the output's RMS; it is derived from the
-    number formats involved, not tuned.
+    number formats involved, not tuned. ``reordered`` says that the edited model does its arithmetic in
+    another order than the reference: then an ill-conditioned model may move further, as far as
+    roundings move it.
     """
 
     model: ir.Model
     tolerance: float
+    reordered: bool = False
 
 
 @dataclass

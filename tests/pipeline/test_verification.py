@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,12 +12,31 @@ import pytest
 
 from netlathe.diagnostics import VerifyError
 from netlathe.execute import ort, samples
-from netlathe.ir import edit
-from netlathe.pipeline.pass_ import Context, Equivalent, Exact, Feeds, Pass, Result
+from netlathe.ir import edit, weights
+from netlathe.pipeline.interfaces import Captured
+from netlathe.pipeline.ledger import Entry
+from netlathe.pipeline.pass_ import (
+    ChoosingPass,
+    Context,
+    Equivalent,
+    Exact,
+    Feeds,
+    Lossy,
+    Pass,
+    Reference,
+    Result,
+)
 from netlathe.pipeline.run import run
-from netlathe.pipeline.verification import Bench, _disturbed, shared_names, tolerance
+from netlathe.pipeline.verification import (
+    Bench,
+    _disturbed,
+    computed_alike,
+    moved_by_rounding,
+    shared_names,
+    tolerance,
+)
 from tests.ir.onnx_text import matrix, model
-from tests.pipeline.toy import captured_of, did, find, mlp
+from tests.pipeline.toy import captured_of, did, find, mlp, set_weight
 
 
 def reorder(model: ir.Model) -> None:
@@ -115,6 +134,99 @@ def test_a_wrong_rewrite_of_an_ill_conditioned_model_is_still_wrong() -> None:
     )
     with pytest.raises(VerifyError, match=r"verify\.differs"):
         run(captured, [Wrong()], Context())
+
+
+def indexed() -> Captured:
+    """A float becomes an index, from which one ulp less takes another row; beside it a product."""
+    return captured_of(
+        model(
+            "float[b,8] x",
+            "float y",
+            "n = Mul(x, zero)  o = Add(n, four)  l = Log(o)  q = Div(l, log_two)  f = Floor(q)"
+            "  i = Cast<to = 7>(f)  r = Gather(table, i)  s = ReduceSum(r, last)"
+            "  h = MatMul(x, w)  y = Add(h, s)",
+            zero=0.0,
+            four=4.0,
+            log_two=np.log(np.float32(2.0)),
+            table=100 * matrix(8, 8),
+            last=[1],
+            w=matrix(8, 8, seed=1),
+        )
+    )
+
+
+def test_what_both_models_compute_alike_is_not_disturbed() -> None:
+    """Else an index that flips would excuse any error."""
+
+    class Wrong(Pass):
+        name = "wrong"
+        exactness = Exact()
+
+        def run(self, model: ir.Model, ctx: Context) -> Result:
+            set_weight(model, "w", weights.array(model.graph.initializers["w"]) * np.float32(1.01))
+            return Result(True, did("h"))
+
+        def __str__(self) -> str:
+            return self.name
+
+    captured = indexed()
+    made = captured.model
+    after = made.clone()
+    Wrong().run(after, Context())
+    alike = computed_alike(made, after)
+    assert alike >= {"o", "l", "q", "f", "i", "r", "s"} and alike.isdisjoint({"h", "y"})
+    feeds = captured.sample({}, 0)
+    outputs = ort.run(made, feeds)
+    assert moved_by_rounding(made, outputs, feeds)["y"] > 0.1
+    assert moved_by_rounding(made, outputs, feeds, alike)["y"] < 1e-6
+    with pytest.raises(VerifyError, match=r"verify\.differs"):
+        run(captured, [Wrong()], Context())
+
+
+def test_values_are_computed_alike_whatever_their_names() -> None:
+    before = mlp().model
+    after = before.clone()
+    find(after, "h").outputs[0].name = "hidden"
+    after.graph.initializers["up"].name = "renamed"
+    assert computed_alike(before, after) == {"h", "b", "r", "d", "y"}
+    find(after, "r").attributes["extra"] = ir.AttrInt64("extra", 1)
+    assert computed_alike(before, after) == {"h", "b"}
+
+
+@pytest.mark.parametrize("reordered", [False, True])
+def test_conditioning_excuses_only_references_that_add_in_another_order(reordered: bool) -> None:
+    class Sums(ChoosingPass):
+        name = "sums"
+        exactness = Lossy()
+
+        def choose(self, model: ir.Model, ctx: Context) -> list[Entry]:
+            return did("t")
+
+        def edit(self, model: ir.Model, chosen: Sequence[Entry], ctx: Context) -> Result:
+            return dataclasses.replace(Reorder().run(model, ctx), entries=list(chosen))
+
+        def simulate(self, before: ir.Model, chosen: Sequence[Entry]) -> Reference:
+            return Reference(before, 1e-7, reordered)
+
+        def __str__(self) -> str:
+            return self.name
+
+    captured = captured_of(
+        model(
+            "float[b,64] x",
+            "float y",
+            "h = Mul(x, tiny)  s = Add(h, a)  t = Add(s, c)  y = Tan(t)",
+            tiny=1e-4,
+            a=matrix(64) * 1e-4,
+            c=1.5705,
+        )
+    )
+    if reordered:
+        check = run(captured, [Sums()], Context()).steps[0].check
+        assert check.error is not None and check.error > 1e-7
+    else:
+        with pytest.raises(VerifyError, match=r"verify\.differs"):
+            run(captured, [Sums()], Context())
 
 
 # -- sizes ----------------------------------------------------------------------------------------
