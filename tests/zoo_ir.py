@@ -9,11 +9,18 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
+import pytest
 
 from netlathe.frontends import exporter_metadata
 from netlathe.ir import normal
 from netlathe.passes.normalize import raise_operators
 from tests import zoo
+
+
+def some(*names: str) -> list[Any]:
+    """Parameters for every model of the zoo; those that are not named are slow."""
+    slow = pytest.mark.slow
+    return [name if name in names else pytest.param(name, marks=slow) for name in zoo.NAMES]
 
 
 def captured(name: str) -> ir.Model:

@@ -59,7 +59,8 @@ def _recipe(
         array = make()
         if array.shape != tuple(shape):
             raise ValueError(f"{name}: recipe gave shape {array.shape}, promised {tuple(shape)}")
-        return ir.Tensor(np.ascontiguousarray(array), dtype=dtype, name=name)
+        array = np.ascontiguousarray(array).reshape(shape)  # a scalar stays one
+        return ir.Tensor(array, dtype=dtype, name=name)
 
     made = ir.LazyTensor(evaluate, dtype=dtype, shape=ir.Shape(shape), cache=False, name=name)
     made.meta[_BASES] = tuple(bases)

@@ -38,6 +38,12 @@ def test_a_recipe_that_breaks_its_promise_says_so() -> None:
         made.numpy()
 
 
+def test_a_recipe_for_a_scalar_gives_a_scalar() -> None:
+    base = ir.tensor(np.float32(3))
+    made = weights.derived(base, lambda array: array * 2, ir.DataType.FLOAT, [], "w")
+    assert made.numpy().shape == () and made.numpy() == 6
+
+
 def test_transposes_do_not_pile_up() -> None:
     base = ir.tensor(matrix(2, 3, 4))
     made: ir.TensorProtocol = base

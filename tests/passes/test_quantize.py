@@ -407,7 +407,7 @@ def test_options_in_text_and_out_of_range() -> None:
 # -- whole models ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["minilm", "llama", "gpt2", "t5", "mobilenet_v2", "mixtral"])
+@pytest.mark.parametrize("name", zoo_ir.some("llama", "gpt2", "t5", "resnet", "mixtral"))
 def test_zoo_models_equal_their_references(name: str) -> None:
     before = zoo_ir.captured(name)
     after, chosen, reference = quantized(before)
