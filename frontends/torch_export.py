@@ -254,6 +254,9 @@ def export(
     )
 
 
+_UNPROVEN = "Constraints violated"  # how torch begins what it says of named dims
+
+
 def _export_program(
     flat: FlatModule,
     tensors: Sequence[torch.Tensor],
@@ -262,10 +265,15 @@ def _export_program(
     entries: list[Entry],
     noise: Sequence[str],
 ) -> torch.export.ExportedProgram:
-    """`torch.export`; where the module bounds a named dim (a table's length), once more with it."""
+    """`torch.export`; where the module bounds a named dim (a table's length), once more with it.
+
+    Where torch cannot prove a condition on named dims, it is tried once more with the condition left
+    to run time: torch 2.11 does not see that min(16*s, 32*s) is 16*s, which a LLaMA with grouped heads
+    asks it. A dim that the module fixes is an error in both ways.
+    """
 
     def attempt(
-        ranges: Mapping[str, tuple[int | None, int | None]],
+        ranges: Mapping[str, tuple[int | None, int | None]], *, deferred: bool = False
     ) -> torch.export.ExportedProgram:
         if table is None:
             auto = torch.export.Dim.AUTO
@@ -278,7 +286,13 @@ def _export_program(
                 for low, high in [ranges.get(name, (None, None))]
             }
             shapes = tuple({axis: dims[name] for axis, name in at.items()} for at in table)
-        return torch.export.export(flat, tuple(tensors), dynamic_shapes=(shapes,), strict=False)
+        return torch.export.export(
+            flat,
+            tuple(tensors),
+            dynamic_shapes=(shapes,),
+            strict=False,
+            prefer_deferred_runtime_asserts_over_guards=deferred,
+        )
 
     with _module_stack() as stack:
         try:
@@ -296,6 +310,13 @@ def _export_program(
                 for name, (low, high) in ranges.items():
                     reason = f"the module bounds it: {low or 0} to {high or 'any size'}"
                     entries.append(Entry(name, "applied", reason))
+                return program
+        if table is not None and _UNPROVEN in str(failure):
+            stack.clear()
+            with contextlib.suppress(Exception):  # the first failure is the one to report
+                program = attempt({}, deferred=True)
+                reason = "torch.export could not prove a condition on the dims; compared at two sizes"
+                entries.append(Entry("dims", "applied", reason))
                 return program
     raise CaptureError(
         Diagnostic(
