@@ -8,7 +8,7 @@ a stale literal, scale, cache, group or head count is found because it contradic
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -96,7 +96,7 @@ def verify(model: ir.Model) -> list[Diagnostic]:
         if node not in malformed:
             found += _dtype_problems(node, inference)
     found += _baked(model, inference)
-    found += _stale(model, inference)
+    found += _stale(model, inference, malformed)
     return found
 
 
@@ -429,9 +429,15 @@ def _baked(model: ir.Model, inference: types.Inference) -> Iterator[Diagnostic]:
             yield _at(pin.node, "baked", f"{pin.what}, got {pin.a} and {pin.b}, which {only}")
 
 
-def _stale(model: ir.Model, inference: types.Inference) -> Iterator[Diagnostic]:
-    """Recorded types that differ from the derived ones."""
+def _stale(
+    model: ir.Model, inference: types.Inference, malformed: Collection[ir.Node]
+) -> Iterator[Diagnostic]:
+    """Recorded types that differ from the derived ones, where nothing else is wrong before them."""
+    unsure: set[ir.Value] = set()
     for node in model.graph.all_nodes():
+        if node in malformed or any(value in unsure for value in node.inputs):
+            unsure.update(node.outputs)
+            continue
         for value in node.outputs:
             derived = inference.type(value)
             recorded = types.recorded(value)

@@ -174,6 +174,8 @@ def _unscaled(build: Builder, value: ir.Value) -> tuple[ir.Value, float]:
     inner, factor = _unscaled(build, read)
     if factor == 1.0:
         return value, 1.0
+    if node.op_type == "Transpose":
+        return build.transpose(inner, attribute(node, "perm", ())), factor
     again = build.op(node.op_type, inner, *rest, shape=dims_of(value))
     build.nodes[-1].attributes.update(node.attributes)
     return again, factor

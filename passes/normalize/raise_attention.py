@@ -4,6 +4,7 @@
     cap * tanh(scores / cap)           softcap
     scores + m, where(c, scores, fill) in any order and number: one mask
     MatMul(softmax(scores), v)         the softmax possibly in float32
+    where(isnan(p), 0, p)              around the softmax p: rows without a key, which Attention makes 0
 
 A ``where`` with a fill becomes ``scores + where(c, 0, fill)``: the same for a fill that swallows any score
 (and for -inf in every row that keeps a key; the others are NaN before). Attention over ``[n,s,d]`` whose
@@ -61,12 +62,9 @@ class Attentions:
     def anchors(self, graph: ir.Graph) -> Iterable[ir.Node]:
         """Every Softmax whose result a MatMul takes as its first operand."""
         for node in graph:
-            if (
-                node.domain == ""
-                and node.op_type == "Softmax"
-                and _product_with_v(node) is not None
-            ):
-                yield node
+            if node.domain == "" and node.op_type == "Softmax":
+                if _product_with_v(_guarded(node.outputs[0])) is not None:
+                    yield node
 
     def propose(self, anchor: ir.Node) -> Proposal:
         """Attention in place of the products around the softmax ``anchor``.
@@ -74,12 +72,12 @@ class Attentions:
         Raises:
             NoMatch: what stands there is something else.
         """
-        weights = anchor.outputs[0]
-        rank = len(dims_of(weights))
+        weights = _guarded(anchor.outputs[0])
+        rank = len(dims_of(anchor.outputs[0]))
         axis = attribute(anchor, "axis", -1)
         if axis % rank != rank - 1:
             raise NoMatch(f"softmax over axis {axis % rank} of {rank}, not over the keys", anchor)
-        by_v = _product_with_v(anchor)
+        by_v = _product_with_v(weights)
         assert by_v is not None
         _only_for(weights, by_v)
         build = Builder()
@@ -140,9 +138,22 @@ def mask_per_query(build: Builder, mask: ir.Value, q: ir.Value) -> ir.Value:
 # -- forward: from the softmax to the product with the values -------------------------------------
 
 
-def _product_with_v(softmax: ir.Node) -> ir.Node | None:
-    """The MatMul that takes the softmax's result, possibly cast or reshaped, as its first operand."""
-    value = softmax.outputs[0]
+def _guarded(weights: ir.Value) -> ir.Value:
+    """``where(isnan(weights), 0, weights)`` where that is all that reads the weights, else themselves."""
+    if weights.is_graph_output():
+        return weights
+    readers = {node.op_type: node for node, _ in weights.uses()}
+    test, choice = readers.get("IsNaN"), readers.get("Where")
+    if len(readers) != 2 or test is None or choice is None or choice.outputs[0].shape is None:
+        return weights
+    condition, when_nan, otherwise = operands(choice)
+    is_guard = condition is test.outputs[0] and otherwise is weights and number_of(when_nan) == 0.0
+    return choice.outputs[0] if is_guard and not used_elsewhere(condition, choice) else weights
+
+
+def _product_with_v(weights: ir.Value) -> ir.Node | None:
+    """The MatMul that takes the attention weights, possibly cast or reshaped, as its first operand."""
+    value = weights
     for _ in range(3):
         readers = [(node, index) for node, index in value.uses()]
         products = [n for n, i in readers if n.op_type == "MatMul" and n.domain == "" and i == 0]
@@ -288,14 +299,9 @@ def _float(value: ir.Value) -> type:
 
 
 def _keys(build: Builder, kt: ir.Value) -> ir.Value:
-    """``k [.., t, d]`` of ``kt [.., d, t]``, without a second transposition where ``kt`` is one."""
+    """``k [.., t, d]`` of ``kt [.., d, t]``."""
     rank = len(dims_of(kt))
-    swap = [*range(rank - 2), rank - 1, rank - 2]
-    node = node_of(kt, "Transpose")
-    if node is None:
-        return build.transpose(kt, swap)
-    perm = [int(p) for p in attribute(node, "perm", ())]
-    return build.transpose(operands(node)[0], [perm[i] for i in swap])
+    return build.transpose(kt, [*range(rank - 2), rank - 1, rank - 2])
 
 
 # -- three dims: heads merged into the batch ------------------------------------------------------

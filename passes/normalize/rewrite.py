@@ -11,7 +11,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from netlathe.ir import edit
-from netlathe.passes.normalize.match import NoMatch
+from netlathe.passes.normalize.match import NoMatch, attribute, node_of, operands
 
 Dim = int | ir.SymbolicDim
 Dims = tuple[Dim, ...]
@@ -56,7 +56,14 @@ class Builder:
         return value
 
     def transpose(self, value: ir.Value, perm: Sequence[int]) -> ir.Value:
-        """``value`` with its axes in the order ``perm``; itself where that changes nothing."""
+        """``value`` with its axes in the order ``perm``; itself where that changes nothing.
+
+        Transposing what a Transpose makes starts from what that reads.
+        """
+        before = node_of(value, "Transpose")
+        if before is not None:
+            first = [int(axis) for axis in attribute(before, "perm", ())]
+            value, perm = operands(before)[0], [first[axis] for axis in perm]
         if list(perm) == list(range(len(perm))):
             return value
         dims = dims_of(value)

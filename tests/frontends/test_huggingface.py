@@ -84,60 +84,7 @@ def test_weights_stay_in_the_file_and_files_travel(minilm: Captured) -> None:
     assert {"tokenizer.json", "vocab.txt", "config.json", "modules.json"} <= set(minilm.files)
 
 
-# -- causal language models -----------------------------------------------------------------------
-
-
-def generate(captured: Captured, prompt: np.ndarray, count: int) -> list[int]:
-    """Greedy decoding with ONNX Runtime alone; prompt int64 [1, s]."""
-    names = [str(v.name) for v in captured.model.graph.inputs]
-    ids, new = prompt, prompt
-    past: dict[str, Any] = {}
-    for value in captured.model.graph.inputs:
-        if str(value.name).startswith("past_key_values."):
-            assert value.shape is not None
-            past[str(value.name)] = np.zeros((1, value.shape[1], 0, value.shape[3]), np.float32)
-    for _ in range(count):
-        feeds = {"input_ids": new if past else ids, "attention_mask": np.ones_like(ids), **past}
-        got = ort.run(captured.model, {n: feeds[n] for n in names})
-        new = got["logits"][:, -1].argmax(-1, keepdims=True).astype(np.int64)
-        ids = np.concatenate([ids, new], axis=1)
-        past = {n: got[n.replace("past_key_values", "present")] for n in past}
-    return [int(i) for i in ids[0]]
-
-
-@pytest.mark.parametrize("cache", [False, True])
-def test_greedy_text_is_that_of_generate(llama: Path, cache: bool) -> None:
-    captured = HuggingFaceDirectory(cache=cache).capture(llama)
-    module: Any = transformers.AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32)
-    prompt = torch.tensor([[5, 17, 99, 23]])
-    with torch.no_grad():
-        expected = module.generate(
-            prompt,
-            attention_mask=torch.ones_like(prompt),
-            max_new_tokens=8,
-            min_new_tokens=8,
-            do_sample=False,
-            eos_token_id=-1,
-            use_cache=True,
-        )
-    assert generate(captured, prompt.numpy(), 8) == expected[0].tolist()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["gpt2", "opt", "mistral", "qwen2", "phi", "gemma", "falcon"])
-def test_every_causal_family_has_a_cache(name: str, tmp_path: Path) -> None:
-    save(name, tmp_path)
-    captured = HuggingFaceDirectory(cache=True).capture(tmp_path)
-    layers = [v for v in captured.model.graph.outputs if str(v.name).startswith("present.")]
-    assert len(layers) == 4
-
-
-def test_a_cache_is_bound_to_mask_and_past(llama: Path) -> None:
-    captured = HuggingFaceDirectory(cache=True).capture(llama)
-    shapes = {str(v.name): str(v.shape) for v in captured.model.graph.inputs}
-    assert shapes["past_key_values.0.key"] == "[batch,2,past_sequence,16]"
-    assert shapes["attention_mask"] == "[batch,past_sequence + sequence]"
-    assert set(captured.dynamic) == {"batch", "sequence", "past_sequence"}
+# -- checkpoints -----------------------------------------------------------------------------------
 
 
 def test_a_bfloat16_checkpoint_is_computed_in_float32(tmp_path: Path) -> None:
@@ -153,33 +100,6 @@ def test_a_bfloat16_checkpoint_is_computed_in_float32(tmp_path: Path) -> None:
         expected = module(torch.from_numpy(ids)).logits
     actual = ort.run(captured.model, {"input_ids": ids, "attention_mask": np.ones_like(ids)})
     assert relative_difference(actual["logits"], expected) <= 1e-5
-
-
-# -- other tasks ----------------------------------------------------------------------------------
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "output", "switched"),
-    [
-        ("bert", "logits", ""),
-        ("resnet", "logits", ""),
-        ("swin", "logits", "eager"),
-        ("t5", "logits", "eager"),
-        ("whisper", "logits", ""),
-        ("mixtral", "logits", "batched_mm"),
-    ],
-)
-def test_each_task_and_its_implementation(
-    name: str, output: str, switched: str, tmp_path: Path
-) -> None:
-    save(name, tmp_path)
-    captured = HuggingFaceDirectory().capture(tmp_path)
-    assert [v.name for v in captured.model.graph.outputs] == [output]
-    stated = [e.reason for e in captured.entries if "captured with" in e.reason]
-    if switched and any(switched in reason for reason in stated):
-        assert stated
-    assert captured.entries[-1].candidate == "capture"
 
 
 # -- bad input ------------------------------------------------------------------------------------

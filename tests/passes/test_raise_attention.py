@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.passes.raising import graph, node, ops, raised, refusals
+from tests.passes.raising import SIZES, assert_close, feeds, graph, node, ops, raised, refusals, run
 
 Q, K, V = "float[b,4,s,8] q", "float[b,4,t,8] k", "float[b,4,t,8] v"
 QKV = f"{Q}, {K}, {V}"
@@ -60,6 +60,54 @@ def test_eager(inputs: str, scores: str, scale: float | None, mask: list[str] | 
     else:
         assert held is not None and held.shape is not None
         assert [str(d) for d in held.shape] == mask
+
+
+GUARDED = "p = Softmax<axis=-1>(l) empty = IsNaN(p) g = Where(empty, zero, p) y = MatMul(g, v)"
+
+
+def test_rows_without_a_key_are_zero_before_and_after() -> None:
+    """TorchScript's exporter wrote a guard for them around the softmax; Attention has it built in."""
+    model = graph(f"{QKV}, float[b,1,s,t] m", f"{SCORES} l = Add(z, m) {GUARDED}", **NUMBERS)
+    after, entries = raised(model)
+    assert ops(after) == {"Attention": 1}
+    assert [e.status for e in entries] == ["applied"]
+    fed = feeds(model, SIZES[0], seed=0)
+    fed["m"] = np.where(fed["m"] > 0, 0, -np.inf).astype(np.float32)
+    fed["m"][0, 0, 1] = -np.inf
+    (before,), (now,) = run(model, fed), run(after, fed)
+    assert not before[0, :, 1].any(), "the guard makes an empty row zero"
+    assert_close(now, before)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "empty = IsNaN(p) g = Where(empty, cap, p)",  # not zero
+        "empty = IsNaN(z) g = Where(empty, zero, p)",  # not of the weights
+        "empty = IsNaN(p) g = Where(empty, p, zero)",  # the other way round
+    ],
+)
+def test_what_is_no_guard_stays(body: str) -> None:
+    model = graph(QKV, f"{SCORES} p = Softmax<axis=-1>(z) {body} y = MatMul(g, v)", **NUMBERS)
+    after, _ = raised(model)
+    assert "Attention" not in ops(after)
+
+
+def test_scaled_transposed_keys_of_repeated_heads() -> None:
+    """k is repeated, transposed and scaled, in this order: one transposition is left of none."""
+    repeat = "k1 = Unsqueeze(k, at) k2 = Expand(k1, five) k3 = Reshape(k2, four)"
+    values = "v1 = Unsqueeze(v, at) v2 = Expand(v1, five) v3 = Reshape(v2, four)"
+    body = (
+        f"{repeat} {values} kt0 = Transpose<perm=[0,1,3,2]>(k3) kt = Mul(kt0, inverse)"
+        " qs = Mul(q, inverse) z = MatMul(qs, kt) p = Softmax<axis=-1>(z) y = MatMul(p, v3)"
+    )
+    inputs = "float[b,4,s,8] q, float[b,2,7,8] k, float[b,2,7,8] v"
+    model = graph(inputs, body, at=[2], five=[1, 2, 2, 7, 8], four=[0, 4, 7, 8], **NUMBERS)
+    after, entries = raised(model)
+    assert ops(after) == {"Attention": 1}, entries
+    attention = node(after, "Attention")
+    assert attention.attributes["scale"].as_float() == pytest.approx(1 / 8)
+    assert [v.name for v in attention.inputs[:3] if v is not None] == ["q", "k", "v"]
 
 
 def test_softcap() -> None:
