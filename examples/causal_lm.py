@@ -45,7 +45,8 @@ def generate(session: onnxruntime.InferenceSession, ids: list[int], count: int) 
     for _ in range(count):
         total = len(ids) + len(made)
         feeds = {"input_ids": new, "attention_mask": np.ones((1, total), np.int64), **past}
-        outputs = dict(zip(names, session.run(names, feeds), strict=True))
+        results = [np.asarray(result) for result in session.run(names, feeds)]
+        outputs = dict(zip(names, results, strict=True))
         made.append(int(outputs["logits"][0, -1].argmax()))
         new = np.array([[made[-1]]])
         past = {name: outputs[name.replace("past_key_values", "present")] for name in past}

