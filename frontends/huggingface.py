@@ -104,6 +104,8 @@ class HuggingFaceDirectory(Frontend):
             try:
                 captured = self._capture(folder, model_class, checkpoint, implementation)
             except CaptureError as error:
+                if error.diagnostics[0].code not in ("torch.export", "torch.onnx"):
+                    raise  # it was exported, and is wrong
                 first = first or error
                 continue
             if implementation != _AS_CONFIGURED and first is not None:
@@ -180,7 +182,9 @@ def _read_config(folder: Path) -> tuple[Any, type[Any]]:
         )
     try:
         with listening():
-            config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+            config = transformers.AutoConfig.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=False
+            )
     except Exception as error:  # the library raises what its many configs raise
         raise InputError(
             Diagnostic(
@@ -224,6 +228,7 @@ class _Loaded:
     places: Mapping[str, Sequence[StoredTensor]]
     files: Files
     missing: frozenset[str]
+    unexpected: Sequence[str]  # in the checkpoint, and no weight of the model
     narrow: bool
 
     @contextlib.contextmanager
@@ -309,9 +314,14 @@ def _load(
         for name, buffer in model.named_buffers():
             if name in persistent:
                 buffer.data = own[name].to(buffer.dtype)
-    missing = info.get("missing_keys") or ()
     return _Loaded(
-        model.eval(), stored.state_dict(), places, files, frozenset(missing), bool(narrow)
+        model=model.eval(),
+        stored=stored.state_dict(),
+        places=places,
+        files=files,
+        missing=frozenset(info.get("missing_keys") or ()),
+        unexpected=sorted(info.get("unexpected_keys") or ()),
+        narrow=bool(narrow),
     )
 
 
@@ -414,6 +424,13 @@ def _bind_weights(model: ir.Model, loaded: _Loaded, folder: Path) -> list[Entry]
         reason += f"; in memory, because the library changed them: {', '.join(held[:4])}"
         reason += f" and {len(held) - 4} more" if len(held) > 4 else ""
     entries = [Entry("weights", "applied", reason)]
+    if loaded.unexpected:
+        architecture = type(loaded.model).__name__
+        reason = (
+            f"{len(loaded.unexpected)} tensors of the checkpoint are no weights of {architecture}"
+        )
+        detail = {"tensors": list(loaded.unexpected)}
+        entries.append(Entry("weights", "skipped", reason, detail=detail))
     if cast:
         dtype = str(next(iter(loaded.model.parameters())).dtype).removeprefix("torch.")
         reason = f"{cast} weights of a narrower checkpoint are cast to {dtype} when used"

@@ -315,7 +315,9 @@ def _export_program(
             stack.clear()
             with contextlib.suppress(Exception):  # the first failure is the one to report
                 program = attempt({}, deferred=True)
-                reason = "torch.export could not prove a condition on the dims; compared at two sizes"
+                reason = (
+                    "torch.export could not prove a condition on the dims; compared at two sizes"
+                )
                 entries.append(Entry("dims", "applied", reason))
                 return program
     raise CaptureError(

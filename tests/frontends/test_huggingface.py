@@ -15,8 +15,9 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from netlathe.diagnostics import InputError
+from netlathe.diagnostics import CaptureError, InputError
 from netlathe.execute import ort
+from netlathe.frontends import torch_export
 from netlathe.frontends.checkpoint import read_checkpoint
 from netlathe.frontends.huggingface import HuggingFaceDirectory
 from netlathe.pipeline.interfaces import Captured
@@ -149,6 +150,18 @@ def edit_config(**values: Any) -> Callable[[Path], None]:
     return edit
 
 
+def own_code(folder: Path) -> None:
+    """A folder that wants its own Python to run."""
+    (folder / "modeling_own.py").write_text("open('ran', 'w')\nraise SystemExit\n")
+    auto = {"AutoConfig": "modeling_own.Config", "AutoModelForCausalLM": "modeling_own.Model"}
+    edit_config(architectures=["OwnForCausalLM"], model_type="own", auto_map=auto)(folder)
+
+
+def own_code_for_a_known_class(folder: Path) -> None:
+    own_code(folder)
+    edit_config(architectures=["LlamaForCausalLM"])(folder)
+
+
 Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
 
 
@@ -177,6 +190,8 @@ def drop(tensors: dict[str, torch.Tensor]) -> None:
         (edit_weights(drop), "hf.missing", Q_PROJ),
         (edit_config(architectures=["LlamaForCausalLN"]), "hf.architecture", "LlamaForCausalLM"),
         (edit_config(model_type="nonesuch"), "hf.config", "nonesuch"),
+        (own_code, "hf.architecture", "which is not run"),
+        (own_code_for_a_known_class, "hf.config", "'own'"),
     ],
     ids=lambda value: value if isinstance(value, str) and "." in value else None,
 )
@@ -189,6 +204,36 @@ def test_a_bad_folder_is_explained(
         HuggingFaceDirectory().capture(folder)
     assert caught.value.diagnostics[0].code == code
     assert caught.value.exit_code == 2
+    assert not (folder / "ran").exists() and not Path("ran").exists()
+
+
+def test_tensors_that_nobody_uses_are_stated(llama: Path, tmp_path: Path) -> None:
+    folder = copy_of(llama, tmp_path)
+    edit_weights(lambda tensors: tensors.update(adapter=torch.ones(3)))(folder)
+    captured = HuggingFaceDirectory().capture(folder)
+    (skipped,) = [e for e in captured.entries if e.status == "skipped"]
+    assert skipped.reason == "1 tensors of the checkpoint are no weights of LlamaForCausalLM"
+    assert skipped.detail == {"tensors": ["adapter"]}
+
+
+def test_a_weight_that_only_an_unused_part_lacks_is_no_problem(tmp_path: Path) -> None:
+    """BERT without its pooler, as encoders for token states come."""
+    model: Any = zoo.build("bert").module
+    model.bert.save_pretrained(tmp_path)
+    assert not any("pooler" in name for name in read_checkpoint(tmp_path))
+    captured = HuggingFaceDirectory().capture(tmp_path)
+    assert [v.name for v in captured.model.graph.outputs] == ["last_hidden_state"]
+
+
+def test_files_that_travel(llama: Path, tmp_path: Path) -> None:
+    folder = copy_of(llama, tmp_path)
+    shutil.copy(zoo.minilm_folder() / "tokenizer.json", folder)
+    (folder / "README.md").write_text("stays")
+    captured = HuggingFaceDirectory().capture(folder)
+    assert captured.files == {
+        name: folder / name for name in ("config.json", "generation_config.json", "tokenizer.json")
+    }
+    assert captured.tokenize is not None
 
 
 def test_an_encoder_has_no_cache() -> None:
@@ -203,3 +248,20 @@ def test_stored_tensors_are_those_of_the_library(llama: Path) -> None:
     for name, place in stored.items():
         assert np.array_equal(place.array(), expected[name].numpy())
         assert np.array_equal(place.tensor("again").numpy(), expected[name].numpy())
+
+
+def test_a_wrong_export_is_no_reason_to_try_another_implementation(
+    llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, calls = torch_export.condense, []
+
+    def spoil(model: ir.Model, strip: Callable[[str], str]) -> None:
+        calls.append(model)
+        next(node for node in model.graph if node.op_type == "Cos").op_type = "Sin"
+        real(model, strip)
+
+    monkeypatch.setattr(torch_export, "condense", spoil)
+    with pytest.raises(CaptureError) as caught:
+        HuggingFaceDirectory().capture(llama)
+    assert caught.value.diagnostics[0].code == "capture.differs"
+    assert len(calls) == 1

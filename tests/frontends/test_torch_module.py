@@ -92,6 +92,20 @@ def test_dims_are_inferred_and_stated() -> None:
     assert "inferred" in stated[0].reason
 
 
+def test_dims_may_be_given_as_a_list_per_input() -> None:
+    named = TorchModule(args=(torch.zeros(4, 8),), dynamic={"input": ["rows", None]})
+    captured = named.capture(nn.Linear(8, 2))
+    assert captured.model.graph.inputs[0].shape == ir.Shape(["rows", 8])
+    assert captured.model.graph.outputs[0].shape == ir.Shape(["rows", 2])
+    assert captured.dynamic == {"rows": 4}
+
+
+def test_no_dynamic_dims_fix_every_shape() -> None:
+    captured = TorchModule(args=(torch.zeros(1, 8),), dynamic={}).capture(nn.Linear(8, 2))
+    assert captured.model.graph.inputs[0].shape == ir.Shape([1, 8])
+    assert captured.dynamic == {}
+
+
 @dataclasses.dataclass
 class Pair:
     left: int
