@@ -1,0 +1,16 @@
+"""Axis analysis: which dims, attributes and literals must change together, and the edits that do it.
+
+    axes = analyse(model)
+    ffn = next(group for group in axes.groups if group.size == 160)
+    delete(axes, {ffn: [3, 17]})
+
+Read `algebra` for what an axis is, `pattern` and `signatures` for how operators relate them, `relate`
+for how a graph is walked, `groups` for the result, and `edits` for what changes a model.
+"""
+
+from netlathe.analysis.axes.edits import delete, permute
+from netlathe.analysis.axes.groups import Axes, Group, Member, analyse
+from netlathe.analysis.axes.relate import Edit, Pin
+from netlathe.analysis.axes.selection import Selection
+
+__all__ = ["Axes", "Edit", "Group", "Member", "Pin", "Selection", "analyse", "delete", "permute"]

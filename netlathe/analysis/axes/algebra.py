@@ -1,0 +1,430 @@
+"""Axes of tensors as terms: an axis is an atom, a product of axes, or axes one after another.
+
+    64                     an atom of 64 positions
+    (kv r h)               a product in row-major order, as Reshape merges dims
+    [gate | up]            a concatenation; gate and up are its segments
+
+Operators look at the same axis in different ways: one splits 64 into 4 heads of 16, another into two
+halves. :class:`Space` keeps one term per axis that suits all of them, by refining atoms: `join` says
+that two axes are one, position by position; `cut` puts a boundary between two positions; `regroup`
+splits and merges products. Refinement only ever replaces an atom by a term of smaller atoms, so it
+ends, and the atoms left at the end are the finest that the operators force.
+
+What cannot be one term, such as 4 x 6 seen as 6 x 4 with both kept, is reported to `misfit`; the
+caller pins it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import sympy
+
+from netlathe.ir import dims
+
+Size: TypeAlias = int | sympy.Expr
+
+
+class Axis:
+    """One axis; what is known of it grows. Compare axes only after :meth:`Space.find`."""
+
+    __slots__ = ("form", "link", "row", "size")
+
+    def __init__(self, size: Size, form: Form | None = None, *, row: bool = False) -> None:
+        self.size = size
+        self.form = form  # None: an atom
+        self.row = row  # one position cut out of several, as opposed to a dim that has just one
+        self.link: Axis | None = None  # the axis that this one turned out to be
+
+    def __repr__(self) -> str:
+        return show(self)
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Product:
+    """Row-major product: position = ((i * |b| + j) * |c| + k) for factors a, b, c."""
+
+    factors: tuple[Axis, ...]
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Segments:
+    """The positions of one part after those of another."""
+
+    parts: tuple[Axis, ...]
+
+
+Form: TypeAlias = Product | Segments
+
+
+class Misfit(Exception):
+    """Two views of an axis have no common refinement that is a term."""
+
+
+# -- reading terms ----------------------------------------------------------------------------------
+
+
+def find(axis: Axis) -> Axis:
+    """The axis that stands for all that were joined with this one."""
+    root = axis
+    while root.link is not None:
+        root = root.link
+    while axis.link is not None:
+        axis.link, axis = root, axis.link
+    return root
+
+
+def is_atom(axis: Axis) -> bool:
+    """Whether the axis is not (yet) a term of smaller ones."""
+    return find(axis).form is None
+
+
+def factors(axis: Axis) -> list[Axis]:
+    """The factors of a product, nested products opened; the axis itself where it is none."""
+    axis = find(axis)
+    if not isinstance(axis.form, Product):
+        return [axis]
+    return [inner for factor in axis.form.factors for inner in factors(factor)]
+
+
+def parts(axis: Axis) -> list[Axis]:
+    """The segments of a concatenation, nested ones opened; the axis itself where it is none."""
+    found: list[Axis] = []
+    stack = [axis]
+    while stack:
+        axis = find(stack.pop())
+        if isinstance(axis.form, Segments):
+            stack += reversed(axis.form.parts)
+        else:
+            found.append(axis)
+    return found
+
+
+def atoms(axis: Axis) -> Iterator[Axis]:
+    """All atoms of the term, each once, in order of appearance."""
+    stack, seen = [axis], set()
+    while stack:
+        axis = find(stack.pop())
+        if axis in seen:
+            continue
+        seen.add(axis)
+        if axis.form is None:
+            yield axis
+        else:
+            stack += reversed(_children(axis.form))
+
+
+def _children(form: Form) -> tuple[Axis, ...]:
+    return form.factors if isinstance(form, Product) else form.parts
+
+
+def show(axis: Axis, name: Callable[[Axis], str] = lambda atom: str(atom.size)) -> str:
+    """The term as text; atoms are shown by ``name``."""
+    axis = find(axis)
+    if axis.form is None:
+        return name(axis)
+    if isinstance(axis.form, Product):
+        return "(" + " ".join(show(factor, name) for factor in axis.form.factors) + ")"
+    return "[" + " | ".join(show(part, name) for part in axis.form.parts) + "]"
+
+
+# -- making terms -----------------------------------------------------------------------------------
+
+
+def product(of: Sequence[Axis]) -> Axis:
+    """The product of axes; of a single one that axis itself.
+
+    A factor of one position says nothing, unless it is a row: then the product is there with it.
+    """
+    of = [axis for axis in of if axis.size != 1 or find(axis).row] or of[:1]
+    if len(of) == 1:
+        return of[0]
+    size = dims.product(axis.size for axis in of)
+    assert size is not None
+    return Axis(size, Product(tuple(of)))
+
+
+def segments(of: Sequence[Axis]) -> Axis:
+    """Axes one after another; of a single one that axis itself."""
+    if len(of) == 1:
+        return of[0]
+    size: Size = 0
+    for axis in of:
+        size = _add(size, axis.size)
+        if axis.size == 1:
+            find(axis).row = True
+    return Axis(size, Segments(tuple(of)))
+
+
+# -- refining terms ---------------------------------------------------------------------------------
+
+
+class Space:
+    """Joins and refines axes; what has no common refinement goes to ``misfit``."""
+
+    def __init__(self, misfit: Callable[[Axis], None]) -> None:
+        self._misfit = misfit
+
+    def join(self, a: Axis, b: Axis) -> None:
+        """Let two axes be one: position i of either is position i of the other."""
+        try:
+            _join(a, b)
+        except Misfit:
+            self._misfit(a)
+            self._misfit(b)
+
+    def cut(self, axis: Axis, sizes: Sequence[Size]) -> list[Axis]:
+        """See the axis as segments of these sizes, which add up to its size."""
+        pieces: list[Axis] = []
+        rest = axis
+        try:
+            for size in sizes[:-1]:
+                piece, rest = _cut(rest, size)
+                pieces.append(piece)
+        except Misfit:
+            self._misfit(axis)
+            return [self._lost(size) for size in sizes]
+        return [*pieces, rest]
+
+    def regroup(self, axes: Sequence[Axis], sizes: Sequence[Size]) -> list[Axis]:
+        """See the product of ``axes`` as a product of axes with these sizes, as Reshape does.
+
+        Axes of size 1 carry nothing: those given are dropped, those wanted are new.
+        """
+        try:
+            return _regroup(axes, sizes)
+        except Misfit:
+            for axis in axes:
+                self._misfit(axis)
+            return [self._lost(size) for size in sizes]
+
+    def _lost(self, size: Size) -> Axis:
+        axis = Axis(size)
+        self._misfit(axis)
+        return axis
+
+
+def _join(a: Axis, b: Axis) -> None:
+    a, b = find(a), find(b)
+    if a is b:
+        return
+    if not _same(a.size, b.size):
+        raise Misfit
+    if a.form is None and (b.row or not a.row) and a not in factors(b):
+        a.link = b
+        return
+    if b.form is None and (a.row or not b.row) and b not in factors(a):
+        b.link = a
+        return
+    (left, left_rows), (right, right_rows) = _solid(a), _solid(b)
+    _join_rows(left_rows, right_rows)
+    if len(left) == len(right) == 1:
+        _join_segments(left[0], right[0])
+    elif len(left) == 1:
+        _join_product(left[0], right)
+    elif len(right) == 1:
+        _join_product(right[0], left)
+    else:
+        _join_factors(left, right)
+        if not left_rows and not right_rows:
+            a.link = b
+
+
+def _solid(axis: Axis) -> tuple[list[Axis], list[Axis]]:
+    """Factors of more than one position, and rows; never without the former."""
+    every = factors(axis)
+    solid = [factor for factor in every if factor.size != 1]
+    if not solid:
+        return every[:1], every[1:]
+    return solid, [factor for factor in every if factor.size == 1]
+
+
+def _join_rows(left: list[Axis], right: list[Axis]) -> None:
+    """A row in a product is one position of something: both products must be there with the same.
+
+    ``[a | b | c]`` cut out of 3 x 4 is 1 x 4 with the first of the 3. Where only one side is such a
+    row, or several rows are nested, nothing says which belongs to which.
+    """
+    if len(left) == len(right) == 1:
+        _join(left[0], right[0])
+    elif left or right:
+        raise Misfit
+
+
+def _join_segments(a: Axis, b: Axis) -> None:
+    """Join two axes that are not products."""
+    if a.form is None or b.form is None:
+        _join(a, b)
+    elif a is not b:
+        _align(parts(a), parts(b))
+        find(a).link = find(b)
+
+
+def _join_product(single: Axis, of: list[Axis]) -> None:
+    """Join an atom or segments with a product."""
+    if single.form is not None:
+        _align(parts(single), [product(of)])
+    single.form = Product(tuple(of))
+
+
+def _align(left: list[Axis], right: list[Axis]) -> None:
+    """Join two lists of segments, which cover the same positions, on their common boundaries."""
+    left, right = left[::-1], right[::-1]
+    while left and right:
+        a, b = left.pop(), right.pop()
+        if _same(a.size, b.size):
+            _join(a, b)
+        elif _less(a.size, b.size):
+            b, rest = _cut(b, a.size)
+            right.append(rest)
+            _join(a, b)
+        elif _less(b.size, a.size):
+            a, rest = _cut(a, b.size)
+            left.append(rest)
+            _join(a, b)
+        else:
+            raise Misfit
+
+
+def _join_factors(left: list[Axis], right: list[Axis]) -> None:
+    """Join two products of the same size: (2 6) with (4 3) makes (2 2 3) of both."""
+    left, right = left[::-1], right[::-1]
+    while left and right:
+        a, b = left.pop(), right.pop()
+        if _same(a.size, b.size):
+            _join(a, b)
+        elif (times := divide(b.size, a.size)) is not None:
+            b, rest = _factor(b, a.size, times)
+            right.append(rest)
+            _join(a, b)
+        elif (times := divide(a.size, b.size)) is not None:
+            a, rest = _factor(a, b.size, times)
+            left.append(rest)
+            _join(a, b)
+        else:
+            raise Misfit
+
+
+def _cut(axis: Axis, at: Size) -> tuple[Axis, Axis]:
+    """The first ``at`` positions and the others, neither of which is empty."""
+    axis = find(axis)
+    if axis.form is None:
+        rest = _subtract(axis.size, at)
+        left, right = Axis(at, row=at == 1), Axis(rest, row=rest == 1)
+        axis.form = Segments((left, right))
+        return left, right
+    if isinstance(axis.form, Segments):
+        return _cut_segments(parts(axis), at)
+    solid, units = _solid(axis)
+    if len(solid) == 1:
+        left, right = _cut(solid[0], at)
+        return product([*units, left]), product([*units, right])
+    # Rows of `inner` positions: whole rows, then perhaps one that is cut through.
+    row, inner = solid[0], product([*units, *solid[1:]])
+    count = divide(at, inner.size)
+    if count is not None:
+        above, below = _cut(row, count)
+        return product([above, inner]), product([below, inner])
+    if not isinstance(at, int) or not isinstance(inner.size, int) or not isinstance(row.size, int):
+        raise Misfit
+    whole, into = divmod(at, inner.size)
+    start, end = _cut(inner, into)
+    before: list[Axis] = []
+    after: list[Axis] = []
+    if whole:
+        above, row = _cut(row, whole)
+        before.append(product([above, inner]))
+    if row.size != 1:
+        row, below = _cut(row, 1)
+        after.append(product([below, inner]))
+    return segments([*before, product([row, start])]), segments([product([row, end]), *after])
+
+
+def _cut_segments(of: list[Axis], at: Size) -> tuple[Axis, Axis]:
+    before: list[Axis] = []
+    after = of[::-1]
+    left = at
+    while True:
+        part = after.pop()
+        if _same(part.size, left):
+            return segments([*before, part]), segments(after[::-1])
+        if _less(left, part.size):
+            start, end = _cut(part, left)
+            return segments([*before, start]), segments([end, *after[::-1]])
+        if not _less(part.size, left):
+            raise Misfit
+        before.append(part)
+        left = _subtract(left, part.size)
+
+
+def _factor(axis: Axis, outer: Size, inner: Size) -> tuple[Axis, Axis]:
+    """See an axis as ``outer`` rows of ``inner`` positions."""
+    first, second = _regroup([axis], [outer, inner])
+    return first, second
+
+
+def _regroup(axes: Sequence[Axis], sizes: Sequence[Size]) -> list[Axis]:
+    """Row-major regrouping: take factors off the front until each wanted size is reached."""
+    left = [factor for axis in axes if axis.size != 1 for factor in factors(axis)][::-1]
+    found: list[list[Axis]] = []
+    for size in sizes:
+        taken: list[Axis] = []
+        missing = size
+        while missing != 1:
+            if not left:
+                raise Misfit
+            factor = find(left.pop())
+            if isinstance(factor.form, Product):
+                left += reversed(factors(factor))
+            elif (rest := divide(missing, factor.size)) is not None:
+                taken.append(factor)
+                missing = rest
+            elif (inner := divide(factor.size, missing)) is not None:
+                rows, columns = Axis(missing), Axis(inner)
+                _join_product(factor, [rows, columns])
+                left += [columns, rows]
+            else:
+                raise Misfit
+        found.append(taken)
+    if any(factor.size != 1 for factor in left):
+        raise Misfit
+    if left:  # rows of one position at the very end belong to what stands before them
+        found[-1] += reversed(left)
+    return [product(taken) if taken else Axis(1) for taken in found]
+
+
+# -- sizes; symbolic ones are compared as far as that holds for all values ----------------------------
+
+
+def _same(a: Size, b: Size) -> bool:
+    return dims.same(a, b) is True
+
+
+def _less(a: Size, b: Size) -> bool:
+    if isinstance(a, int) and isinstance(b, int):
+        return a < b
+    return sympy.expand(b - a).is_positive is True
+
+
+def _add(a: Size, b: Size) -> Size:
+    total = dims.add(a, b)
+    assert total is not None
+    return total
+
+
+def _subtract(a: Size, b: Size) -> Size:
+    rest = dims.subtract(a, b)
+    assert rest is not None
+    return rest
+
+
+def divide(a: Size, b: Size) -> Size | None:
+    """a / b where that is a whole number for all values, else None."""
+    if isinstance(a, int) and isinstance(b, int):
+        return a // b if b and a % b == 0 else None
+    if a == 0 or b == 0:
+        return None
+    ratio = dims.quotient(a, b)
+    return dims.simplify(ratio) if ratio.is_polynomial() and ratio.is_integer else None
