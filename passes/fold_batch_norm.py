@@ -124,12 +124,15 @@ class _Work:
         said: list[str] = []
         while (found := _constant_behind(norm)) is not None:
             node, vector = found
-            zeros, ones = np.zeros_like(vector), np.ones_like(vector)
-            if node.op_type == "Mul":
-                self._change_parameter(norm, 1, _Affine(vector, zeros))
-                self._change_parameter(norm, 2, _Affine(vector, zeros))
-            else:
-                self._change_parameter(norm, 2, _Affine(ones, vector))
+            times = node.op_type == "Mul"
+            change = _Affine(vector, vector * 0) if times else _Affine(vector * 0 + 1, vector)
+            parameters = [linear.constant(norm, index, 0) for index in ((1, 2) if times else (2,))]
+            if not all(p is not None and _stays_finite(p, change) for p in parameters):
+                break
+            for parameter in parameters:
+                assert parameter is not None
+                name = f"{parameter.value.name}_folded"
+                linear.change(self.graph, parameter, change.of_bias, name, self.taken)
             said.append(node.op_type)
             old, output = node.outputs[0], norm.outputs[0]
             name = output.name or ""
@@ -140,12 +143,6 @@ class _Work:
             edit.redirect(old, output)
             edit.remove_dead(self.graph, [node])
         return " and ".join(said)
-
-    def _change_parameter(self, norm: ir.Node, index: int, change: _Affine) -> None:
-        parameter = linear.constant(norm, index, 0)
-        assert parameter is not None
-        name = f"{parameter.value.name}_folded"
-        linear.change(self.graph, parameter, change.of_bias, name, self.taken)
 
     # -- into the layer before ------------------------------------------------------------------------
 
@@ -279,6 +276,14 @@ def _affine(norm: ir.Node) -> _Affine | str:
             "a variance of zero or less, or a parameter that is no number, gives no finite factor"
         )
     return _Affine(factor, shift)
+
+
+def _stays_finite(parameter: linear.Weight, change: _Affine) -> bool:
+    """Whether the changed parameter is within the range of its number format."""
+    array = parameter.tensor.numpy()
+    with np.errstate(over="ignore", invalid="ignore"):
+        made = change.of_bias(array.astype(np.float64), 0).astype(array.dtype)
+    return bool(np.isfinite(made.astype(np.float64)).all())
 
 
 def _constant_behind(norm: ir.Node) -> tuple[ir.Node, linear.Vector] | None:

@@ -1,7 +1,7 @@
 """Makes pre-norm LayerNormalization RMSNormalization, and moves scales and biases of norms into weights.
 
 A LayerNormalization of a value whose mean over the channels is zero is an RMSNormalization of it
-(arXiv 2305.14858, sec. 3.1). The values of a residual stream have mean zero when all that is added to it
+(arXiv 2305.14858). The values of a residual stream have mean zero when all that is added to it
 has: the writers' weights and biases, with C = I - 11'/d, become
 
     x = ... + h W + b           x = ... + h (W C) + (b C)

@@ -252,8 +252,8 @@ def _recipe(
 
 
 def _pieces(shape: Sequence[int], axis: int) -> Iterator[tuple[slice, ...]]:
-    """Slices across ``axis`` that are small enough to be held in float64."""
-    other = 1 if axis == 0 else 0
+    """Slices across ``axis``, in order, that are small enough to be held in float64."""
+    other = max((at for at in range(len(shape)) if at != axis), key=lambda at: shape[at])
     step = max(1, _AT_ONCE * shape[other] // max(1, math.prod(shape)))
     for start in range(0, shape[other], step):
         yield (slice(None),) * other + (slice(start, start + step),)

@@ -222,6 +222,18 @@ def test_takes_in_what_follows_even_where_it_cannot_be_folded() -> None:
     assert raising.ops(model) == {"BatchNormalization": 1, "Relu": 2}
 
 
+def test_a_product_that_leaves_the_range_of_the_format_is_not_taken_in() -> None:
+    arrays = parameters(f=np.full((4, 1, 1), 60000.0), scale=np.full(4, 2.0))
+    model = raising.graph(
+        "float16[b,4,s,s] x",
+        f"r = Relu(x) n = {NORM.format('r')} m = Mul(n, f) y = Relu(m)",
+        dtype="float16",
+        **{name: array.astype(np.float16) for name, array in arrays.items()},
+    )
+    (entry,) = fold(model).entries
+    assert entry.status == "skipped" and raising.ops(model)["Mul"] == 1
+
+
 def test_a_bias_that_others_read_is_copied() -> None:
     """Exporters give convolutions without a bias one zero bias for all."""
     model = raising.graph(
