@@ -1,0 +1,94 @@
+"""The TVM backend: kernels of our own in a library that runs without NetLathe.
+
+An artifact is a folder (see :mod:`netlathe.backends.tvm.artifact`) that needs TVM's runtime library
+and its ffi package, 6 MB together. Dynamic dims stay dynamic.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import onnx_ir as ir
+
+from netlathe.backends.tvm import toolchain
+from netlathe.backends.tvm.machine import Machine, machine
+from netlathe.diagnostics import Diagnostic, LowerError, OptionError
+from netlathe.pipeline.interfaces import Backend, Target
+
+if TYPE_CHECKING:
+    from netlathe.backends.tvm.artifact import TvmArtifact
+
+_DEFAULTS: dict[str, Any] = {"features": "native"}
+
+
+class TvmBackend(Backend):
+    """Generates code for x86-64.
+
+    Target setting: ``features``, the instructions that kernels may use: ``avx2``, ``avx512``, or
+    ``native`` for the best of them that this CPU has.
+    """
+
+    name: ClassVar[str] = "tvm"
+
+    @classmethod
+    def targets(cls) -> Sequence[Target]:
+        """``tvm-x86``."""
+        return (
+            Target(
+                "tvm-x86",
+                cls.name,
+                "machine code for x86-64 CPUs, run by TVM's runtime;"
+                " settings: features=native, avx2 or avx512",
+                width_multiple=16,  # one vector of float32
+                settings=_DEFAULTS,
+            ),
+        )
+
+    def unsupported(self, model: ir.Model, target: Target) -> list[Diagnostic]:
+        """Every node that has no form here, found by lowering the model without compiling it.
+
+        Raises:
+            MissingExtraError: TVM is not installed.
+            LowerError: it is, in versions that crash.
+            OptionError: a setting is unknown or out of range.
+        """
+        chosen = _machine(target)
+        toolchain.check()
+        from netlathe.backends.tvm.lowering import Lowering
+
+        return Lowering(model, chosen).gaps()
+
+    def compile(self, model: ir.Model, target: Target) -> TvmArtifact:
+        """Lower and compile.
+
+        Raises:
+            LowerError: with everything that :meth:`unsupported` lists.
+            MissingExtraError: TVM is not installed.
+            OptionError: a setting is unknown or out of range.
+        """
+        if found := self.unsupported(model, target):
+            raise LowerError(found)
+        from netlathe.backends.tvm.artifact import TvmArtifact
+        from netlathe.backends.tvm.lowering import Lowering
+
+        chosen = _machine(target)
+        held = model.clone()  # parameters are read when the artifact is written
+        return TvmArtifact(held, Lowering(held, chosen).run(), chosen)
+
+
+def _machine(target: Target) -> Machine:
+    if unknown := sorted(set(target.settings) - set(_DEFAULTS)):
+        raise OptionError(
+            Diagnostic(
+                "target.setting",
+                f"target {target.name} has no setting {', '.join(unknown)}",
+                help="known: " + ", ".join(sorted(_DEFAULTS)),
+            )
+        )
+    level = {**_DEFAULTS, **target.settings}["features"]
+    if not isinstance(level, str):
+        raise OptionError(
+            Diagnostic("target.setting", f"setting features must be a name, got {level!r}")
+        )
+    return machine(level)

@@ -1,0 +1,71 @@
+"""Relax and TIR to machine code, through the few passes that our kernels need."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import tvm
+from tvm import relax, tirx
+
+from netlathe.backends.tvm.lowering import Lowered
+from netlathe.backends.tvm.machine import Machine
+
+_PIPELINE = "netlathe"
+
+
+def target(machine: Machine) -> Any:
+    """TVM's target for a machine."""
+    return tvm.target.Target(
+        {"kind": "llvm", "mcpu": machine.mcpu, "cl-opt": ["-vectorize-slp:bool=false"]}
+    )
+
+
+def _tir_pipeline() -> tuple[Any, Any, Any]:
+    """Our kernels have no blocks and state their loops: most of the default passes have nothing to do.
+
+    TVM's simplifier is left out: LLVM does the same in far less time.
+    """
+
+    @tvm.transform.module_pass(opt_level=0)
+    def run(module: Any, _context: Any) -> Any:
+        passes = tirx.transform
+        return tvm.ir.transform.Sequential(
+            [
+                passes.VectorizeLoop(True),
+                passes.AnnotateEntryFunc(),
+                passes.SplitHostDevice(),
+                passes.MakePackedAPI(),
+            ]
+        )(module)
+
+    pipeline = tirx.compilation_pipeline
+    return run, pipeline.finalize_host_passes, pipeline.finalize_device_passes
+
+
+def _relax_pipeline() -> Any:
+    passes = relax.transform
+    return tvm.ir.transform.Sequential(
+        [
+            passes.ToNonDataflow(),
+            passes.RemovePurityChecking(),
+            passes.CallTIRRewrite(),
+            passes.StaticPlanBlockMemory(),
+            passes.LowerAllocTensor(),
+            passes.KillAfterLastUse(),
+            passes.LowerRuntimeBuiltin(),
+            passes.ComputePrimValue(),
+            passes.VMShapeLower(),
+            passes.AttachGlobalSymbol(),
+        ]
+    )
+
+
+def executable(lowered: Lowered, machine: Machine) -> Any:
+    """A Relax VM executable."""
+    tirx.compilation_pipeline.register_tir_pipeline(_PIPELINE, _tir_pipeline)
+    return relax.build(
+        lowered.module,
+        target(machine),
+        relax_pipeline=_relax_pipeline(),
+        tir_pipeline=_PIPELINE,
+    )

@@ -1,0 +1,92 @@
+"""One PrimFunc in the making: its parameters, its sizes, and how it enters the Relax function."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import onnx_ir as ir
+from tvm import tirx
+
+from netlathe.backends.tvm import sizes, storage
+from netlathe.backends.tvm.tir import Code, Expr, i64
+from netlathe.ir.dims import Dim, Shape
+
+if TYPE_CHECKING:
+    from netlathe.backends.tvm.lowering import Lowering
+    from netlathe.backends.tvm.values import Ready
+
+SCHEDULE = "netlathe.schedule"  # the attribute that names the schedule a PrimFunc was written with
+
+
+class Kernel:
+    """Reads ready values and writes outputs, each seen as one flat buffer.
+
+    Parameters are the tensors read, the sizes used, then the tensors written. Every kernel is built
+    from scratch; the lowering recognizes those that come out equal and keeps one.
+    """
+
+    def __init__(self, lowering: Lowering) -> None:
+        self.lowering = lowering
+        self.code = Code(self)
+        self._inputs: dict[Any, tuple[Any, Any]] = {}  # relax var -> parameter, flat view
+        self._outputs: list[tuple[ir.DataType, Shape, Any, Any]] = []
+        self._sizes: dict[str, Expr] = {}
+
+    def size(self, dim: Dim) -> Expr:
+        """A dim as an expression inside the kernel."""
+        return sizes.to_expr(dim, self._size)
+
+    def shape(self, dims: Shape) -> list[Expr]:
+        """Dims as expressions inside the kernel."""
+        return [self.size(dim) for dim in dims]
+
+    def _size(self, name: str) -> Expr:
+        if name not in self._sizes:
+            self._sizes[name] = tirx.Var(f"size{len(self._sizes)}", "int64")
+        return self._sizes[name]
+
+    def read(self, value: Ready) -> Any:
+        """The flat buffer of a ready value."""
+        if value.var not in self._inputs:
+            self._inputs[value.var] = self._parameter(value.stored_shape, value.dtype, "in")
+        return self._inputs[value.var][1]
+
+    def write(self, dtype: ir.DataType, shape: Shape) -> Any:
+        """A new output's flat buffer."""
+        parameter, flat = self._parameter(shape, dtype, "out")
+        self._outputs.append((dtype, shape, parameter, flat))
+        return flat
+
+    def _parameter(self, shape: Shape, dtype: ir.DataType, stem: str) -> tuple[Any, Any]:
+        dims = [self.size(dim) for dim in shape]
+        name = f"{stem}{len(self._inputs) + len(self._outputs)}"
+        stored = storage.STORED[dtype]
+        parameter = tirx.decl_buffer(dims, stored, name)
+        count = i64(1)
+        for dim in dims:
+            count = count * dim
+        flat = tirx.decl_buffer([count], stored, f"{name}_flat", data=parameter.data)
+        return parameter, flat
+
+    def finish(self, schedule: str) -> list[Ready]:
+        """End the kernel and call it; the outputs in the order they were declared."""
+        inputs = list(self._inputs.values())
+        outputs = [(parameter, flat) for _, _, parameter, flat in self._outputs]
+        declared = [
+            tirx.DeclBuffer(flat, data=parameter.data) for parameter, flat in inputs + outputs
+        ]
+        body = tirx.SeqStmt([*declared, self.code.whole()])
+        parameters = [
+            *(parameter for parameter, _ in inputs),
+            *self._sizes.values(),
+            *(parameter for parameter, _ in outputs),
+        ]
+        function = tirx.PrimFunc(parameters, body)
+        function = function.with_attr({"tirx.noalias": True, SCHEDULE: schedule})
+        return self.lowering.call(
+            function,
+            list(self._inputs),
+            [(dtype, shape) for dtype, shape, _, _ in self._outputs],
+            list(self._sizes),
+            schedule,
+        )

@@ -1,0 +1,128 @@
+"""The schedule that covers everything else: outer dims in parallel, the last dim in vectors.
+
+general.flat    one loop over all elements: blocks in parallel, vectors within
+general.rows    the outer dims fused and in parallel, vectors along the last dim
+general.small   the same without threads: a launch would cost more than the work
+"""
+
+from __future__ import annotations
+
+from netlathe.backends.tvm import storage
+from netlathe.backends.tvm.kernel import Kernel
+from netlathe.backends.tvm.tir import (
+    PARALLEL,
+    SERIAL,
+    VECTORIZED,
+    Code,
+    Expr,
+    Index,
+    flat_index,
+    i64,
+    idiv,
+    known,
+    total,
+    unflatten,
+)
+from netlathe.backends.tvm.values import Lazy, Ready, Scalar, Store, Value
+
+# Elements below which one thread is faster: a parallel launch costs a few microseconds.
+SMALL = 4096
+# Elements of a block of the flat schedule: some 4 to 8 microseconds of work, in a level-1 cache.
+_BLOCK = 4096
+
+
+def into(out: object, dtype: object, shape: list[Expr]) -> Store:
+    """Stores elements into a flat buffer of ``shape``."""
+
+    def store(code: Code, index: Index, element: Expr) -> None:
+        if len(index) == 1 and len(shape) != 1:
+            position = index[0]
+        else:
+            position = flat_index(index, shape)
+        code.store(out, position, storage.store(dtype, element))  # type: ignore[arg-type]
+
+    return store
+
+
+def write(kernel: Kernel, value: Value) -> str:
+    """Write ``value``, element by element, to a new output; the schedule's name."""
+    out = kernel.write(value.dtype, value.shape)
+    shape = kernel.shape(value.shape)
+    return elementwise(kernel, value, into(out, value.dtype, shape))
+
+
+def elementwise(kernel: Kernel, value: Value, store: Store) -> str:
+    """Hand every element of ``value`` to ``store``; the schedule's name."""
+    code = kernel.code
+    shape = kernel.shape(value.shape)
+    count = total(shape)
+    number = known(count)
+    small = number is not None and number <= SMALL
+    if is_flat(value):
+        _flat(kernel, count, small, lambda at: store(code, at, value.at(code, at)))
+        return "general.small" if small else "general.flat"
+    with code.loop(total(shape[:-1]), SERIAL if small else PARALLEL) as row:
+        outer = [code.bind(item) for item in unflatten(row, shape[:-1])]
+        lanes = lanes_of(kernel, value, shape[-1])
+        vectors(code, shape[-1], lanes, lambda j: _one(code, value, [*outer, j], store))
+    return "general.small" if small else "general.rows"
+
+
+def _one(code: Code, value: Value, index: Index, store: Store) -> None:
+    store(code, index, value.at(code, index))
+
+
+def is_flat(value: Value) -> bool:
+    """Whether ``value`` may be read by element number."""
+    return (
+        isinstance(value, (Ready, Scalar))
+        or value.rank <= 1
+        or (isinstance(value, Lazy) and value.flat)
+    )
+
+
+def lanes_of(kernel: Kernel, value: Value, last: Expr) -> int:
+    """Vector length for ``value``: a whole register, or a power of two that the last dim holds."""
+    lanes = kernel.lowering.machine.lanes(storage.computed(value.dtype))
+    width = known(last)
+    while width is not None and lanes > 1 and lanes > width:
+        lanes //= 2
+    return lanes
+
+
+def _flat(kernel: Kernel, count: Expr, small: bool, one: object) -> None:
+    code = kernel.code
+    # Lanes of 4-byte elements, whatever the type: LLVM splits what is wider.
+    lanes = kernel.lowering.machine.lanes("float32")
+    number = known(count)
+    while number is not None and lanes > 1 and lanes > number:
+        lanes //= 2
+    if small:
+        vectors(code, count, lanes, lambda i: one([i]))  # type: ignore[operator]
+        return
+    blocks = idiv(count + i64(_BLOCK - 1), _BLOCK)
+    with code.loop(blocks, PARALLEL) as block:
+        start = code.bind(block * i64(_BLOCK))
+        length = code.bind(_smaller(i64(_BLOCK), count - start))
+        vectors(code, length, lanes, lambda i: one([start + i]))  # type: ignore[operator]
+
+
+def _smaller(a: Expr, b: Expr) -> Expr:
+    from tvm import tirx
+
+    return tirx.min(a, b)
+
+
+def vectors(code: Code, extent: Expr, lanes: int, body: object) -> None:
+    """Call ``body(j)`` for j in [0, extent): in vectors of ``lanes``, then one at a time."""
+    extent = i64(extent)
+    number = known(extent)
+    whole = i64(number // lanes) if number is not None else code.bind(idiv(extent, lanes))
+    if lanes > 1 and known(whole) != 0:
+        with code.loop(whole) as block, code.loop(lanes, VECTORIZED) as lane:
+            body(block * i64(lanes) + lane)  # type: ignore[operator]
+    done = whole * i64(lanes) if lanes > 1 else i64(0)
+    rest = extent - done
+    if known(rest) != 0:
+        with code.loop(rest) as j:
+            body(done + j)  # type: ignore[operator]

@@ -1,0 +1,212 @@
+"""Reductions: sums, extremes and products over some axes.
+
+reduce.rows      the last axis is reduced: vectors of partial results along it
+reduce.columns   the last axis is kept: a vector of results along it, the reduced axes within
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from tvm import tirx
+
+from netlathe.backends.tvm.kernel import Kernel
+from netlathe.backends.tvm.kernels.general import SMALL
+from netlathe.backends.tvm.tir import (
+    PARALLEL,
+    SERIAL,
+    VECTORIZED,
+    Code,
+    Expr,
+    Index,
+    const,
+    i64,
+    idiv,
+    known,
+    select,
+    total,
+    unflatten,
+)
+from netlathe.backends.tvm.values import Store
+
+Element = Callable[[Code, Index], Expr]
+
+
+@dataclass(frozen=True)
+class Combine:
+    """An associative operation and what it starts from."""
+
+    function: Callable[[Expr, Expr], Expr]
+    start: Callable[[str], Expr]
+
+
+def _lowest(dtype: str) -> Expr:
+    if dtype.startswith("float"):
+        return const(float("-inf"), dtype)
+    return tirx.min_value(dtype) if dtype != "bool" else const(False, "bool")
+
+
+def _highest(dtype: str) -> Expr:
+    if dtype.startswith("float"):
+        return const(float("inf"), dtype)
+    return tirx.max_value(dtype) if dtype != "bool" else const(True, "bool")
+
+
+def _max(a: Expr, b: Expr) -> Expr:
+    if _is_bool(a):
+        return tirx.Or(a, b)
+    # NaN compares false: `b` is taken unless `a` is surely larger, and a NaN already held stays.
+    return select(tirx.Or(a != a, a >= b), a, b) if _is_float(a) else tirx.max(a, b)
+
+
+def _min(a: Expr, b: Expr) -> Expr:
+    if _is_bool(a):
+        return tirx.And(a, b)
+    return select(tirx.Or(a != a, a <= b), a, b) if _is_float(a) else tirx.min(a, b)
+
+
+def _is_float(x: Expr) -> bool:
+    return str(x.ty.dtype).startswith("float")
+
+
+def _is_bool(x: Expr) -> bool:
+    return str(x.ty.dtype).startswith("bool")
+
+
+COMBINE: Mapping[str, Combine] = {
+    "sum": Combine(lambda a, b: a + b, lambda dtype: const(0, dtype)),
+    "prod": Combine(lambda a, b: a * b, lambda dtype: const(1, dtype)),
+    "max": Combine(_max, _lowest),
+    "min": Combine(_min, _highest),
+}
+
+
+def row(
+    code: Code,
+    extents: Sequence[Expr],
+    lanes: int,
+    dtype: str,
+    combine: Combine,
+    element: Callable[[list[Expr]], Expr],
+) -> Expr:
+    """Combine ``element(index)`` over all indices below ``extents``, vectors along the last one."""
+    width = known(extents[-1])
+    if width is not None and width % (4 * lanes) == 0:
+        lanes *= 4  # four vectors at a time hide the latency of one
+    while width is not None and lanes > 1 and lanes > width:
+        lanes //= 2
+    partial = code.alloc([lanes], dtype)
+    result = code.alloc([1], dtype)
+    start = combine.start(dtype)
+    if lanes > 1:
+        code.vstore(partial, 0, tirx.Broadcast(start, lanes), lanes)
+    code.store(result, i64(0), start)
+    with code.loop(total(extents[:-1])) as outer:
+        index = [code.bind(i) for i in unflatten(outer, extents[:-1])]
+        last = extents[-1]
+        whole = i64(width // lanes) if width is not None else code.bind(idiv(last, lanes))
+        if lanes > 1:
+            with code.loop(whole) as block, code.loop(lanes, VECTORIZED) as lane:
+                value = element([*index, block * i64(lanes) + lane])
+                held = tirx.BufferLoad(partial, [lane])
+                code.store(partial, lane, combine.function(held, value))
+        done = whole * i64(lanes) if lanes > 1 else i64(0)
+        if known(last - done) != 0:
+            with code.loop(last - done) as j:
+                held = tirx.BufferLoad(result, [i64(0)])
+                code.store(result, i64(0), combine.function(held, element([*index, done + j])))
+    value = tirx.BufferLoad(result, [i64(0)])
+    if lanes > 1:
+        parts = [code.bind(tirx.BufferLoad(partial, [i64(k)])) for k in range(lanes)]
+        while len(parts) > 1:  # in pairs: as exact as it gets, and short chains
+            half = len(parts) // 2
+            parts = [code.bind(combine.function(parts[k], parts[k + half])) for k in range(half)]
+        value = combine.function(code.bind(value), parts[0])
+    return code.bind(value)
+
+
+def reduce(
+    kernel: Kernel,
+    kept: list[Expr],
+    reduced: list[Expr],
+    by_rows: bool,
+    dtype: str,
+    combine: Combine,
+    element: Callable[[Code, list[Expr], list[Expr]], Expr],
+    store: Store,
+) -> str:
+    """store(index of kept, combined element(code, index of kept, index of reduced))."""
+    code = kernel.code
+    lanes = kernel.lowering.machine.lanes(dtype)
+    small = known(total(kept + reduced))
+    kind = SERIAL if small is not None and small <= SMALL else PARALLEL
+    if by_rows or not kept:
+        with code.loop(total(kept), kind) as at:
+            index = [code.bind(i) for i in unflatten(at, kept)]
+            extents = reduced or [i64(1)]
+            value = row(
+                code,
+                extents,
+                lanes,
+                dtype,
+                combine,
+                lambda inner: element(code, index, inner[: len(reduced)]),
+            )
+            store(code, index, value)
+        return "reduce.rows"
+    width = known(kept[-1])
+    while width is not None and lanes > 1 and lanes > width:
+        lanes //= 2
+    with code.loop(total(kept[:-1]), kind) as at:
+        outer = [code.bind(i) for i in unflatten(at, kept[:-1])]
+        _columns(code, outer, kept[-1], reduced, lanes, dtype, combine, element, store)
+    return "reduce.columns"
+
+
+def _columns(
+    code: Code,
+    outer: list[Expr],
+    last: Expr,
+    reduced: list[Expr],
+    lanes: int,
+    dtype: str,
+    combine: Combine,
+    element: Callable[[Code, list[Expr], list[Expr]], Expr],
+    store: Store,
+) -> None:
+    def results(first: Expr, width: int) -> None:
+        partial = code.alloc([width], dtype)
+        start = combine.start(dtype)
+        code.vstore(partial, 0, tirx.Broadcast(start, width) if width > 1 else start, width)
+        with code.loop(total(reduced)) as inner:
+            at = [code.bind(i) for i in unflatten(inner, reduced)]
+
+            def step(lane: Expr) -> None:
+                value = element(code, [*outer, first + lane], at)
+                code.store(partial, lane, combine.function(tirx.BufferLoad(partial, [lane]), value))
+
+            _lanes(code, width, step)
+        _lanes(
+            code,
+            width,
+            lambda lane: store(code, [*outer, first + lane], tirx.BufferLoad(partial, [lane])),
+        )
+
+    number = known(last)
+    whole = i64(number // lanes) if number is not None else code.bind(idiv(last, lanes))
+    if lanes > 1:
+        with code.loop(whole) as block:
+            results(code.bind(block * i64(lanes)), lanes)
+    done = whole * i64(lanes) if lanes > 1 else i64(0)
+    if known(last - done) != 0:
+        with code.loop(last - done) as j:
+            results(code.bind(done + j), 1)
+
+
+def _lanes(code: Code, width: int, body: Callable[[Expr], None]) -> None:
+    if width == 1:
+        body(i64(0))
+        return
+    with code.loop(width, VECTORIZED) as lane:
+        body(lane)

@@ -1,0 +1,371 @@
+"""IR to Relax: every node through the op table, every kernel written by us.
+
+The nodes are visited in order. Most become expressions that cost nothing yet; a kernel is emitted when
+a value is needed in memory (see :mod:`netlathe.backends.tvm.values`). Equal kernels are kept once, so
+identical layers are compiled once. Weights become parameters of the Relax function, packed as the
+kernel that reads them wants them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy.typing as npt
+import onnx_ir as ir
+import sympy
+import tvm_ffi
+from tvm import relax, tirx
+
+from netlathe.backends.tvm import sizes, storage
+from netlathe.backends.tvm.kernel import Kernel
+from netlathe.backends.tvm.kernels import general
+from netlathe.backends.tvm.machine import Machine
+from netlathe.backends.tvm.tir import Expr
+from netlathe.backends.tvm.values import Known, Lazy, Pending, Ready, Scalar, Value
+from netlathe.diagnostics import Diagnostic
+from netlathe.ir import dims, types
+from netlathe.ir.dims import Dim, Shape
+from netlathe.ir.printing import show_node
+from netlathe.ir.provenance import location
+
+Array = npt.NDArray[Any]
+
+# An expression of more operators than this is written to memory: code size, not speed.
+_MOST_OPERATORS = 64
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A constant that the kernels read; ``make`` reads or packs it when the artifact is written."""
+
+    name: str
+    var: Any
+    dtype: str  # as stored
+    shape: tuple[int, ...]
+    make: Callable[[], Array]
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """A Relax module whose ``main`` takes the graph's inputs and then the parameters."""
+
+    module: Any
+    parameters: tuple[Parameter, ...]
+    kernels: int
+
+
+class Unsupported(Exception):
+    """A node that the op table has no form for; the message says which part of it."""
+
+
+class Lowering:
+    """The state of one lowering."""
+
+    def __init__(self, model: ir.Model, machine: Machine) -> None:
+        self.model = model
+        self.machine = machine
+        self.found = types.infer(model)
+        self.builder = relax.BlockBuilder()
+        self.values: dict[ir.Value, Value] = {}
+        self.parameters: dict[object, tuple[Parameter, Ready]] = {}
+        self._names: dict[str, Expr] = {}  # size name -> variable of the Relax function
+        self._functions: dict[int, list[tuple[Any, Any]]] = {}
+        self._counts: dict[str, int] = {}
+        self._forced: dict[Value, Ready] = {}
+        self._uses = _count_uses(model.graph)
+
+    # -- the whole graph ----------------------------------------------------------------------------
+
+    def run(self) -> Lowered:
+        """Lower the model.
+
+        Raises:
+            Unsupported: a node has no form; ask :meth:`gaps` first to hear of all of them.
+        """
+        inputs = [value for value in self.model.graph.inputs if not value.is_initializer()]
+        variables = [self._input(value) for value in inputs]
+        with self.builder.function("main", attrs={"num_input": len(inputs)}):
+            for node in self.model.graph:
+                self._node(node)
+            outputs = [self._output(value) for value in self.model.graph.outputs]
+            parameters = tuple(parameter for parameter, _ in self.parameters.values())
+            self.builder.emit_func_output(
+                relax.Tuple(outputs), params=[*variables, *(p.var for p in parameters)]
+            )
+        return Lowered(self.builder.get(), parameters, sum(self._counts.values()))
+
+    def gaps(self) -> list[Diagnostic]:
+        """Every node without a form, found by lowering on with stand-ins for what they make."""
+        found: list[Diagnostic] = []
+        inputs = [value for value in self.model.graph.inputs if not value.is_initializer()]
+        variables = []
+        for value in inputs:
+            try:
+                variables.append(self._input(value))
+            except Unsupported as error:
+                found.append(Diagnostic("tvm.input", str(error), at=value.name or ""))
+        if found:
+            return found
+        lost: set[ir.Value] = set()
+        with self.builder.function("main"):
+            for node in self.model.graph:
+                try:
+                    if lost.isdisjoint(value for value in node.inputs if value is not None):
+                        self._node(node)
+                        continue
+                    self._rule(node)
+                except Unsupported as error:
+                    found.append(_gap(node, error))
+                lost.update(node.outputs)
+            for value in self.model.graph.outputs:
+                if value not in lost:
+                    try:
+                        self._output(value)
+                    except Unsupported as error:
+                        found.append(Diagnostic("tvm.output", str(error), at=value.name or ""))
+            parameters = [p.var for p, _ in self.parameters.values()]
+            self.builder.emit_func_output(relax.Tuple([]), params=[*variables, *parameters])
+        return found
+
+    def _rule(self, node: ir.Node) -> Callable[[Any], Sequence[Value]]:
+        from netlathe.backends.tvm.ops import RULES
+
+        rule = RULES.get(node.op_type) if node.domain == "" else None
+        if rule is None:
+            name = f"{node.domain}::{node.op_type}" if node.domain else node.op_type
+            raise Unsupported(f"there are no kernels for {name}")
+        return rule
+
+    def _node(self, node: ir.Node) -> None:
+        from netlathe.backends.tvm.ops import Op
+
+        rule = self._rule(node)
+        results = self._known_results(node) or rule(Op(self, node))
+        for output, result in zip(node.outputs, results, strict=False):
+            self.values[output] = self._settled(output, result)
+
+    def _known_results(self, node: ir.Node) -> list[Value] | None:
+        """A value whose elements are known as sizes needs no kernel, whatever computes it."""
+        if len(node.outputs) != 1 or node.outputs[0].is_graph_output():
+            return None
+        contents = self.found.contents(node.outputs[0])
+        type_ = self.found.type(node.outputs[0])
+        if contents is None or None in contents or not contents:
+            return None
+        if type_.dtype not in (ir.DataType.INT64, ir.DataType.INT32) or type_.shape is None:
+            return None
+        if len(type_.shape) > 1 or not all(self.is_bound(dim) for dim in contents):
+            return None
+        return [Known(type_.dtype, type_.shape, tuple(contents))]
+
+    def is_bound(self, dim: Dim) -> bool:
+        """Whether every name in ``dim`` has a value where the lowering is."""
+        return isinstance(dim, int) or all(
+            str(name) in self._names for name in sympy.sympify(dim).free_symbols
+        )
+
+    def _settled(self, output: ir.Value, value: Value) -> Value:
+        """Write what has several readers to memory, unless it is as cheap to compute again."""
+        uses = self._uses.get(output, 0)
+        if isinstance(value, Lazy) and (
+            (uses > 1 and not value.cheap) or value.cost > _MOST_OPERATORS
+        ):
+            return self.force(value)
+        if isinstance(value, Pending) and uses != 1:
+            return self.force(value)
+        return value
+
+    def _input(self, value: ir.Value) -> Any:
+        type_ = self.found.type(value)
+        if type_.dtype is None or type_.shape is None:
+            raise Unsupported(f"input {value.name} has no type")
+        if type_.dtype not in storage.STORED:
+            raise Unsupported(f"input {value.name} has elements of type {type_.dtype.name}")
+        for dim in type_.shape:
+            for name in sympy.sympify(dim).free_symbols:
+                self._names.setdefault(str(name), tirx.Var(_identifier(str(name)), "int64"))
+        var = relax.Var(_identifier(value.name or "input"), self.tensor(type_.dtype, type_.shape))
+        self.values[value] = Ready(type_.dtype, type_.shape, var, type_.shape)
+        return var
+
+    def _output(self, value: ir.Value) -> Any:
+        ready = self.force(self.value(value))
+        type_ = self.found.type(value)
+        shape = ready.shape if type_.shape is None else type_.shape
+        if ready.stored_shape == shape:
+            if any(ready.var.same_as(p.var) for p, _ in self.parameters.values()):
+                return self.copied(ready).var
+            return ready.var
+        return self.builder.emit(relax.op.reshape(ready.var, self.relax_shape(shape)))
+
+    # -- values -------------------------------------------------------------------------------------
+
+    def value(self, value: ir.Value) -> Value:
+        """What a value of the graph was lowered to; constants become parameters here."""
+        if value not in self.values:
+            tensor = value.const_value
+            if tensor is None:
+                raise Unsupported(f"{value.name} comes from outside the graph")
+            self.values[value] = self.constant(value, tensor)
+        return self.values[value]
+
+    def constant(self, value: ir.Value, tensor: ir.TensorProtocol) -> Value:
+        """A constant: a literal where it has one element, else a parameter."""
+        shape = tuple(tensor.shape.numpy())
+        if tensor.dtype not in storage.STORED:
+            raise Unsupported(f"{tensor.dtype.name} tensors")
+        if tensor.size == 1 and storage.computed(tensor.dtype) == storage.STORED[tensor.dtype]:
+            return Scalar(tensor.dtype, shape, storage.array(tensor).reshape(-1)[0].item())
+        return self.parameter(
+            value.name or "constant", tensor.dtype, shape, lambda: storage.array(tensor), value
+        )
+
+    def parameter(
+        self,
+        name: str,
+        dtype: ir.DataType,
+        shape: Sequence[int],
+        make: Callable[[], Array],
+        key: object,
+    ) -> Ready:
+        """The parameter known as ``key``, made on first request."""
+        if key not in self.parameters:
+            dims_ = tuple(int(dim) for dim in shape)
+            var = relax.Var(f"p{len(self.parameters)}", self.tensor(dtype, dims_))
+            made = Parameter(name, var, storage.STORED[dtype], dims_, make)
+            self.parameters[key] = (made, Ready(dtype, dims_, var, dims_))
+        return self.parameters[key][1]
+
+    def force(self, value: Value) -> Ready:
+        """``value`` in memory."""
+        if isinstance(value, Ready):
+            return value
+        if value not in self._forced:
+            self._forced[value] = self._write(value)
+        return self._forced[value]
+
+    def _write(self, value: Value) -> Ready:
+        kernel = Kernel(self)
+        if isinstance(value, Pending):
+            out = kernel.write(value.dtype, value.shape)
+            shape = kernel.shape(value.shape)
+            schedule = value.build(kernel, general.into(out, value.dtype, shape))
+        else:
+            schedule = general.write(kernel, value)
+        return kernel.finish(schedule)[0]
+
+    def copied(self, value: Ready) -> Ready:
+        """A copy, where an output must not be an input or a parameter itself."""
+        kernel = Kernel(self)
+        schedule = general.write(kernel, value)
+        return kernel.finish(schedule)[0]
+
+    def operand(self, value: Value) -> Value:
+        """``value`` for reading inside a kernel: pending kernels are written first."""
+        return self.force(value) if isinstance(value, Pending) else value
+
+    # -- sizes --------------------------------------------------------------------------------------
+
+    def relax_size(self, dim: Dim) -> Expr:
+        """A dim as an expression of the Relax function."""
+        return sizes.to_expr(dim, lambda name: self._names[name])
+
+    def relax_shape(self, shape: Shape) -> Any:
+        """Dims as a Relax shape."""
+        return relax.ShapeExpr([self.relax_size(dim) for dim in shape])
+
+    def tensor(self, dtype: ir.DataType, shape: Shape) -> Any:
+        """A Relax tensor type."""
+        return relax.TensorType([self.relax_size(d) for d in shape], storage.STORED[dtype])
+
+    def size_from_data(self, value: Value, wanted: Sequence[Dim]) -> None:
+        """Let the names in ``wanted``, dims that only data decide, stand for the elements of ``value``.
+
+        ``value`` is an int64 vector as long as ``wanted``. It is read when the model runs.
+        """
+        ready = self.force(value)
+        shape = self.builder.emit(relax.op.tensor_to_shape(ready.var))
+        variables = []
+        for dim in wanted:
+            variable = tirx.Var(f"data{len(self._names)}", "int64")
+            if isinstance(dim, sympy.Symbol):
+                self._names.setdefault(str(dim), variable)
+                variable = self._names[str(dim)]
+            variables.append(variable)
+        self.builder.match_cast(shape, relax.ShapeType(variables))
+
+    def fresh(self, stem: str) -> sympy.Symbol:
+        """A size name that the model does not have."""
+        number = len(self._names)
+        while f"{stem}{number}" in self._names:
+            number += 1
+        return dims.symbol(f"{stem}{number}")
+
+    # -- kernels ------------------------------------------------------------------------------------
+
+    def call(
+        self,
+        function: Any,
+        inputs: Sequence[Any],
+        outputs: Sequence[tuple[ir.DataType, Shape]],
+        names: Sequence[str],
+        schedule: str,
+    ) -> list[Ready]:
+        """Emit a call; an equal kernel that exists already is used instead."""
+        target = self._function(function, schedule)
+        out_types = [self.tensor(dtype, shape) for dtype, shape in outputs]
+        arguments = [*inputs, *(self._names[name] for name in names)]
+        result = self.builder.emit(relax.call_tir(target, arguments, out_types))
+        if len(outputs) == 1:
+            parts = [result]
+        else:
+            parts = [
+                self.builder.emit(relax.TupleGetItem(result, index))
+                for index in range(len(outputs))
+            ]
+        return [
+            Ready(dtype, shape, var, shape)
+            for (dtype, shape), var in zip(outputs, parts, strict=True)
+        ]
+
+    def _function(self, function: Any, schedule: str) -> Any:
+        key = int(tvm_ffi.structural_hash(function))
+        for known, target in self._functions.setdefault(key, []):
+            if tvm_ffi.structural_equal(known, function):
+                return target
+        stem = schedule.replace(".", "_")
+        number = self._counts.get(stem, 0)
+        self._counts[stem] = number + 1
+        name = f"{stem}_{number}"
+        target = self.builder.add_func(function.with_attr("global_symbol", name), name)
+        self._functions[key].append((function, target))
+        return target
+
+
+def _gap(node: ir.Node, error: Unsupported) -> Diagnostic:
+    return Diagnostic(
+        "tvm.unsupported",
+        f"{node.op_type}: {error}" if node.op_type not in str(error) else str(error),
+        at=show_node(node),
+        where=location(node),
+        help="export this model with target onnx",
+    )
+
+
+def _identifier(name: str) -> str:
+    text = "".join(c if c.isalnum() else "_" for c in name)
+    return text if text[:1].isalpha() else f"v_{text}"
+
+
+def _count_uses(graph: ir.Graph) -> Mapping[ir.Value, int]:
+    counts: dict[ir.Value, int] = {}
+    for inner in (graph, *graph.subgraphs()):
+        for node in inner:
+            for value in node.inputs:
+                if value is not None:
+                    counts[value] = counts.get(value, 0) + 1
+    for value in graph.outputs:
+        counts[value] = counts.get(value, 0) + 2  # an output is in memory
+    return counts

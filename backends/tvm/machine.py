@@ -1,0 +1,91 @@
+"""What the CPU offers: vector widths, and the shape of the register tile that fits its registers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from netlathe.diagnostics import Diagnostic, OptionError, did_you_mean
+
+# Feature level -> (LLVM's mcpu, flags that /proc/cpuinfo must show). The levels are x86-64-v3 and v4
+# of the psABI; both include FMA.
+_V3 = ("avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "movbe")
+_V4 = (*_V3, "avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl")
+LEVELS: Mapping[str, tuple[str, tuple[str, ...]]] = {
+    "avx2": ("x86-64-v3", _V3),
+    "avx512": ("x86-64-v4", _V4),
+}
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A feature level: ``bytes`` of a vector register, how many there are, and their tile."""
+
+    level: str
+    mcpu: str
+    features: tuple[str, ...]
+    vector_bytes: int
+    registers: int
+
+    def lanes(self, dtype: str) -> int:
+        """How many elements of a TIR dtype one vector holds."""
+        width = 1 if dtype == "bool" else np.dtype(dtype).itemsize
+        return self.vector_bytes // max(width, 4)  # narrower ones are widened to be computed with
+
+    def tile(self, width: int) -> tuple[int, int]:
+        """(rows, vectors) of the register tile for a product with ``width`` columns of vectors.
+
+        rows * vectors accumulators, one vector of B at a time for each of ``vectors``, and one
+        broadcast element of A must fit. On AVX-512: 8 x 3, 12 x 2, 14 x 1; on AVX2: 4 x 3, 6 x 2.
+        """
+        choices = (
+            ((8, 3), (6, 4), (12, 2), (14, 1)) if self.registers == 32 else ((6, 2), (4, 3), (8, 1))
+        )
+        for rows, vectors in choices:
+            if width % vectors == 0:
+                return rows, vectors
+        return choices[0]
+
+
+def machine(level: str) -> Machine:
+    """The machine of a feature level; ``native`` is the best one that this CPU has.
+
+    Raises:
+        OptionError: there is no such level, or none that this CPU has.
+    """
+    if level == "native":
+        level = native()
+    if level not in LEVELS:
+        raise OptionError(
+            Diagnostic(
+                "tvm.features",
+                f"there is no feature level {level!r}",
+                help=did_you_mean(level, [*LEVELS, "native"]),
+            )
+        )
+    mcpu, features = LEVELS[level]
+    wide = level == "avx512"
+    return Machine(level, mcpu, features, 64 if wide else 32, 32 if wide else 16)
+
+
+def native() -> str:
+    """The best feature level that this CPU has.
+
+    Raises:
+        OptionError: it has none.
+    """
+    from netlathe.backends.tvm.runtime import cpu_features
+
+    have = cpu_features()
+    for level in ("avx512", "avx2"):
+        if have.issuperset(LEVELS[level][1]):
+            return level
+    raise OptionError(
+        Diagnostic(
+            "tvm.cpu",
+            "this CPU lacks AVX2 or FMA, the least that kernels are generated for",
+            help="choose features='avx2' to build for another machine",
+        )
+    )

@@ -1,0 +1,24 @@
+"""The op table: ONNX operator -> the row that lowers it."""
+
+from __future__ import annotations
+
+from netlathe.backends.tvm.ops import (
+    attention,
+    contraction,
+    elementwise,
+    movement,
+    norm,
+    reduction,
+)
+from netlathe.backends.tvm.ops.op import Op, Rule
+
+RULES: dict[str, Rule] = {
+    **elementwise.ROWS,
+    **movement.ROWS,
+    **contraction.ROWS,
+    **reduction.ROWS,
+    **norm.ROWS,
+    **attention.ROWS,
+}
+
+__all__ = ["RULES", "Op", "Rule"]

@@ -1,0 +1,323 @@
+"""Loads and runs an artifact of NetLathe's TVM backend; this file is copied into every artifact.
+
+    model = load("folder", threads=2)
+    outputs = model(input_ids=ids, attention_mask=mask)      # a dict of numpy arrays
+
+It needs Python 3.10, numpy, ``apache-tvm-ffi`` and ``libtvm_runtime.so`` (from the ``apache-tvm``
+wheel, from this folder, or wherever NETLATHE_TVM_RUNTIME points). No compiler, torch or onnx.
+
+Nothing of the model's library runs before the CPU is known to have the instructions it was built for.
+"""
+
+from __future__ import annotations
+
+import ast
+import ctypes
+import importlib.util
+import json
+import operator
+import os
+import platform
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+META_FILE = "meta.json"
+LIBRARY_FILE = "model.so"
+PARAMETERS_FILE = "params.bin"
+FORMAT = 1
+ALIGNMENT = 64  # bytes; vectors are loaded from aligned addresses
+
+_RUNTIME = "libtvm_runtime.so"
+_CPU = 1  # DLPack's device type
+_POOLED = 2  # the allocator that keeps memory for the next run
+_loaded: list[ctypes.CDLL] = []
+
+
+class ArtifactError(Exception):
+    """The artifact cannot be used here, or not with these inputs; the message says why."""
+
+
+def cpu_features() -> frozenset[str]:
+    """What the kernel says this CPU can do, in its own names."""
+    try:
+        text = Path("/proc/cpuinfo").read_text("utf-8")
+    except OSError:
+        return frozenset()
+    for line in text.splitlines():
+        if line.startswith("flags"):
+            return frozenset(line.partition(":")[2].split())
+    return frozenset()
+
+
+def load(folder: str | os.PathLike[str], *, threads: int | None = None) -> Model:
+    """The model in ``folder``.
+
+    ``threads`` holds for the process: TVM has one pool. None leaves it as it is, which is one thread
+    per core, or TVM_NUM_THREADS.
+
+    Raises:
+        ArtifactError: files are missing or of another version, or the CPU lacks instructions.
+    """
+    return Model(Path(folder), threads)
+
+
+class Model:
+    """An artifact in memory. ``inputs`` and ``outputs`` are the records of ``meta.json``."""
+
+    def __init__(self, folder: Path, threads: int | None = None) -> None:
+        self.meta = _read_meta(folder)
+        self.inputs: list[dict[str, Any]] = self.meta["inputs"]
+        self.outputs: list[dict[str, Any]] = self.meta["outputs"]
+        _check_cpu(self.meta)
+        _load_runtime(folder)
+        import tvm_ffi
+
+        self._ffi = tvm_ffi
+        if threads is not None:
+            set_threads(threads)
+        self._parameters = [tvm_ffi.from_dlpack(a) for a in _parameters(folder, self.meta)]
+        library = tvm_ffi.load_module(os.fspath(folder / LIBRARY_FILE))
+        self._machine = library["vm_load_executable"]()
+        self._machine["vm_initialization"](_CPU, 0, _POOLED)
+        self._main = self._machine["main"]
+
+    def __call__(self, **feeds: npt.ArrayLike) -> dict[str, npt.NDArray[Any]]:
+        """Run once; see :meth:`run`."""
+        return self.run({name: np.asarray(value) for name, value in feeds.items()})
+
+    def run(self, feeds: Mapping[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
+        """Run once: arrays by input name to arrays by output name.
+
+        Raises:
+            ArtifactError: a name, dtype or shape is not the model's.
+        """
+        arrays = check_feeds(self.inputs, feeds)
+        given = [self._ffi.from_dlpack(_aligned(array)) for array in arrays]
+        results = self._main(*given, *self._parameters)
+        return {
+            record["name"]: _restored(np.from_dlpack(result), record["dtype"])
+            for record, result in zip(self.outputs, results, strict=True)
+        }
+
+
+def set_threads(count: int) -> None:
+    """Let kernels use ``count`` threads, in the whole process.
+
+    Raises:
+        ArtifactError: ``count`` is below 1.
+    """
+    if count < 1:
+        raise ArtifactError(f"threads must be at least 1, got {count}")
+    import tvm_ffi
+
+    tvm_ffi.get_global_func("runtime.config_threadpool")(1, count)
+
+
+# -- inputs ----------------------------------------------------------------------------------------
+
+
+def check_feeds(
+    inputs: list[dict[str, Any]], feeds: Mapping[str, npt.NDArray[Any]]
+) -> list[npt.NDArray[Any]]:
+    """The feeds in the order of ``inputs``, as they lie in memory.
+
+    Raises:
+        ArtifactError: with everything that is wrong about them.
+    """
+    problems: list[str] = []
+    known = {record["name"] for record in inputs}
+    problems += [f"there is no input named {name!r}" for name in feeds if name not in known]
+    problems += [f"input {name!r} is missing" for name in known if name not in feeds]
+    sizes: dict[str, tuple[int, str]] = {}
+    arrays: list[npt.NDArray[Any]] = []
+    later: list[tuple[str, str, int]] = []
+    for record in inputs:
+        name = record["name"]
+        if name not in feeds:
+            continue
+        array = _stored(np.asarray(feeds[name]), record)
+        if array is None:
+            problems.append(f"input {name!r} is {feeds[name].dtype}, not {record['dtype']}")
+            continue
+        shape: list[int | str] = record["shape"]
+        if array.ndim != len(shape):
+            problems.append(f"input {name!r} has {array.ndim} dims, not {len(shape)}: {shape}")
+            continue
+        for axis, (size, wanted) in enumerate(zip(array.shape, shape, strict=True)):
+            where = f"axis {axis} of input {name!r}"
+            if isinstance(wanted, int):
+                if size != wanted:
+                    problems.append(f"{where} is {size}, not {wanted}")
+            elif not wanted.isidentifier():
+                later.append((where, wanted, size))
+            elif sizes.setdefault(wanted, (size, where))[0] != size:
+                before, other = sizes[wanted]
+                problems.append(f"{where} is {size}, but {other} is {before}: both are {wanted!r}")
+        arrays.append(array)
+    for where, wanted, size in later:
+        value = _evaluate(wanted, {name: number for name, (number, _) in sizes.items()})
+        if value is not None and value != size:
+            problems.append(f"{where} is {size}, not {wanted} = {value}")
+    if problems:
+        raise ArtifactError("; ".join(problems) + f". The inputs are {describe(inputs)}")
+    return arrays
+
+
+def describe(inputs: list[dict[str, Any]]) -> str:
+    """``input_ids: int64[batch,sequence], ...``."""
+    return ", ".join(
+        f"{r['name']}: {r['dtype']}[{','.join(str(d) for d in r['shape'])}]" for r in inputs
+    )
+
+
+def _stored(array: npt.NDArray[Any], record: dict[str, Any]) -> npt.NDArray[Any] | None:
+    """The array in its type in memory; None if it is of another type."""
+    if array.dtype.name == record["dtype"]:
+        if record["dtype"] == record["stored"]:
+            return array
+        if array.dtype.itemsize == np.dtype(record["stored"]).itemsize:
+            if record["dtype"].startswith(("int", "uint")):
+                return array.astype(record["stored"])
+            same: npt.NDArray[Any] = np.ascontiguousarray(array).view(record["stored"])
+            return same
+    # Without the type's own package, bits may be passed.
+    return array if array.dtype.name == record["stored"] != record["dtype"] else None
+
+
+def _restored(array: npt.NDArray[Any], dtype: str) -> npt.NDArray[Any]:
+    """An output in its own type, where this process has it; else its bits."""
+    if array.dtype.name == dtype:
+        return array
+    if importlib.util.find_spec("ml_dtypes") is None:
+        return array
+    import ml_dtypes
+
+    own = np.dtype(getattr(ml_dtypes, dtype))
+    return array.astype(own) if dtype.startswith(("int", "uint")) else array.view(own)
+
+
+def _aligned(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """The array contiguous, writable (DLPack cannot say otherwise) and at an aligned address."""
+    if (
+        array.flags.c_contiguous
+        and array.flags.writeable
+        and array.ctypes.data % ALIGNMENT == 0
+        and array.dtype.isnative
+    ):
+        return array
+    room = np.empty(array.nbytes + ALIGNMENT, np.uint8)
+    start = -room.ctypes.data % ALIGNMENT
+    copy = room[start : start + array.nbytes].view(array.dtype.newbyteorder("="))
+    copy = copy.reshape(array.shape)
+    copy[...] = array
+    return copy
+
+
+_OPERATORS: Mapping[type, Callable[[int, int], int]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.FloorDiv: operator.floordiv,
+    ast.Div: operator.floordiv,
+}
+
+
+def _evaluate(text: str, sizes: Mapping[str, int]) -> int | None:
+    """A dim such as ``past + sequence``; None where it has more to it than arithmetic on names."""
+
+    def value(node: ast.expr) -> int | None:
+        if isinstance(node, ast.Constant) and isinstance(node.value, int):
+            return node.value
+        if isinstance(node, ast.Name):
+            return sizes.get(node.id)
+        if isinstance(node, ast.BinOp) and type(node.op) in _OPERATORS:
+            left, right = value(node.left), value(node.right)
+            if left is None or right is None or (right == 0 and isinstance(node.op, ast.Div)):
+                return None
+            return _OPERATORS[type(node.op)](left, right)
+        return None
+
+    try:
+        return value(ast.parse(text, mode="eval").body)
+    except SyntaxError:
+        return None
+
+
+# -- files -----------------------------------------------------------------------------------------
+
+
+def _read_meta(folder: Path) -> dict[str, Any]:
+    for name in (META_FILE, LIBRARY_FILE, PARAMETERS_FILE):
+        if not (folder / name).is_file():
+            raise ArtifactError(f"{folder} is no artifact of the TVM backend: it has no {name}")
+    try:
+        meta: dict[str, Any] = json.loads((folder / META_FILE).read_text("utf-8"))
+    except ValueError as error:
+        raise ArtifactError(f"{folder / META_FILE} is damaged: {error}") from error
+    if meta.get("format") != FORMAT:
+        raise ArtifactError(
+            f"{folder} has format {meta.get('format')}, and this loader reads format {FORMAT}:"
+            " use the runtime.py that lies in the artifact"
+        )
+    size = (folder / PARAMETERS_FILE).stat().st_size
+    if size != meta["parameter_bytes"]:
+        raise ArtifactError(
+            f"{folder / PARAMETERS_FILE} has {size} bytes, not {meta['parameter_bytes']}: it is cut off"
+        )
+    return meta
+
+
+def _check_cpu(meta: Mapping[str, Any]) -> None:
+    if platform.machine() != meta["architecture"]:
+        raise ArtifactError(
+            f"the artifact is for {meta['architecture']}, and this is {platform.machine()}"
+        )
+    if missing := sorted(set(meta["cpu_features"]) - cpu_features()):
+        raise ArtifactError(
+            f"this CPU lacks {', '.join(missing)}: the artifact was built for"
+            f" features={meta['features']!r}; build it with features='avx2'"
+        )
+
+
+def _load_runtime(folder: Path) -> None:
+    """Load libtvm_runtime.so, whose functions the model's library calls."""
+    if _loaded:
+        return
+    for path in _runtime_candidates(folder):
+        if path.is_file():
+            import tvm_ffi  # noqa: F401  # the runtime needs its library
+
+            _loaded.append(ctypes.CDLL(os.fspath(path), mode=ctypes.RTLD_GLOBAL))
+            return
+    raise ArtifactError(
+        f"{_RUNTIME} was not found: install apache-tvm, or point NETLATHE_TVM_RUNTIME at the file"
+    )
+
+
+def _runtime_candidates(folder: Path) -> list[Path]:
+    found = []
+    if named := os.environ.get("NETLATHE_TVM_RUNTIME"):
+        found.append(Path(named))
+    found.append(folder / _RUNTIME)
+    spec = importlib.util.find_spec("tvm")
+    if spec is not None and spec.origin is not None:
+        found.append(Path(spec.origin).parent / "lib" / _RUNTIME)
+    return found
+
+
+def _parameters(folder: Path, meta: Mapping[str, Any]) -> list[npt.NDArray[Any]]:
+    """The constants, mapped from the file: pages are read when a kernel needs them."""
+    if not meta["parameters"]:
+        return []
+    # Private and writable: DLPack refuses read-only memory, and nobody writes.
+    data = np.memmap(folder / PARAMETERS_FILE, np.uint8, mode="c")
+    arrays = []
+    for record in meta["parameters"]:
+        start, count = record["offset"], record["bytes"]
+        array = data[start : start + count].view(np.dtype(record["dtype"]))
+        arrays.append(array.reshape(record["shape"]))
+    return arrays

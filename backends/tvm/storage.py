@@ -1,0 +1,92 @@
+"""How elements lie in memory and in which type they are computed with.
+
+======================  ===============  ==============  ==========================================
+ONNX type               in memory        computed in     note
+======================  ===============  ==============  ==========================================
+FLOAT, DOUBLE, ints     the same         the same
+BOOL                    bool             bool
+FLOAT16                 float16          float32         rounded after every operator
+BFLOAT16                uint16 (bits)    float32         likewise, to nearest even
+FLOAT8*, FLOAT4E2M1     uint8 (bits)     float32         likewise
+INT4, UINT4, INT2, ...  int8, uint8      the same        one element a byte
+======================  ===============  ==============  ==========================================
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from netlathe.backends.tvm import bits
+from netlathe.backends.tvm.tir import Expr, cast
+
+D = ir.DataType
+
+_PLAIN: Mapping[D, str] = {
+    D.FLOAT: "float32",
+    D.DOUBLE: "float64",
+    D.FLOAT16: "float16",
+    D.INT8: "int8",
+    D.INT16: "int16",
+    D.INT32: "int32",
+    D.INT64: "int64",
+    D.UINT8: "uint8",
+    D.UINT16: "uint16",
+    D.UINT32: "uint32",
+    D.UINT64: "uint64",
+    D.BOOL: "bool",
+}
+_BITS: Mapping[D, str] = {D.BFLOAT16: "uint16", **{dtype: "uint8" for dtype in bits.FORMATS}}
+_PACKED: Mapping[D, str] = {D.INT4: "int8", D.UINT4: "uint8", D.INT2: "int8", D.UINT2: "uint8"}
+
+STORED: Mapping[D, str] = {**_PLAIN, **_BITS, **_PACKED}
+
+
+def computed(dtype: D) -> str:
+    """The TIR dtype that values of ``dtype`` have in expressions."""
+    if dtype in _BITS or dtype == D.FLOAT16:
+        return "float32"
+    return STORED[dtype]
+
+
+def load(dtype: D, stored: Expr) -> Expr:
+    """A stored element as the value it is computed with."""
+    if dtype == D.FLOAT16:
+        return cast(stored, "float32")
+    if dtype == D.BFLOAT16:
+        return bits.from_bfloat16(stored)
+    if dtype in bits.FORMATS:
+        return bits.from_small(stored, bits.FORMATS[dtype])
+    return stored
+
+
+def store(dtype: D, value: Expr) -> Expr:
+    """A computed value as it is stored: rounded to nearest even, saturated where the type has no inf."""
+    if dtype == D.FLOAT16:
+        return cast(value, "float16")
+    if dtype == D.BFLOAT16:
+        return bits.to_bfloat16(value)
+    if dtype in bits.FORMATS:
+        return bits.to_small(value, bits.FORMATS[dtype], saturate=True)
+    return cast(value, STORED[dtype])
+
+
+def rounded(dtype: D, value: Expr) -> Expr:
+    """A computed value as it is after it was stored and loaded."""
+    if dtype in _BITS or dtype == D.FLOAT16:
+        return load(dtype, store(dtype, value))
+    return value
+
+
+def array(tensor: ir.TensorProtocol) -> npt.NDArray[Any]:
+    """A constant as it lies in memory."""
+    values = np.ascontiguousarray(tensor.numpy())
+    if tensor.dtype in _BITS:
+        return values.view(_BITS[tensor.dtype])
+    if tensor.dtype in _PACKED:
+        return values.astype(_PACKED[tensor.dtype])
+    return values.astype(STORED[tensor.dtype], copy=False)

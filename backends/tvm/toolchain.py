@@ -1,0 +1,69 @@
+"""Imports TVM once the installed versions are known to work together.
+
+Generated code is checked against `apache-tvm` 0.27.0.post1. With `apache-tvm-ffi` 0.1.15 that wheel
+crashes the process, which no exception handler sees, so versions are read from package metadata first.
+"""
+
+from __future__ import annotations
+
+import re
+from importlib import metadata
+
+from netlathe.diagnostics import Diagnostic, LowerError, missing_extra
+
+TVM_VERSION = "0.27.0.post1"
+FFI_LEAST = (0, 1, 14, 0)  # 0.1.14.post0
+FFI_BELOW = (0, 1, 15)
+
+
+def installed() -> tuple[str, str]:
+    """Versions of apache-tvm and apache-tvm-ffi.
+
+    Raises:
+        MissingExtraError: one of them is not installed.
+    """
+    found = []
+    for package in ("apache-tvm", "apache-tvm-ffi"):
+        try:
+            found.append(metadata.version(package))
+        except metadata.PackageNotFoundError:
+            raise missing_extra("tvm", package, "target tvm-x86") from None
+    return found[0], found[1]
+
+
+def check() -> None:
+    """Refuse versions that are known to crash; nothing is loaded before this.
+
+    Raises:
+        MissingExtraError: TVM is not installed.
+        LowerError: it is, in versions that do not work together.
+    """
+    tvm, ffi = installed()
+    problems = []
+    if tvm != TVM_VERSION:
+        problems.append(
+            Diagnostic(
+                "tvm.version",
+                f"apache-tvm {tvm} is installed, and the backend is built for {TVM_VERSION}",
+                help=f"pip install apache-tvm=={TVM_VERSION} 'apache-tvm-ffi>=0.1.14.post0,<0.1.15'",
+            )
+        )
+    if not _ffi_works(ffi):
+        problems.append(
+            Diagnostic(
+                "tvm.ffi_version",
+                f"apache-tvm-ffi {ffi} crashes apache-tvm {TVM_VERSION}; nothing was loaded",
+                notes=("versions 0.1.14.post0 up to, not including, 0.1.15 work",),
+                help="pip install 'apache-tvm-ffi>=0.1.14.post0,<0.1.15'",
+            )
+        )
+    if problems:
+        raise LowerError(problems)
+
+
+def _ffi_works(version: str) -> bool:
+    match = re.fullmatch(r"(\d+)\.(\d+)\.(\d+)(?:\.post(\d+))?", version)
+    if match is None:
+        return False
+    major, minor, patch, post = (int(part) if part is not None else -1 for part in match.groups())
+    return FFI_LEAST <= (major, minor, patch, post) and (major, minor, patch) < FFI_BELOW

@@ -1,0 +1,170 @@
+"""Values while they are lowered: in memory, an expression that is not computed yet, or a pending kernel.
+
+Whatever has one reader is not written to memory: an elementwise or movement operator becomes an
+expression of its operands (:class:`Lazy`) and ends up inside the kernel that reads it; what follows
+a matrix product, one element at a time, is appended to the product's own kernel (:class:`Pending`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import onnx_ir as ir
+from tvm import tirx
+
+from netlathe.backends.tvm import storage
+from netlathe.backends.tvm.kernel import Kernel
+from netlathe.backends.tvm.tir import Code, Expr, Index, flat_index, i64, known, select
+from netlathe.ir.dims import Dim, Shape
+
+# at(code, index) -> the element, computed by the kernel that `code` belongs to
+Element = Callable[[Code, Index], Expr]
+# What a load counts as: it is always kept under a name.
+_LOAD = 16
+# store(code, index, element): what a pending kernel does with each of its results
+Store = Callable[[Code, Index, Expr], None]
+
+
+@dataclass(eq=False)
+class Value:
+    """``dtype`` and ``shape`` as the type inference derived them."""
+
+    dtype: ir.DataType
+    shape: Shape
+
+    @property
+    def rank(self) -> int:
+        """Number of dims."""
+        return len(self.shape)
+
+    def at(self, code: Code, index: Index) -> Expr:
+        """The element at ``index``, in the type it is computed with."""
+        raise NotImplementedError
+
+    @property
+    def is_one(self) -> bool:
+        """Whether there is exactly one element, for all sizes."""
+        return all(dim == 1 for dim in self.shape)
+
+
+@dataclass(eq=False)
+class Ready(Value):
+    """A tensor in memory, contiguous. ``shape`` may be another view of it than ``stored_shape``."""
+
+    var: Any = None  # the relax variable
+    stored_shape: Shape = ()
+
+    def at(self, code: Code, index: Index) -> Expr:
+        """Load one element; a single index into a tensor of several dims counts its elements."""
+        buffer = code.kernel.read(self)
+        if len(index) == 1 and self.rank != 1:
+            position = index[0]
+        else:
+            position = flat_index(index, code.kernel.shape(self.shape))
+        return code.remembered(
+            self,
+            index,
+            lambda: storage.load(self.dtype, tirx.BufferLoad(buffer, [position])),
+            _LOAD,
+        )
+
+    def viewed(self, shape: Shape) -> Ready:
+        """The same elements in the same order under another shape."""
+        return replace(self, shape=shape)
+
+
+@dataclass(eq=False)
+class Scalar(Value):
+    """A constant with one element, written into the kernels that read it."""
+
+    value: Any = 0
+
+    def at(self, code: Code, index: Index) -> Expr:
+        """The literal."""
+        return tirx.const(self.value, storage.computed(self.dtype))
+
+
+@dataclass(eq=False)
+class Lazy(Value):
+    """An expression. ``flat``: may be indexed by element number, because every operand has this very
+    shape or one element. ``cheap``: costs no more than a load. ``unit``: neighbours along the last
+    axis are neighbours in memory.
+    """
+
+    element: Element = field(default=lambda code, index: i64(0))
+    flat: bool = False
+    cheap: bool = False
+    unit: bool = False
+    cost: int = 1  # operators in the expression
+
+    def at(self, code: Code, index: Index) -> Expr:
+        """Compute one element, once per index and block."""
+        return code.remembered(
+            self,
+            index,
+            lambda: storage.rounded(self.dtype, self.element(code, index)),
+            self.cost,
+        )
+
+
+@dataclass(eq=False)
+class Known(Value):
+    """A small integer tensor whose elements are sizes known by name: nothing is computed."""
+
+    contents: tuple[Dim, ...] = ()
+
+    def at(self, code: Code, index: Index) -> Expr:
+        """The element, chosen by position."""
+        dtype = storage.computed(self.dtype)
+        items = [code.kernel.size(dim) for dim in self.contents]
+        position = index[0] if index else i64(0)
+        number = known(position)
+        if number is not None:
+            return _as(items[number], dtype)
+        result = items[-1]
+        for number in range(len(items) - 2, -1, -1):
+            result = select(position == i64(number), items[number], result)
+        return code.remembered(self, index, lambda: _as(result, dtype))
+
+
+def _as(expr: Expr, dtype: str) -> Expr:
+    return expr if dtype == "int64" else tirx.Cast(dtype, expr)
+
+
+@dataclass(eq=False)
+class Pending(Value):
+    """A kernel that is not written yet: ``build`` writes it and hands every result to ``store``.
+
+    What follows elementwise or moves elements one to one is appended with :meth:`then`, until the
+    value is needed in memory.
+    """
+
+    build: Callable[[Kernel, Store], str] = field(default=lambda kernel, store: "")
+    keeps_last: bool = True  # whether results come as vectors along the last axis
+
+    def then(
+        self,
+        function: Callable[[Code, Index, Expr], Expr],
+        dtype: ir.DataType,
+        shape: Shape | None = None,
+        index: Callable[[Index], Index] | None = None,
+    ) -> Pending:
+        """The kernel with ``function`` applied to each result, stored at ``index`` of ``shape``.
+
+        ``function`` sees the index in the new shape.
+        """
+
+        def build(kernel: Kernel, store: Store) -> str:
+            def store_result(code: Code, at: Index, element: Expr) -> None:
+                moved = at if index is None else index(at)
+                store(code, moved, storage.rounded(dtype, function(code, moved, element)))
+
+            return self.build(kernel, store_result)
+
+        return Pending(dtype, self.shape if shape is None else shape, build)
+
+    def at(self, code: Code, index: Index) -> Expr:
+        """Not before it is in memory."""
+        raise AssertionError("a pending kernel is read before it is written")
