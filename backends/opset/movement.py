@@ -26,6 +26,9 @@ def _axes(b: Builder, axes: list[int], rank: int) -> list[int]:
 def pad(b: Builder) -> list[ir.Value] | None:
     """Pad: its axes (18) become pads for every dim; wrap mode (19) becomes a Gather per axis."""
     x, pads, fill = b.need(0), b.need(1), b.input(2)
+    mode = b.attribute("mode", "constant")
+    if b.opset >= (19 if mode == "wrap" else 18):
+        return None
     rank = b.rank(x)
     axes = list(range(rank))
     if b.input(3) is not None:
@@ -33,11 +36,8 @@ def pad(b: Builder) -> list[ir.Value] | None:
         if found is None:
             raise Gap("the axes of Pad are not constant")
         axes = _axes(b, [int(a) for a in found], rank)
-    mode = b.attribute("mode", "constant")
-    if mode == "wrap" and b.opset < 19:
+    if mode == "wrap":
         return [_wrapped(b, x, pads, axes)]
-    if b.opset >= 18:
-        return None
     if b.input(3) is not None:
         count = len(axes)
         index = [axes.index(a) if a in axes else 2 * count for a in range(rank)]
