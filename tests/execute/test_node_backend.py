@@ -120,6 +120,14 @@ class TestTheList:
         assert len(_all_cases()) == STATED["total"]
         assert len(CASES) == STATED["in_scope"]
 
+    def test_counts_in_the_terms_of_the_plan(self) -> None:
+        """It counts by names and leaves out 16 more: ImageDecoder, ai.onnx.ml, ReverseSequence."""
+        left_out = ("test_image_decoder_", "test_ai_onnx_ml_", "test_reversesequence_")
+        planned = [case for case in CASES if not case.name.startswith(left_out)]
+        assert len(planned) == STATED["planned"]
+        passing = [case for case in planned if case.name not in EXCLUDED]
+        assert len(passing) == STATED["planned_passing"] >= 0.95 * len(planned)
+
     def test_every_excluded_test_is_in_scope(self) -> None:
         assert EXCLUDED.keys() <= {case.name for case in CASES}
 
