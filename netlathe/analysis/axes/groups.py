@@ -21,7 +21,16 @@ import onnx_ir as ir
 
 from netlathe.analysis.axes import algebra
 from netlathe.analysis.axes.algebra import Axis, find
-from netlathe.analysis.axes.relate import EVERY, Edit, Listing, Pin, Related, Use, relate
+from netlathe.analysis.axes.relate import (
+    EVERY,
+    Edit,
+    Listing,
+    Pin,
+    Related,
+    Relation,
+    Use,
+    relate,
+)
 from netlathe.ir.provenance import module_path
 
 
@@ -79,6 +88,16 @@ class Axes:
     def by_atom(self) -> Mapping[Axis, Group]:
         """The group of each atom."""
         return {group.atom: group for group in self.groups}
+
+    @cached_property
+    def letters(self) -> Mapping[Axis, list[tuple[Relation, str]]]:
+        """For each atom, the letters of signatures whose axis has it."""
+        found: dict[Axis, list[tuple[Relation, str]]] = defaultdict(list)
+        for relation in self.related.relations:
+            for letter, axis in relation.axes.items():
+                for atom in algebra.atoms(axis):
+                    found[atom].append((relation, letter))
+        return found
 
     def of(self, value: ir.Value, dim: int) -> tuple[Group, ...]:
         """The groups that a dim is made of, in order; atoms of unknown size belong to none."""

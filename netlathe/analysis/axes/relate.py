@@ -102,6 +102,7 @@ class Related:
     """The axes of a model, before they are sorted into groups."""
 
     model: ir.Model
+    boundary: bool  # whether graph inputs and outputs pin
     axes: dict[ir.Value, tuple[Axis, ...]] = field(default_factory=dict)
     relations: list[Relation] = field(default_factory=list)
     uses: list[Use] = field(default_factory=list)
@@ -123,7 +124,7 @@ def relate(model: ir.Model, *, boundary: bool = True) -> Related:
 
 class _Walk:
     def __init__(self, model: ir.Model, boundary: bool) -> None:
-        self.found = Related(model)
+        self.found = Related(model, boundary)
         self.graph = model.graph
         self.boundary = boundary
         self.space = Space(self._misfit)

@@ -279,7 +279,7 @@ CASES: list[Case] = [
     Case("Where", "y = Where(c, x, w)", {"c": bools("b 1"), "x": "a b c", "w": "c"}),
     Case("Clip", "y = Clip(x, low)", {"x": "a b", "low": floats(0.1)}),
     Case("Cast", "y = Cast<to=7>(x)", {"x": "a b"}),
-    Case("Cast float", "y = Cast<to=10>(x)", {"x": "a b"}),
+    Case("Cast float", "y = Cast<to=11>(x)", {"x": "a b"}),
     *_reductions(),
     Case("ArgMax", "y = ArgMax<axis=1, keepdims=0>(x)", {"x": "a b c"}, {"x": -_INF}),
     Case("ArgMin", "y = ArgMin<axis=0, keepdims=1>(x)", {"x": "a b c"}, {"x": _INF}),

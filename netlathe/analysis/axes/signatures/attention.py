@@ -25,13 +25,15 @@ def _attention(s: Site) -> Signature:
     inputs = f"{query}, {key}, {value}, {mask}?, {past[0]}?, {past[1]}?, b?"
     outputs = [out, f"b n {total} h", f"b n {total} v", f"b (n r) s {total}"]
     stated = {"q_num_heads": "(n r)", "kv_num_heads": "n"}  # 4-D inputs may leave them out
+    # The caches that it gives out are keys and values as they come in.
+    plain = len(s.node.outputs) == 1 and not s.has(4)
     sequence = "s t" + " p" * s.has(4) + " m" * mask.endswith("m")
     return Signature(
         f"{inputs} -> {', '.join(outputs[: len(s.node.outputs)])}",
         uses={name: term for name, term in stated.items() if s.integer(name)},
         fixed={sequence: _SEQUENCE},
-        linear="2",
-        inner="0*1",
+        linear="2" if plain else "",
+        inner="0*1" if plain else "",
     )
 
 
@@ -67,7 +69,7 @@ def _rotary(s: Site) -> Signature:
         sizes={"two": 2},
         uses={name: term for name, term in stated.items() if s.integer(name)},
         fixed={"two": _PAIRS},
-        linear="0*1 + 0*2",
+        linear="0*1 + 0*2" + " + 0" * (turned < width // heads),
         reads={3: "m"} if s.has(3) else {},
     )
 

@@ -184,7 +184,9 @@ def _pad(s: Site) -> Signature:
         sizes=sizes,
         uses=uses,
         fixed=fixed,
-        linear="0",
+        linear="0"
+        if not s.has(2) or s.number(2) == 0
+        else "",  # other constants do not scale along
         moves=not s.has(2),
     )
 
