@@ -223,7 +223,7 @@ class Session:
         for node in self._graph:
             if node not in needed:
                 continue
-            sizes = {v.name: _bytes(v) for v in _reads(node) if v.name and v.is_initializer()}
+            sizes = {v.name: _held(node, v) for v in _reads(node) if v.name and v.is_initializer()}
             new = sum(count for name, count in sizes.items() if name not in held)
             wanted = self._opset_for(node)
             if ranges[-1] and (size + new > max_bytes or wanted != opset):
@@ -494,8 +494,16 @@ def _is_weight(value: ir.Value) -> bool:
     return value.is_initializer() and value.const_value is not None and not value.is_graph_input()
 
 
-def _bytes(value: ir.Value) -> int:
-    return value.const_value.nbytes if value.const_value is not None else 0
+def _held(node: ir.Node, weight: ir.Value) -> int:
+    """Bytes that ``weight`` takes while ``node`` runs.
+
+    Dequantized weights count: where ONNX Runtime expands a node, it makes all of them first.
+    """
+    tensor = weight.const_value
+    if tensor is None:
+        return 0
+    wide = 4 * tensor.size if node.op_type == "DequantizeLinear" else 0  # float32
+    return tensor.nbytes + wide
 
 
 def _reads(node: ir.Node) -> Iterator[ir.Value]:

@@ -23,7 +23,7 @@ from netlathe.analysis.cost import Cost, cost
 from netlathe.diagnostics import Diagnostic, GateError, NetLatheError, PassError, VerifyError
 from netlathe.execute import ort
 from netlathe.execute.compare import inputs_of
-from netlathe.ir import normal, verify
+from netlathe.ir import normal, verify, weights
 from netlathe.pipeline.fingerprint import Guard
 from netlathe.pipeline.interfaces import Artifact, Captured
 from netlathe.pipeline.ledger import Entry, Status
@@ -194,6 +194,7 @@ def _step(
         raise GateError(problems)
     if result.changed:
         _settle(pass_, model)
+    weights.give_back(model)  # what was read to choose
     checking = time.perf_counter()
     step.seconds = checking - start
     if result.changed:
