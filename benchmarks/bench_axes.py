@@ -1,0 +1,165 @@
+"""CPU time of the axis analysis against the number of nodes, and on a LLaMA of 7 billion parameters.
+
+Models are put together from the blocks of three families, at their published widths, with weights that
+have shapes and no bytes. Bar: 1,000 nodes in about 2 s, the 7B model in about 10 s, a growth exponent of
+at most 1.2 between 100 and 10,000 nodes.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from netlathe.analysis.axes import analyse
+from netlathe.ir import types
+
+RUNS = 3
+COUNTS = (100, 300, 1000, 3000, 10000)
+
+
+class Graph:
+    """A graph under construction, with weights that nobody reads."""
+
+    def __init__(self, x: ir.Value) -> None:
+        self.x = x
+        self.nodes: list[ir.Node] = []
+        self.weights: list[ir.Value] = []
+
+    def op(self, kind: str, *inputs: ir.Value, outputs: int = 1, **attributes: Any) -> Any:
+        """A node; its output, or its outputs."""
+        node = ir.node(kind, inputs, attributes, num_outputs=outputs)
+        for index, value in enumerate(node.outputs):
+            value.name = f"v{len(self.nodes)}_{index}"
+        self.nodes.append(node)
+        return node.outputs[0] if outputs == 1 else tuple(node.outputs)
+
+    def weight(self, *shape: int) -> ir.Value:
+        """A weight that has no bytes."""
+
+        def missing() -> ir.TensorProtocol:
+            raise AssertionError("the analysis read a weight")
+
+        tensor = ir.LazyTensor(missing, dtype=ir.DataType.FLOAT, shape=ir.Shape(shape))
+        return self._keep(tensor)
+
+    def ints(self, *numbers: int) -> ir.Value:
+        """A list of sizes."""
+        return self._keep(ir.tensor(np.array(numbers, np.int64)))
+
+    def _keep(self, tensor: ir.TensorProtocol) -> ir.Value:
+        value = ir.Value(name=f"w{len(self.weights)}", const_value=tensor)
+        value.type, value.shape = ir.TensorType(tensor.dtype), ir.Shape(tensor.shape.numpy())
+        self.weights.append(value)
+        return value
+
+    def model(self, out: ir.Value) -> ir.Model:
+        """The finished model, typed."""
+        graph = ir.Graph(
+            [self.x], [out], nodes=self.nodes, initializers=self.weights, opset_imports={"": 25}
+        )
+        model = ir.Model(graph, ir_version=10)
+        types.annotate(model)
+        return model
+
+
+def llama(blocks: int, width: int = 4096, heads: int = 32, hidden: int = 11008) -> ir.Model:
+    """Blocks of LLaMA-7B."""
+    ids = ir.Value(name="ids", type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape(["b", "s"]))
+    g = Graph(ids)
+    head = width // heads
+    x = g.op("Gather", g.weight(32000, width), ids, axis=0)
+    split, merge = g.ints(0, 0, heads, head), g.ints(0, 0, width)
+    for _ in range(blocks):
+        n = g.op("RMSNormalization", x, g.weight(width), axis=2, epsilon=1e-6)
+        q, k, v = (
+            g.op("Transpose", g.op("Reshape", g.op("MatMul", n, g.weight(width, width)), split),
+                 perm=[0, 2, 1, 3])
+            for _ in range(3)
+        )  # fmt: skip
+        y = g.op("Transpose", g.op("Attention", q, k, v, scale=head**-0.5), perm=[0, 2, 1, 3])
+        y = g.op("MatMul", g.op("Reshape", y, merge), g.weight(width, width))
+        x = g.op("Add", x, y)
+        n = g.op("RMSNormalization", x, g.weight(width), axis=2, epsilon=1e-6)
+        gate = g.op("Swish", g.op("MatMul", n, g.weight(width, hidden)), alpha=1.0)
+        y = g.op("Mul", gate, g.op("MatMul", n, g.weight(width, hidden)))
+        x = g.op("Add", x, g.op("MatMul", y, g.weight(hidden, width)))
+    x = g.op("RMSNormalization", x, g.weight(width), axis=2, epsilon=1e-6)
+    return g.model(g.op("MatMul", x, g.weight(width, 32000)))
+
+
+def _image(width: int) -> ir.Value:
+    shape = ir.Shape(["b", width, 56, 56])
+    return ir.Value(name="x", type=ir.TensorType(ir.DataType.FLOAT), shape=shape)
+
+
+def _conv(g: Graph, x: ir.Value, width: int, out: int, kernel: int, group: int = 1) -> ir.Value:
+    w = g.weight(out, width // group, kernel, kernel)
+    y = g.op("Conv", x, w, pads=[kernel // 2] * 4, group=group, kernel_shape=[kernel, kernel])
+    y = g.op("BatchNormalization", y, *(g.weight(out) for _ in range(4)))
+    return g.op("Relu", y)
+
+
+def shuffle_net(blocks: int, width: int = 232) -> ir.Model:
+    """Units of ShuffleNetV2: split, convolve one half, concatenate, shuffle."""
+    g = Graph(_image(width))
+    half, x = width // 2, g.x
+    sizes, grouped, flat = g.ints(half, half), g.ints(0, 2, half, 56, 56), g.ints(0, width, 56, 56)
+    for _ in range(blocks):
+        keep, y = g.op("Split", x, sizes, outputs=2, axis=1)
+        y = _conv(g, _conv(g, y, half, half, 1), half, half, 3, group=half)
+        x = g.op("Reshape", g.op("Concat", keep, _conv(g, y, half, half, 1), axis=1), grouped)
+        x = g.op("Reshape", g.op("Transpose", x, perm=[0, 2, 1, 3, 4]), flat)
+    return g.model(x)
+
+
+def dense_net(blocks: int, growth: int = 32) -> ir.Model:
+    """Stages of DenseNet-121: six layers that each read all before them, then a transition."""
+    g = Graph(_image(64))
+    x = g.x
+    for _ in range(blocks):
+        width = 64
+        for _ in range(6):
+            y = _conv(g, _conv(g, x, width, 4 * growth, 1), 4 * growth, growth, 3)
+            x, width = g.op("Concat", x, y, axis=1), width + growth
+        x = _conv(g, x, width, 64, 1)
+    return g.model(x)
+
+
+def cpu_seconds(model: ir.Model) -> float:
+    """Median CPU time of an analysis."""
+    taken = []
+    for _ in range(RUNS):
+        start = time.process_time()
+        analyse(model)
+        taken.append(time.process_time() - start)
+    return statistics.median(taken)
+
+
+def curve(make: Callable[[int], ir.Model]) -> list[tuple[int, float]]:
+    """(nodes, seconds) for models of about the wanted numbers of nodes."""
+    per_block = len(list(make(2).graph)) - len(list(make(1).graph))
+    models = [make(max(1, round(count / per_block))) for count in COUNTS]
+    return [(len(list(model.graph)), cpu_seconds(model)) for model in models]
+
+
+def main() -> None:
+    """Print the curves and what they amount to."""
+    print(f"{'family':12}{'nodes':>8}{'CPU s':>9}{'ms a node':>11}")
+    for name, make in (("llama", llama), ("shuffle_net", shuffle_net), ("dense_net", dense_net)):
+        points = curve(make)
+        for nodes, seconds in points:
+            print(f"{name:12}{nodes:8}{seconds:9.3f}{1000 * seconds / nodes:11.3f}")
+        (n0, t0), (n1, t1) = points[0], points[-1]
+        print(f"{name:12}growth exponent {math.log(t1 / t0) / math.log(n1 / n0):.2f} (bar 1.2)")
+    model = llama(32)
+    print(f"LLaMA-7B, {len(list(model.graph))} nodes: {cpu_seconds(model):.2f} s of CPU (bar 10)")
+
+
+if __name__ == "__main__":
+    main()
