@@ -33,6 +33,9 @@ from netlathe.ir.provenance import module_path
 Arrays = dict[str, npt.NDArray[Any]]
 
 SEGMENT_BYTES = 512 << 20
+# By default ONNX Runtime rounds activations to 8 bits where they meet quantized weights (MatMulNBits at
+# accuracy level 4). At level 1 they stay float32.
+ACTIVATIONS = "session.qdq_matmulnbits_accuracy_level"
 THREADS_VARIABLE = "NETLATHE_THREADS"  # environment variable: how many threads ONNX Runtime may use
 # Weights up to this size are written into the session's model: shape inference looks at them.
 _INLINE_BYTES = 4096
@@ -87,6 +90,7 @@ def run(
     outputs: Sequence[str] | None = None,
     *,
     optimize: bool = False,
+    exact: bool = True,
     max_bytes: int = SEGMENT_BYTES,
     threads: int | None = None,
 ) -> Arrays:
@@ -95,17 +99,25 @@ def run(
     Any tensor of the main graph may be asked for; bfloat16, the 8-bit floats and integers of less than
     a byte come back as ``ml_dtypes`` arrays. ``max_bytes`` bounds the weights held at once, ``threads``
     is how many threads may compute (default: NETLATHE_THREADS, else all that this process may use).
+    Unless ``exact``, optimizations may round activations to 8 bits where weights are quantized.
 
     Raises:
         InputError: a feed is missing, unknown or of another dtype or rank; or an output is unknown.
         RuntimeFailure: ONNX Runtime does not accept or cannot run the graph, and the node is named;
             or a result is no tensor.
     """
-    session = Session(model, outputs, optimize=optimize, max_bytes=max_bytes, threads=threads)
+    session = Session(
+        model, outputs, optimize=optimize, exact=exact, max_bytes=max_bytes, threads=threads
+    )
     results = session.run(feeds)
     del session
     weights.give_back(model)
     return results
+
+
+def fits(model: ir.Model) -> bool:
+    """Whether the weights of ``model`` are few enough to be held at once, dequantized ones too."""
+    return sum(_held(node, v) for node in model.graph for v in _reads(node)) <= SEGMENT_BYTES
 
 
 @dataclass(frozen=True)
@@ -136,12 +148,14 @@ class Session:
         outputs: Sequence[str] | None = None,
         *,
         optimize: bool = False,
+        exact: bool = True,
         max_bytes: int = SEGMENT_BYTES,
         threads: int | None = None,
     ) -> None:
         self._model = model
         self._graph = model.graph
         self._optimize = optimize
+        self._exact = exact
         # Half types whose arithmetic runs in float32, rounded after every node.
         self._rounded = {ir.DataType.BFLOAT16} | (set() if optimize else {ir.DataType.FLOAT16})
         self._threads = threads or default_threads()
@@ -273,6 +287,8 @@ class Session:
         )
         if not self._optimize:
             settings.add_session_config_entry("session.disable_prepacking", "1")
+        if self._exact:
+            settings.add_session_config_entry(ACTIVATIONS, "1")
         proto, given = self._proto(segment, held)
         constants: dict[str, onnxruntime.OrtValue] = {}
         if self._optimize:

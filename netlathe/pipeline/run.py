@@ -194,7 +194,7 @@ def _step(
         raise GateError(problems)
     if result.changed:
         _settle(pass_, model)
-    weights.give_back(model)  # what was read to choose
+    weights.give_back(before)  # what was read to choose
     checking = time.perf_counter()
     step.seconds = checking - start
     if result.changed:

@@ -9,6 +9,7 @@ from typing import Any
 
 from netlathe.diagnostics import LowerError
 from netlathe.execute.compare import inputs_of
+from netlathe.ir import weights
 from netlathe.pipeline import manifest, output, registry
 from netlathe.pipeline.interfaces import Artifact, Captured
 from netlathe.pipeline.run import Compiled
@@ -41,6 +42,7 @@ def save(
     artifact.stamp(made["digest"])
 
     def write(part: Path) -> None:
+        weights.give_back(compiled.dense)  # what the passes and the digests have read
         files = artifact.save(part)
         output.copy_files(compiled.captured.files, part)
         made["artifact"] = manifest.describe(artifact, files, part)
