@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +15,7 @@ from netlathe.cli.request import capture
 if TYPE_CHECKING:
     import onnx_ir as ir
 
+    from netlathe.analysis.axes import Row
     from netlathe.analysis.cost import Cost
     from netlathe.pipeline.interfaces import Captured
 
@@ -24,6 +25,9 @@ _MOST_MODULES = 24  # rows of the table of modules that was not asked for in ful
 @click.command()
 @options.model()
 @click.option("--ir", "show_ir", is_flag=True, help="Print the graph itself, node by node.")
+@click.option(
+    "--axes", "show_axes", is_flag=True, help="Show what must change together, and what pins it."
+)
 @options.cache()
 @options.sizes()
 @options.as_json()
@@ -31,6 +35,7 @@ _MOST_MODULES = 24  # rows of the table of modules that was not asked for in ful
 def inspect(
     model: Path,
     show_ir: bool,
+    show_axes: bool,
     kv_cache: bool,
     dims: dict[str, int],
     as_json: bool,
@@ -46,7 +51,9 @@ def inspect(
     netlathe inspect model.onnx
     netlathe inspect my-llama/ --kv-cache --dims batch=1,sequence=1,past_sequence=1024
     netlathe inspect model.onnx --ir | less
+    netlathe inspect model.onnx --axes
     """
+    from netlathe.analysis.axes import report
     from netlathe.analysis.cost import cost
     from netlathe.ir.printing import show_model
 
@@ -56,9 +63,13 @@ def inspect(
         described = _describe(captured, costs)
         if show_ir:
             described["ir"] = show_model(captured.model)
+        if show_axes:
+            described["axes"] = [row.to_json() for row in report(captured.model)]
         render.print_json(described)
     elif show_ir:
         print(show_model(captured.model))
+    elif show_axes:
+        _show_axes(report(captured.model), verbose=verbose)
     else:
         _show(captured, costs, verbose=verbose)
 
@@ -123,6 +134,18 @@ def _show(captured: Captured, costs: Cost, *, verbose: bool) -> None:
         render.line(f"{entry.status}  {entry.candidate}: {entry.reason}")
     if hidden := len(captured.entries) - len(entries):
         render.line(f"... and {hidden} more entries of the capture (-v shows them)")
+
+
+def _show_axes(rows: Sequence[Row], *, verbose: bool) -> None:
+    """Every axis group: its size, where it is, what it is made of, what may be done, what pins it."""
+    shown = []
+    for row in rows:
+        members = row.members if verbose else row.members[:1]
+        more = len(row.members) - len(members)
+        made_of = "\n".join(members) + (f" and {more} more" if more else "")
+        pinned = "\n".join(row.pinned if verbose else row.pinned[:1])
+        shown.append((row.group, row.size, row.where, made_of, row.allowed or "-", pinned))
+    render.table("", ("group", "#size", "module", "weight:dim", "may be", "pinned by"), shown)
 
 
 def _value(value: ir.Value) -> dict[str, str]:

@@ -12,6 +12,7 @@ from netlathe.analysis.axes.basis import Stretch, rotate, scale, to_rotate, to_s
 from netlathe.analysis.axes.edits import delete, permute
 from netlathe.analysis.axes.groups import Axes, Group, Member, analyse
 from netlathe.analysis.axes.relate import Edit, Pin
+from netlathe.analysis.axes.report import Row, report
 from netlathe.analysis.axes.selection import Selection
 
 __all__ = [
@@ -20,11 +21,13 @@ __all__ = [
     "Group",
     "Member",
     "Pin",
+    "Row",
     "Selection",
     "Stretch",
     "analyse",
     "delete",
     "permute",
+    "report",
     "rotate",
     "scale",
     "to_rotate",

@@ -25,9 +25,10 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from netlathe.analysis.axes.algebra import Axis, Product, find, parts
+from netlathe.analysis.axes.bind import Relation
 from netlathe.analysis.axes.groups import Axes, Group
 from netlathe.analysis.axes.pattern import BROADCAST
-from netlathe.analysis.axes.relate import Relation, linear_inputs, reads, terms_of
+from netlathe.analysis.axes.relate import linear_inputs, reads, terms_of
 from netlathe.diagnostics import Diagnostic, PassError
 from netlathe.ir import edit, weights
 from netlathe.ir.provenance import location
@@ -96,6 +97,8 @@ def rotate(axes: Axes, stretch: Stretch, matrix: Array) -> None:
 
 
 def _place(axes: Axes, group: Group, value: ir.Value, dim: int | None) -> Place:
+    if value not in axes.related.axes:
+        raise PassError(Diagnostic("axes.basis", f"{value.name} is a constant that others share"))
     dims = [at for at in range(len(axes.related.axes[value])) if group in axes.of(value, at)]
     if dim is None and len(dims) == 1:
         return value, dims[0]
@@ -205,6 +208,8 @@ class _Laws:
     def check(self, place: Place) -> None:
         """Whether a place may change at all."""
         value, dim = place
+        if value not in self.axes.related.axes:
+            raise Blocked(f"{value.name} is shared with other axes")
         if self.group not in self.axes.of(value, dim):  # the only position of its dim
             raise Blocked(f"{value.name} has one position for it", value.producer())
         if value in self.outside:

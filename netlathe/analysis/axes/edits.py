@@ -21,9 +21,11 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from netlathe.analysis.axes.algebra import Axis
+from netlathe.analysis.axes.bind import Relation
 from netlathe.analysis.axes.groups import Axes, Group
-from netlathe.analysis.axes.relate import Edit, Relation, Use
+from netlathe.analysis.axes.relate import Edit, Use
 from netlathe.analysis.axes.selection import Positions, Selection
+from netlathe.analysis.axes.signature import taken
 from netlathe.diagnostics import Diagnostic, PassError
 from netlathe.ir import edit, types, weights
 
@@ -97,8 +99,9 @@ def _select(axes: Axes, order: Mapping[Group, Positions]) -> None:
     kept = Selection({group.atom: positions for group, positions in order.items()})
     _check_dims(axes, kept)
     for value in list(model.graph.initializers.values()):
-        if value in related.data and value.const_value is not None:
+        if value in related.axes and value.const_value is not None:
             _select_weight(value, related.axes[value], kept)
+    _select_copies(related.copies, kept)
     _correct_norms([each for each in related.relations if each.signature.normalizes], kept)
     literals: dict[tuple[ir.Node, int], dict[int, int]] = defaultdict(dict)
     for use in related.uses:
@@ -149,6 +152,19 @@ def _select_weight(value: ir.Value, axes: Sequence[Axis], kept: Selection) -> No
     _set_shape(value, shape)
 
 
+def _select_copies(copies: Mapping[tuple[ir.Node, int], Sequence[Axis]], kept: Selection) -> None:
+    """Give every reader of a shared vector of equal elements one of the size it needs now."""
+    made: dict[tuple[ir.Value, int], ir.Value] = {}
+    for (node, index), (axis,) in copies.items():
+        positions, value = kept.of(axis), node.inputs[index]
+        if positions is None or value is None or len(positions) == axis.size:
+            continue
+        key = value, len(positions)
+        if key not in made:
+            made[key] = _constant_like(value, weights.array(value)[: len(positions)])
+        _replace(node, index, made[key])
+
+
 def _set_shape(value: ir.Value, shape: Sequence[Any]) -> None:
     assert value.shape is not None
     value.shape = ir.Shape(
@@ -193,6 +209,9 @@ def _with_numbers(value: ir.Value, numbers: Mapping[int, int]) -> ir.Value:
             start = end
     else:
         assert inputs[0] is not None
+        if node.op_type in ("Gather", "Slice"):
+            places = {taken(node, element): number for element, number in numbers.items()}
+            numbers = {at: number for at, number in places.items() if at is not None}
         inputs[0] = _with_numbers(inputs[0], numbers)
     graph = _graph(node)
     made = edit.node(

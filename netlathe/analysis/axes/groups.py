@@ -21,13 +21,13 @@ import onnx_ir as ir
 
 from netlathe.analysis.axes import algebra
 from netlathe.analysis.axes.algebra import Axis, find
+from netlathe.analysis.axes.bind import Relation
 from netlathe.analysis.axes.relate import (
     EVERY,
     Edit,
     Listing,
     Pin,
     Related,
-    Relation,
     Use,
     relate,
 )
@@ -162,13 +162,18 @@ def _members(related: Related) -> dict[Axis, list[Member]]:
     owned |= {past for past, _ in related.caches}
     read = (value for node in graph for value in node.inputs if value is not None)
     members: dict[Axis, list[Member]] = defaultdict(list)
+    copies: dict[ir.Value, list[tuple[Axis, ...]]] = defaultdict(list)
+    for (node, index), axes in related.copies.items():
+        if (value := node.inputs[index]) is not None:
+            copies[value].append(axes)
     for value in dict.fromkeys(read):
         if value not in owned or value not in related.data:
             continue
-        for dim, axis in enumerate(related.axes.get(value, ())):
-            for atom in algebra.atoms(axis):
-                members[atom].append(Member(value, dim))
-    return members
+        for axes in copies.get(value) or [related.axes.get(value, ())]:
+            for dim, axis in enumerate(axes):
+                for atom in algebra.atoms(axis):
+                    members[atom].append(Member(value, dim))
+    return {atom: list(dict.fromkeys(found)) for atom, found in members.items()}
 
 
 def _pins(related: Related) -> dict[Axis, list[Pin]]:

@@ -6,16 +6,18 @@ outputs, positions that are used as numbers, and views of an axis that no term e
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal, TypeAlias
 
 import onnx_ir as ir
 
 from netlathe.analysis.axes import algebra, pattern
-from netlathe.analysis.axes.algebra import Axis, Size, Space
-from netlathe.analysis.axes.pattern import BROADCAST, Letter, One, Run, Term, Then, Times
+from netlathe.analysis.axes.algebra import Axis, Space
+from netlathe.analysis.axes.bind import Binder, Relation
 from netlathe.analysis.axes.signature import (
+    Contents,
     NoSignature,
     Signature,
     Site,
@@ -25,7 +27,7 @@ from netlathe.analysis.axes.signature import (
     origin,
 )
 from netlathe.analysis.axes.signatures import TABLE
-from netlathe.ir import dims, types
+from netlathe.ir import types
 from netlathe.ir.dims import Dim
 from netlathe.ir.provenance import location
 
@@ -46,36 +48,6 @@ class Pin:
     def where(self) -> str:
         """Module path and source line of the node that pins."""
         return "" if self.node is None else location(self.node)
-
-
-@dataclass(frozen=True)
-class Slot:
-    """A dim of an operand of a node."""
-
-    output: bool
-    operand: int
-    dim: int
-
-    def value(self, node: ir.Node) -> ir.Value:
-        """The value that has the dim."""
-        value = (node.outputs if self.output else node.inputs)[self.operand]
-        assert value is not None
-        return value
-
-
-@dataclass(frozen=True)
-class Relation:
-    """A node with its signature, the axis of each letter, and the dims in which the letter stands."""
-
-    node: ir.Node
-    signature: Signature
-    axes: Mapping[str, Axis]
-    slots: Mapping[str, tuple[Slot, ...]]
-    runs: Mapping[str, tuple[str, ...]]  # the letters of each run of dims
-
-    def letters(self, names: str) -> list[str]:
-        """Single letters for names of letters and runs, as a signature's fields give them."""
-        return [letter for name in names.split() for letter in self.runs.get(name, (name,))]
 
 
 @dataclass(frozen=True)
@@ -111,7 +83,9 @@ class Related:
     least: list[tuple[Axis, int]] = field(default_factory=list)
     positions: dict[ir.Value, Axis] = field(default_factory=dict)  # integers that index an axis
     caches: list[tuple[ir.Value, ir.Value]] = field(default_factory=list)  # graph input and output
-    data: set[ir.Value] = field(default_factory=set)  # what is read for more than a list of sizes
+    data: set[ir.Value] = field(default_factory=set)  # what becomes more than a list of sizes
+    # Readers of a shared constant whose elements are all equal, each of which has its own axes for it.
+    copies: dict[tuple[ir.Node, int], tuple[Axis, ...]] = field(default_factory=dict)
 
 
 def relate(model: ir.Model, *, boundary: bool = True) -> Related:
@@ -129,20 +103,22 @@ class _Walk:
         self.boundary = boundary
         self.space = Space(self._misfit)
         self.node: ir.Node | None = None  # the one whose signature is applied
+        self.lists: set[tuple[ir.Node, int]] = set()  # operands that list sizes
 
     def run(self) -> Related:
         if self.boundary:
             self.found.caches = list(caches(self.graph))
         state = {value for pair in self.found.caches for value in pair}
         for value in (*self.graph.inputs, *self.graph.initializers.values()):
-            self._fresh(value)
+            if not _is_blank(value):
+                self._fresh(value)
         for value in self.graph.inputs if self.boundary else ():
             if value not in state:
                 self._pin_value(value, f"graph input {value.name} has it")
         for node in self.graph:
             self.node = node
             try:
-                signature = signature_of(node)
+                signature = signature_of(node, self._contents)
                 self._apply(signature)
             except NoSignature as why:
                 self._pin_node(f"{_op(node)} {why}")
@@ -152,7 +128,21 @@ class _Walk:
                 self._pin_value(value, f"graph output {value.name} has it")
             if value in self.found.positions:
                 self._pin(self.found.positions[value], f"graph output {value.name} holds positions")
+        self._find_data()
         return self.found
+
+    def _find_data(self) -> None:
+        """Walk back from the outputs: what only becomes lists of sizes is no data."""
+        data = self.found.data
+        data.update(self.graph.outputs)
+        for node in reversed(self.graph):
+            if data.isdisjoint(node.outputs):
+                continue
+            listed: set[ir.Value | None] = set()
+            tensors: set[ir.Value | None] = set()
+            for index, value in enumerate(node.inputs):
+                (listed if (node, index) in self.lists else tensors).add(value)
+            data.update(value for value in reads(node) if value not in listed - tensors)
 
     # -- pins -------------------------------------------------------------------------------------
 
@@ -173,18 +163,25 @@ class _Walk:
         for value in self.node.outputs:
             self._fresh(value)
         for value in dict.fromkeys((*reads(self.node), *self.node.outputs)):
-            self.found.data.add(value)
             self._pin_value(value, reason)
             if value in self.found.positions:
                 self._pin(self.found.positions[value], reason)
+
+    @cached_property
+    def _inference(self) -> types.Inference:
+        return types.infer(self.found.model)
+
+    def _contents(self, value: ir.Value) -> Sequence[Dim] | None:
+        """The elements of a computed list of sizes: only asked for where there is one."""
+        return self._inference.contents(value)
 
     # -- axes of values ---------------------------------------------------------------------------
 
     def _fresh(self, value: ir.Value) -> None:
         """Axes of their own for a value; none where its shape is not known."""
-        shape = types.recorded(value).shape
-        if shape is not None and None not in shape:
-            self.found.axes[value] = tuple(Axis(size) for size in shape if size is not None)
+        axes = _fresh(value)
+        if axes is not None:
+            self.found.axes[value] = axes
 
     def _axes(self, value: ir.Value) -> tuple[Axis, ...] | None:
         return self.found.axes.get(value)
@@ -194,9 +191,13 @@ class _Walk:
     def _apply(self, signature: Signature) -> None:
         assert self.node is not None
         node = self.node
-        inputs = []
-        for value in node.inputs:
+        inputs: list[tuple[Axis, ...]] = []
+        for index, value in enumerate(node.inputs):
             axes = () if value is None else self._axes(value)
+            if axes is None and value is not None and _is_blank(value):
+                axes = _fresh(value)
+                assert axes is not None  # a constant has a shape
+                self.found.copies[node, index] = axes
             if axes is None:
                 raise NoSignature("reads a value of unknown shape")
             inputs.append(axes)
@@ -206,7 +207,7 @@ class _Walk:
             if (shape is None or None in shape) and (value.uses() or value.is_graph_output()):
                 raise NoSignature("makes a value of unknown shape")
             outputs.append(shape or ())
-        bound = _Binder(node, signature, self.space)
+        bound = Binder(node, signature, self.space)
         relation, made = bound.bind(inputs, outputs)
         self.found.relations.append(relation)
         for value, axes in zip(node.outputs, made, strict=True):
@@ -214,8 +215,7 @@ class _Walk:
         for index, value in enumerate(node.inputs):
             if value is not None and index in bound.unseen:
                 self._pin_value(value, f"{_op(node)} reads {value.name} as a list")
-            elif value is not None:
-                self.found.data.add(value)
+                self.lists.add((node, index))
         for names, reason in signature.fixed.items():
             for letter in relation.letters(names):
                 self._pin(relation.axes[letter], f"{_op(node)} {reason}")
@@ -276,180 +276,39 @@ class _Walk:
                 known[node.outputs[index]] = relation.axes[letter]
 
 
-class _Binder:
-    """Binds the letters of a signature to the axes of one node's operands."""
+def _fresh(value: ir.Value) -> tuple[Axis, ...] | None:
+    """New axes for a value; None where its shape is not known."""
+    shape = types.recorded(value).shape
+    if shape is None or None in shape:
+        return None
+    return tuple(Axis(size) for size in shape if size is not None)
 
-    def __init__(self, node: ir.Node, signature: Signature, space: Space) -> None:
-        self.node = node
-        self.signature = signature
-        self.space = space
-        self.axes: dict[str, Axis] = {}
-        self.sizes: dict[str, Size] = {}
-        self.slots: dict[str, list[Slot]] = {}
-        self.runs: dict[str, tuple[str, ...]] = {}
-        self.unseen: list[int] = []  # inputs whose axes mean nothing
 
-    def bind(
-        self, inputs: Sequence[tuple[Axis, ...]], outputs: Sequence[Sequence[Dim]]
-    ) -> tuple[Relation, list[tuple[Axis, ...]]]:
-        """The relation, and the axes of the outputs."""
-        rule = pattern.parse(self.signature.rule)
-        if len(inputs) > len(rule.inputs) or len(outputs) > len(rule.outputs):
-            raise NoSignature("has more operands than its signature")
-        seen = []
-        for index, (operand, axes) in enumerate(zip(rule.inputs, inputs, strict=False)):
-            if operand.dims is None:
-                self.unseen.append(index)
-            elif self.node.inputs[index] is not None:
-                seen.append((index, self._spread(operand.dims, len(axes)), axes))
-        made = [
-            self._spread(operand.dims or (), len(shape))
-            for operand, shape in zip(rule.outputs, outputs, strict=False)
-        ]
-        found: list[tuple[Term, Dim]] = []
-        for _, terms, axes in seen:
-            found += zip(terms, (axis.size for axis in axes), strict=True)
-        for terms, shape in zip(made, outputs, strict=False):
-            found += zip(terms, shape, strict=True)
-        self._measure(found)
-        for index, terms, axes in seen:
-            for dim, (term, axis) in enumerate(zip(terms, axes, strict=True)):
-                self._see(term, axis, Slot(False, index, dim))
-        results = []
-        for index, terms in enumerate(made):
-            results.append(tuple(self.build(term) for term in terms))
-            for dim, term in enumerate(terms):
-                for letter in pattern.letters(term):
-                    self.slots.setdefault(letter, []).append(Slot(True, index, dim))
-        slots = {letter: tuple(found) for letter, found in self.slots.items()}
-        return Relation(self.node, self.signature, self.axes, slots, self.runs), results
+_MOST_BLANK = 1 << 16  # elements of a vector that is looked at to see whether all are equal
 
-    def _spread(self, of: Sequence[pattern.Dim], rank: int) -> list[Term]:
-        """The dims of an operand with a letter for every dim of a run."""
-        runs = sum(isinstance(dim, Run) for dim in of)
-        count = rank - (len(of) - runs)
-        if runs > 1 or count < 0 or (not runs and count):
-            raise NoSignature(f"has an operand of {rank} dims, which its signature lacks")
-        terms: list[Term] = []
-        for dim in of:
-            if not isinstance(dim, Run):
-                terms.append(dim)
-                continue
-            # What broadcasts is aligned at its end: letters count from there.
-            order = range(count - 1, -1, -1) if dim == BROADCAST else range(count)
-            letters = tuple(f"{dim.name}{index}" for index in order)
-            if len(letters) >= len(self.runs.get(dim.name, ())):
-                self.runs[dim.name] = letters
-            terms += [Letter(letter) for letter in letters]
-        return terms
 
-    # -- sizes ------------------------------------------------------------------------------------
+def _is_blank(value: ir.Value) -> bool:
+    """Whether a constant is a vector of equal elements that several nodes read.
 
-    def _measure(self, found: list[tuple[Term, Dim]]) -> None:
-        """Find the size of every letter from the dims, and from the attributes that are sizes."""
-        self.sizes.update(self.signature.sizes)
-        for spot, text in self.signature.uses.items():
-            if (size := self._stated(spot)) is not None:
-                found.append((pattern.parse_term(text), size))
-        left = [(term, size) for term, size in found if size is not None]
-        for term, size in left:
-            if isinstance(term, Letter) and self.sizes.get(term.name, 1) == 1:
-                self.sizes[term.name] = size  # of what broadcasts, the size that is not 1
-        left = [(term, size) for term, size in left if isinstance(term, Times | Then)]
-        while left:
-            rest = [(term, size) for term, size in left if not self._solve(term, size)]
-            if len(rest) == len(left):
-                raise NoSignature(f"has dims that do not fit its signature, {rest[0][1]}")
-            left = rest
-        for term, size in found:  # a single position is one of each of its factors
-            for letter in pattern.letters(term) if size == 1 else ():
-                self.sizes.setdefault(letter, 1)
-
-    def _solve(self, term: Term, size: Size) -> bool:
-        """Find the one unknown size within a term; whether there is none now."""
-        if isinstance(term, Letter):
-            self.sizes.setdefault(term.name, size)
-            return True
-        if isinstance(term, One):
-            return True
-        known = [self._size(part) for part in term.terms]
-        unknown = [part for part, held in zip(term.terms, known, strict=True) if held is None]
-        if not unknown or size == 1:
-            return True
-        if len(unknown) > 1:
-            return False
-        rest: Dim = size
-        for held in known:
-            if held is not None and isinstance(term, Times):
-                rest = algebra.divide(rest, held) if rest is not None else None
-            elif held is not None:
-                rest = dims.subtract(rest, held)
-        return rest is not None and self._solve(unknown[0], rest)
-
-    def _size(self, term: Term) -> Dim:
-        if isinstance(term, Letter):
-            return self.sizes.get(term.name)
-        if isinstance(term, One):
-            return 1
-        sizes = [self._size(part) for part in term.terms]
-        if None in sizes:
-            return None
-        if isinstance(term, Times):
-            return dims.product(sizes)
-        total: Dim = 0
-        for size in sizes:
-            total = dims.add(total, size)
-        return total
-
-    def _stated(self, spot: Spot) -> int | None:
-        """The size that an attribute or a constant operand states."""
-        if isinstance(spot, str):
-            return self.node.attributes.get_int(spot, 0) or None
-        listed = Site(self.node).ints(spot[0])
-        return None if listed is None else listed[spot[1]]
-
-    # -- axes -------------------------------------------------------------------------------------
-
-    def _see(self, term: Term, axis: Axis, slot: Slot) -> None:
-        """Match an input's dim with its term."""
-        if isinstance(term, One) or (axis.size == 1 and self._size(term) != 1):
-            return  # one position for all: it broadcasts
-        if isinstance(term, Letter):
-            self.slots.setdefault(term.name, []).append(slot)
-            if term.name in self.axes:
-                self.space.join(self.axes[term.name], axis)
-            else:
-                self.axes[term.name] = axis
-            return
-        sizes = [self._known(part) for part in term.terms]
-        see = self.space.cut(axis, sizes) if isinstance(term, Then) else None
-        see = see or self.space.regroup([axis], sizes)
-        for part, inner in zip(term.terms, see, strict=True):
-            self._see(part, inner, slot)
-
-    def build(self, term: Term) -> Axis:
-        """The axis of a term, with new atoms for letters that no input has."""
-        if isinstance(term, One):
-            return Axis(1)
-        if isinstance(term, Letter):
-            if term.name not in self.axes:
-                self.axes[term.name] = Axis(self._known(term))
-            return self.axes[term.name]
-        inner = [self.build(part) for part in term.terms]
-        return algebra.segments(inner) if isinstance(term, Then) else algebra.product(inner)
-
-    def _known(self, term: Term) -> Size:
-        size = self._size(term)
-        if size is None:
-            raise NoSignature("has an operand whose size nothing tells")
-        return size
+    Exporters share the zeros of absent biases, and folding a scale leaves ones: that two layers read
+    the same vector of ones does not make their widths one.
+    """
+    tensor = value.const_value
+    if tensor is None or value.is_graph_input() or len(value.uses()) < 2:
+        return False
+    if len(tensor.shape) != 1 or not 1 < tensor.size <= _MOST_BLANK or value.is_graph_output():
+        return False
+    if not tensor.dtype.is_floating_point():
+        return False
+    array = tensor.numpy()
+    return bool((array == array[0]).all())
 
 
 # -- what a node stands for ---------------------------------------------------------------------------
 
 
-def signature_of(node: ir.Node) -> Signature:
-    """The signature of a node.
+def signature_of(node: ir.Node, contents: Contents = lambda value: None) -> Signature:
+    """The signature of a node; ``contents`` knows the elements of computed lists of sizes.
 
     Raises:
         NoSignature: its operator has none, or not for this node.
@@ -457,7 +316,7 @@ def signature_of(node: ir.Node) -> Signature:
     entry = TABLE.get(node.op_type) if node.domain == "" else None
     if entry is None:
         raise NoSignature("has no axis signature")
-    return entry if isinstance(entry, Signature) else entry(Site(node))
+    return entry if isinstance(entry, Signature) else entry(Site(node, contents))
 
 
 def linear_inputs(formula: str) -> list[int]:

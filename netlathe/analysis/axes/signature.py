@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from netlathe.analysis.axes.algebra import Size
 from netlathe.ir import edit, types
-from netlathe.ir.dims import Shape
+from netlathe.ir.dims import Dim, Shape
 
 # Where a size stands in a node: an attribute, or (input, element) of an operand that lists sizes.
 Spot: TypeAlias = str | tuple[int, int]
@@ -61,13 +61,20 @@ class NoSignature(Exception):
     """The node is beyond what its operator's signature covers; the message completes "X ..."."""
 
 
+Contents: TypeAlias = Callable[[ir.Value], Sequence[Dim] | None]
+
+
 class Site:
-    """One node as its signature sees it: recorded shapes, attributes, constant operands."""
+    """One node as its signature sees it: recorded shapes, attributes, constant operands.
 
-    __slots__ = ("node",)
+    ``contents`` tells the elements of a computed list of sizes, as far as they are known.
+    """
 
-    def __init__(self, node: ir.Node) -> None:
+    __slots__ = ("contents", "node")
+
+    def __init__(self, node: ir.Node, contents: Contents = lambda value: None) -> None:
         self.node = node
+        self.contents = contents
 
     def has(self, index: int) -> bool:
         """Whether the (optional) input is there."""
@@ -103,10 +110,16 @@ class Site:
         return None if array is None else tuple(int(item) for item in array.reshape(-1))
 
     def element(self, index: int, element: int) -> int | None:
-        """An element of a list of sizes where that is a constant, also one inside a Concat."""
+        """An element of a list of sizes where that is one number, stated or computed."""
         value = self.node.inputs[index]
-        source = None if value is None else origin(value, element)
-        return source.number if isinstance(source, Stated) else None
+        if value is None:
+            return None
+        source = origin(value, element)
+        if isinstance(source, Stated):
+            return source.number
+        known = self.contents(value)
+        item = known[element] if known is not None and element < len(known) else None
+        return item if isinstance(item, int) else None
 
     def number(self, index: int) -> float | None:
         """The element of a constant input that has just one."""
@@ -200,8 +213,28 @@ def origin(value: ir.Value, element: int) -> Stated | SizeOf | None:
                 element -= count
             else:
                 return None
+        elif node.op_type in ("Gather", "Slice"):
+            assert source is not None
+            at = taken(node, element)
+            if at is None:
+                return None
+            value, element = source, at
         elif node.op_type == "Shape":
             assert source is not None
             return SizeOf(source, node.attributes.get_int("start", 0) + element)
         else:
             return None
+
+
+def taken(node: ir.Node, element: int) -> int | None:
+    """Which element of its input a Gather or a Slice of a vector gives out, if constants say so."""
+    data, *operands = node.inputs
+    size = data.shape[0] if data is not None and data.shape is not None else None
+    numbers = [edit.const_array(operand) for operand in operands]
+    if not isinstance(size, int) or any(array is None or array.size != 1 for array in numbers):
+        return None
+    first = int(numbers[0].reshape(-1)[0])  # type: ignore[union-attr]  # none of them is None
+    if node.op_type == "Gather":
+        return first % size
+    step = int(numbers[3].reshape(-1)[0]) if len(numbers) > 3 else 1  # type: ignore[union-attr]
+    return first % size + element * step

@@ -25,7 +25,7 @@ from netlathe.analysis.axes import algebra
 from netlathe.analysis.axes.algebra import Axis
 from netlathe.analysis.axes.groups import Axes, Group
 from netlathe.execute import ort
-from netlathe.ir import types
+from netlathe.ir import edit, types
 
 Array = npt.NDArray[Any]
 Var = int  # a mask
@@ -75,12 +75,13 @@ class Oracle:
     """The masks and ties of a graph, at the sizes of some feeds."""
 
     def __init__(self, model: ir.Model, feeds: Mapping[str, Array], boundary: bool = True) -> None:
-        self.model = model
-        graph = model.graph
+        self.model = model.clone()
+        graph = self.model.graph
+        self.own = _give_own_constants(graph)
         names = [
             value.name or "" for node in graph for value in node.outputs if value.shape is not None
         ]
-        self.arrays: dict[str, Array] = dict(ort.run(model, feeds, names)) | dict(feeds)
+        self.arrays: dict[str, Array] = dict(ort.run(self.model, feeds, names)) | dict(feeds)
         for value in graph.initializers.values():
             assert value.const_value is not None
             self.arrays[value.name or ""] = value.const_value.numpy()
@@ -209,7 +210,7 @@ class Oracle:
         self.pinned = {self.find(var) for var in self.pinned}
         self.dims: dict[Var, list[tuple[str, int]]] = defaultdict(list)
         for name, found in self.vars.items():
-            for dim, var in enumerate(found):
+            for dim, var in enumerate(found if name not in self.own else ()):
                 self.dims[self.find(var)].append((name, dim))
         self.touching: dict[Var, list[Tie]] = defaultdict(list)
         self.needs: dict[tuple[Var, int], list[Need]] = defaultdict(list)
@@ -347,6 +348,23 @@ class Oracle:
             positions = [at for other, at in gone if other == var]
             found[(slice(None),) * dim + (positions,)] = True
         return found
+
+
+def _give_own_constants(graph: ir.Graph) -> set[str]:
+    """Let readers of a shared vector of equal elements each have their own; the names of these."""
+    made: set[str] = set()
+    for value in list(graph.initializers.values()):
+        uses = list(value.uses())
+        if value.const_value is None or value.dtype != ir.DataType.FLOAT or len(uses) < 2:
+            continue
+        array = value.const_value.numpy()
+        if array.ndim == 1 and array.size > 1 and np.ptp(array) == 0:
+            for number, (node, index) in enumerate(uses):
+                own = edit.constant(graph, array.copy(), f"{value.name}_of_{number}")
+                node.replace_input_with(index, own)
+                made.add(own.name or "")
+            edit.drop_if_unread(value)
+    return made
 
 
 _INTEGERS = frozenset({ir.DataType.INT64, ir.DataType.INT32})

@@ -17,7 +17,7 @@ from netlathe.analysis.axes.groups import Axes, Group, analyse
 from netlathe.diagnostics import PassError
 from netlathe.execute import compare, ort
 from tests import zoo, zoo_ir
-from tests.analysis.axes.cases import CASES, Case
+from tests.analysis.axes.cases import CASE_PARAMS, Case
 from tests.analysis.axes.test_signatures import TOLERANCE as TOLERANCE_OF_ONE
 
 Array = npt.NDArray[Any]
@@ -88,7 +88,7 @@ CHANGES = {
     "seed", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in range(1, 8))]
 )
 @pytest.mark.parametrize("kind", CHANGES)
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", CASE_PARAMS)
 def test_an_operator_follows_as_its_signature_says(case: Case, kind: str, seed: int) -> None:
     find, change, draw = CHANGES[kind]
     rng = np.random.default_rng(seed)

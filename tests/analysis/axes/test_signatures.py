@@ -20,7 +20,7 @@ from netlathe.analysis.axes.selection import Selection
 from netlathe.analysis.axes.signatures import TABLE
 from netlathe.execute import compare, ort
 from netlathe.ir import types
-from tests.analysis.axes.cases import CASES, Case
+from tests.analysis.axes.cases import CASE_PARAMS, CASES, Case
 
 Array = npt.NDArray[Any]
 SEEDS = [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 12))]
@@ -35,7 +35,7 @@ def test_every_operator_of_the_table_has_a_case() -> None:
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", CASE_PARAMS)
 def test_a_deletion_leaves_what_the_kept_positions_compute(case: Case, seed: int) -> None:
     rng = np.random.default_rng(seed)
     axes = analyse(case.build(seed), boundary=False)
@@ -54,7 +54,7 @@ def test_a_deletion_leaves_what_the_kept_positions_compute(case: Case, seed: int
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", CASE_PARAMS)
 def test_a_permutation_moves_what_the_operator_computes(case: Case, seed: int) -> None:
     rng = np.random.default_rng(seed)
     axes = analyse(case.build(seed), boundary=False)
