@@ -71,7 +71,7 @@ class TvmArtifact(Artifact):
         if self._main is None:
             self._parameters = [tvm.runtime.tensor(p.make()) for p in self.lowered.parameters]
             self._main = relax.VirtualMachine(self._executable, tvm.cpu())["main"]
-        given = [tvm.runtime.tensor(np.ascontiguousarray(array)) for array in arrays]
+        given = [tvm.runtime.tensor(np.require(array, requirements="C")) for array in arrays]
         results = self._main(*given, *self._parameters)
         return {
             value.name or "": restored(result.numpy(), value.dtype)
@@ -128,7 +128,7 @@ class TvmArtifact(Artifact):
             for parameter in self.lowered.parameters:
                 offset = -(-file.tell() // runtime.ALIGNMENT) * runtime.ALIGNMENT
                 file.write(b"\0" * (offset - file.tell()))
-                array = np.ascontiguousarray(parameter.make())
+                array = np.require(parameter.make(), requirements="C")
                 data = array.reshape(-1).view(np.uint8).data
                 for start in range(0, len(data), _CHUNK):
                     file.write(data[start : start + _CHUNK])

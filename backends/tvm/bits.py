@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 from tvm import tirx
 
-from netlathe.backends.tvm.tir import Expr, cast, const, select
+from netlathe.backends.tvm.tir import NAMED, Code, Expr, cast, const, is_nan, select
 
 
 @dataclass(frozen=True)
@@ -52,19 +52,20 @@ def from_bfloat16(stored: Expr) -> Expr:
     return as_float(cast(stored, "int32") << _int(16))
 
 
-def to_bfloat16(value: Expr) -> Expr:
+def to_bfloat16(code: Code, value: Expr) -> Expr:
     """float32 as bfloat16 bits, to nearest even."""
-    whole = as_int(value)
+    value = code.bind(value, NAMED)
+    whole = code.bind(as_int(value), NAMED)
     odd = (whole >> _int(16)) & _int(1)
     nearest = (whole + _int(0x7FFF) + odd) >> _int(16)
-    code = select(value == value, nearest, _int(0x7FC0))
-    return cast(code & _int(0xFFFF), "uint16")
+    result = select(is_nan(value), _int(0x7FC0), nearest)
+    return cast(result & _int(0xFFFF), "uint16")
 
 
-def from_small(stored: Expr, form: Format) -> Expr:
+def from_small(code: Code, stored: Expr, form: Format) -> Expr:
     """The float32 that a code stands for."""
-    code = cast(stored, "int32")
-    size = code & _int(form.sign - 1)
+    pattern = code.bind(cast(stored, "int32"), NAMED)
+    size = code.bind(pattern & _int(form.sign - 1), NAMED)
     shift = _int(23 - form.mantissa)
     normal = as_float((size << shift) + _int((127 - form.bias) << 23))
     tiny = cast(size, "float32") * const(2.0 ** (1 - form.bias - form.mantissa), "float32")
@@ -75,45 +76,41 @@ def from_small(stored: Expr, form: Format) -> Expr:
     elif form.nan is not None and not form.zero_is_unsigned:
         result = select(size == _int(form.nan), const(float("nan"), "float32"), result)
     # The sign bit is moved, so that -0 stays -0.
-    sign = select((code & _int(form.sign)) != _int(0), _int(-(1 << 31)), _int(0))
+    sign = select((pattern & _int(form.sign)) != _int(0), _int(-(1 << 31)), _int(0))
     result = as_float(as_int(result) | sign)
     if form.zero_is_unsigned:
-        result = select(code == _int(0x80), const(float("nan"), "float32"), result)
+        result = select(pattern == _int(0x80), const(float("nan"), "float32"), result)
     return result
 
 
-def to_small(value: Expr, form: Format, *, saturate: bool) -> Expr:
+def to_small(code: Code, value: Expr, form: Format, *, saturate: bool) -> Expr:
     """The nearest code, ties to even; what is too large becomes the largest, or inf or NaN."""
-    whole = as_int(value)
-    size = as_float(whole & _int(0x7FFFFFFF))
+    whole = code.bind(as_int(code.bind(value, NAMED)), NAMED)
+    bits = code.bind(whole & _int(0x7FFFFFFF), NAMED)
+    size = code.bind(as_float(bits), NAMED)
     shift = 23 - form.mantissa
-    bits = as_int(size)
     odd = (bits >> _int(shift)) & _int(1)
     rounded = (bits + _int((1 << (shift - 1)) - 1) + odd) >> _int(shift)
     normal = rounded - _int((127 - form.bias) << form.mantissa)
     # Below the least normal number the codes are multiples of one step; 2**23 rounds to them.
     steps = size * const(2.0 ** (form.bias - 1 + form.mantissa), "float32")
     steps = select(steps < const(2.0**22, "float32"), steps, const(0.0, "float32"))
-    tiny = cast((steps + const(2.0**23, "float32")) - const(2.0**23, "float32"), "int32")
-    code = select(size < const(2.0 ** (1 - form.bias), "float32"), tiny, normal)
-    # A NaN compares false with everything; its bits are handled last.
-    too_large = code > _int(form.largest)
-    infinite = bits >= _int(0x7F800000)
+    lifted = code.bind(steps + const(2.0**23, "float32"), NAMED)
+    tiny = cast(lifted - const(2.0**23, "float32"), "int32")
+    least = const(2.0 ** (1 - form.bias), "float32")
+    result = code.bind(select(size < least, tiny, normal), NAMED)
+    too_large = result > _int(form.largest)
     if saturate:
-        code = select(too_large, _int(form.largest), code)
-        if form.inf is None and form.nan is None:
-            code = select(infinite, _int(form.largest), code)
+        beyond = form.largest
     else:
-        beyond = form.inf if form.inf is not None else form.nan
-        code = select(too_large, _int(form.largest if beyond is None else beyond & 0x7F), code)
-    negative = whole < _int(0)
-    signed = select(negative, code | _int(form.sign), code)
+        special = form.inf if form.inf is not None else form.nan
+        beyond = form.largest if special is None else special & 0x7F
+    held = code.bind(select(too_large, _int(beyond), result), NAMED)
+    signed = select(whole < _int(0), held | _int(form.sign), held)
     if form.zero_is_unsigned:
-        signed = select(code == _int(0), _int(0), signed)
+        signed = select(held == _int(0), _int(0), signed)
         if not saturate:
             signed = select(too_large, _int(0x80), signed)
-    if form.nan is not None:
-        signed = select(bits > _int(0x7F800000), _int(form.nan), signed)
-    else:
-        signed = select(bits > _int(0x7F800000), _int(form.sign), signed)
+    # A NaN has no code in some formats: it becomes zero there.
+    signed = select(bits > _int(0x7F800000), _int(0 if form.nan is None else form.nan), signed)
     return cast(signed, "uint8")

@@ -144,7 +144,14 @@ class Lowering:
         rule = self._rule(node)
         results = self._known_results(node) or rule(Op(self, node))
         for output, result in zip(node.outputs, results, strict=False):
+            self._name_sizes(output, result)
             self.values[output] = self._settled(output, result)
+
+    def _name_sizes(self, output: ir.Value, result: Value) -> None:
+        """Give names that the type inference invented for ``output`` the sizes it turned out to have."""
+        for derived, own in zip(self.found.type(output).shape or (), result.shape, strict=False):
+            if isinstance(derived, sympy.Symbol) and not self.is_bound(derived):
+                self._names[str(derived)] = self.relax_size(own)
 
     def _known_results(self, node: ir.Node) -> list[Value] | None:
         """A value whose elements are known as sizes needs no kernel, whatever computes it."""

@@ -12,7 +12,7 @@ from typing import Any
 from tvm import tirx
 
 from netlathe.backends.tvm.bits import as_float, as_int
-from netlathe.backends.tvm.tir import Code, Expr, cast, const, dtype_of, select
+from netlathe.backends.tvm.tir import Code, Expr, cast, const, dtype_of, is_nan, select
 
 _F = "float32"
 
@@ -65,7 +65,7 @@ def exp(code: Code, x: Expr) -> Expr:
     whole = code.bind(cast(n, "int32"))
     half = code.bind(whole >> const(1, "int32"))
     scaled = value * _power_of_two(half) * _power_of_two(whole - half)
-    return select(x != x, x, scaled)
+    return select(is_nan(x), x, scaled)
 
 
 def _power_of_two(n: Expr) -> Expr:
@@ -135,7 +135,7 @@ def erf(code: Code, x: Expr) -> Expr:
         ],
     )
     small = p * x + x
-    return select(t > f(0.927734375), large, select(x == x, small, x))
+    return select(t > f(0.927734375), large, select(is_nan(x), x, small))
 
 
 @_wide(tirx.tanh)

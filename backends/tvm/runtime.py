@@ -182,7 +182,7 @@ def _stored(array: npt.NDArray[Any], record: dict[str, Any]) -> npt.NDArray[Any]
         if array.dtype.itemsize == np.dtype(record["stored"]).itemsize:
             if record["dtype"].startswith(("int", "uint")):
                 return array.astype(record["stored"])
-            same: npt.NDArray[Any] = np.ascontiguousarray(array).view(record["stored"])
+            same: npt.NDArray[Any] = np.require(array, requirements="C").view(record["stored"])
             return same
     # Without the type's own package, bits may be passed.
     return array if array.dtype.name == record["stored"] != record["dtype"] else None

@@ -22,7 +22,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from netlathe.backends.tvm import bits
-from netlathe.backends.tvm.tir import Expr, cast
+from netlathe.backends.tvm.tir import Code, Expr, cast
 
 D = ir.DataType
 
@@ -53,38 +53,38 @@ def computed(dtype: D) -> str:
     return STORED[dtype]
 
 
-def load(dtype: D, stored: Expr) -> Expr:
+def load(code: Code, dtype: D, stored: Expr) -> Expr:
     """A stored element as the value it is computed with."""
     if dtype == D.FLOAT16:
         return cast(stored, "float32")
     if dtype == D.BFLOAT16:
         return bits.from_bfloat16(stored)
     if dtype in bits.FORMATS:
-        return bits.from_small(stored, bits.FORMATS[dtype])
+        return bits.from_small(code, stored, bits.FORMATS[dtype])
     return stored
 
 
-def store(dtype: D, value: Expr) -> Expr:
-    """A computed value as it is stored: rounded to nearest even, saturated where the type has no inf."""
+def store(code: Code, dtype: D, value: Expr) -> Expr:
+    """A computed value as it is stored: rounded to nearest even."""
     if dtype == D.FLOAT16:
         return cast(value, "float16")
     if dtype == D.BFLOAT16:
-        return bits.to_bfloat16(value)
+        return bits.to_bfloat16(code, value)
     if dtype in bits.FORMATS:
-        return bits.to_small(value, bits.FORMATS[dtype], saturate=True)
+        return bits.to_small(code, value, bits.FORMATS[dtype], saturate=False)
     return cast(value, STORED[dtype])
 
 
-def rounded(dtype: D, value: Expr) -> Expr:
+def rounded(code: Code, dtype: D, value: Expr) -> Expr:
     """A computed value as it is after it was stored and loaded."""
     if dtype in _BITS or dtype == D.FLOAT16:
-        return load(dtype, store(dtype, value))
+        return load(code, dtype, store(code, dtype, value))
     return value
 
 
 def array(tensor: ir.TensorProtocol) -> npt.NDArray[Any]:
     """A constant as it lies in memory."""
-    values = np.ascontiguousarray(tensor.numpy())
+    values = np.require(tensor.numpy(), requirements="C")  # 0-D stays 0-D
     if tensor.dtype in _BITS:
         return values.view(_BITS[tensor.dtype])
     if tensor.dtype in _PACKED:

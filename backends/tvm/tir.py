@@ -24,6 +24,7 @@ VECTORIZED = tirx.ForKind.VECTORIZED
 
 # Without it TVM takes scratch memory of any size from a pool, and accumulators never become registers.
 _ON_STACK = {"disable_lower_builtin": tirx.IntImm("bool", 1)}
+NAMED = 16  # the cost of what is always kept under a name
 _CHEAP = 8  # operators of an index that are rather computed again than kept
 
 
@@ -65,6 +66,11 @@ def broadcast(expr: Expr, lanes: int) -> Expr:
     return expr if lanes == 1 else tirx.Broadcast(expr, lanes)
 
 
+def is_nan(x: Expr) -> Expr:
+    """Whether ``x`` is NaN; TVM folds ``x != x`` to false."""
+    return tirx.isnan(x)
+
+
 def select(condition: Expr, yes: Expr, no: Expr) -> Expr:
     """One of two values that are both computed: it vectorizes."""
     return tirx.Select(plain(condition), plain(yes), plain(no))
@@ -100,13 +106,13 @@ def unflatten(position: Expr, dims: Sequence[Expr]) -> list[Expr]:
     """The inverse of :func:`flat_index`."""
     index: list[Expr] = []
     for axis in range(len(dims) - 1, 0, -1):
-        if known(dims[axis]) == 1:
+        if known(dims[axis]) in (0, 1):  # of an empty tensor there is no element to divide for
             index.append(i64(0))
             continue
         index.append(imod(position, dims[axis]))
         position = idiv(position, dims[axis])
     if dims:
-        index.append(i64(0) if known(dims[0]) == 1 else position)
+        index.append(i64(0) if known(dims[0]) in (0, 1) else position)
     return index[::-1]
 
 
@@ -118,7 +124,7 @@ class Code:
         self._blocks: list[list[Any]] = [[]]
         self._memo: list[dict[Hashable, tuple[Any, Expr]]] = [{}]
         self._count = 0
-        self._parallel = 0  # how many of the open loops are parallel
+        self._loops = 0  # how many are open
         self._lane: tuple[Expr, int, list[Any]] | None = None  # of the open vector loop
         self._names: dict[int, Expr] = {}  # loads of scratch buffers that are names
 
@@ -148,7 +154,7 @@ class Code:
         """A name for ``value``, so that it is computed once; literals and names stay as they are.
 
         TVM's passes put the value of a bound variable back in its place, again and again until a
-        kernel takes minutes to compile. So inside a parallel loop a name is a scratch buffer of one
+        kernel takes minutes to compile. So inside a loop a name is a scratch buffer of one
         element (in a vector, one per lane), which LLVM turns into a register.
 
         Index arithmetic inside vectors gets no name, unless it has many operators (``cost``): a load
@@ -158,7 +164,7 @@ class Code:
         if isinstance(value, (tirx.Var, tirx.IntImm, tirx.FloatImm)) or id(value) in self._names:
             return value
         dtype = dtype_of(value)
-        if not self._parallel:
+        if not self._loops:
             var = self.var(dtype)
             self.emit(tirx.Bind(var, value))
             return var
@@ -222,14 +228,14 @@ class Code:
     def loop(self, extent: int | Expr, kind: Any = SERIAL) -> Iterator[Expr]:
         """for index in range(extent)."""
         var = self.var("int64", "i")
-        self._parallel += kind == PARALLEL
+        self._loops += 1
         hoisted: list[Any] = []
         if kind == VECTORIZED:
             assert isinstance(extent, int) and self._lane is None
             self._lane = (var, extent, hoisted)
         with self._block() as statements:
             yield var
-        self._parallel -= kind == PARALLEL
+        self._loops -= 1
         if kind == VECTORIZED:
             self._lane = None
         for allocation in hoisted:

@@ -16,13 +16,11 @@ from tvm import tirx
 
 from netlathe.backends.tvm import storage
 from netlathe.backends.tvm.kernel import Kernel
-from netlathe.backends.tvm.tir import Code, Expr, Index, flat_index, i64, known, select
+from netlathe.backends.tvm.tir import NAMED, Code, Expr, Index, flat_index, i64, known, select
 from netlathe.ir.dims import Dim, Shape
 
 # at(code, index) -> the element, computed by the kernel that `code` belongs to
 Element = Callable[[Code, Index], Expr]
-# What a load counts as: it is always kept under a name.
-_LOAD = 16
 # store(code, index, element): what a pending kernel does with each of its results
 Store = Callable[[Code, Index, Expr], None]
 
@@ -66,8 +64,8 @@ class Ready(Value):
         return code.remembered(
             self,
             index,
-            lambda: storage.load(self.dtype, tirx.BufferLoad(buffer, [position])),
-            _LOAD,
+            lambda: storage.load(code, self.dtype, tirx.BufferLoad(buffer, [position])),
+            NAMED,
         )
 
     def viewed(self, shape: Shape) -> Ready:
@@ -104,7 +102,7 @@ class Lazy(Value):
         return code.remembered(
             self,
             index,
-            lambda: storage.rounded(self.dtype, self.element(code, index)),
+            lambda: storage.rounded(code, self.dtype, self.element(code, index)),
             self.cost,
         )
 
@@ -159,7 +157,7 @@ class Pending(Value):
         def build(kernel: Kernel, store: Store) -> str:
             def store_result(code: Code, at: Index, element: Expr) -> None:
                 moved = at if index is None else index(at)
-                store(code, moved, storage.rounded(dtype, function(code, moved, element)))
+                store(code, moved, storage.rounded(code, dtype, function(code, moved, element)))
 
             return self.build(kernel, store_result)
 

@@ -95,7 +95,7 @@ def packed(
 
         def vector(k: Expr, number: int) -> Expr:
             start = base + k * i64(cut.width) + i64(number * cut.lanes)
-            return storage.load(weight.dtype, code.vload(read_b, start, cut.lanes))
+            return storage.load(code, weight.dtype, code.vload(read_b, start, cut.lanes))
 
         return vector
 

@@ -39,7 +39,7 @@ def into(out: object, dtype: object, shape: list[Expr]) -> Store:
             position = index[0]
         else:
             position = flat_index(index, shape)
-        code.store(out, position, storage.store(dtype, element))  # type: ignore[arg-type]
+        code.store(out, position, storage.store(code, dtype, element))  # type: ignore[arg-type]
 
     return store
 

@@ -23,6 +23,7 @@ from netlathe.backends.tvm.tir import (
     const,
     i64,
     idiv,
+    is_nan,
     known,
     select,
     total,
@@ -57,13 +58,13 @@ def _max(a: Expr, b: Expr) -> Expr:
     if _is_bool(a):
         return tirx.Or(a, b)
     # NaN compares false: `b` is taken unless `a` is surely larger, and a NaN already held stays.
-    return select(tirx.Or(a != a, a >= b), a, b) if _is_float(a) else tirx.max(a, b)
+    return select(tirx.Or(is_nan(a), a >= b), a, b) if _is_float(a) else tirx.max(a, b)
 
 
 def _min(a: Expr, b: Expr) -> Expr:
     if _is_bool(a):
         return tirx.And(a, b)
-    return select(tirx.Or(a != a, a <= b), a, b) if _is_float(a) else tirx.min(a, b)
+    return select(tirx.Or(is_nan(a), a <= b), a, b) if _is_float(a) else tirx.min(a, b)
 
 
 def _is_float(x: Expr) -> bool:

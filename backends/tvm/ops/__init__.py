@@ -6,9 +6,16 @@ from netlathe.backends.tvm.ops import (
     attention,
     contraction,
     elementwise,
+    loss,
     movement,
     norm,
+    order,
+    quantize,
+    recurrent,
     reduction,
+    resize,
+    signal,
+    window,
 )
 from netlathe.backends.tvm.ops.op import Op, Rule
 
@@ -19,6 +26,13 @@ RULES: dict[str, Rule] = {
     **reduction.ROWS,
     **norm.ROWS,
     **attention.ROWS,
+    **window.ROWS,
+    **signal.ROWS,
+    **recurrent.ROWS,
+    **loss.ROWS,
+    **resize.ROWS,
+    **order.ROWS,
+    **quantize.ROWS,
 }
 
 __all__ = ["RULES", "Op", "Rule"]

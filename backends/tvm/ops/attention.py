@@ -7,11 +7,17 @@ from collections.abc import Callable, Sequence
 
 from tvm import tirx
 
+from netlathe.backends.tvm import mathfn, storage
 from netlathe.backends.tvm.kernel import Kernel
 from netlathe.backends.tvm.kernels.attention import Spec, attention
-from netlathe.backends.tvm.ops.op import D, Op, Rule, broadcast_index, is_cheap
-from netlathe.backends.tvm.tir import Code, Expr, Index, cast, const, dtype_of, i64, select
-from netlathe.backends.tvm.values import Lazy, Pending, Ready, Store, Value
+from netlathe.backends.tvm.ops.contraction import product
+from netlathe.backends.tvm.ops.elementwise import like
+from netlathe.backends.tvm.ops.movement import transposed
+from netlathe.backends.tvm.ops.norm import softmax
+from netlathe.backends.tvm.ops.op import D, Op, Rule, broadcast_index, combine, is_cheap
+from netlathe.backends.tvm.ops.reduction import reduced
+from netlathe.backends.tvm.tir import Code, Expr, Index, cast, const, dtype_of, i64, idiv, select
+from netlathe.backends.tvm.values import Lazy, Pending, Ready, Scalar, Store, Value
 from netlathe.ir import dims
 from netlathe.ir.dims import Shape
 
@@ -70,9 +76,12 @@ def _attention(op: Op) -> Sequence[Value]:
     # Values are read along the last axis, a vector at a time.
     v = v if isinstance(v, Ready) or (isinstance(v, Lazy) and v.unit and v.cheap) else low.force(v)
     presents = [_present(op, 1, k), _present(op, 2, v)]
-    if op.wants(3) or op.integer("softmax_precision", 1) not in (0, 1, 10, 16):
-        raise op.gap("scores as an output, or another precision of the softmax")
     spec = _spec(op, q, k, v, past)
+    if op.wants(3) or op.integer("softmax_precision", 1) not in (0, 1, 10, 16):
+        y, scores = _in_steps(op, spec)
+        if packed:
+            y = low.force(transposed(op, y, [0, 2, 1, 3])).viewed(op.shape())
+        return [y, *presents, scores]
     batch, count, queries, _ = q.shape
     shape: Shape = (batch, count, queries, v.shape[3])
 
@@ -88,6 +97,64 @@ def _attention(op: Op) -> Sequence[Value]:
         )
         result = low.force(result).viewed(op.shape())
     return [result, *presents]
+
+
+def _in_steps(op: Op, spec: Spec) -> tuple[Value, Value]:
+    """The result and the scores, of which a matrix is in memory: for nodes that give scores out."""
+    low, dtype = op.low, spec.q.dtype
+
+    def spread(value: Value, perm: Sequence[int]) -> Value:
+        """Keys or values, repeated for the query heads, their last two axes in the order of ``perm``."""
+        b, _, *sizes = value.shape
+        shape = (b, spec.q.shape[1], *(sizes[axis] for axis in perm))
+
+        def element(code: Code, at: Index) -> Expr:
+            inner = [at[2 + perm.index(axis)] for axis in range(2)]
+            return value.at(code, [at[0], idiv(at[1], spec.groups), *inner])
+
+        return Lazy(value.dtype, shape, element, cheap=True)
+
+    stages = []
+    made = product(low, spec.q, spread(spec.k, [1, 0]), dtype)
+    shape = made.shape
+    scale = Scalar(D.FLOAT, (), spec.scale)
+    made = low.force(
+        combine(low, lambda code, x, f: x * cast(f, dtype_of(x)), [made, scale], dtype, shape)
+    )
+    stages.append(made)
+    if spec.softcap:
+        made = low.force(combine(low, _capped(spec.softcap), [made], dtype, shape))
+    stages.append(made)
+    raw = made
+
+    def masked(code: Code, at: Index) -> Expr:
+        value = raw.at(code, at)
+        if spec.bias is not None:
+            value = value + cast(spec.bias(code, *at), dtype_of(value))
+        if spec.allowed is not None:
+            value = select(spec.allowed(code, *at), value, like(value, float("-inf")))
+        return value
+
+    held = low.force(Lazy(dtype, shape, masked, cost=8))
+    stages.append(held)
+    largest = low.force(reduced(low, held, [3], "max", True))
+    precise = op.integer("softmax_precision", 0)
+    wide = D.DOUBLE if precise == D.DOUBLE else dtype
+    source = combine(low, lambda code, x: cast(x, storage.computed(wide)), [held], wide, shape)
+    weights = low.force(softmax(low, source, 3))
+
+    def emptied(code: Code, w: Expr, m: Expr) -> Expr:
+        value = cast(w, storage.computed(dtype))
+        return select(m == like(m, float("-inf")), like(value, 0.0), value)
+
+    final = low.force(combine(low, emptied, [weights, largest], dtype, shape))
+    stages.append(final)
+    y = product(low, final, spread(spec.v, [0, 1]), op.dtype())
+    return y, stages[op.integer("qk_matmul_output_mode")]
+
+
+def _capped(cap: float) -> Callable[[Code, Expr], Expr]:
+    return lambda code, x: mathfn.tanh(code, x / like(x, cap)) * like(x, cap)
 
 
 def _present(op: Op, output: int, value: Value) -> Value:

@@ -10,9 +10,10 @@ from tvm import tirx
 from netlathe.backends.tvm import storage
 from netlathe.backends.tvm.kernel import Kernel
 from netlathe.backends.tvm.kernels import gemm
+from netlathe.backends.tvm.kernels import reduce as template
 from netlathe.backends.tvm.lowering import Lowering
 from netlathe.backends.tvm.ops.op import D, Op, Rule, broadcast_index, is_cheap
-from netlathe.backends.tvm.tir import Code, Expr, Index
+from netlathe.backends.tvm.tir import Code, Expr, Index, i64
 from netlathe.backends.tvm.values import Lazy, Pending, Ready, Store, Value
 from netlathe.ir import dims, weights
 from netlathe.ir.dims import Shape
@@ -135,7 +136,67 @@ def _gemm(op: Op) -> Sequence[Value]:
     return [made]
 
 
+def _einsum(op: Op) -> Sequence[Value]:
+    """The sum over all letters that the result does not have, as the equation states it."""
+    operands = [op.low.force(op.value(i)) for i in range(len(op.node.inputs))]
+    terms, result = _letters(op.text("equation"), [operand.rank for operand in operands])
+    sizes = {
+        letter: dim
+        for term, operand in zip(terms, operands, strict=True)
+        for letter, dim in zip(term, operand.shape, strict=True)
+        if dim != 1 or letter not in result
+    }
+    summed = [
+        letter for letter in dict.fromkeys("".join(map("".join, terms))) if letter not in result
+    ]
+    dtype, shape = op.dtype(), op.shape()
+
+    def build(kernel: Kernel, store: Store) -> str:
+        def element(code: Code, kept: list[Expr], inner: list[Expr]) -> Expr:
+            at = dict(zip(result, kept, strict=True)) | dict(zip(summed, inner, strict=True))
+            whole = None
+            for term, operand in zip(terms, operands, strict=True):
+                index = [
+                    i64(0) if dim == 1 else at[letter]
+                    for letter, dim in zip(term, operand.shape, strict=True)
+                ]
+                item = operand.at(code, index)
+                whole = item if whole is None else whole * item
+            return whole
+
+        return template.reduce(
+            kernel,
+            kernel.shape(shape),
+            [kernel.size(sizes.get(letter, 1)) for letter in summed],
+            False,
+            storage.computed(dtype),
+            template.COMBINE["sum"],
+            element,
+            store,
+        )
+
+    return [Pending(dtype, shape, build)]
+
+
+def _letters(equation: str, ranks: Sequence[int]) -> tuple[list[list[str]], list[str]]:
+    """The letters of every operand and of the result; dims of an ellipsis are numbered from the right."""
+    left, arrow, right = equation.replace(" ", "").partition("->")
+    terms = []
+    for text, rank in zip(left.split(","), ranks, strict=True):
+        before, dots, after = text.partition("...")
+        count = rank - len(before) - len(after) if dots else 0
+        terms.append([*before, *(str(n) for n in range(count - 1, -1, -1)), *after])
+    spread = max((term for term in terms), key=lambda t: sum(c.isdigit() for c in t))
+    numbers = [letter for letter in spread if letter.isdigit()]
+    if arrow:
+        before, dots, after = right.partition("...")
+        return terms, [*before, *(numbers if dots else []), *after]
+    every = [letter for term in terms for letter in term if not letter.isdigit()]
+    return terms, [*numbers, *sorted(letter for letter in set(every) if every.count(letter) == 1)]
+
+
 ROWS: dict[str, Rule] = {
+    "Einsum": _einsum,
     "MatMul": _matmul,
     "Gemm": _gemm,
 }

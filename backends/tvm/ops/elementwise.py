@@ -9,7 +9,7 @@ from tvm import tirx
 
 from netlathe.backends.tvm import mathfn, storage
 from netlathe.backends.tvm.ops.op import D, Op, Rule, elementwise
-from netlathe.backends.tvm.tir import Code, Expr, cast, const, dtype_of, select
+from netlathe.backends.tvm.tir import Code, Expr, cast, const, dtype_of, is_nan, select
 from netlathe.backends.tvm.values import Scalar, Value
 
 
@@ -29,7 +29,7 @@ def larger(code: Code, a: Expr, b: Expr) -> Expr:
     if not is_float(a):
         return tirx.max(a, b)
     a, b = code.bind(a), code.bind(b)
-    return select(a != a, a, select(b != b, b, select(a > b, a, b)))
+    return select(is_nan(a), a, select(is_nan(b), b, select(a > b, a, b)))
 
 
 def smaller(code: Code, a: Expr, b: Expr) -> Expr:
@@ -37,7 +37,7 @@ def smaller(code: Code, a: Expr, b: Expr) -> Expr:
     if not is_float(a):
         return tirx.min(a, b)
     a, b = code.bind(a), code.bind(b)
-    return select(a != a, a, select(b != b, b, select(a < b, a, b)))
+    return select(is_nan(a), a, select(is_nan(b), b, select(a < b, a, b)))
 
 
 def _libm(name: str) -> Callable[[Code, Expr], Expr]:
@@ -65,7 +65,7 @@ def sign(code: Code, x: Expr) -> Expr:
         return select(x > like(x, 0), like(x, 1), like(x, 0))
     x = code.bind(x)
     signed = select(x > like(x, 0), like(x, 1), select(x < like(x, 0), like(x, -1), like(x, 0)))
-    return select(x != x, x, signed) if is_float(x) else signed
+    return select(is_nan(x), x, signed) if is_float(x) else signed
 
 
 def relu(code: Code, x: Expr) -> Expr:
@@ -96,7 +96,19 @@ def _expm1(code: Code, x: Expr) -> Expr:
     return select(tirx.abs(x) < like(x, 0.5), near, mathfn.exp(code, x) - like(x, 1.0))
 
 
-def _elu(code: Code, x: Expr, alpha: float) -> Expr:
+def _sinh(code: Code, x: Expr) -> Expr:
+    """(e ** x - e ** -x) / 2, from e ** x - 1 so that small values keep their digits."""
+    e = code.bind(_expm1(code, code.bind(x)))
+    return like(x, 0.5) * (e + e / (e + like(x, 1.0)))
+
+
+def _cosh(code: Code, x: Expr) -> Expr:
+    e = code.bind(mathfn.exp(code, tirx.abs(x)))
+    return like(x, 0.5) * (e + like(x, 1.0) / e)
+
+
+def elu(code: Code, x: Expr, alpha: float) -> Expr:
+    """x, or alpha (e ** x - 1) below 0."""
     x = code.bind(x)
     low = code.bind(select(x < like(x, 0.0), x, like(x, 0.0)))
     return select(x > like(x, 0.0), x, like(x, alpha) * _expm1(code, low))
@@ -118,7 +130,8 @@ def _clamp(x: Expr, low: float, high: float) -> Expr:
     return select(x < like(x, low), like(x, low), select(x > like(x, high), like(x, high), x))
 
 
-def _swish(code: Code, x: Expr, alpha: float) -> Expr:
+def swish(code: Code, x: Expr, alpha: float) -> Expr:
+    """x * sigmoid(alpha * x)."""
     x = code.bind(x)
     return x * mathfn.sigmoid(code, x * like(x, alpha) if alpha != 1.0 else x)
 
@@ -145,19 +158,19 @@ _UNARY: Mapping[str, Callable[[Op], Callable[[Code, Expr], Expr]]] = {
     "Asin": lambda op: _libm("asin"),
     "Acos": lambda op: _libm("acos"),
     "Atan": lambda op: _libm("atan"),
-    "Sinh": lambda op: _libm("sinh"),
-    "Cosh": lambda op: _libm("cosh"),
+    "Sinh": lambda op: _sinh,
+    "Cosh": lambda op: _cosh,
     "Asinh": lambda op: _libm("asinh"),
     "Acosh": lambda op: _libm("acosh"),
     "Atanh": lambda op: _libm("atanh"),
     "Relu": lambda op: relu,
     "Gelu": gelu,
-    "Elu": lambda op: functools.partial(_elu, alpha=op.real("alpha", 1.0)),
+    "Elu": lambda op: functools.partial(elu, alpha=op.real("alpha", 1.0)),
     "Celu": lambda op: functools.partial(_celu, alpha=op.real("alpha", 1.0)),
     "Selu": lambda op: (
         lambda code, x: (
             like(x, op.real("gamma", 1.05070102214813232421875))
-            * _elu(code, x, op.real("alpha", 1.67326319217681884765625))
+            * elu(code, x, op.real("alpha", 1.67326319217681884765625))
         )
     ),
     "LeakyRelu": lambda op: (
@@ -176,7 +189,7 @@ _UNARY: Mapping[str, Callable[[Op], Callable[[Code, Expr], Expr]]] = {
     "HardSwish": lambda op: (
         lambda code, x: x * _clamp(code.bind(x * like(x, 1 / 6) + like(x, 0.5)), 0.0, 1.0)
     ),
-    "Swish": lambda op: functools.partial(_swish, alpha=op.real("alpha", 1.0)),
+    "Swish": lambda op: functools.partial(swish, alpha=op.real("alpha", 1.0)),
     "Mish": lambda op: lambda code, x: x * mathfn.tanh(code, mathfn.softplus(code, x)),
     "Softsign": lambda op: lambda code, x: x / (like(x, 1.0) + tirx.abs(x)),
     "Shrink": lambda op: functools.partial(
@@ -184,7 +197,7 @@ _UNARY: Mapping[str, Callable[[Op], Callable[[Code, Expr], Expr]]] = {
     ),
     "Not": lambda op: lambda code, x: tirx.Not(x),
     "BitwiseNot": lambda op: lambda code, x: tirx.bitwise_not(x),
-    "IsNaN": lambda op: lambda code, x: x != x,
+    "IsNaN": lambda op: lambda code, x: is_nan(x),
     "Identity": lambda op: lambda code, x: x,
 }
 
@@ -251,10 +264,12 @@ def _mean(op: Op) -> Sequence[Value]:
 def _mod(op: Op) -> Sequence[Value]:
     def remainder(code: Code, a: Expr, b: Expr) -> Expr:
         if is_float(a):
-            rest = code.bind(tirx.fmod(a, b))
+            rest = code.bind(a - tirx.trunc(a / b) * b)
             if op.integer("fmod"):
                 return rest
-            wrong = tirx.And(rest != like(a, 0), (rest < like(a, 0)) != (b < like(a, 0)))
+            wrong = tirx.And(
+                rest != like(a, 0), cast(rest < like(a, 0), "int8") != cast(b < like(a, 0), "int8")
+            )
             return select(wrong, rest + b, rest)
         return tirx.truncmod(a, b) if op.integer("fmod") else tirx.floormod(a, b)
 
@@ -342,9 +357,7 @@ def _bit_shift(op: Op) -> Sequence[Value]:
 
 def _swiglu(op: Op) -> Sequence[Value]:
     alpha = op.real("alpha", 1.0)
-    return elementwise(
-        op, lambda code, a, b: _swish(code, a, alpha) * b, [op.value(0), op.value(1)]
-    )
+    return elementwise(op, lambda code, a, b: swish(code, a, alpha) * b, [op.value(0), op.value(1)])
 
 
 # -- types ------------------------------------------------------------------------------------------
@@ -352,7 +365,7 @@ def _swiglu(op: Op) -> Sequence[Value]:
 _NARROW_INTS = {D.INT4: (4, True), D.UINT4: (4, False), D.INT2: (2, True), D.UINT2: (2, False)}
 
 
-def convert(x: Expr, source: D, target: D, saturate: bool = True) -> Expr:
+def convert(code: Code, x: Expr, source: D, target: D, saturate: bool = True) -> Expr:
     """``x`` as a value of ``target``, as Cast has it."""
     from netlathe.backends.tvm import bits
 
@@ -363,7 +376,9 @@ def convert(x: Expr, source: D, target: D, saturate: bool = True) -> Expr:
         x = cast(x, "int8") if to != "bool" else x
     if target in bits.FORMATS:
         form = bits.FORMATS[target]
-        return bits.from_small(bits.to_small(cast(x, "float32"), form, saturate=saturate), form)
+        return bits.from_small(
+            code, bits.to_small(code, cast(x, "float32"), form, saturate=saturate), form
+        )
     if target in _NARROW_INTS:
         width, signed = _NARROW_INTS[target]
         wide = cast(x, "int32")
@@ -383,7 +398,7 @@ def _cast(op: Op) -> Sequence[Value]:
     target = op.dtype()
     saturate = bool(op.integer("saturate", 1))
     return elementwise(
-        op, lambda code, x: convert(x, source.dtype, target, saturate), [source], target
+        op, lambda code, x: convert(code, x, source.dtype, target, saturate), [source], target
     )
 
 
@@ -397,13 +412,13 @@ def _bit_cast(op: Op) -> Sequence[Value]:
         raise op.gap("elements of less than a byte")
 
     def reinterpret(code: Code, x: Expr) -> Expr:
-        stored = storage.store(source.dtype, x)
+        stored = storage.store(code, source.dtype, x)
         if dtype_of(stored) == "bool":
             stored = cast(stored, "uint8")
         wanted = storage.STORED[target]
         if wanted == "bool":
             return cast(stored, "uint8") != const(0, "uint8")
-        return storage.load(target, tirx.reinterpret(wanted, stored))
+        return storage.load(code, target, tirx.reinterpret(wanted, stored))
 
     return elementwise(op, reinterpret, [source], target)
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
+import onnx_ir as ir
 from tvm import tirx
 
 from netlathe.backends.tvm import storage
@@ -21,6 +22,7 @@ from netlathe.backends.tvm.ops.op import (
     moved,
 )
 from netlathe.backends.tvm.tir import (
+    NAMED,
     Code,
     Expr,
     Index,
@@ -129,8 +131,43 @@ def _reshape(op: Op) -> Sequence[Value]:
 
 
 def _as_output(op: Op) -> Sequence[Value]:
-    """Flatten, Squeeze, Unsqueeze: the derived shape says it all."""
-    return [view(op, op.value(0), op.shape())]
+    """Flatten, Squeeze, Unsqueeze: the derived shape says it all, unless the data decides the axes."""
+    value = op.value(0)
+    added = op.node.op_type == "Unsqueeze"
+
+    def size(code: Code, axis: int) -> Expr:
+        source = code.kernel.shape(value.shape)
+        rank = len(op.type().shape or ()) if added else value.rank
+        count = _count(op, 1)
+        flags = []
+        for at in range(rank):
+            flag = const(False, "bool")
+            for k in range(count):
+                given = element_at(code, op, 1, k)
+                flag = tirx.Or(flag, select(given < i64(0), given + i64(rank), given) == i64(at))
+            flags.append(select(flag, i64(1), i64(0)))
+        if added:
+            before = sum_of(i64(1) - flag for flag in flags[:axis])
+            result = i64(1)
+            for at, dim in enumerate(source):
+                result = select(before == i64(at), dim, result)
+            return select(flags[axis] == i64(1), i64(1), result)
+        result = i64(1)
+        for at, dim in enumerate(source):
+            before = sum_of(i64(1) - flag for flag in flags[:at])
+            here = tirx.And(flags[at] == i64(0), before == i64(axis))
+            result = select(here, dim, result)
+        return result
+
+    return [view(op, value, op.decided(size))]
+
+
+def sum_of(parts: Iterable[Expr]) -> Expr:
+    """The sum of sizes."""
+    whole = i64(0)
+    for part in parts:
+        whole = whole + part
+    return whole
 
 
 def transposed(op: Op, value: Value, perm: Sequence[int]) -> Value:
@@ -229,7 +266,7 @@ def _slice(op: Op) -> Sequence[Value]:
     axes = op.ints(3) if op.has(3) else tuple(range(count))
     steps = op.ints(4) if op.has(4) else (1,) * count
     if axes is None or steps is None:
-        raise op.gap("axes or steps that are decided by data")
+        return [_slice_by_data(op, source, count)]
     place = {axis % source.rank: at for at, axis in enumerate(axes)}
 
     def start(code: Code, axis: int) -> Expr:
@@ -265,11 +302,53 @@ def _slice(op: Op) -> Sequence[Value]:
     return [moved(source, shape, index, unit=last not in place or steps[place[last]] == 1)]
 
 
+def _slice_by_data(op: Op, source: Value, count: int) -> Value:
+    """A slice whose axes or steps are known when the model runs."""
+    rank = source.rank
+
+    def bounds(code: Code, axis: int) -> tuple[Expr, Expr, Expr]:
+        """(start, length, step) along an axis."""
+        size = code.kernel.size(source.shape[axis])
+        start, length, step = i64(0), size, i64(1)
+        for at in range(count):
+            given = element_at(code, op, 3, at) if op.has(3) else i64(at)
+            given = select(given < i64(0), given + i64(rank), given)
+            by = code.bind(element_at(code, op, 4, at) if op.has(4) else i64(1), NAMED)
+            first, last = element_at(code, op, 1, at), element_at(code, op, 2, at)
+            first = select(first < i64(0), first + size, first)
+            last = select(last < i64(0), last + size, last)
+            up = by > i64(0)
+            first = tirx.max(tirx.min(first, select(up, size, size - i64(1))), i64(0))
+            last = tirx.max(tirx.min(last, size), select(up, i64(0), i64(-1)))
+            first, last = code.bind(first, NAMED), code.bind(last, NAMED)
+            span = select(up, last - first, first - last)
+            width = code.bind(tirx.abs(by), NAMED)
+            whole = tirx.max(tirx.floordiv(span + width - i64(1), width), i64(0))
+            here = given == i64(axis)
+            start, length = select(here, first, start), select(here, whole, length)
+            step = select(here, by, step)
+        return start, length, step
+
+    shape = op.decided(lambda code, axis: bounds(code, axis)[1])
+
+    def index(code: Code, at: Index) -> Index:
+        parts = [bounds(code, axis) for axis in range(rank)]
+        return [start + item * step for (start, _, step), item in zip(parts, at, strict=True)]
+
+    result = moved(source, shape, index)
+    result.cheap, result.cost = False, result.cost + 4
+    return result
+
+
 def _split(op: Op) -> Sequence[Value]:
     source = op.operand(0)
     axis = op.axis(source.rank)
     results: list[Value] = []
     begin: Dim = 0
+    parts = [op.type(output).shape for output in range(len(op.node.outputs))]
+    sizes = [None if part is None else part[axis] for part in parts]
+    if op.has(1) and not all(size is not None and op.low.is_bound(size) for size in sizes):
+        op.low.size_from_data(op.value(1), sizes)
     for output in range(len(op.node.outputs)):
         shape = op.shape(output)
         results.append(_part(source, shape, axis, begin))
@@ -566,6 +645,13 @@ def _space_to_depth(op: Op) -> Sequence[Value]:
 # -- make -------------------------------------------------------------------------------------------
 
 
+def _constant(op: Op) -> Sequence[Value]:
+    tensor = ir.convenience.get_const_tensor(op.node.outputs[0], propagate_shape_type=False)
+    if tensor is None:
+        raise op.gap("a constant that is not a dense tensor")
+    return [op.low.constant(op.node.outputs[0], tensor)]
+
+
 def _shape(op: Op) -> Sequence[Value]:
     value = op.value(0)
     start, end = op.integer("start"), op.integer("end", value.rank)
@@ -664,6 +750,7 @@ ROWS: dict[str, Rule] = {
     "Trilu": _trilu,
     "DepthToSpace": _depth_to_space,
     "SpaceToDepth": _space_to_depth,
+    "Constant": _constant,
     "Shape": _shape,
     "Size": _size,
     "ConstantOfShape": _constant_of_shape,

@@ -9,6 +9,7 @@ from tvm import tirx
 from netlathe.backends.tvm import mathfn, storage
 from netlathe.backends.tvm.kernel import Kernel
 from netlathe.backends.tvm.kernels import rows
+from netlathe.backends.tvm.lowering import Lowering
 from netlathe.backends.tvm.ops.elementwise import like
 from netlathe.backends.tvm.ops.op import Op, Rule, combine, read
 from netlathe.backends.tvm.ops.reduction import arg_extreme, reduced
@@ -20,20 +21,29 @@ from netlathe.ir import dims
 def _softmax(op: Op) -> Sequence[Value]:
     log = op.node.op_type == "LogSoftmax"
     x = op.operand(0)
-    axis = op.axis(x.rank, -1)
+    return [softmax(op.low, x, op.axis(x.rank, -1), log)]
+
+
+def log_softmax(low: Lowering, x: Value, axis: int) -> Value:
+    """The logarithm of the softmax of ``x`` along ``axis``."""
+    return softmax(low, x, axis, log=True)
+
+
+def softmax(low: Lowering, x: Value, axis: int, log: bool = False) -> Value:
+    """Softmax of ``x``, which is not pending, along ``axis``."""
     if axis != x.rank - 1:
-        return [_softmax_inside(op, op.low.force(x), axis, log)]
+        return _softmax_inside(low, low.force(x), axis, log)
 
     def build(kernel: Kernel, store: Store) -> str:
         shape = kernel.shape(x.shape)
         dtype = storage.computed(x.dtype)
         return rows.softmax(kernel, x, shape[:-1], shape[-1], dtype, log, store)
 
-    return [Pending(op.dtype(), x.shape, build)]
+    return Pending(x.dtype, x.shape, build)
 
 
-def _softmax_inside(op: Op, x: Value, axis: int, log: bool) -> Value:
-    low, dtype = op.low, op.dtype()
+def _softmax_inside(low: Lowering, x: Value, axis: int, log: bool) -> Value:
+    dtype = x.dtype
     largest = low.force(reduced(low, x, [axis], "max", True))
     power = combine(low, lambda code, a, b: mathfn.exp(code, a - b), [x, largest], x.dtype, x.shape)
     if log:
@@ -88,7 +98,7 @@ def _norm(op: Op) -> Sequence[Value]:
 
         def finish(code: Code, index: Index, j: Expr, value: Expr) -> None:
             at = place(index, j)
-            value = storage.rounded(x.dtype, value)
+            value = storage.rounded(code, x.dtype, value)
             value = value * cast(read(code, scale, at, shape), computed)
             if bias is not None:
                 value = value + cast(read(code, bias, at, shape), computed)
@@ -132,7 +142,7 @@ def _norm_with_statistics(op: Op, x: Value, axis: int) -> Sequence[Value]:
     operands = [centred, inverse, op.operand(1)] + ([op.operand(2)] if op.has(2) else [])
 
     def finish(code: Code, c: Expr, i: Expr, s: Expr, *b: Expr) -> Expr:
-        value = storage.rounded(x.dtype, c * i) * s
+        value = storage.rounded(code, x.dtype, c * i) * s
         return value + b[0] if b else value
 
     y = combine(low, finish, operands, op.dtype(), x.shape)

@@ -11,13 +11,16 @@ from netlathe.backends.tvm.kernel import Kernel
 from netlathe.backends.tvm.kernels import reduce as template
 from netlathe.backends.tvm.lowering import Lowering
 from netlathe.backends.tvm.ops.elementwise import absolute, like
+from netlathe.backends.tvm.ops.movement import element_at, sum_of
 from netlathe.backends.tvm.ops.op import D, Op, Rule, combine
 from netlathe.backends.tvm.tir import (
+    NAMED,
     PARALLEL,
     Code,
     Expr,
     Index,
     cast,
+    const,
     i64,
     select,
     total,
@@ -65,8 +68,7 @@ def reduced(low: Lowering, x: Value, axes: Sequence[int], kind: str, keepdims: b
                 for axis, at in zip(kept_axes, kept, strict=True):
                     index[axis] = at
             if kind == "mean":
-                count = cast(total([dims_[axis] for axis in ordered]), dtype)
-                value = value / count if dtype.startswith("float") else tirx.truncdiv(value, count)
+                value = _mean(value, total([dims_[axis] for axis in ordered]), dtype)
             store(code, index, value)
 
         return template.reduce(
@@ -86,6 +88,11 @@ def reduced(low: Lowering, x: Value, axes: Sequence[int], kind: str, keepdims: b
     if kind == "log_sum":
         result = combine(low, lambda code, v: mathfn.log(code, v), [result], source.dtype, out)
     return result
+
+
+def _mean(whole: Expr, count: Expr, dtype: str) -> Expr:
+    count = cast(count, dtype)
+    return whole / count if dtype.startswith("float") else tirx.truncdiv(whole, count)
 
 
 def _root(v: Expr) -> Expr:
@@ -119,7 +126,103 @@ def _axes(op: Op, rank: int) -> list[int] | None:
     return sorted({axis % rank for axis in given})
 
 
+def _is_data(op: Op) -> bool:
+    """Whether the axes are known only when the model runs."""
+    if not op.has(1) or op.ints(1) is not None:
+        return False
+    return op.low.found.type(op.node.inputs[1]).shape != (0,)
+
+
+def _reduce_by_data(op: Op) -> Value:
+    """All axes are looped over; those that are not reduced have one step."""
+    x, name = op.ready(0), op.node.op_type
+    low, rank = op.low, x.rank
+    keep = bool(op.integer("keepdims", 1))
+    count = op.low.found.type(op.node.inputs[1]).shape
+    if count is None or not isinstance(count[0], int):
+        raise op.gap("an unknown number of axes")
+    number = count[0]
+
+    def flags(code: Code) -> list[Expr]:
+        made = []
+        for axis in range(rank):
+            flag = const(False, "bool")
+            for k in range(number):
+                given = element_at(code, op, 1, k)
+                given = select(given < i64(0), given + i64(rank), given)
+                flag = tirx.Or(flag, given == i64(axis))
+            made.append(code.bind(select(flag, i64(1), i64(0)), NAMED))
+        return made
+
+    def place(gone: list[Expr], axis: int) -> Expr:
+        """Which axis of the result an axis that stays becomes."""
+        return i64(axis) if keep else sum_of(i64(1) - flag for flag in gone[:axis])
+
+    def size(code: Code, axis: int) -> Expr:
+        gone, result = flags(code), i64(1)
+        for at, dim in enumerate(code.kernel.shape(x.shape)):
+            here = tirx.And(gone[at] == i64(0), place(gone, at) == i64(axis))
+            result = select(here, dim, result)
+        return result
+
+    shape = op.decided(size)
+    kind = {"ReduceLogSumExp": "log_sum"}.get(name) or _KINDS[name]
+    before = mathfn.exp if name == "ReduceLogSumExp" else _BEFORE.get(kind, lambda code, e: e)
+    dtype = storage.computed(x.dtype)
+
+    def build(kernel: Kernel, store: Store) -> str:
+        code = kernel.code
+        sizes = kernel.shape(x.shape)
+        with code.loop(1):
+            gone = flags(code)
+            steps = [
+                code.bind(select(f == i64(1), d, i64(1)), NAMED)
+                for f, d in zip(gone, sizes, strict=True)
+            ]
+            places = [code.bind(place(gone, axis), NAMED) for axis in range(rank)]
+            whole = code.bind(total(steps), NAMED)
+
+            def element(code: Code, kept: list[Expr], inner: list[Expr]) -> Expr:
+                index = []
+                for axis in range(rank):
+                    own = i64(0)
+                    for at, item in enumerate(kept):
+                        own = select(places[axis] == i64(at), item, own)
+                    index.append(select(gone[axis] == i64(1), inner[axis], own))
+                return before(code, x.at(code, index))
+
+            def finish(code: Code, index: Index, value: Expr) -> None:
+                if kind == "mean":
+                    value = (
+                        value / cast(whole, dtype)
+                        if dtype.startswith("float")
+                        else tirx.truncdiv(value, cast(whole, dtype))
+                    )
+                store(code, index, value)
+
+            base = kind if kind in template.COMBINE else "sum"
+            return template.reduce(
+                kernel,
+                kernel.shape(shape),
+                steps,
+                False,
+                dtype,
+                template.COMBINE[base],
+                element,
+                finish,
+            )
+
+    made: Value = Pending(x.dtype, shape, build)
+    if kind == "l2":
+        return combine(low, lambda code, v: _root(v), [made], x.dtype, shape)
+    if kind == "log_sum":
+        return combine(low, lambda code, v: mathfn.log(code, v), [made], x.dtype, shape)
+    return made
+
+
 def _reduce(op: Op) -> Sequence[Value]:
+    if _is_data(op):
+        return [_reduce_by_data(op)]
     x = op.value(0)
     axes = _axes(op, x.rank)
     keep = bool(op.integer("keepdims", 1))

@@ -1,0 +1,207 @@
+"""Quantization: scales and zero points per tensor, per axis or per block, and integer products."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from tvm import tirx
+
+from netlathe.backends.tvm import storage
+from netlathe.backends.tvm.ops.contraction import product
+from netlathe.backends.tvm.ops.elementwise import convert, is_float, like
+from netlathe.backends.tvm.ops.norm import channel
+from netlathe.backends.tvm.ops.op import D, Op, Rule, combine, is_cheap
+from netlathe.backends.tvm.ops.reduction import reduced
+from netlathe.backends.tvm.ops.window import convolved
+from netlathe.backends.tvm.tir import Code, Expr, Index, cast, i64, idiv, select
+from netlathe.backends.tvm.values import Lazy, Value
+from netlathe.ir.dims import Shape
+
+_RANGE: Mapping[D, tuple[int, int]] = {
+    D.INT8: (-128, 127),
+    D.UINT8: (0, 255),
+    D.INT16: (-32768, 32767),
+    D.UINT16: (0, 65535),
+    D.INT4: (-8, 7),
+    D.UINT4: (0, 15),
+    D.INT2: (-2, 1),
+    D.UINT2: (0, 3),
+}
+
+
+def _spread(value: Value, shape: Shape, axis: int, block: int) -> Value:
+    """A scale or zero point under the index of the tensor that it belongs to."""
+    if value.is_one:
+        zeros = [i64(0)] * value.rank
+        return Lazy(
+            value.dtype, shape, lambda code, at: value.at(code, zeros), flat=True, cheap=True
+        )
+
+    def element(code: Code, at: Index) -> Expr:
+        if block:
+            return value.at(
+                code, [idiv(item, block) if a == axis else item for a, item in enumerate(at)]
+            )
+        return value.at(code, [at[axis]])
+
+    return Lazy(value.dtype, shape, element, cheap=is_cheap(value))
+
+
+def _integers(x: Expr) -> Expr:
+    return x if is_float(x) else cast(x, "int32")
+
+
+def _dequantize(op: Op) -> Sequence[Value]:
+    x = op.operand(0)
+    axis = op.axis(max(x.rank, 1), 1) if x.rank else 0
+    block = op.integer("block_size")
+    operands = [x, _spread(op.operand(1), x.shape, axis, block)]
+    if op.has(2):
+        operands.append(_spread(op.operand(2), x.shape, axis, block))
+    target = op.dtype()
+    wide = storage.computed(target)
+
+    def dequantize(code: Code, value: Expr, scale: Expr, *zero: Expr) -> Expr:
+        held = _integers(value)
+        if zero:
+            held = held - _integers(zero[0])
+        return cast(held, wide) * cast(scale, wide)
+
+    return [combine(op.low, dequantize, operands, target, x.shape)]
+
+
+def _quantize(op: Op) -> Sequence[Value]:
+    x = op.value(0)
+    axis = op.axis(max(x.rank, 1), 1) if x.rank else 0
+    block = op.integer("block_size")
+    scale = op.operand(1)
+    target = op.dtype()
+    precision = op.integer("precision")
+    division = storage.computed(D(precision) if precision else scale.dtype)
+    narrow = D(precision) if precision else scale.dtype
+    operands = [x, _spread(scale, x.shape, axis, block)]
+    if op.has(2):
+        operands.append(_spread(op.operand(2), x.shape, axis, block))
+
+    def quantize(code: Code, value: Expr, factor: Expr, *zero: Expr) -> Expr:
+        ratio = cast(value, division) / cast(factor, division)
+        if narrow in (D.FLOAT16, D.BFLOAT16):
+            ratio = storage.rounded(code, narrow, ratio)
+        if target not in _RANGE:
+            return convert(code, ratio, scale.dtype, target, bool(op.integer("saturate", 1)))
+        rounded = tirx.nearbyint(ratio)
+        if zero:
+            rounded = rounded + cast(_integers(zero[0]), division)
+        return cast(cast(_held(code, rounded, *_RANGE[target]), "int32"), storage.computed(target))
+
+    return [combine(op.low, quantize, operands, target, x.shape)]
+
+
+def _held(code: Code, x: Expr, low: float, high: float) -> Expr:
+    x = code.bind(x)
+    return select(x < like(x, low), like(x, low), select(x > like(x, high), like(x, high), x))
+
+
+def _dynamic_quantize(op: Op) -> Sequence[Value]:
+    x = op.ready(0)
+    low = op.low
+    axes = list(range(x.rank))
+    least = low.force(reduced(low, x, axes, "min", False))
+    most = low.force(reduced(low, x, axes, "max", False))
+
+    def scale_of(code: Code, a: Expr, b: Expr) -> Expr:
+        zero = like(a, 0.0)
+        return (select(b > zero, b, zero) - select(a < zero, a, zero)) / like(a, 255.0)
+
+    scale = low.force(combine(low, scale_of, [least, most], D.FLOAT, ()))
+
+    def divisor(s: Expr) -> Expr:
+        return select(s == like(s, 0.0), like(s, 1.0), s)
+
+    def zero_of(code: Code, a: Expr, s: Expr) -> Expr:
+        bottom = select(a < like(a, 0.0), a, like(a, 0.0))
+        held = _held(code, (like(a, 0.0) - bottom) / divisor(s), 0, 255)
+        return cast(cast(tirx.nearbyint(held), "int32"), "uint8")
+
+    zero = low.force(combine(low, zero_of, [least, scale], D.UINT8, ()))
+
+    def quantize(code: Code, a: Expr, s: Expr, z: Expr) -> Expr:
+        value = tirx.nearbyint(a / divisor(s)) + cast(z, "float32")
+        return cast(cast(_held(code, value, 0, 255), "int32"), "uint8")
+
+    y = combine(low, quantize, [x, scale, zero], D.UINT8, x.shape)
+    return [y, scale, zero]
+
+
+# -- products ---------------------------------------------------------------------------------------
+
+
+def _centred(op: Op, index: int, zero_index: int, axis: int) -> Value:
+    """x - zero point in int32; the zero point is for all, or along ``axis``."""
+    x = op.operand(index)
+    operands = [x]
+    if zero_index >= 0 and op.has(zero_index):
+        zero = op.operand(zero_index)
+        if not zero.is_one and zero.rank > 1:
+            operands.append(zero)
+        else:
+            operands.append(_spread(zero, x.shape, axis % max(x.rank, 1), 0))
+
+    def subtract(code: Code, value: Expr, *zero_: Expr) -> Expr:
+        held = cast(value, "int32")
+        return held - cast(zero_[0], "int32") if zero_ else held
+
+    return op.low.force(combine(op.low, subtract, operands, D.INT32, x.shape))
+
+
+def _matmul_integer(op: Op) -> Sequence[Value]:
+    return [product(op.low, _centred(op, 0, 2, -2), _centred(op, 1, 3, -1), D.INT32)]
+
+
+def _conv_integer(op: Op) -> Sequence[Value]:
+    x, w = _centred(op, 0, 2, 1), _centred(op, 1, 3, 0)
+    return [convolved(op, x, w, None, D.INT32, op.shape())]
+
+
+def _requantized(op: Op, made: Value, scales: Sequence[Value], zero: Value) -> Value:
+    target = op.dtype()
+    low, high = _RANGE[target]
+
+    def requantize(code: Code, x: Expr, a: Expr, b: Expr, y: Expr, z: Expr) -> Expr:
+        factor = cast(a, "float64") * cast(b, "float64") / cast(y, "float64")
+        value = tirx.nearbyint(cast(x, "float64") * factor) + cast(z, "float64")
+        return cast(cast(_held(code, value, low, high), "int32"), storage.computed(target))
+
+    return combine(op.low, requantize, [made, *scales, zero], target, made.shape)
+
+
+def _qlinear_matmul(op: Op) -> Sequence[Value]:
+    made = product(op.low, _centred(op, 0, 2, -2), _centred(op, 3, 5, -1), D.INT32)
+    left, right = op.operand(1), op.operand(4)
+    scales = [
+        left if left.rank > 1 else _spread(left, made.shape, made.rank - 2, 0),
+        right if right.rank > 1 else _spread(right, made.shape, made.rank - 1, 0),
+        op.operand(6),
+    ]
+    return [_requantized(op, made, scales, op.operand(7))]
+
+
+def _qlinear_conv(op: Op) -> Sequence[Value]:
+    x, w = _centred(op, 0, 2, 1), _centred(op, 3, 5, 0)
+    bias = op.operand(8) if op.has(8) else None
+    made = convolved(op, x, w, bias, D.INT32, op.shape())
+    weight = op.operand(4)
+    if not weight.is_one:
+        weight = channel(weight, made.rank)
+    return [_requantized(op, made, [op.operand(1), weight, op.operand(6)], op.operand(7))]
+
+
+ROWS: dict[str, Rule] = {
+    "DequantizeLinear": _dequantize,
+    "QuantizeLinear": _quantize,
+    "DynamicQuantizeLinear": _dynamic_quantize,
+    "MatMulInteger": _matmul_integer,
+    "ConvInteger": _conv_integer,
+    "QLinearMatMul": _qlinear_matmul,
+    "QLinearConv": _qlinear_conv,
+}
