@@ -245,7 +245,7 @@ def test_an_unknown_pass_is_refused(run: Run) -> None:
 
 def test_targets_lists_what_can_be_built_for(run: Run) -> None:
     done = run("targets")
-    assert done.code == 0 and "opset=25" in row(done, "onnx  ")
+    assert done.code == 0 and "opset=24" in row(done, "onnx  ")
     assert {"onnx", "torch"} <= {target["name"] for target in run("targets", "--json").json}
 
 

@@ -118,7 +118,7 @@ def test_what_a_manifest_tells(tmp_path: Path) -> None:
         "options": {"count": 2, "side": "last"},
     }
     assert data["seed"] == 5 and data["calibration"] is None
-    assert data["target"]["name"] == "onnx" and data["target"]["settings"]["opset"] == 25
+    assert data["target"]["name"] == "onnx" and data["target"]["settings"]["opset"] == 24
     cut = data["steps"][1]
     assert cut["ledger"][0]["detail"] == {"keep": [0, 1, 2, 3, 4, 5]}
     assert cut["check"]["against"] == "simulated reference"

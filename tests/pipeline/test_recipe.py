@@ -137,7 +137,7 @@ def test_the_schema_is_one_and_explains_every_option() -> None:
         "type": "integer",
     }
     assert schema["$defs"]["cut"]["description"] == "Removes the last hidden channels."
-    assert schema["properties"]["target"]["enum"] == ["onnx", "torch"]
+    assert schema["properties"]["target"]["enum"] == ["onnx", "torch", "tvm-x86"]
 
 
 # -- errors ---------------------------------------------------------------------------------------
