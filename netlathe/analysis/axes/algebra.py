@@ -143,7 +143,7 @@ def product(of: Sequence[Axis]) -> Axis:
         return of[0]
     size = dims.product(axis.size for axis in of)
     assert size is not None
-    return Axis(size, Product(tuple(of)))
+    return Axis(size, Product(tuple(of)), row=size == 1)
 
 
 def segments(of: Sequence[Axis]) -> Axis:
