@@ -199,7 +199,7 @@ class _Walk:
                 assert axes is not None  # a constant has a shape
                 self.found.copies[node, index] = axes
             if axes is None:
-                raise NoSignature("reads a value of unknown shape")
+                raise NoSignature(f"has an operand {value.name if value else ''} of unknown shape")
             inputs.append(axes)
         outputs = []
         for value in node.outputs:

@@ -150,7 +150,8 @@ class Site:
     def _shape(self, value: ir.Value | None) -> Shape:
         shape = None if value is None else types.recorded(value).shape
         if shape is None or None in shape:
-            self.refuse(f"has an operand {value.name if value else ''!r} of unknown shape")
+            name = "" if value is None else value.name
+            self.refuse(f"has an operand {name} of unknown shape")
         return shape
 
 

@@ -7,6 +7,7 @@ After a deletion the operator must compute what it computed with the deleted pos
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,10 +15,13 @@ import numpy.typing as npt
 import onnx_ir as ir
 import pytest
 
-from netlathe.analysis.axes import edits
+from netlathe.analysis.axes import edits, relate
 from netlathe.analysis.axes.groups import Axes, Group, analyse
+from netlathe.analysis.axes.relate import signature_of
 from netlathe.analysis.axes.selection import Selection
+from netlathe.analysis.axes.signature import Signature
 from netlathe.analysis.axes.signatures import TABLE
+from netlathe.diagnostics import NetLatheError
 from netlathe.execute import compare, ort
 from netlathe.ir import types
 from tests.analysis.axes.cases import CASE_PARAMS, CASES, Case
@@ -37,6 +41,17 @@ def test_every_operator_of_the_table_has_a_case() -> None:
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("case", CASE_PARAMS)
 def test_a_deletion_leaves_what_the_kept_positions_compute(case: Case, seed: int) -> None:
+    check_deletions(case, seed)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("case", CASE_PARAMS)
+def test_a_permutation_moves_what_the_operator_computes(case: Case, seed: int) -> None:
+    check_permutations(case, seed)
+
+
+def check_deletions(case: Case, seed: int) -> None:
+    """Delete some of each group, and of all of them; compare with what "not there" gives."""
     rng = np.random.default_rng(seed)
     axes = analyse(case.build(seed), boundary=False)
     for chosen in _choices([group for group in axes.groups if group.allows("delete")]):
@@ -53,9 +68,8 @@ def test_a_deletion_leaves_what_the_kept_positions_compute(case: Case, seed: int
         _compare(before, after, axes, selection)
 
 
-@pytest.mark.parametrize("seed", SEEDS)
-@pytest.mark.parametrize("case", CASE_PARAMS)
-def test_a_permutation_moves_what_the_operator_computes(case: Case, seed: int) -> None:
+def check_permutations(case: Case, seed: int) -> None:
+    """Reorder each group, and all of them; compare with the reordered outputs."""
     rng = np.random.default_rng(seed)
     axes = analyse(case.build(seed), boundary=False)
     for chosen in _choices([group for group in axes.groups if group.allows("permute")]):
@@ -132,3 +146,56 @@ def _compare(before: ir.Model, after: ir.Model, axes: Axes, selection: Selection
         assert compare.relative_error(actual[name], wanted) <= TOLERANCE, name
         recorded = types.recorded(value).shape
         assert recorded == actual[name].shape
+
+
+# -- the tests above can fail ---------------------------------------------------------------------------
+
+
+WRONG = [
+    ("Conv grouped", "(g i)", "(i g)"),
+    ("Conv grouped", "(g o)", "(o g)"),
+    ("ConvTranspose", "(g o)", "(o g)"),
+    ("GroupNormalization", "(g c)", "(c g)"),
+    ("DepthToSpace", "(r q c)", "(c r q)"),
+    ("SpaceToDepth", "(r q c)", "(c r q)"),
+    ("Attention", "b (n r) s h", "b (r n) s h"),
+    ("Attention", "b (n r) s v", "b (r n) s v"),
+    ("Attention packed", "(n r h)", "(n h r)"),
+    ("RotaryEmbedding", "two p", "p two"),
+    ("RotaryEmbedding interleaved", "p two", "two p"),
+    ("MatMul", "... m k, ... k n", "... k m, ... k n"),
+    ("Concat", "(x0|x1|x2)", "(x1|x0|x2)"),
+    ("Concat then Split", "x0, d0 x1", "x1, d0 x0"),
+    ("Slice 2:5:1", "-> d0 x1", "-> d0 p1"),
+    ("Gather several", "-> (", "-> (x0|"),
+    ("Tile", "(r0 d0)", "(d0 r0)"),
+    ("Transpose", "-> d2 d0 d1", "-> d2 d1 d0"),
+    ("Expand", "d0 1 d2", "d0 1 d0"),
+    ("TopK", "-> d0 k d2", "-> d2 k d0"),
+    ("Einsum", "b q_upper j", "q_upper b j"),
+    ("DequantizeLinear blocks", "(d0 m)", "(m d0)"),
+]
+
+
+@pytest.mark.parametrize(("name", "right", "wrong"), WRONG)
+def test_a_wrong_signature_is_found(
+    name: str, right: str, wrong: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (case,) = [case for case in CASES if case.name == name]
+    changed = []
+
+    def mistaken(node: ir.Node, *rest: Any) -> Signature:
+        signature = signature_of(node, *rest)
+        changed.append(right in signature.rule)
+        return replace(signature, rule=signature.rule.replace(right, wrong))
+
+    monkeypatch.setattr(relate, "signature_of", mistaken)
+    found = []
+    for seed in range(6):
+        try:
+            check_deletions(case, seed)
+            check_permutations(case, seed)
+        except (AssertionError, NetLatheError, ValueError, IndexError) as error:
+            found.append(error)
+    assert any(changed), "there is nothing to get wrong"
+    assert found
