@@ -58,7 +58,7 @@ def pipeline() -> Decorator:
             help="What to build for; `netlathe targets` lists them.  [default: onnx]",
         ),
         click.option(
-            "--opset", type=int, metavar="N", help="ONNX opset to write, 17 to 25.  [default: 25]"
+            "--opset", type=int, metavar="N", help="ONNX opset to write, 17 to 25.  [default: 24]"
         ),
     )
 
