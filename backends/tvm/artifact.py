@@ -70,7 +70,8 @@ class TvmArtifact(Artifact):
             raise InputError(Diagnostic("run.feeds", str(error))) from error
         if self._main is None:
             self._parameters = [tvm.runtime.tensor(p.make()) for p in self.lowered.parameters]
-            self._main = relax.VirtualMachine(self._executable, tvm.cpu())["main"]
+            machine: Any = relax.VirtualMachine  # its annotation names another Device
+            self._main = machine(self._executable, tvm.cpu())["main"]
         given = [tvm.runtime.tensor(np.require(array, requirements="C")) for array in arrays]
         results = self._main(*given, *self._parameters)
         return {

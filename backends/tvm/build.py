@@ -26,7 +26,7 @@ def _tir_pipeline() -> tuple[Any, Any, Any]:
     TVM's simplifier is left out: LLVM does the same in far less time.
     """
 
-    @tvm.transform.module_pass(opt_level=0)
+    @tvm.transform.module_pass(opt_level=0)  # type: ignore[untyped-decorator]  # TVM has no types
     def run(module: Any, _context: Any) -> Any:
         passes = tirx.transform
         return tvm.ir.transform.Sequential(

@@ -72,6 +72,8 @@ class Lowering:
         self.parameters: dict[object, tuple[Parameter, Ready]] = {}
         self._names: dict[str, Expr] = {}  # size name -> variable of the Relax function
         self._functions: dict[int, list[tuple[Any, Any]]] = {}
+        self._given: set[Any] = set()  # relax variables of the graph's inputs
+        self._read: set[Any] = set()  # relax variables that some kernel reads
         self._counts: dict[str, int] = {}
         self._forced: dict[Value, Ready] = {}
         self._uses = _count_uses(model.graph)
@@ -86,11 +88,15 @@ class Lowering:
         """
         inputs = [value for value in self.model.graph.inputs if not value.is_initializer()]
         variables = [self._input(value) for value in inputs]
-        with self.builder.function("main", attrs={"num_input": len(inputs)}):
+        with self.builder.function("main"):
             for node in self.model.graph:
                 self._node(node)
             outputs = [self._output(value) for value in self.model.graph.outputs]
-            parameters = tuple(parameter for parameter, _ in self.parameters.values())
+            parameters = tuple(
+                parameter
+                for parameter, ready in self.parameters.values()
+                if ready.var in self._read
+            )
             self.builder.emit_func_output(
                 relax.Tuple(outputs), params=[*variables, *(p.var for p in parameters)]
             )
@@ -161,7 +167,9 @@ class Lowering:
         type_ = self.found.type(node.outputs[0])
         if contents is None or None in contents or not contents:
             return None
-        if type_.dtype not in (ir.DataType.INT64, ir.DataType.INT32) or type_.shape is None:
+        if type_.dtype is None or type_.shape is None:
+            return None
+        if type_.dtype not in (ir.DataType.INT64, ir.DataType.INT32):
             return None
         if len(type_.shape) > 1 or not all(self.is_bound(dim) for dim in contents):
             return None
@@ -195,15 +203,18 @@ class Lowering:
                 self._names.setdefault(str(name), tirx.Var(_identifier(str(name)), "int64"))
         var = relax.Var(_identifier(value.name or "input"), self.tensor(type_.dtype, type_.shape))
         self.values[value] = Ready(type_.dtype, type_.shape, var, type_.shape)
+        self._given.add(var)
         return var
 
     def _output(self, value: ir.Value) -> Any:
         ready = self.force(self.value(value))
         type_ = self.found.type(value)
         shape = ready.shape if type_.shape is None else type_.shape
+        if ready.var in self._given or any(
+            ready.var.same_as(parameter.var) for parameter, _ in self.parameters.values()
+        ):
+            ready = self._copied(ready)
         if ready.stored_shape == shape:
-            if any(ready.var.same_as(p.var) for p, _ in self.parameters.values()):
-                return self.copied(ready).var
             return ready.var
         return self.builder.emit(relax.op.reshape(ready.var, self.relax_shape(shape)))
 
@@ -263,7 +274,7 @@ class Lowering:
             schedule = general.write(kernel, value)
         return kernel.finish(schedule)[0]
 
-    def copied(self, value: Ready) -> Ready:
+    def _copied(self, value: Ready) -> Ready:
         """A copy, where an output must not be an input or a parameter itself."""
         kernel = Kernel(self)
         schedule = general.write(kernel, value)
@@ -293,6 +304,7 @@ class Lowering:
         ``value`` is an int64 vector as long as ``wanted``. It is read when the model runs.
         """
         ready = self.force(value)
+        self._read.add(ready.var)
         shape = self.builder.emit(relax.op.tensor_to_shape(ready.var))
         variables = []
         for dim in wanted:
@@ -323,8 +335,10 @@ class Lowering:
         """Emit a call; an equal kernel that exists already is used instead."""
         target = self._function(function, schedule)
         out_types = [self.tensor(dtype, shape) for dtype, shape in outputs]
+        self._read.update(inputs)
         arguments = [*inputs, *(self._names[name] for name in names)]
-        result = self.builder.emit(relax.call_tir(target, arguments, out_types))
+        call: Any = relax.call_tir  # its annotation knows no lists of arguments
+        result = self.builder.emit(call(target, arguments, out_types))
         if len(outputs) == 1:
             parts = [result]
         else:

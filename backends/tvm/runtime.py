@@ -62,7 +62,7 @@ def load(folder: str | os.PathLike[str], *, threads: int | None = None) -> Model
     Raises:
         ArtifactError: files are missing or of another version, or the CPU lacks instructions.
     """
-    return Model(Path(folder), threads)
+    return Model(Path(folder).resolve(), threads)  # dlopen looks for a bare name elsewhere
 
 
 class Model:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import sympy
 from tvm import tirx
@@ -21,7 +22,7 @@ def to_expr(dim: Dim, lookup: Lookup) -> Expr:
     return _convert(sympy.sympify(dim), lookup)
 
 
-def _convert(expr: sympy.Expr, lookup: Lookup) -> Expr:
+def _convert(expr: Any, lookup: Lookup) -> Expr:
     if expr.is_Integer:
         return i64(int(expr))
     if expr.is_Symbol:
@@ -46,11 +47,11 @@ def _convert(expr: sympy.Expr, lookup: Lookup) -> Expr:
     return _quotient(expr, lookup)  # exact by construction: sizes are whole numbers
 
 
-def _is_ratio(expr: sympy.Expr) -> bool:
+def _is_ratio(expr: Any) -> bool:
     return bool(sympy.fraction(sympy.together(expr))[1] != 1)
 
 
-def _quotient(expr: sympy.Expr, lookup: Lookup) -> Expr:
+def _quotient(expr: Any, lookup: Lookup) -> Expr:
     numerator, denominator = sympy.fraction(sympy.together(expr))
     above = _convert(sympy.expand(numerator), lookup)
     if denominator == 1:

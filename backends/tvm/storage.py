@@ -20,9 +20,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
+from tvm import tirx
 
 from netlathe.backends.tvm import bits
-from netlathe.backends.tvm.tir import Code, Expr, cast
+from netlathe.backends.tvm.tir import Code, Expr, broadcast, cast, const
 
 D = ir.DataType
 
@@ -62,6 +63,18 @@ def load(code: Code, dtype: D, stored: Expr) -> Expr:
     if dtype in bits.FORMATS:
         return bits.from_small(code, stored, bits.FORMATS[dtype])
     return stored
+
+
+def load_vector(dtype: D, stored: Expr, computed_as: str, lanes: int) -> Expr:
+    """:func:`load` for a vector of plain, integer, float16 or bfloat16 elements."""
+
+    def vector(element: str) -> str:
+        return element if lanes == 1 else f"{element}x{lanes}"
+
+    if dtype == D.BFLOAT16:
+        shift = broadcast(const(16, "int32"), lanes)
+        return tirx.reinterpret(vector("float32"), cast(stored, vector("int32")) << shift)
+    return cast(stored, vector(computed_as))
 
 
 def store(code: Code, dtype: D, value: Expr) -> Expr:

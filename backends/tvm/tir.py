@@ -45,6 +45,15 @@ def const(value: float | int | bool, dtype: str) -> Expr:
     return tirx.const(value, dtype)
 
 
+def ramp(start: int | Expr, lanes: int) -> Expr:
+    """The indices of ``lanes`` neighbours."""
+    return tirx.Ramp(i64(start), i64(1), _lanes(lanes))
+
+
+def _lanes(count: int) -> Expr:
+    return count  # TVM's annotation asks for an expression, its constructor takes the int
+
+
 def plain(expr: Expr) -> Expr:
     """``a == b`` and ``a != b`` are comparisons only once they are asked for as expressions."""
     return expr.asobject() if hasattr(expr, "asobject") else expr
@@ -63,7 +72,7 @@ def cast(expr: Expr, dtype: str) -> Expr:
 
 def broadcast(expr: Expr, lanes: int) -> Expr:
     """A vector of one value."""
-    return expr if lanes == 1 else tirx.Broadcast(expr, lanes)
+    return expr if lanes == 1 else tirx.Broadcast(expr, _lanes(lanes))
 
 
 def is_nan(x: Expr) -> Expr:
@@ -143,11 +152,11 @@ class Code:
         """``lanes`` neighbouring elements of a flat buffer."""
         if lanes == 1:
             return tirx.BufferLoad(buffer, [i64(start)])
-        return tirx.BufferLoad(buffer, [tirx.Ramp(i64(start), i64(1), lanes)])
+        return tirx.BufferLoad(buffer, [ramp(start, lanes)])
 
     def vstore(self, buffer: Any, start: int | Expr, value: Expr, lanes: int) -> None:
         """Store ``lanes`` neighbouring elements."""
-        index = i64(start) if lanes == 1 else tirx.Ramp(i64(start), i64(1), lanes)
+        index = i64(start) if lanes == 1 else ramp(start, lanes)
         self.emit(tirx.BufferStore(buffer, value, [index]))
 
     def bind(self, value: Expr, cost: int = 0) -> Expr:

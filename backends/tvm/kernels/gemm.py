@@ -81,21 +81,56 @@ def pack(weight: npt.NDArray[np.generic], cut: Panels) -> npt.NDArray[np.generic
     return np.ascontiguousarray(padded.reshape(inner, cut.count, cut.width).transpose(1, 0, 2))
 
 
+@dataclass(frozen=True)
+class Weight:
+    """A packed constant: [panels, K, width], and for a quantized one its scales and zero points.
+
+    These are [panels, blocks, width] in float32, one block for every ``block`` rows of K. With one block
+    in all, the scale is applied to the sums, else to every element.
+    """
+
+    values: Ready
+    scales: Ready | None = None
+    zeros: Ready | None = None
+    block: int = 0
+    blocks: int = 1
+
+
 def packed(
-    kernel: Kernel, a: Ready, weight: Ready, cut: Panels, lead: list[Expr], inner: int, store: Store
+    kernel: Kernel,
+    a: Ready,
+    weight: Weight,
+    cut: Panels,
+    lead: list[Expr],
+    inner: int,
+    store: Store,
 ) -> str:
     """store([*lead, column], sum over k of a[row, k] * weight); ``a`` is [rows, inner]."""
     code = kernel.code
     rows = kernel.size(a.shape[0])
-    read_b = kernel.read(weight)
+    dtype = storage.computed(a.dtype)
+    read_b = kernel.read(weight.values)
     panel_size = inner * cut.width
+
+    def of_block(buffer: Ready, k: Expr, panel: Expr, number: int) -> Expr:
+        """The scales or zero points of a vector of the panel, in row k."""
+        block = idiv(k, weight.block) if weight.blocks > 1 else i64(0)
+        row = panel * i64(weight.blocks) + block
+        at = row * i64(cut.width) + i64(number * cut.lanes)
+        return code.vload(kernel.read(buffer), at, cut.lanes)
 
     def load(panel: Expr) -> Callable[[Expr, int], Expr]:
         base = code.bind(panel * i64(panel_size))
 
         def vector(k: Expr, number: int) -> Expr:
             start = base + k * i64(cut.width) + i64(number * cut.lanes)
-            return storage.load(code, weight.dtype, code.vload(read_b, start, cut.lanes))
+            stored = code.vload(read_b, start, cut.lanes)
+            value = storage.load_vector(weight.values.dtype, stored, dtype, cut.lanes)
+            if weight.zeros is not None:
+                value = value - of_block(weight.zeros, k, panel, number)
+            if weight.scales is not None and weight.blocks > 1:
+                value = value * of_block(weight.scales, k, panel, number)
+            return value
 
         return vector
 
@@ -103,9 +138,10 @@ def packed(
         return a.at(code, [row, k])
 
     def finish(row: Expr, column: Expr, value: Expr) -> None:
+        if weight.scales is not None and weight.blocks == 1:
+            value = value * tirx.BufferLoad(kernel.read(weight.scales), [column])
         store(code, [*unflatten(row, lead), column], value)
 
-    dtype = storage.computed(a.dtype)
     job = _Job(code, cut, dtype, i64(inner), rows, element, finish)
 
     def panel_tasks(tile_rows: int) -> None:

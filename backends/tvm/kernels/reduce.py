@@ -20,6 +20,7 @@ from netlathe.backends.tvm.tir import (
     Code,
     Expr,
     Index,
+    broadcast,
     const,
     i64,
     idiv,
@@ -101,7 +102,7 @@ def row(
     result = code.alloc([1], dtype)
     start = combine.start(dtype)
     if lanes > 1:
-        code.vstore(partial, 0, tirx.Broadcast(start, lanes), lanes)
+        code.vstore(partial, 0, broadcast(start, lanes), lanes)
     code.store(result, i64(0), start)
     with code.loop(total(extents[:-1])) as outer:
         index = [code.bind(i) for i in unflatten(outer, extents[:-1])]
@@ -179,7 +180,7 @@ def _columns(
     def results(first: Expr, width: int) -> None:
         partial = code.alloc([width], dtype)
         start = combine.start(dtype)
-        code.vstore(partial, 0, tirx.Broadcast(start, width) if width > 1 else start, width)
+        code.vstore(partial, 0, broadcast(start, width), width)
         with code.loop(total(reduced)) as inner:
             at = [code.bind(i) for i in unflatten(inner, reduced)]
 

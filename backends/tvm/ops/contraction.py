@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 from tvm import tirx
 
@@ -18,20 +21,90 @@ from netlathe.backends.tvm.values import Lazy, Pending, Ready, Store, Value
 from netlathe.ir import dims, weights
 from netlathe.ir.dims import Shape
 
+Array = npt.NDArray[Any]
+
 
 def _matmul(op: Op) -> Sequence[Value]:
     constant = op.node.inputs[1]
-    a = op.value(0)
-    if (
-        constant is not None
-        and weights.is_weight(constant)
-        and constant.shape is not None
-        and len(constant.shape) == 2
-        and a.rank >= 1
-        and constant.const_value is not None
-    ):
-        return [by_constant(op.low, op.ready(0), constant, op.dtype(), op.shape())]
+    if constant is not None and op.value(0).rank >= 1:
+        if _is_matrix(constant) and _is_plain(constant):
+            return [by_constant(op.low, op.ready(0), constant, op.dtype(), op.shape())]
+        if (quantized := _quantized(constant)) is not None:
+            return [by_quantized(op.low, op.ready(0), quantized, op.dtype(), op.shape())]
     return [product(op.low, op.operand(0), op.operand(1), op.dtype())]
+
+
+def _is_matrix(value: ir.Value | None) -> bool:
+    return value is not None and weights.is_weight(value) and len(value.shape or ()) == 2
+
+
+def _is_plain(value: ir.Value) -> bool:
+    """Whether the kernel can load the elements as vectors."""
+    return value.dtype in (D.FLOAT, D.DOUBLE, D.FLOAT16, D.BFLOAT16, D.INT32, D.INT64)
+
+
+def _quantized(value: ir.Value) -> ir.Node | None:
+    """The DequantizeLinear that makes ``value`` from a constant matrix of integers."""
+    node = value.producer()
+    if node is None or node.op_type != "DequantizeLinear" or value.dtype != D.FLOAT:
+        return None
+    if not _is_matrix(node.inputs[0]) or not all(weights.is_weight(v) for v in node.inputs if v):
+        return None
+    data = node.inputs[0]
+    whole = data is not None and data.dtype is not None and data.dtype.is_integer()
+    return node if whole else None
+
+
+def by_quantized(low: Lowering, a: Ready, node: ir.Node, dtype: D, shape: Shape) -> Pending:
+    """``a`` [..., K] times a constant [K, N] that stays quantized: it is scaled in the kernel."""
+    data, scale = node.inputs[0], node.inputs[1]
+    assert data is not None and scale is not None and data.const_value is not None
+    tensor = data.const_value
+    inner, columns = tensor.shape.numpy()
+    cut = gemm.panels(low.machine, columns, storage.computed(dtype))
+    axis = node.attributes.get_int("axis", 1) % 2
+    block = node.attributes.get_int("block_size", 0) or 0
+    # Rows of K that share a scale; with one per row (axis 0, no blocks) each row is a block.
+    rows = (block if axis == 0 else inner) if block else (1 if axis == 0 else inner)
+    if tuple(scale.shape or ()) in ((), (1,)):
+        rows = inner
+    blocks = -(-inner // rows)
+
+    def spread(value: ir.Value) -> Array:
+        """Scales or zero points as [blocks, columns]."""
+        assert value.const_value is not None
+        array = value.const_value.numpy().astype(np.float32)
+        if array.size == 1:
+            return np.full((1, columns), array.reshape(-1)[0], np.float32)
+        if array.ndim == 1:
+            array = array.reshape(-1, 1) if axis == 0 else array.reshape(1, -1)
+        elif axis == 1:  # blocks along N
+            array = np.repeat(array, block, 1)[:, :columns]
+        return np.broadcast_to(array, (array.shape[0], columns))
+
+    if block and axis == 1:  # scales [K, N / block]: one row of K a block
+        rows, blocks = 1, inner
+
+    def parameter(value: ir.Value, what: str) -> Ready:
+        return low.parameter(
+            value.name or what,
+            D.FLOAT,
+            (cut.count, blocks, cut.width),
+            lambda: gemm.pack(spread(value), cut),
+            (value, what, cut),
+        )
+
+    values = low.parameter(
+        data.name or "weight",
+        tensor.dtype,
+        (cut.count, inner, cut.width),
+        lambda: gemm.pack(storage.array(tensor), cut),
+        (data, "packed", cut),
+    )
+    zero = node.inputs[2] if len(node.inputs) > 2 else None
+    zeros = parameter(zero, "zeros") if zero is not None else None
+    weight = gemm.Weight(values, parameter(scale, "scales"), zeros, rows, blocks)
+    return _packed(a, weight, cut, inner, dtype, shape)
 
 
 def by_constant(low: Lowering, a: Ready, constant: ir.Value, dtype: D, shape: Shape) -> Pending:
@@ -47,6 +120,12 @@ def by_constant(low: Lowering, a: Ready, constant: ir.Value, dtype: D, shape: Sh
         lambda: gemm.pack(storage.array(tensor), cut),
         (constant, "packed", cut),
     )
+    return _packed(a, gemm.Weight(weight), cut, inner, dtype, shape)
+
+
+def _packed(
+    a: Ready, weight: gemm.Weight, cut: gemm.Panels, inner: int, dtype: D, shape: Shape
+) -> Pending:
     flat = a.viewed((dims.product(a.shape[:-1]), inner))
     lead = shape[:-1] if a.rank > 1 else ()
 

@@ -264,7 +264,8 @@ def _mean(op: Op) -> Sequence[Value]:
 def _mod(op: Op) -> Sequence[Value]:
     def remainder(code: Code, a: Expr, b: Expr) -> Expr:
         if is_float(a):
-            rest = code.bind(a - tirx.trunc(a / b) * b)
+            whole = select(tirx.isinf(b), like(a, 0), tirx.trunc(a / b) * b)
+            rest = code.bind(a - whole)
             if op.integer("fmod"):
                 return rest
             wrong = tirx.And(
@@ -283,7 +284,7 @@ def _pow(op: Op) -> Sequence[Value]:
     def power(code: Code, x: Expr, y: Expr) -> Expr:
         if number is not None and is_float(x):
             x = code.bind(x)
-            simple = {
+            simple: dict[float, Callable[[], Expr]] = {
                 1: lambda: x,
                 2: lambda: x * x,
                 3: lambda: x * x * x,

@@ -67,7 +67,10 @@ def _dequantize(op: Op) -> Sequence[Value]:
             held = held - _integers(zero[0])
         return cast(held, wide) * cast(scale, wide)
 
-    return [combine(op.low, dequantize, operands, target, x.shape)]
+    made = combine(op.low, dequantize, operands, target, x.shape)
+    if isinstance(made, Lazy) and op.array(0) is not None:
+        made.cheap = True  # a quantized weight is scaled where it is read, not written out
+    return [made]
 
 
 def _quantize(op: Op) -> Sequence[Value]:

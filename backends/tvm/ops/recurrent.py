@@ -64,7 +64,7 @@ def _activations(op: Op) -> list[Callable[[Code, Expr], Expr]]:
     alpha = list(attributes.get_floats("activation_alpha") or ())
     beta = list(attributes.get_floats("activation_beta") or ())
     clip = op.real("clip", 0.0)
-    made = []
+    made: list[Callable[[Code, Expr], Expr]] = []
     for name in names:
         key = name.lower()
         if key not in _ACTIVATIONS:

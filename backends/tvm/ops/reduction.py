@@ -29,6 +29,11 @@ from netlathe.backends.tvm.tir import (
 from netlathe.backends.tvm.values import Pending, Store, Value
 from netlathe.ir.dims import Shape
 
+
+def _unchanged(code: Code, x: Expr) -> Expr:
+    return x
+
+
 _BEFORE: Mapping[str, Callable[[Code, Expr], Expr]] = {
     "l1": absolute,
     "l2": lambda code, x: x * x,
@@ -46,7 +51,7 @@ def reduced(low: Lowering, x: Value, axes: Sequence[int], kind: str, keepdims: b
         1 if axis in gone else dim for axis, dim in enumerate(shape) if keepdims or axis not in gone
     )
     base = kind if kind in template.COMBINE else "sum"
-    before = _BEFORE.get(kind, lambda code, e: e)
+    before = _BEFORE.get(kind, _unchanged)
     dtype = storage.computed(source.dtype)
     ordered = sorted(gone)
 
@@ -167,7 +172,7 @@ def _reduce_by_data(op: Op) -> Value:
 
     shape = op.decided(size)
     kind = {"ReduceLogSumExp": "log_sum"}.get(name) or _KINDS[name]
-    before = mathfn.exp if name == "ReduceLogSumExp" else _BEFORE.get(kind, lambda code, e: e)
+    before = mathfn.exp if name == "ReduceLogSumExp" else _BEFORE.get(kind, _unchanged)
     dtype = storage.computed(x.dtype)
 
     def build(kernel: Kernel, store: Store) -> str:
