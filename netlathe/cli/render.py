@@ -72,7 +72,7 @@ def working(text: str) -> Iterator[None]:
         with err.status(Text(text)):
             yield
     else:
-        err.print(Text(text))
+        err.print(Text(text), soft_wrap=True)
         yield
 
 
@@ -84,14 +84,14 @@ class Steps:
 
     def started(self, pass_: Pass) -> None:
         """Name the pass."""
-        err.print(Text(f"running {pass_}"))
+        err.print(Text(f"running {pass_}"), soft_wrap=True)
 
     def finished(self, step: Step) -> None:
         """Say what became of it."""
         text = f"  {counts(step.entries)}; {step.check}"
         if self._verbose:
             text += f"; {took(step)}"
-        err.print(Text(text, style="dim"))
+        err.print(Text(text, style="dim"), soft_wrap=True)
 
 
 # -- JSON -----------------------------------------------------------------------------------------
@@ -123,10 +123,9 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) 
         made.add_column(column.lstrip("#"), justify="right" if numbers else "left", no_wrap=numbers)
     for row in rows:
         made.add_row(*(cell if isinstance(cell, Text) else Text(str(cell)) for cell in row))
-    if out.is_terminal or "COLUMNS" in os.environ:
-        out.print(made)
-    else:
-        Console(highlight=False, width=_PIPE_WIDTH).print(made)
+    asked = out.is_terminal or "COLUMNS" in os.environ
+    # A console made now: one takes COLUMNS as it is when it is made.
+    Console(highlight=False, width=None if asked else _PIPE_WIDTH).print(made)
 
 
 def line(text: str = "") -> None:

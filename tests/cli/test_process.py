@@ -88,6 +88,8 @@ from netlathe.pipeline import output
 
 def stop(files, folder):
     assert (folder / "model.onnx").is_file()
+    # A shell starts background jobs with SIGINT ignored; this one is in the foreground.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     os.kill(os.getpid(), int(sys.argv[1]))
     time.sleep(10)
 
