@@ -2,6 +2,7 @@
 
 reduce.rows      the last axis is reduced: vectors of partial results along it
 reduce.columns   the last axis is kept: a vector of results along it, the reduced axes within
+reduce.small     either of them without threads: a launch would cost more than the work
 """
 
 from __future__ import annotations
@@ -156,14 +157,14 @@ def reduce(
                 lambda inner: element(code, index, inner[: len(reduced)]),
             )
             store(code, index, value)
-        return "reduce.rows"
+        return "reduce.rows" if kind == PARALLEL else "reduce.small"
     width = known(kept[-1])
     while width is not None and lanes > 1 and lanes > width:
         lanes //= 2
     with code.loop(total(kept[:-1]), kind) as at:
         outer = [code.bind(i) for i in unflatten(at, kept[:-1])]
         _columns(code, outer, kept[-1], reduced, lanes, dtype, combine, element, store)
-    return "reduce.columns"
+    return "reduce.columns" if kind == PARALLEL else "reduce.small"
 
 
 def _columns(

@@ -1,6 +1,7 @@
 """Operators along an axis whose steps depend on each other: running sums, selection, placement.
 
-Rows run in parallel; within a row the order is the operator's own.
+Rows run in parallel; within a row the order is the operator's own. Where the data decides how much is
+selected there is one row: select.count and select.scan are sequential.
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ from netlathe.backends.tvm.ops.movement import element_at, wrapped
 from netlathe.backends.tvm.ops.op import D, Op, Rule
 from netlathe.backends.tvm.tir import (
     PARALLEL,
-    SERIAL,
     Code,
     Expr,
     cast,
@@ -245,7 +245,7 @@ def _counted(op: Op, mask: Value) -> Ready:
     out = kernel.write(D.INT64, (1,))
     count = total(kernel.shape(mask.shape))
     code.store(out, i64(0), i64(0))
-    with code.loop(1, PARALLEL), code.loop(count, SERIAL) as i:
+    with code.loop(count) as i:
         where = unflatten(i, kernel.shape(mask.shape))
         with code.when(_true(mask.at(code, where))):
             code.store(out, i64(0), tirx.BufferLoad(out, [i64(0)]) + i64(1))
@@ -266,7 +266,7 @@ def _non_zero(op: Op) -> Sequence[Value]:
     out = kernel.write(D.INT64, op.shape())
     sizes = kernel.shape(x.shape)
     width = kernel.size(shape[1])
-    with code.loop(1, PARALLEL):
+    with code.loop(1):
         position = code.alloc([1], "int64")
         code.store(position, i64(0), i64(0))
         with code.loop(total(sizes)) as i:
@@ -285,7 +285,7 @@ def _positions(op: Op, mask: Value, count: dims.Dim) -> Ready:
     kernel = Kernel(op.low)
     code = kernel.code
     out = kernel.write(D.INT64, (count,))
-    with code.loop(1, PARALLEL):
+    with code.loop(1):
         position = code.alloc([1], "int64")
         code.store(position, i64(0), i64(0))
         with code.loop(kernel.size(mask.shape[0])) as i, code.when(mask.at(code, [i])):

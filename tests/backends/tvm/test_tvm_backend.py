@@ -112,7 +112,7 @@ class TestSchedules:
         for kernel, function in found.items():
             schedule = str(function.attrs[SCHEDULE])
             assert kernel.startswith(schedule.replace(".", "_"))
-            if schedule != "general.small":
+            if not schedule.endswith(".small"):
                 assert tirx.ForKind.PARALLEL in loops(function), kernel
 
     def test_nothing_is_left_for_tvm_to_legalize(self) -> None:
@@ -481,3 +481,13 @@ def test_outputs_that_are_inputs_or_constants_are_copies() -> None:
     assert np.array_equal(outputs["same"], x)
     assert not np.shares_memory(outputs["same"], x)
     assert np.array_equal(outputs["flat"], np.arange(6))
+
+
+def test_the_same_model_gives_the_same_kernels_and_weights() -> None:
+    first, second = (
+        Lowering(zoo_ir.captured("llama"), machines.machine("avx2")).run() for _ in range(2)
+    )
+    assert first.module.script() == second.module.script()
+    for a, b in zip(first.parameters, second.parameters, strict=True):
+        assert a.name == b.name
+        assert np.array_equal(a.make(), b.make())

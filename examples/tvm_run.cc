@@ -1,0 +1,143 @@
+// Runs an artifact of the TVM backend from C++: fills the inputs with ones, prints the shape and sum of
+// every output. It needs the headers and library of apache-tvm-ffi, and libtvm_runtime.so.
+//
+//   FFI=$(python -m tvm_ffi.config --libdir)
+//   TVM=$(dirname $(dirname $FFI))/tvm/lib
+//   g++ -O2 examples/tvm_run.cc $(python -m tvm_ffi.config --cxxflags) -L$FFI -L$TVM \
+//       -Wl,--no-as-needed -ltvm_runtime -ltvm_ffi -Wl,-rpath,$FFI:$TVM -o tvm_run
+//   ./tvm_run out/tvm_minilm/compiled batch=1 sequence=16
+//
+// A caller checks what runtime.py checks before it loads the library: cpu_features of meta.json.
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <tvm/ffi/container/array.h>
+#include <tvm/ffi/container/tensor.h>
+#include <tvm/ffi/extra/json.h>
+#include <tvm/ffi/extra/module.h>
+#include <tvm/ffi/function.h>
+
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <fstream>
+#include <map>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+namespace ffi = tvm::ffi;
+namespace json = tvm::ffi::json;
+
+// Memory of our own for inputs.
+struct Owned {
+  void AllocData(DLTensor* t) {
+    size_t bytes = t->dtype.bits / 8;
+    for (int i = 0; i < t->ndim; ++i) bytes *= t->shape[i];
+    t->data = std::aligned_alloc(64, (bytes / 64 + 1) * 64);
+  }
+  void FreeData(DLTensor* t) { std::free(t->data); }
+};
+
+// Memory of a mapped file, which outlives every tensor.
+struct Mapped {
+  char* start;
+  void AllocData(DLTensor* t) { t->data = start; }
+  void FreeData(DLTensor*) {}
+};
+
+static DLDataType type_of(const std::string& name) {
+  static const std::map<std::string, DLDataType> types = {
+      {"float32", {kDLFloat, 32, 1}}, {"float64", {kDLFloat, 64, 1}}, {"float16", {kDLFloat, 16, 1}},
+      {"int64", {kDLInt, 64, 1}},     {"int32", {kDLInt, 32, 1}},     {"int16", {kDLInt, 16, 1}},
+      {"int8", {kDLInt, 8, 1}},       {"uint8", {kDLUInt, 8, 1}},     {"uint16", {kDLUInt, 16, 1}},
+      {"uint32", {kDLUInt, 32, 1}},   {"uint64", {kDLUInt, 64, 1}},   {"bool", {kDLBool, 8, 1}}};
+  return types.at(name);
+}
+
+static std::string text(const json::Object& record, const char* key) {
+  return std::string(record[ffi::String(key)].cast<ffi::String>());
+}
+
+static ffi::Tensor ones(const json::Object& record, const std::map<std::string, int64_t>& sizes) {
+  std::vector<int64_t> shape;
+  for (const ffi::Any& dim : record[ffi::String("shape")].cast<json::Array>()) {
+    if (auto fixed = dim.as<int64_t>()) {
+      shape.push_back(*fixed);
+    } else {
+      std::string name(dim.cast<ffi::String>());
+      if (!sizes.count(name)) throw std::runtime_error("give a size: " + name + "=...");
+      shape.push_back(sizes.at(name));
+    }
+  }
+  std::string type = text(record, "stored");
+  ffi::Tensor tensor = ffi::Tensor::FromNDAlloc(Owned(), ffi::Shape(shape.begin(), shape.end()),
+                                                type_of(type), DLDevice{kDLCPU, 0});
+  for (int64_t i = 0; i < tensor.numel(); ++i) {
+    if (type == "float32") static_cast<float*>(tensor.data_ptr())[i] = 1;
+    else if (type == "int64") static_cast<int64_t*>(tensor.data_ptr())[i] = 1;
+    else throw std::runtime_error("this example fills float32 and int64, not " + type);
+  }
+  return tensor;
+}
+
+int main(int count, char** words) {
+  if (count < 2) {
+    std::fprintf(stderr, "usage: %s FOLDER [dim=size ...]\n", words[0]);
+    return 2;
+  }
+  std::string folder = words[1];
+  std::map<std::string, int64_t> sizes;
+  for (int i = 2; i < count; ++i) {
+    std::string word = words[i];
+    size_t at = word.find('=');
+    if (at == std::string::npos) return std::fprintf(stderr, "not dim=size: %s\n", words[i]), 2;
+    sizes[word.substr(0, at)] = std::stoll(word.substr(at + 1));
+  }
+  std::stringstream read;
+  read << std::ifstream(folder + "/meta.json").rdbuf();
+  json::Object meta = json::Parse(ffi::String(read.str())).cast<json::Object>();
+
+  std::vector<ffi::Any> arguments;
+  for (const ffi::Any& record : meta[ffi::String("inputs")].cast<json::Array>())
+    arguments.push_back(ones(record.cast<json::Object>(), sizes));
+
+  int file = open((folder + "/params.bin").c_str(), O_RDONLY);
+  struct stat status;
+  if (file < 0 || fstat(file, &status) != 0) return std::perror("params.bin"), 2;
+  char* data = nullptr;
+  if (status.st_size)
+    data = static_cast<char*>(mmap(nullptr, status.st_size, PROT_READ, MAP_PRIVATE, file, 0));
+  for (const ffi::Any& item : meta[ffi::String("parameters")].cast<json::Array>()) {
+    json::Object record = item.cast<json::Object>();
+    std::vector<int64_t> shape;
+    for (const ffi::Any& dim : record[ffi::String("shape")].cast<json::Array>())
+      shape.push_back(dim.cast<int64_t>());
+    Mapped place{data + record[ffi::String("offset")].cast<int64_t>()};
+    arguments.push_back(ffi::Tensor::FromNDAlloc(place, ffi::Shape(shape.begin(), shape.end()),
+                                                 type_of(text(record, "dtype")),
+                                                 DLDevice{kDLCPU, 0}));
+  }
+
+  ffi::Module library = ffi::Module::LoadFromFile(folder + "/model.so");
+  ffi::Module machine = library->GetFunction("vm_load_executable").value()().cast<ffi::Module>();
+  machine->GetFunction("vm_initialization").value()(int(kDLCPU), 0, 2);
+  std::vector<ffi::AnyView> views(arguments.begin(), arguments.end());
+  ffi::Any result;
+  machine->GetFunction("main").value().CallPacked(views.data(), views.size(), &result);
+
+  auto outputs = result.cast<ffi::Array<ffi::Tensor>>();
+  auto records = meta[ffi::String("outputs")].cast<json::Array>();
+  for (size_t i = 0; i < outputs.size(); ++i) {
+    std::printf("%s [", text(records[i].cast<json::Object>(), "name").c_str());
+    for (int axis = 0; axis < outputs[i].ndim(); ++axis)
+      std::printf("%s%ld", axis ? "," : "", long(outputs[i].size(axis)));
+    double sum = 0;
+    if (text(records[i].cast<json::Object>(), "stored") == "float32")
+      for (int64_t j = 0; j < outputs[i].numel(); ++j)
+        sum += static_cast<const float*>(outputs[i].data_ptr())[j];
+    std::printf("] %.6f\n", sum);
+  }
+  return 0;
+}
