@@ -8,7 +8,6 @@ the stream before and after it. All scores come from one sweep over the model as
 
 from __future__ import annotations
 
-import fnmatch
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from netlathe.analysis.cost import is_parameter
 from netlathe.analysis.removal import same_size
 from netlathe.diagnostics import Diagnostic, PassError, did_you_mean, missing_extra
 from netlathe.ir import edit
+from netlathe.ir.provenance import matches
 from netlathe.pipeline.ledger import Entry, Status
 from netlathe.pipeline.pass_ import (
     ChoosingPass,
@@ -138,7 +138,7 @@ class Drop(ChoosingPass):
         """Candidate -> the pattern that keeps it."""
         ignored: dict[str, str] = {}
         for pattern in self.ignore:
-            names = [c.name for c in candidates if _matches(pattern, c.where)]
+            names = [c.name for c in candidates if matches(c.where, pattern)]
             if not names:
                 message = f"ignore={pattern!r} matches no {self.kind} of the model"
                 help_ = did_you_mean(pattern, [c.where for c in candidates if c.where])
@@ -263,11 +263,6 @@ def _candidates(model: ir.Model, kind: str) -> list[_Candidate]:
 def _parameters(model: ir.Model, branches: Sequence[Branch]) -> int:
     gone = removal(model, branches).weights
     return sum(v.const_value.size for v in gone if v.const_value is not None and is_parameter(v))
-
-
-def _matches(pattern: str, path: str) -> bool:
-    """Whether a module path, or a run of whole parts of it, matches a shell-style pattern."""
-    return fnmatch.fnmatchcase(path, pattern) or fnmatch.fnmatchcase(f".{path}.", f"*.{pattern}.*")
 
 
 # -- choosing -------------------------------------------------------------------------------------
