@@ -56,8 +56,8 @@ class _Implementation:
         return " and ".join(parts) or "the configured implementation"
 
 
-# Tried in this order until one exports: fused attention and grouped experts have no ONNX form in
-# some families (Falcon, T5 and Swin need eager attention; Mixtral needs batched_mm experts).
+# Tried in this order until one exports: fused attention and grouped experts have no ONNX form in some
+# families (with transformers 5.24, Falcon needs eager attention and Mixtral batched_mm experts).
 _AS_CONFIGURED = _Implementation()
 _DENSE = (_Implementation(attention="eager"),)
 _MIXTURE = (

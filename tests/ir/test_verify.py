@@ -288,6 +288,9 @@ STALE: list[tuple[str, str, Plant, str, str]] = [
     ("packed key width", "packed", input_dims("k", "b", "t", 24), "width", "y"),
     ("Conv group", "vision", attribute("a", "group", 4), "group", "a"),
     ("Conv group that does not divide", "vision", attribute("a", "group", 3), "group", "a"),
+    ("no Conv group", "vision", attribute("a", "group", 0), "group", "a"),
+    ("no GroupNorm group", "vision", attribute("g", "num_groups", 0), "group", "g"),
+    ("no query head", "packed", attribute("y", "q_num_heads", 0), "attribute", "y"),
     ("Conv input channels", "vision", weight("w1", 12, 15, 1, 1), "width", "l"),
     ("Conv bias", "vision", weight("b0", 15), "width", "a"),
     ("BatchNorm mean", "vision", weight("mean", 12), "width", "n"),
@@ -545,7 +548,11 @@ def random_edit(made: ir.Model, rng: np.random.Generator) -> str:
     if kind == "attribute":
         node, name = spot
         held = node.attributes[name].value
-        changed = held + step if isinstance(held, int) else [int(held[0]) + step, *held[1:]]
+        low = -2 if name == "axis" else 1  # some versions of ONNX Runtime divide by a count of 0
+        if isinstance(held, int):
+            changed = max(low, held + step)
+        else:
+            changed = [max(low, int(held[0]) + step), *held[1:]]
         node.attributes.add(ir.convenience.convert_attribute(name, changed))
         return f"{name} of {node.outputs[0].name}: {changed}"
     name, position = spot
