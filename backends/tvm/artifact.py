@@ -60,6 +60,7 @@ class TvmArtifact(Artifact):
 
         Raises:
             InputError: a feed is missing, unknown or of another dtype or shape.
+            LowerError: this CPU lacks instructions that the kernels use.
         """
         import tvm
         from tvm import relax
@@ -68,6 +69,14 @@ class TvmArtifact(Artifact):
             arrays = runtime.check_feeds(_inputs(self._model), feeds)
         except runtime.ArtifactError as error:
             raise InputError(Diagnostic("run.feeds", str(error))) from error
+        if missing := sorted(set(self.machine.features) - runtime.cpu_features()):
+            raise LowerError(
+                Diagnostic(
+                    "tvm.cpu",
+                    f"this CPU lacks {', '.join(missing)}, which features={self.machine.level} use",
+                    help="save the artifact and run it where it is meant for",
+                )
+            )
         if self._main is None:
             self._parameters = [tvm.runtime.tensor(p.make()) for p in self.lowered.parameters]
             machine: Any = relax.VirtualMachine  # its annotation names another Device

@@ -97,9 +97,12 @@ def _expm1(code: Code, x: Expr) -> Expr:
 
 
 def _sinh(code: Code, x: Expr) -> Expr:
-    """(e ** x - e ** -x) / 2, from e ** x - 1 so that small values keep their digits."""
-    e = code.bind(_expm1(code, code.bind(x)))
-    return like(x, 0.5) * (e + e / (e + like(x, 1.0)))
+    """(e ** x - e ** -x) / 2, from e ** |x| - 1 so that small values keep their digits."""
+    x = code.bind(x)
+    e = code.bind(_expm1(code, code.bind(tirx.abs(x))))
+    rest = select(e > like(x, 1e9), like(x, 1.0), e / (e + like(x, 1.0)))
+    size = like(x, 0.5) * (e + rest)
+    return select(x < like(x, 0.0), like(x, 0.0) - size, size)
 
 
 def _cosh(code: Code, x: Expr) -> Expr:

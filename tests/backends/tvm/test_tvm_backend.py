@@ -372,6 +372,8 @@ class TestDamagedArtifacts:
         monkeypatch.setattr(runtime, "cpu_features", lambda: frozenset({"sse2"}))
         with pytest.raises(runtime.ArtifactError, match=r"this CPU lacks .*avx2"):
             runtime.load(saved)
+        with pytest.raises(LowerError, match=r"this CPU lacks .*avx2"):
+            _compiled("avx2").run({"x": np.ones((1, 40), np.float32)})
 
     @pytest.mark.parametrize("name", ["model.so", "params.bin", "meta.json"])
     def test_a_file_is_missing(self, saved: Path, tmp_path: Path, name: str) -> None:
