@@ -162,15 +162,20 @@ def segments(of: Sequence[Axis]) -> Axis:
 
 
 class Space:
-    """Joins and refines axes; what has no common refinement goes to ``misfit``."""
+    """Joins and refines axes.
 
-    def __init__(self, misfit: Callable[[Axis], None]) -> None:
+    What has no common refinement goes to ``misfit``; a position that may not go, because it is there
+    in one view of an axis and not in another, to ``stays``.
+    """
+
+    def __init__(self, misfit: Callable[[Axis], None], stays: Callable[[Axis], None]) -> None:
         self._misfit = misfit
+        self._stays = stays
 
     def join(self, a: Axis, b: Axis) -> None:
         """Let two axes be one: position i of either is position i of the other."""
         try:
-            _join(a, b)
+            self._join(a, b)
         except Misfit:
             self._misfit(a)
             self._misfit(b)
@@ -194,7 +199,7 @@ class Space:
         Axes of size 1 carry nothing: those given are dropped, those wanted are new.
         """
         try:
-            return _regroup(axes, sizes)
+            return self._regroup(axes, sizes)
         except Misfit:
             for axis in axes:
                 self._misfit(axis)
@@ -205,106 +210,156 @@ class Space:
         self._misfit(axis)
         return axis
 
+    # -- joining ----------------------------------------------------------------------------------
 
-def _join(a: Axis, b: Axis) -> None:
-    a, b = find(a), find(b)
-    if a is b:
-        return
-    if not _same(a.size, b.size):
-        raise Misfit
-    if a.form is None and (b.row or not a.row) and a not in factors(b):
-        a.link = b
-        return
-    if b.form is None and (a.row or not b.row) and b not in factors(a):
-        b.link = a
-        return
-    (left, left_rows), (right, right_rows) = _solid(a), _solid(b)
-    _join_rows(left_rows, right_rows)
-    if len(left) == len(right) == 1:
-        _join_segments(left[0], right[0])
-    elif len(left) == 1:
-        _join_product(left[0], right)
-    elif len(right) == 1:
-        _join_product(right[0], left)
-    else:
-        _join_factors(left, right)
-        if not left_rows and not right_rows:
+    def _join(self, a: Axis, b: Axis) -> None:
+        a, b = find(a), find(b)
+        if a is b:
+            return
+        if not _same(a.size, b.size):
+            raise Misfit
+        if a.form is None and (b.row or not a.row) and a not in factors(b):
             a.link = b
+            return
+        if b.form is None and (a.row or not b.row) and b not in factors(a):
+            b.link = a
+            return
+        if a.size == 1:
+            self._join_rows(factors(a), factors(b))
+            return
+        (left, left_rows), (right, right_rows) = _solid(a), _solid(b)
+        self._join_rows(left_rows, right_rows)
+        if len(left) == len(right) == 1:
+            self._join_segments(left[0], right[0])
+        elif len(left) == 1:
+            self._join_product(left[0], right)
+        elif len(right) == 1:
+            self._join_product(right[0], left)
+        else:
+            self._join_factors(left, right)
+            if not left_rows and not right_rows:
+                a.link = b
+
+    def _join_rows(self, left: list[Axis], right: list[Axis]) -> None:
+        """A row in a product is one position of something: both products go when it goes.
+
+        ``[a | b | c]`` cut out of 3 x 4 is 1 x 4 with the first of the 3. What is joined with it and
+        is no row, or one of something else, would stay: then the row must stay as well.
+        """
+        only_left = [row for row in left if row not in right]
+        only_right = [row for row in right if row not in left]
+        if len(only_left) == len(only_right) == 1:
+            self._join(only_left[0], only_right[0])
+        else:
+            for row in (*only_left, *only_right):
+                self._stays(row)
+
+    def _join_segments(self, a: Axis, b: Axis) -> None:
+        """Join two axes that are not products."""
+        if a.form is None or b.form is None:
+            self._join(a, b)
+        elif a is not b:
+            self._align(parts(a), parts(b))
+            find(a).link = find(b)
+
+    def _join_product(self, single: Axis, of: list[Axis]) -> None:
+        """Join an atom or segments with a product."""
+        if single.form is not None:
+            self._align(parts(single), [product(of)])
+        single.form = Product(tuple(of))
+
+    def _lay(self, segment: Axis, piece: Axis) -> None:
+        """Join a segment with what it is of new rows and columns.
+
+        ``[(g 4) | (h 2)]`` seen as (2 6) is one of the 2: the 6 is ``[(g 4) | (h 2)]``, and the one of
+        the 2 is a row that none of the segments knows of, so it stays.
+        """
+        segment = find(segment)
+        row, *inner = factors(piece)
+        if segment.form is None or row.size != 1 or not inner or inner == _solid(segment)[0]:
+            self._join(segment, piece)
+        else:
+            self._join(segment, product(inner))
+            self._stays(row)
+
+    def _align(
+        self,
+        left: list[Axis],
+        right: list[Axis],
+        join: Callable[[Axis, Axis], None] | None = None,
+    ) -> None:
+        """Join two lists of segments, which cover the same positions, on their common boundaries."""
+        join = join or self._join
+        left, right = left[::-1], right[::-1]
+        while left and right:
+            a, b = left.pop(), right.pop()
+            if _same(a.size, b.size):
+                join(a, b)
+            elif _less(a.size, b.size):
+                b, rest = _cut(b, a.size)
+                right.append(rest)
+                join(a, b)
+            elif _less(b.size, a.size):
+                a, rest = _cut(a, b.size)
+                left.append(rest)
+                join(a, b)
+            else:
+                raise Misfit
+
+    def _join_factors(self, left: list[Axis], right: list[Axis]) -> None:
+        """Join two products of the same size: (2 6) with (4 3) makes (2 2 3) of both."""
+        left, right = left[::-1], right[::-1]
+        while left and right:
+            a, b = left.pop(), right.pop()
+            if _same(a.size, b.size):
+                self._join(a, b)
+            elif (times := divide(b.size, a.size)) is not None:
+                b, rest = self._regroup([b], [a.size, times])
+                right.append(rest)
+                self._join(a, b)
+            elif (times := divide(a.size, b.size)) is not None:
+                a, rest = self._regroup([a], [b.size, times])
+                left.append(rest)
+                self._join(a, b)
+            else:
+                raise Misfit
+
+    def _regroup(self, axes: Sequence[Axis], sizes: Sequence[Size]) -> list[Axis]:
+        """Row-major regrouping: take factors off the front until each wanted size is reached."""
+        left = [factor for axis in axes if axis.size != 1 for factor in factors(axis)][::-1]
+        found: list[list[Axis]] = []
+        for size in sizes:
+            taken: list[Axis] = []
+            missing = size
+            while missing != 1:
+                if not left:
+                    raise Misfit
+                factor = find(left.pop())
+                if isinstance(factor.form, Product):
+                    left += reversed(factors(factor))
+                elif (rest := divide(missing, factor.size)) is not None:
+                    taken.append(factor)
+                    missing = rest
+                elif (inner := divide(factor.size, missing)) is not None:
+                    rows, columns = Axis(missing), Axis(inner)
+                    if factor.form is not None:
+                        self._align(parts(factor), [product([rows, columns])], self._lay)
+                    factor.form = Product((rows, columns))
+                    left += [columns, rows]
+                else:
+                    raise Misfit
+            found.append(taken)
+        if any(factor.size != 1 for factor in left):
+            raise Misfit
+        if left:  # rows at the very end belong to what stands before them
+            found[-1] += reversed(left)
+        return [product(taken) if taken else Axis(1) for taken in found]
 
 
 def _solid(axis: Axis) -> tuple[list[Axis], list[Axis]]:
-    """Factors of more than one position, and rows; never without the former."""
+    """Factors of more than one position, of which there is one, and rows."""
     every = factors(axis)
-    solid = [factor for factor in every if factor.size != 1]
-    if not solid:
-        return every[:1], every[1:]
-    return solid, [factor for factor in every if factor.size == 1]
-
-
-def _join_rows(left: list[Axis], right: list[Axis]) -> None:
-    """A row in a product is one position of something: both products must be there with the same.
-
-    ``[a | b | c]`` cut out of 3 x 4 is 1 x 4 with the first of the 3. Where only one side is such a
-    row, or several rows are nested, nothing says which belongs to which.
-    """
-    if len(left) == len(right) == 1:
-        _join(left[0], right[0])
-    elif left or right:
-        raise Misfit
-
-
-def _join_segments(a: Axis, b: Axis) -> None:
-    """Join two axes that are not products."""
-    if a.form is None or b.form is None:
-        _join(a, b)
-    elif a is not b:
-        _align(parts(a), parts(b))
-        find(a).link = find(b)
-
-
-def _join_product(single: Axis, of: list[Axis]) -> None:
-    """Join an atom or segments with a product."""
-    if single.form is not None:
-        _align(parts(single), [product(of)])
-    single.form = Product(tuple(of))
-
-
-def _align(left: list[Axis], right: list[Axis]) -> None:
-    """Join two lists of segments, which cover the same positions, on their common boundaries."""
-    left, right = left[::-1], right[::-1]
-    while left and right:
-        a, b = left.pop(), right.pop()
-        if _same(a.size, b.size):
-            _join(a, b)
-        elif _less(a.size, b.size):
-            b, rest = _cut(b, a.size)
-            right.append(rest)
-            _join(a, b)
-        elif _less(b.size, a.size):
-            a, rest = _cut(a, b.size)
-            left.append(rest)
-            _join(a, b)
-        else:
-            raise Misfit
-
-
-def _join_factors(left: list[Axis], right: list[Axis]) -> None:
-    """Join two products of the same size: (2 6) with (4 3) makes (2 2 3) of both."""
-    left, right = left[::-1], right[::-1]
-    while left and right:
-        a, b = left.pop(), right.pop()
-        if _same(a.size, b.size):
-            _join(a, b)
-        elif (times := divide(b.size, a.size)) is not None:
-            b, rest = _factor(b, a.size, times)
-            right.append(rest)
-            _join(a, b)
-        elif (times := divide(a.size, b.size)) is not None:
-            a, rest = _factor(a, b.size, times)
-            left.append(rest)
-            _join(a, b)
-        else:
-            raise Misfit
+    return [f for f in every if f.size != 1], [f for f in every if f.size == 1]
 
 
 def _cut(axis: Axis, at: Size) -> tuple[Axis, Axis]:
@@ -357,42 +412,6 @@ def _cut_segments(of: list[Axis], at: Size) -> tuple[Axis, Axis]:
             raise Misfit
         before.append(part)
         left = _subtract(left, part.size)
-
-
-def _factor(axis: Axis, outer: Size, inner: Size) -> tuple[Axis, Axis]:
-    """See an axis as ``outer`` rows of ``inner`` positions."""
-    first, second = _regroup([axis], [outer, inner])
-    return first, second
-
-
-def _regroup(axes: Sequence[Axis], sizes: Sequence[Size]) -> list[Axis]:
-    """Row-major regrouping: take factors off the front until each wanted size is reached."""
-    left = [factor for axis in axes if axis.size != 1 for factor in factors(axis)][::-1]
-    found: list[list[Axis]] = []
-    for size in sizes:
-        taken: list[Axis] = []
-        missing = size
-        while missing != 1:
-            if not left:
-                raise Misfit
-            factor = find(left.pop())
-            if isinstance(factor.form, Product):
-                left += reversed(factors(factor))
-            elif (rest := divide(missing, factor.size)) is not None:
-                taken.append(factor)
-                missing = rest
-            elif (inner := divide(factor.size, missing)) is not None:
-                rows, columns = Axis(missing), Axis(inner)
-                _join_product(factor, [rows, columns])
-                left += [columns, rows]
-            else:
-                raise Misfit
-        found.append(taken)
-    if any(factor.size != 1 for factor in left):
-        raise Misfit
-    if left:  # rows of one position at the very end belong to what stands before them
-        found[-1] += reversed(left)
-    return [product(taken) if taken else Axis(1) for taken in found]
 
 
 # -- sizes; symbolic ones are compared as far as that holds for all values ----------------------------

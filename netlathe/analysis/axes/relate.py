@@ -101,7 +101,7 @@ class _Walk:
         self.found = Related(model, boundary)
         self.graph = model.graph
         self.boundary = boundary
-        self.space = Space(self._misfit)
+        self.space = Space(self._misfit, self._stays)
         self.node: ir.Node | None = None  # the one whose signature is applied
         self.lists: set[tuple[ir.Node, int]] = set()  # operands that list sizes
 
@@ -152,6 +152,10 @@ class _Walk:
     def _misfit(self, axis: Axis) -> None:
         assert self.node is not None
         self._pin(axis, f"{_op(self.node)} looks at it in a way that no common split expresses")
+
+    def _stays(self, axis: Axis) -> None:
+        assert self.node is not None
+        self._pin(axis, f"{_op(self.node)} sees it as one row of several")
 
     def _pin_value(self, value: ir.Value, reason: str) -> None:
         for axis in self._axes(value) or ():

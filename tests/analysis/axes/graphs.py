@@ -264,6 +264,19 @@ def _shuffled(b: Builder, x: ir.Value, width: int, out: int) -> ir.Value:
     return _conv(b, _conv(b, y, g * c, g * c, 3, group=group), g * c, out)
 
 
+def _units(b: Builder, x: ir.Value, width: int, out: int) -> ir.Value:
+    """Units of ShuffleNetV2, of which each shuffles what the one before shuffled."""
+    half = b.choose(2, 3, 4, 6)
+    y = _conv(b, x, width, 2 * half)
+    for _ in range(b.choose(1, 2, 3)):
+        keep, other = b.op("Split", y, b.ints(half, half), outputs=2, axis=1)
+        other = _conv(b, _act(b, _conv(b, other, half, half)), half, half, 3, group=half)
+        y = b.op("Concat", keep, _conv(b, other, half, half), axis=1)
+        y = b.op("Reshape", y, b.ints(0, 2, half, 8, 8))
+        y = b.op("Reshape", b.op("Transpose", y, perm=[0, 2, 1, 3, 4]), b.ints(0, 2 * half, 8, 8))
+    return _conv(b, y, 2 * half, out)
+
+
 def _pixels(b: Builder, x: ir.Value, width: int, out: int) -> ir.Value:
     """Pixel shuffle and back."""
     c = b.choose(2, 3)
@@ -298,7 +311,7 @@ def _group_norm(b: Builder, x: ir.Value, width: int, out: int) -> ir.Value:
     return _conv(b, y, g * c, out)
 
 
-IMAGE = (_plain, _grouped, _shuffled, _pixels, _branches, _excite, _group_norm)
+IMAGE = (_plain, _grouped, _shuffled, _units, _pixels, _branches, _excite, _group_norm)
 
 
 @st.composite

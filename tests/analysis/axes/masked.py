@@ -110,6 +110,16 @@ def _conv(m: _Masking, node: ir.Node) -> None:
     m.multiply(node, 1, rows.reshape(array.shape[:2] + (1,) * (array.ndim - 2)))
 
 
+def _conv_transpose(m: _Masking, node: ir.Node) -> None:
+    x, w = node.inputs[:2]
+    assert x is not None and w is not None
+    at = m.kept.get((x.name or "", 1))
+    if at is not None:
+        rank = len(_shape(w))
+        kept = np.isin(np.arange(_shape(w)[0]), at)  # type: ignore[arg-type]  # a weight has numbers
+        m.multiply(node, 1, kept.astype(np.float32).reshape([-1] + [1] * (rank - 1)))
+
+
 def _attention(m: _Masking, node: ir.Node) -> None:
     q = node.inputs[0]
     assert q is not None and len(_shape(q)) == 4
@@ -199,6 +209,7 @@ def _group_norm(m: _Masking, node: ir.Node) -> None:
 _RULES: Mapping[str, Callable[[_Masking, ir.Node], None]] = {
     "Attention": _attention,
     "Conv": _conv,
+    "ConvTranspose": _conv_transpose,
     "GroupNormalization": _group_norm,
     "LayerNormalization": _norm,
     "MatMul": _matmul,

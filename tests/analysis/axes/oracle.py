@@ -591,6 +591,15 @@ def _conv(o: Oracle, node: ir.Node) -> None:
     o.merged(w[0], [g, o.new(o.size[w[0]] // groups)])
 
 
+def _conv_transpose(o: Oracle, node: ir.Node) -> None:
+    x, w, y = o.of(node.inputs[0]), o.of(node.inputs[1]), o.of(node.outputs[0])
+    assert node.attributes.get_int("group", 1) == 1
+    o.pin(*x[2:], *w[2:], *y[2:])
+    o.same(x[0], y[0])
+    o.same(x[1], w[0])
+    o.same(w[1], y[1], *(var for value in node.inputs[2:] for var in o.of(value)))
+
+
 def _channels(o: Oracle, node: ir.Node) -> None:
     """Batch normalization: everything but input 0 has its dim 1."""
     x = o.of(node.inputs[0])
@@ -690,6 +699,7 @@ _RULES: dict[str, Rule] = {
     "BatchNormalization": _channels,
     "ConstantOfShape": _constant_of_shape,
     "Conv": _conv,
+    "ConvTranspose": _conv_transpose,
     "Gather": _gather,
     "GatherElements": _gather_elements,
     "GatherND": _gather_nd,

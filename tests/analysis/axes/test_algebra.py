@@ -140,7 +140,7 @@ def test_sizes_may_be_symbols() -> None:
 # -- at random --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("count", [300, pytest.param(20000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [200, pytest.param(20000, marks=pytest.mark.slow)])
 def test_views_agree_whatever_is_asked_for(count: int) -> None:
     """Axes of 12 positions, seen in many ways; those that are joined have the same atoms."""
 

@@ -125,7 +125,7 @@ def test_a_model_with_every_group_in_another_order_is_the_same_function(name: st
 @pytest.mark.parametrize(
     "models", [graphs.sequences(), graphs.images()], ids=["sequences", "images"]
 )
-@pytest.mark.parametrize("count", [40, pytest.param(1500, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [25, pytest.param(1500, marks=pytest.mark.slow)])
 def test_random_models_equal_their_masked_references(
     models: st.SearchStrategy[ir.Model], count: int
 ) -> None:

@@ -53,7 +53,7 @@ def test_the_groups_of_a_model_are_those_of_the_oracle(name: str) -> None:
 @pytest.mark.parametrize(
     "models", [graphs.sequences(), graphs.images()], ids=["sequences", "images"]
 )
-@pytest.mark.parametrize("count", [40, pytest.param(1500, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [25, pytest.param(1500, marks=pytest.mark.slow)])
 def test_the_groups_of_random_models_are_those_of_the_oracle(
     models: st.SearchStrategy[ir.Model], count: int
 ) -> None:
