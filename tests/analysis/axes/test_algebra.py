@@ -31,9 +31,9 @@ def labels(axis: Axis) -> list[Label]:
 
 
 def _together(of: Sequence[Label]) -> Label:
-    """Labels of factors as one; rows of one position come first, as their order says nothing."""
+    """Labels of factors as one; rows of one position are a set, as their order says nothing."""
     every = [atom for label in of for atom in label]
-    return (*sorted(atom for atom in every if not atom[0]), *(atom for atom in every if atom[0]))
+    return (*sorted({atom for atom in every if not atom[0]}), *(atom for atom in every if atom[0]))
 
 
 class Views:
@@ -41,7 +41,8 @@ class Views:
 
     def __init__(self) -> None:
         self.misfits: list[Axis] = []
-        self.space = Space(self.misfits.append)
+        self.staying: list[Axis] = []
+        self.space = Space(self.misfits.append, self.staying.append)
         self.same: list[tuple[Axis, Axis]] = []
 
     def join(self, a: Axis, b: Axis) -> None:
@@ -60,8 +61,14 @@ class Views:
 
     def check(self) -> None:
         assert not self.misfits
+        stay = {id(atom) for axis in self.staying for atom in algebra.atoms(axis)}
+
+        def moving(label: Label) -> Label:
+            """Without rows that are there in one view only, and for that may not go."""
+            return tuple(part for part in label if part[1] not in stay)
+
         for a, b in self.same:
-            assert labels(a) == labels(b), (show(a), show(b))
+            assert list(map(moving, labels(a))) == list(map(moving, labels(b))), (show(a), show(b))
 
 
 def sizes_of(*axes: Axis) -> list[str]:
@@ -133,7 +140,7 @@ def test_sizes_may_be_symbols() -> None:
 # -- at random --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("count", [300, pytest.param(20000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [200, pytest.param(20000, marks=pytest.mark.slow)])
 def test_views_agree_whatever_is_asked_for(count: int) -> None:
     """Axes of 12 positions, seen in many ways; those that are joined have the same atoms."""
 
