@@ -24,7 +24,7 @@ $(STAMP): pyproject.toml locks/dev.txt
 	@touch $@
 
 demo: $(STAMP)   ## compile the MiniLM sentence encoder and compare it with the original
-	$(BIN)/python examples/minilm.py --output out/minilm --overwrite
+	$(BIN)/python examples/minilm.py --output out/minilm
 
 test: $(STAMP)   ## run the test suite (minutes)
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"

@@ -37,7 +37,6 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--output", type=Path, default=Path("out/minilm"))
-    parser.add_argument("--overwrite", action="store_true", help="replace the output folder")
     arguments = parser.parse_args()
 
     # Half of the sentences decide which branch goes, the other half judge the result.
@@ -51,9 +50,9 @@ def main() -> None:
 
     console.print(f"[bold]compiling[/bold] {PASSES}")
     compiled = netlathe.compile(captured, PASSES, calibration=batches, progress=Bars())
-    compiled.save(arguments.output / "compiled", overwrite=arguments.overwrite)
+    compiled.save(arguments.output / "compiled", overwrite=True)
     dense = netlathe.compile(captured, "")
-    dense.save(arguments.output / "dense", overwrite=arguments.overwrite)
+    dense.save(arguments.output / "dense", overwrite=True)
 
     show_passes(compiled)
     feeds = captured.tokenize(held_out)
