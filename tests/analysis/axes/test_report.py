@@ -57,7 +57,10 @@ def test_a_group_of_which_all_must_stay_says_so() -> None:
     assert alone.pinned == ("it is the only position of a dim",)
 
 
-def test_inspect_shows_the_groups(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_inspect_shows_the_groups(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "400")  # no line of the table is folded
     made = model("float[b,4] x", "float[b,2] y", "h = MatMul(x, w) r = Relu(h) y = MatMul(r, v)",
                  w=matrix(4, 6), v=matrix(6, 2))  # fmt: skip
     ir.save(made, tmp_path / "m.onnx")
