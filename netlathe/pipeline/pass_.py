@@ -16,7 +16,7 @@ import abc
 import dataclasses
 import functools
 import inspect
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar, dataclass_transform
 
@@ -35,7 +35,8 @@ if TYPE_CHECKING:
     from netlathe.pipeline.interfaces import Target
 
 T = TypeVar("T")
-Feeds = Mapping[str, npt.NDArray[Any]]  # graph input name -> array
+Array = npt.NDArray[Any]
+Feeds = Mapping[str, Array]  # graph input name -> array
 
 
 # -- what a pass promises -------------------------------------------------------------------------
@@ -126,6 +127,13 @@ class Context:
         """A generator that depends on the seed and the scope's names only, never on global state."""
         key = [self.seed, *(int.from_bytes(name.encode(), "little") for name in scope)]
         return np.random.default_rng(np.random.SeedSequence(key))
+
+    def once(self, name: str, compute: Callable[[], Mapping[str, Array]]) -> Mapping[str, Array]:
+        """What ``compute`` solves for, such as one layer's basis; ``name`` is unique within the pass.
+
+        Long work is cut into such pieces: a run that was killed takes up those it had finished.
+        """
+        return compute()
 
     def collect(
         self, model: ir.Model, wanted: Sequence[Statistic], *, needed_by: str

@@ -19,6 +19,7 @@ import netlathe
 from netlathe.ir import weights
 from netlathe.pipeline import manifest, run
 from netlathe.pipeline.fingerprint import feeds_digest, graph_digest, weights_digest
+from netlathe.pipeline.ledger import Entry
 from netlathe.pipeline.pass_ import Context, Pass
 from tests.ir.onnx_text import matrix, model
 from tests.pipeline.toy import Balance, Cut, ReluToMax, captured_of, find, mlp, set_weight
@@ -209,3 +210,14 @@ def test_source_files_of_a_folder(tmp_path: Path) -> None:
 @pytest.mark.parametrize("option", ["count", "side"])
 def test_option_values_are_json(option: str) -> None:
     assert option in json.loads(json.dumps(Cut().option_values()))
+
+
+def test_arrays_of_an_entry_are_told_by_digest() -> None:
+    array = np.arange(6, dtype=np.float32).reshape(2, 3)
+    data = Entry("w", "applied", "solved", arrays={"q": array}).to_json()["arrays"]["q"]
+    assert data == {
+        "dtype": "float32",
+        "shape": [2, 3],
+        "sha256": hashlib.sha256(array.tobytes()).hexdigest(),
+    }
+    assert json.dumps(data)

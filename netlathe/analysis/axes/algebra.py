@@ -147,7 +147,8 @@ def product(of: Sequence[Axis]) -> Axis:
 
 
 def segments(of: Sequence[Axis]) -> Axis:
-    """Axes one after another; of a single one that axis itself."""
+    """Axes one after another; of a single one that axis itself. One without positions adds nothing."""
+    of = [axis for axis in of if axis.size != 0] or of[:1]
     if len(of) == 1:
         return of[0]
     size: Size = 0
@@ -186,7 +187,10 @@ class Space:
         rest = axis
         try:
             for size in sizes[:-1]:
-                piece, rest = _cut(rest, size)
+                if size in (0, rest.size):
+                    piece, rest = (Axis(0), rest) if size == 0 else (rest, Axis(0))
+                else:
+                    piece, rest = _cut(rest, size)
                 pieces.append(piece)
         except Misfit:
             self._misfit(axis)

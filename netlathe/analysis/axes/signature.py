@@ -196,7 +196,7 @@ def origin(value: ir.Value, element: int) -> Stated | SizeOf | None:
         if value.const_value is not None and not value.is_graph_input():
             return Stated(value, element)
         node = value.producer()
-        if node is None or node.domain != "":
+        if node is None or node.domain != "" or not node.inputs:
             return None
         source = node.inputs[0]
         if node.op_type in ("Cast", "Identity", "Reshape", "Squeeze", "Unsqueeze"):

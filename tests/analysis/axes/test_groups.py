@@ -312,6 +312,16 @@ def test_a_dim_of_several_groups_keeps_a_position() -> None:
     assert terms(axes, "wl") == "<2> <2>"
 
 
+def test_a_part_without_positions_adds_nothing() -> None:
+    """The definition of RotaryEmbedding puts an empty rest behind what turns."""
+    axes = analysed(
+        "h = MatMul(x, w) t, e = Split<axis=2>(h, n) u = Concat<axis=2>(t, e) z = Add(u, h)"
+        " y = MatMul(z, o)",
+        w=matrix(4, 6), n=[6, 0], o=matrix(6, 2),
+    )  # fmt: skip
+    assert same(axes, ("w", 1), ("o", 0)) and group(axes, "w", 1).allows("delete")
+
+
 def test_control_flow_pins_what_its_branches_read() -> None:
     made = model(
         "float[b,4] x, bool c", "float y",
