@@ -1,0 +1,1 @@
+"""Removes positions of axes: channels, FFN neurons, heads, experts, hidden width."""
