@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import onnx_ir as ir
@@ -63,25 +63,61 @@ def cost(model: ir.Model, sizes: Mapping[str, int] | None = None) -> Cost:
     Dims that ``sizes`` leaves out take their default of :func:`samples.dynamic_dims`. Of the branches
     of an If the most expensive one counts; the body of a Loop or Scan once per iteration.
     """
-    at = {dims.symbol(name): n for name, n in samples.dynamic_dims(model).items()}
-    at |= {dims.symbol(name): n for name, n in (sizes or {}).items()}
-    counter = _Counter(types.infer(model), at)
-    macs = counter.graph(model.graph)
-    params, size = Counter[str](), Counter[str]()
-    for value in _initializers(model):
-        tensor = value.const_value
-        if tensor is not None:
-            path = module_path(value)
-            params[path] += tensor.size if is_parameter(value) else 0
-            size[path] += tensor.nbytes
-    paths = sorted({*params, *size, *macs, *counter.unknown})
-    by_module = {
-        path: ModuleCost(params[path], size[path], None if path in counter.unknown else macs[path])
-        for path in paths
-    }
-    unknown = tuple(text for nodes in counter.unknown.values() for text in nodes)
-    total = None if unknown else macs.total()
-    return Cost(params.total(), size.total(), total, by_module, unknown)
+    return Meter(model, sizes).read()
+
+
+Narrowed = Callable[[ir.Value], Sequence[int | None] | None]
+
+
+class Meter:
+    """Costs one model, also with other sizes than its own: what it would cost if it were narrower.
+
+    ``narrowed`` gives the sizes of a value's dims where they are other ones, None where they are not.
+    """
+
+    def __init__(self, model: ir.Model, sizes: Mapping[str, int] | None = None) -> None:
+        self._model = model
+        at = {dims.symbol(name): n for name, n in samples.dynamic_dims(model).items()}
+        at |= {dims.symbol(name): n for name, n in (sizes or {}).items()}
+        self._counter = _Counter(types.infer(model), at)
+        self._parameters = {value for value in _initializers(model) if is_parameter(value)}
+
+    def read(self, narrowed: Narrowed = lambda value: None) -> Cost:
+        """The cost, as :func:`cost` gives it."""
+        counter = self._counter.narrow(narrowed)
+        macs = counter.graph(self._model.graph)
+        params, size = Counter[str](), Counter[str]()
+        for value in _initializers(self._model):
+            tensor = value.const_value
+            if tensor is not None:
+                path = module_path(value)
+                sizes = narrowed(value)
+                count = tensor.size if sizes is None else _elements(tensor, sizes)
+                params[path] += count if value in self._parameters else 0
+                size[path] += tensor.nbytes if sizes is None else _bytes(tensor.dtype, count)
+        paths = sorted({*params, *size, *macs, *counter.unknown})
+        by_module = {
+            path: ModuleCost(
+                params[path], size[path], None if path in counter.unknown else macs[path]
+            )
+            for path in paths
+        }
+        unknown = tuple(text for nodes in counter.unknown.values() for text in nodes)
+        total = None if unknown else macs.total()
+        return Cost(params.total(), size.total(), total, by_module, unknown)
+
+    def macs(self, node: ir.Node, narrowed: Narrowed = lambda value: None) -> int | None:
+        """The MACs of one node of the main graph; None where they are not known."""
+        return self._counter.narrow(narrowed).one(node)
+
+
+def _elements(tensor: ir.TensorProtocol, sizes: Sequence[int | None]) -> int:
+    held = zip(tensor.shape.numpy(), sizes, strict=True)
+    return math.prod(int(old) if new is None else new for old, new in held)
+
+
+def _bytes(dtype: ir.DataType, count: int) -> int:
+    return -(-count * dtype.bitwidth // 8)
 
 
 def _initializers(model: ir.Model) -> Iterator[ir.Value]:
@@ -92,6 +128,7 @@ def _initializers(model: ir.Model) -> Iterator[ir.Value]:
 # -- parameters -----------------------------------------------------------------------------------
 
 _QUANTIZED_DATA: Mapping[str, frozenset[int]] = {
+    "BitShift": frozenset({0}),  # bit planes
     "ConvInteger": frozenset({1}),
     "DequantizeLinear": frozenset({0}),
     "MatMulInteger": frozenset({0, 1}),
@@ -128,6 +165,15 @@ def is_parameter(value: ir.Value) -> bool:
     return any(position in _QUANTIZED_DATA.get(node.op_type, ()) for node, position in roles)
 
 
+def num_parameters(value: ir.Value) -> int:
+    """How many parameters an initializer holds; of bit planes [bits, bytes, 1] one byte holds eight."""
+    if not is_parameter(value) or value.const_value is None:
+        return 0
+    tensor = value.const_value
+    packed = any(node.op_type == "BitShift" for node in value.consumers())
+    return tensor.size * 8 // tensor.shape.numpy()[0] if packed else tensor.size
+
+
 def _roles(value: ir.Value) -> Iterator[tuple[ir.Node, int]]:
     """Who computes with ``value``, and as which input; looked for through nodes that only move it."""
     stack, seen = [value], {value}
@@ -152,7 +198,21 @@ class _Counter:
         self._found = found
         self._at = at
         self._sizes: dict[Dim, int | None] = {}
+        self._narrowed: Narrowed = lambda value: None
         self.unknown: dict[str, list[str]] = {}  # by module path
+
+    def narrow(self, narrowed: Narrowed) -> _Counter:
+        """A counter of the same model that takes the sizes of some dims from ``narrowed``."""
+        other = _Counter(self._found, self._at)
+        other._sizes, other._narrowed = self._sizes, narrowed
+        return other
+
+    def one(self, node: ir.Node) -> int | None:
+        """The MACs of a node; None where they are not known."""
+        try:
+            return self._node(node).total()
+        except _UnknownSizeError:
+            return None
 
     def graph(self, graph: ir.Graph) -> Counter[str]:
         """MACs of the nodes of ``graph`` by module path; what cannot be known goes to ``unknown``."""
@@ -207,7 +267,11 @@ class _Counter:
         shape = self._found.type(value).shape
         if shape is None:
             raise _UnknownSizeError
-        return tuple(self.size(dim) for dim in shape)
+        sizes = None if value is None else self._narrowed(value)
+        if sizes is None:
+            return tuple(self.size(dim) for dim in shape)
+        pairs = zip(shape, sizes, strict=True)
+        return tuple(self.size(dim) if n is None else n for dim, n in pairs)
 
     def size(self, dim: Dim) -> int:
         """A dim as a number."""
