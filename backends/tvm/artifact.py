@@ -15,6 +15,7 @@ import json
 import os
 import platform
 import shutil
+import tempfile
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from netlathe.backends.tvm import build, runtime, storage, toolchain
-from netlathe.backends.tvm.lowering import Lowered
+from netlathe.backends.tvm import packing, process, runtime, toolchain
 from netlathe.backends.tvm.machine import Machine
 from netlathe.diagnostics import Diagnostic, InputError, LowerError, VerifyError
 from netlathe.execute import ort, samples
@@ -33,7 +33,6 @@ from netlathe.pipeline.interfaces import Artifact
 from netlathe.pipeline.pass_ import Feeds
 
 LOADER_FILE = "runtime.py"
-_COMPILERS = ("g++", "clang++", "c++")
 _CHUNK = 16 << 20
 
 # max|artifact - IR| as a share of the RMS, by the narrowest float in the graph: the project's bar for
@@ -43,16 +42,23 @@ _NARROW = {ir.DataType.FLOAT16: 16 * 2**-10, ir.DataType.BFLOAT16: 16 * 2**-7}
 
 
 class TvmArtifact(Artifact):
-    """A compiled model. It runs in this process; :meth:`save` writes what runs anywhere."""
+    """A compiled model. It runs in this process; :meth:`save` writes what runs anywhere.
 
-    def __init__(self, model: ir.Model, lowered: Lowered, machine: Machine) -> None:
-        self.lowered = lowered
+    The library is made at once, by :mod:`netlathe.backends.tvm.process`; constants are packed when they
+    are needed, so ``model`` must stay as it is.
+
+    Raises:
+        LowerError: nodes have no form here, or TVM crashed.
+    """
+
+    def __init__(self, model: ir.Model, machine: Machine) -> None:
         self.machine = machine
         self._model = model
         self._manifest = ""
-        self._executable = build.executable(lowered, machine)
-        self._main: Any = None
-        self._parameters: list[Any] = []
+        self._scratch = tempfile.TemporaryDirectory(prefix="netlathe-")
+        self._library = Path(self._scratch.name) / runtime.LIBRARY_FILE
+        self._built = process.build(model, machine, self._library, toolchain.compiler())
+        self._loaded: runtime.Model | None = None
         self._report: dict[str, Any] = {}
 
     def run(self, feeds: Feeds) -> dict[str, npt.NDArray[Any]]:
@@ -62,13 +68,6 @@ class TvmArtifact(Artifact):
             InputError: a feed is missing, unknown or of another dtype or shape.
             LowerError: this CPU lacks instructions that the kernels use.
         """
-        import tvm
-        from tvm import relax
-
-        try:
-            arrays = runtime.check_feeds(_inputs(self._model), feeds)
-        except runtime.ArtifactError as error:
-            raise InputError(Diagnostic("run.feeds", str(error))) from error
         if missing := sorted(set(self.machine.features) - runtime.cpu_features()):
             raise LowerError(
                 Diagnostic(
@@ -77,16 +76,15 @@ class TvmArtifact(Artifact):
                     help="save the artifact and run it where it is meant for",
                 )
             )
-        if self._main is None:
-            self._parameters = [tvm.runtime.tensor(p.make()) for p in self.lowered.parameters]
-            machine: Any = relax.VirtualMachine  # its annotation names another Device
-            self._main = machine(self._executable, tvm.cpu())["main"]
-        given = [tvm.runtime.tensor(np.require(array, requirements="C")) for array in arrays]
-        results = self._main(*given, *self._parameters)
-        return {
-            value.name or "": restored(result.numpy(), value.dtype)
-            for value, result in zip(self._model.graph.outputs, results, strict=True)
-        }
+        if self._loaded is None:
+            constants = packing.constants(self._model)
+            made = [parameter.recipe.make(constants) for parameter in self._built.parameters]
+            meta = self._meta([], 0)
+            self._loaded = runtime.Model(meta, self._library, made)
+        try:
+            return self._loaded.run(feeds)
+        except runtime.ArtifactError as error:
+            raise InputError(Diagnostic("run.feeds", str(error))) from error
 
     def stamp(self, manifest_digest: str) -> None:
         """Record which manifest the artifact belongs to, in ``meta.json``."""
@@ -96,21 +94,21 @@ class TvmArtifact(Artifact):
         """Kernels, bytes, and how far the artifact is from the IR; complete once saved."""
         return {
             "features": self.machine.level,
-            "kernels": self.lowered.kernels,
-            "parameters": len(self.lowered.parameters),
+            "kernels": self._built.kernels,
+            "parameters": len(self._built.parameters),
             **self._report,
         }
 
     def save(self, folder: Path) -> list[Path]:
-        """Write the four files, then load them with the loader and compare with the IR.
+        """Write the files, then load them with the loader, in another process, and compare with the IR.
 
         Raises:
-            LowerError: there is no C++ compiler to link with.
+            LowerError: the kernels crashed.
             VerifyError: the files compute something else than the IR.
             OSError: the folder cannot be written.
         """
         records = self._write_parameters(folder / runtime.PARAMETERS_FILE)
-        self._link(folder / runtime.LIBRARY_FILE)
+        shutil.copyfile(self._library, folder / runtime.LIBRARY_FILE)
         meta = self._meta(records, (folder / runtime.PARAMETERS_FILE).stat().st_size)
         (folder / runtime.META_FILE).write_text(json.dumps(meta, indent=1) + "\n", "utf-8")
         shutil.copyfile(runtime.__file__, folder / LOADER_FILE)
@@ -129,16 +127,17 @@ class TvmArtifact(Artifact):
 
     def _write_parameters(self, path: Path) -> list[dict[str, Any]]:
         whole = sum(
-            int(np.prod(p.shape)) * np.dtype(p.dtype).itemsize for p in self.lowered.parameters
+            int(np.prod(p.shape)) * np.dtype(p.dtype).itemsize for p in self._built.parameters
         )
         if whole > shutil.disk_usage(path.parent).free:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), os.fspath(path))
+        constants = packing.constants(self._model)
         records = []
         with open(path, "xb") as file:
-            for parameter in self.lowered.parameters:
+            for parameter in self._built.parameters:
                 offset = -(-file.tell() // runtime.ALIGNMENT) * runtime.ALIGNMENT
                 file.write(b"\0" * (offset - file.tell()))
-                array = np.require(parameter.make(), requirements="C")
+                array = np.require(parameter.recipe.make(constants), requirements="C")
                 data = array.reshape(-1).view(np.uint8).data
                 for start in range(0, len(data), _CHUNK):
                     file.write(data[start : start + _CHUNK])
@@ -153,25 +152,12 @@ class TvmArtifact(Artifact):
                 )
         return records
 
-    def _link(self, path: Path) -> None:
-        compiler = next((found for name in _COMPILERS if (found := shutil.which(name))), None)
-        if compiler is None:
-            raise LowerError(
-                Diagnostic(
-                    "tvm.compiler",
-                    "linking the kernels needs a C++ compiler, and none is installed",
-                    notes=("looked for " + ", ".join(_COMPILERS),),
-                    help="install g++ (apt-get install g++)",
-                )
-            )
-        self._executable.export_library(os.fspath(path), cc=compiler)
-
     def _meta(self, records: list[dict[str, Any]], parameter_bytes: int) -> dict[str, Any]:
         tvm_version, ffi_version = toolchain.installed()
         return {
             "format": runtime.FORMAT,
             "inputs": _inputs(self._model),
-            "outputs": [_record(value) for value in self._model.graph.outputs],
+            "outputs": packing.records(self._model.graph.outputs),
             "dims": samples.dynamic_dims(self._model),
             "architecture": platform.machine(),
             "features": self.machine.level,
@@ -195,7 +181,7 @@ class TvmArtifact(Artifact):
             feeds = samples.synthesize(self._model, samples.dynamic_dims(self._model), seed=0)
         feeds = {record["name"]: feeds[record["name"]] for record in _inputs(self._model)}
         expected = ort.run(self._model, feeds)
-        actual = runtime.load(folder).run(feeds)
+        actual = process.run(folder, feeds)
         errors = {name: relative_error(actual[name], expected[name]) for name in expected}
         worst = max(errors, key=lambda name: errors[name])
         bound = self._bound()
@@ -215,25 +201,5 @@ class TvmArtifact(Artifact):
         return max([_BOUND, *(bound for dtype, bound in _NARROW.items() if dtype in dtypes)])
 
 
-def restored(array: npt.NDArray[Any], dtype: ir.DataType | None) -> npt.NDArray[Any]:
-    """An output in its own numpy type."""
-    if dtype is None or array.dtype == dtype.numpy():
-        return array
-    if dtype.bitwidth < 8 and dtype.is_integer():
-        return array.astype(dtype.numpy())
-    return array.view(dtype.numpy())
-
-
 def _inputs(model: ir.Model) -> list[dict[str, Any]]:
-    return [_record(value) for value in model.graph.inputs if not value.is_initializer()]
-
-
-def _record(value: ir.Value) -> dict[str, Any]:
-    assert value.dtype is not None
-    shape = [dim if isinstance(dim, int) else str(dim.value) for dim in value.shape or ()]
-    return {
-        "name": value.name,
-        "dtype": value.dtype.numpy().name,
-        "stored": storage.STORED[value.dtype],
-        "shape": shape,
-    }
+    return packing.records(value for value in model.graph.inputs if not value.is_initializer())

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import onnx_ir as ir
 
-from netlathe.backends.tvm import toolchain
+from netlathe.backends.tvm import process, toolchain
 from netlathe.backends.tvm.machine import Machine, machine
-from netlathe.diagnostics import Diagnostic, LowerError, OptionError
+from netlathe.diagnostics import Diagnostic, OptionError
 from netlathe.pipeline.interfaces import Backend, Target
 
 if TYPE_CHECKING:
@@ -45,36 +45,39 @@ class TvmBackend(Backend):
             ),
         )
 
-    def unsupported(self, model: ir.Model, target: Target) -> list[Diagnostic]:
-        """Every node that has no form here, found by lowering the model without compiling it.
+    def check(self, target: Target) -> None:
+        """Return if the settings are known and what compiles is installed.
 
         Raises:
-            MissingExtraError: TVM is not installed.
-            LowerError: it is, in versions that crash.
             OptionError: a setting is unknown or out of range.
+            MissingExtraError: TVM is not installed.
+            LowerError: it is, in versions that crash, or there is no C++ compiler to link with.
         """
-        chosen = _machine(target)
+        _machine(target)
         toolchain.check()
-        from netlathe.backends.tvm.lowering import Lowering
+        toolchain.compiler()
 
-        return Lowering(model, chosen).gaps()
+    def unsupported(self, model: ir.Model, target: Target) -> list[Diagnostic]:
+        """Every node that has no form here, found by lowering the model in a process of its own.
+
+        Raises:
+            OptionError, MissingExtraError, LowerError: as :meth:`check`.
+        """
+        self.check(target)
+        return process.gaps(model, _machine(target))
 
     def compile(self, model: ir.Model, target: Target) -> TvmArtifact:
-        """Lower and compile.
+        """Lower and compile, in a process of its own.
 
         Raises:
-            LowerError: with everything that :meth:`unsupported` lists.
-            MissingExtraError: TVM is not installed.
-            OptionError: a setting is unknown or out of range.
+            LowerError: with everything that :meth:`unsupported` lists, or TVM crashed.
+            OptionError, MissingExtraError: as :meth:`check`.
         """
-        if found := self.unsupported(model, target):
-            raise LowerError(found)
+        self.check(target)
         from netlathe.backends.tvm.artifact import TvmArtifact
-        from netlathe.backends.tvm.lowering import Lowering
 
-        chosen = _machine(target)
-        held = model.clone()  # parameters are read when the artifact is written
-        return TvmArtifact(held, Lowering(held, chosen).run(), chosen)
+        # A copy: its weights are read when the artifact is written.
+        return TvmArtifact(model.clone(), _machine(target))
 
 
 def _machine(target: Target) -> Machine:

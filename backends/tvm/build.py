@@ -1,14 +1,21 @@
-"""Relax and TIR to machine code, through the few passes that our kernels need."""
+"""Relax and TIR to machine code, through the few passes that our kernels need.
+
+This is what runs in the worker process (:mod:`netlathe.backends.tvm.worker`).
+"""
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import Any
 
+import onnx_ir as ir
 import tvm
 from tvm import relax, tirx
 
-from netlathe.backends.tvm.lowering import Lowered
+from netlathe.backends.tvm.lowering import Lowered, Lowering
 from netlathe.backends.tvm.machine import Machine
+from netlathe.backends.tvm.packing import Built
 
 _PIPELINE = "netlathe"
 
@@ -69,3 +76,14 @@ def executable(lowered: Lowered, machine: Machine) -> Any:
         relax_pipeline=_relax_pipeline(),
         tir_pipeline=_PIPELINE,
     )
+
+
+def library(model: ir.Model, machine: Machine, path: Path, compiler: str) -> Built:
+    """Lower and compile ``model``, whose weights are not read, and link it to ``path``.
+
+    Raises:
+        LowerError: with every node that has no form here.
+    """
+    lowered = Lowering(model, machine).run()
+    executable(lowered, machine).export_library(os.fspath(path), cc=compiler)
+    return Built(lowered.parameters, lowered.kernels)

@@ -12,39 +12,26 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy.typing as npt
 import onnx_ir as ir
 import sympy
 import tvm_ffi
 from tvm import relax, tirx
 
-from netlathe.backends.tvm import sizes, storage
+from netlathe.backends.tvm import packing, sizes, storage
 from netlathe.backends.tvm.kernel import Kernel
 from netlathe.backends.tvm.kernels import general
 from netlathe.backends.tvm.machine import Machine
+from netlathe.backends.tvm.packing import Parameter, Recipe
 from netlathe.backends.tvm.tir import Expr
 from netlathe.backends.tvm.values import Known, Lazy, Pending, Ready, Scalar, Value
-from netlathe.diagnostics import Diagnostic
+from netlathe.diagnostics import Diagnostic, LowerError
 from netlathe.ir import dims, types
 from netlathe.ir.dims import Dim, Shape
 from netlathe.ir.printing import show_node
 from netlathe.ir.provenance import location
 
-Array = npt.NDArray[Any]
-
 # An expression of more operators than this is written to memory: code size, not speed.
 _MOST_OPERATORS = 64
-
-
-@dataclass(frozen=True)
-class Parameter:
-    """A constant that the kernels read; ``make`` reads or packs it when the artifact is written."""
-
-    name: str
-    var: Any
-    dtype: str  # as stored
-    shape: tuple[int, ...]
-    make: Callable[[], Array]
 
 
 @dataclass(frozen=True)
@@ -84,56 +71,51 @@ class Lowering:
         """Lower the model.
 
         Raises:
-            Unsupported: a node has no form; ask :meth:`gaps` first to hear of all of them.
+            LowerError: with every node that has no form here, found by lowering on with nothing in the
+                place of what it makes.
         """
-        inputs = [value for value in self.model.graph.inputs if not value.is_initializer()]
-        variables = [self._input(value) for value in inputs]
-        with self.builder.function("main"):
-            for node in self.model.graph:
-                self._node(node)
-            outputs = [self._output(value) for value in self.model.graph.outputs]
-            parameters = tuple(
-                parameter
-                for parameter, ready in self.parameters.values()
-                if ready.var in self._read
-            )
-            self.builder.emit_func_output(
-                relax.Tuple(outputs), params=[*variables, *(p.var for p in parameters)]
-            )
-        return Lowered(self.builder.get(), parameters, sum(self._counts.values()))
-
-    def gaps(self) -> list[Diagnostic]:
-        """Every node without a form, found by lowering on with stand-ins for what they make."""
-        found: list[Diagnostic] = []
-        inputs = [value for value in self.model.graph.inputs if not value.is_initializer()]
+        gaps: list[Diagnostic] = []
         variables = []
-        for value in inputs:
+        for value in self.model.graph.inputs:
+            if value.is_initializer():
+                continue
             try:
                 variables.append(self._input(value))
             except Unsupported as error:
-                found.append(Diagnostic("tvm.input", str(error), at=value.name or ""))
-        if found:
-            return found
-        lost: set[ir.Value] = set()
+                gaps.append(Diagnostic("tvm.input", str(error), at=value.name or ""))
+        if gaps:
+            raise LowerError(gaps)
         with self.builder.function("main"):
-            for node in self.model.graph:
-                try:
-                    if lost.isdisjoint(value for value in node.inputs if value is not None):
-                        self._node(node)
-                        continue
-                    self._rule(node)
-                except Unsupported as error:
-                    found.append(_gap(node, error))
-                lost.update(node.outputs)
-            for value in self.model.graph.outputs:
-                if value not in lost:
-                    try:
-                        self._output(value)
-                    except Unsupported as error:
-                        found.append(Diagnostic("tvm.output", str(error), at=value.name or ""))
-            parameters = [p.var for p, _ in self.parameters.values()]
-            self.builder.emit_func_output(relax.Tuple([]), params=[*variables, *parameters])
-        return found
+            outputs = self._body(gaps)
+            used = [(p, ready) for p, ready in self.parameters.values() if ready.var in self._read]
+            self.builder.emit_func_output(
+                relax.Tuple(outputs), params=[*variables, *(ready.var for _, ready in used)]
+            )
+        if gaps:
+            raise LowerError(gaps)
+        return Lowered(self.builder.get(), tuple(p for p, _ in used), sum(self._counts.values()))
+
+    def _body(self, gaps: list[Diagnostic]) -> list[Any]:
+        """Lower every node that can be; the outputs, and what cannot be added to ``gaps``."""
+        lost: set[ir.Value] = set()
+        for node in self.model.graph:
+            try:
+                if lost.isdisjoint(value for value in node.inputs if value is not None):
+                    self._node(node)
+                    continue
+                self._rule(node)
+            except Unsupported as error:
+                gaps.append(_gap(node, error))
+            lost.update(node.outputs)
+        outputs = []
+        for value in self.model.graph.outputs:
+            if value in lost:
+                continue
+            try:
+                outputs.append(self._output(value))
+            except Unsupported as error:
+                gaps.append(Diagnostic("tvm.output", str(error), at=value.name or ""))
+        return outputs if not gaps else []
 
     def _rule(self, node: ir.Node) -> Callable[[Any], Sequence[Value]]:
         from netlathe.backends.tvm.ops import RULES
@@ -211,7 +193,7 @@ class Lowering:
         type_ = self.found.type(value)
         shape = ready.shape if type_.shape is None else type_.shape
         if ready.var in self._given or any(
-            ready.var.same_as(parameter.var) for parameter, _ in self.parameters.values()
+            ready.var.same_as(known.var) for _, known in self.parameters.values()
         ):
             ready = self._copied(ready)
         if ready.stored_shape == shape:
@@ -235,24 +217,24 @@ class Lowering:
         if tensor.dtype not in storage.STORED:
             raise Unsupported(f"{tensor.dtype.name} tensors")
         if tensor.size == 1 and storage.computed(tensor.dtype) == storage.STORED[tensor.dtype]:
-            return Scalar(tensor.dtype, shape, storage.array(tensor).reshape(-1)[0].item())
-        return self.parameter(
-            value.name or "constant", tensor.dtype, shape, lambda: storage.array(tensor), value
-        )
+            return Scalar(tensor.dtype, shape, packing.array(tensor).reshape(-1)[0].item())
+        assert value.name is not None  # the IR has no constant without one
+        recipe = Recipe(packing.as_it_is, (value.name,))
+        return self.parameter(value.name, tensor.dtype, shape, recipe, value)
 
     def parameter(
         self,
         name: str,
         dtype: ir.DataType,
         shape: Sequence[int],
-        make: Callable[[], Array],
+        recipe: Recipe,
         key: object,
     ) -> Ready:
         """The parameter known as ``key``, made on first request."""
         if key not in self.parameters:
             dims_ = tuple(int(dim) for dim in shape)
             var = relax.Var(f"p{len(self.parameters)}", self.tensor(dtype, dims_))
-            made = Parameter(name, var, storage.STORED[dtype], dims_, make)
+            made = Parameter(name, storage.STORED[dtype], dims_, recipe)
             self.parameters[key] = (made, Ready(dtype, dims_, var, dims_))
         return self.parameters[key][1]
 

@@ -18,7 +18,7 @@ import json
 import operator
 import os
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,26 +62,28 @@ def load(folder: str | os.PathLike[str], *, threads: int | None = None) -> Model
     Raises:
         ArtifactError: files are missing or of another version, or the CPU lacks instructions.
     """
-    return Model(Path(folder).resolve(), threads)  # dlopen looks for a bare name elsewhere
+    path = Path(folder).resolve()  # dlopen looks for a bare name elsewhere
+    meta = _read_meta(path)
+    _check_cpu(meta)
+    _runtime(path)
+    if threads is not None:
+        set_threads(threads)
+    return Model(meta, path / LIBRARY_FILE, _parameters(path, meta))
 
 
 class Model:
     """An artifact in memory. ``inputs`` and ``outputs`` are the records of ``meta.json``."""
 
-    def __init__(self, folder: Path, threads: int | None = None) -> None:
-        self.meta = _read_meta(folder)
-        self.inputs: list[dict[str, Any]] = self.meta["inputs"]
-        self.outputs: list[dict[str, Any]] = self.meta["outputs"]
-        _check_cpu(self.meta)
-        _load_runtime(folder)
-        import tvm_ffi
-
-        self._ffi = tvm_ffi
-        if threads is not None:
-            set_threads(threads)
-        self._parameters = [tvm_ffi.from_dlpack(a) for a in _parameters(folder, self.meta)]
-        library = tvm_ffi.load_module(os.fspath(folder / LIBRARY_FILE))
-        self._machine = library["vm_load_executable"]()
+    def __init__(
+        self, meta: dict[str, Any], library: Path, parameters: Sequence[npt.NDArray[Any]]
+    ) -> None:
+        self.meta = meta
+        self.inputs: list[dict[str, Any]] = meta["inputs"]
+        self.outputs: list[dict[str, Any]] = meta["outputs"]
+        self._ffi = _runtime(library.parent)
+        self._parameters = [self._ffi.from_dlpack(_aligned(array)) for array in parameters]
+        module = self._ffi.load_module(os.fspath(library))
+        self._machine = module["vm_load_executable"]()
         self._machine["vm_initialization"](_CPU, 0, _POOLED)
         self._main = self._machine["main"]
 
@@ -99,7 +101,7 @@ class Model:
         given = [self._ffi.from_dlpack(_aligned(array)) for array in arrays]
         results = self._main(*given, *self._parameters)
         return {
-            record["name"]: _restored(np.from_dlpack(result), record["dtype"])
+            record["name"]: restored(np.from_dlpack(result), record["dtype"])
             for record, result in zip(self.outputs, results, strict=True)
         }
 
@@ -112,9 +114,7 @@ def set_threads(count: int) -> None:
     """
     if count < 1:
         raise ArtifactError(f"threads must be at least 1, got {count}")
-    import tvm_ffi
-
-    tvm_ffi.get_global_func("runtime.config_threadpool")(1, count)
+    _runtime().get_global_func("runtime.config_threadpool")(1, count)
 
 
 # -- inputs ----------------------------------------------------------------------------------------
@@ -188,7 +188,7 @@ def _stored(array: npt.NDArray[Any], record: dict[str, Any]) -> npt.NDArray[Any]
     return array if array.dtype.name == record["stored"] != record["dtype"] else None
 
 
-def _restored(array: npt.NDArray[Any], dtype: str) -> npt.NDArray[Any]:
+def restored(array: npt.NDArray[Any], dtype: str) -> npt.NDArray[Any]:
     """An output in its own type, where this process has it; else its bits."""
     if array.dtype.name == dtype:
         return array
@@ -283,26 +283,27 @@ def _check_cpu(meta: Mapping[str, Any]) -> None:
         )
 
 
-def _load_runtime(folder: Path) -> None:
-    """Load libtvm_runtime.so, whose functions the model's library calls."""
+def _runtime(folder: Path | None = None) -> Any:
+    """The module ``tvm_ffi``, once libtvm_runtime.so, whose functions libraries call, is loaded."""
+    import tvm_ffi  # the runtime needs its library
+
     if _loaded:
-        return
+        return tvm_ffi
     for path in _runtime_candidates(folder):
         if path.is_file():
-            import tvm_ffi  # noqa: F401  # the runtime needs its library
-
             _loaded.append(ctypes.CDLL(os.fspath(path), mode=ctypes.RTLD_GLOBAL))
-            return
+            return tvm_ffi
     raise ArtifactError(
         f"{_RUNTIME} was not found: install apache-tvm, or point NETLATHE_TVM_RUNTIME at the file"
     )
 
 
-def _runtime_candidates(folder: Path) -> list[Path]:
+def _runtime_candidates(folder: Path | None) -> list[Path]:
     found = []
     if named := os.environ.get("NETLATHE_TVM_RUNTIME"):
         found.append(Path(named))
-    found.append(folder / _RUNTIME)
+    if folder is not None:
+        found.append(folder / _RUNTIME)
     spec = importlib.util.find_spec("tvm")
     if spec is not None and spec.origin is not None:
         found.append(Path(spec.origin).parent / "lib" / _RUNTIME)

@@ -14,42 +14,20 @@ INT4, UINT4, INT2, ...  int8, uint8      the same        one element a byte
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
-import numpy as np
-import numpy.typing as npt
 import onnx_ir as ir
 from tvm import tirx
 
-from netlathe.backends.tvm import bits
+from netlathe.backends.tvm import bits, packing
 from netlathe.backends.tvm.tir import Code, Expr, broadcast, cast, const
 
 D = ir.DataType
 
-_PLAIN: Mapping[D, str] = {
-    D.FLOAT: "float32",
-    D.DOUBLE: "float64",
-    D.FLOAT16: "float16",
-    D.INT8: "int8",
-    D.INT16: "int16",
-    D.INT32: "int32",
-    D.INT64: "int64",
-    D.UINT8: "uint8",
-    D.UINT16: "uint16",
-    D.UINT32: "uint32",
-    D.UINT64: "uint64",
-    D.BOOL: "bool",
-}
-_BITS: Mapping[D, str] = {D.BFLOAT16: "uint16", **{dtype: "uint8" for dtype in bits.FORMATS}}
-_PACKED: Mapping[D, str] = {D.INT4: "int8", D.UINT4: "uint8", D.INT2: "int8", D.UINT2: "uint8"}
-
-STORED: Mapping[D, str] = {**_PLAIN, **_BITS, **_PACKED}
+STORED = packing.STORED
 
 
 def computed(dtype: D) -> str:
     """The TIR dtype that values of ``dtype`` have in expressions."""
-    if dtype in _BITS or dtype == D.FLOAT16:
+    if dtype in packing.BITS or dtype == D.FLOAT16:
         return "float32"
     return STORED[dtype]
 
@@ -90,16 +68,6 @@ def store(code: Code, dtype: D, value: Expr) -> Expr:
 
 def rounded(code: Code, dtype: D, value: Expr) -> Expr:
     """A computed value as it is after it was stored and loaded."""
-    if dtype in _BITS or dtype == D.FLOAT16:
+    if dtype in packing.BITS or dtype == D.FLOAT16:
         return load(code, dtype, store(code, dtype, value))
     return value
-
-
-def array(tensor: ir.TensorProtocol) -> npt.NDArray[Any]:
-    """A constant as it lies in memory."""
-    values = np.require(tensor.numpy(), requirements="C")  # 0-D stays 0-D
-    if tensor.dtype in _BITS:
-        return values.view(_BITS[tensor.dtype])
-    if tensor.dtype in _PACKED:
-        return values.astype(_PACKED[tensor.dtype])
-    return values.astype(STORED[tensor.dtype], copy=False)

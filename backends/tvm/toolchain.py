@@ -1,4 +1,4 @@
-"""Imports TVM once the installed versions are known to work together.
+"""Which TVM and which linker there are, found out without loading any of them.
 
 Generated code is checked against `apache-tvm` 0.27.0.post1. With `apache-tvm-ffi` 0.1.15 that wheel
 crashes the process, which no exception handler sees, so versions are read from package metadata first.
@@ -7,6 +7,7 @@ crashes the process, which no exception handler sees, so versions are read from 
 from __future__ import annotations
 
 import re
+import shutil
 from importlib import metadata
 
 from netlathe.diagnostics import Diagnostic, LowerError, missing_extra
@@ -14,6 +15,7 @@ from netlathe.diagnostics import Diagnostic, LowerError, missing_extra
 TVM_VERSION = "0.27.0.post1"
 FFI_LEAST = (0, 1, 14, 0)  # 0.1.14.post0
 FFI_BELOW = (0, 1, 15)
+_COMPILERS = ("g++", "clang++", "c++")
 
 
 def installed() -> tuple[str, str]:
@@ -67,3 +69,22 @@ def _ffi_works(version: str) -> bool:
         return False
     major, minor, patch, post = (int(part) if part is not None else -1 for part in match.groups())
     return FFI_LEAST <= (major, minor, patch, post) and (major, minor, patch) < FFI_BELOW
+
+
+def compiler() -> str:
+    """The C++ compiler that links the kernels.
+
+    Raises:
+        LowerError: there is none.
+    """
+    for name in _COMPILERS:
+        if (found := shutil.which(name)) is not None:
+            return found
+    raise LowerError(
+        Diagnostic(
+            "tvm.compiler",
+            "linking the kernels needs a C++ compiler, and none is installed",
+            notes=("looked for " + ", ".join(_COMPILERS),),
+            help="install g++ (apt-get install g++, dnf install gcc-c++)",
+        )
+    )

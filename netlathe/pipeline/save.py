@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from netlathe.diagnostics import LowerError
 from netlathe.execute.compare import inputs_of
 from netlathe.ir import weights
 from netlathe.pipeline import manifest, output, registry
@@ -31,12 +30,10 @@ def save(
         settings = {**chosen.settings, **settings}
     name = target_name or (chosen.name if chosen is not None else _DEFAULT_TARGET)
     backend, target = registry.find_target(name, **settings)
-    if gaps := backend.unsupported(compiled.model, target):
-        raise LowerError(gaps)
     sources = list(_sources(compiled.captured))
     output.check_output(folder, overwrite=overwrite, sources=sources)
+    artifact = backend.compile(compiled.model, target)  # or every gap, before any work
     made = manifest.build(compiled, target)
-    artifact = backend.compile(compiled.model, target)
     sample = compiled.captured.sample(compiled.captured.dynamic, compiled.context.seed)
     artifact.sample = inputs_of(compiled.model, sample)
     artifact.stamp(made["digest"])

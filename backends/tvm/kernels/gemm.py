@@ -15,8 +15,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 from tvm import tirx
 
 from netlathe.backends.tvm import storage
@@ -71,14 +69,6 @@ def panels(machine: Machine, columns: int, dtype: str) -> Panels:
         lanes //= 2
     rows, count = machine.tile(max(1, -(-columns // lanes)))
     return Panels(columns, lanes, count, rows)
-
-
-def pack(weight: npt.NDArray[np.generic], cut: Panels) -> npt.NDArray[np.generic]:
-    """[K, N] as [panels, K, width], zero beyond N."""
-    inner, columns = weight.shape
-    padded = np.zeros((inner, cut.count * cut.width), weight.dtype)
-    padded[:, :columns] = weight
-    return np.ascontiguousarray(padded.reshape(inner, cut.count, cut.width).transpose(1, 0, 2))
 
 
 @dataclass(frozen=True)
@@ -362,4 +352,4 @@ class _Job:
             vectors(code, i64(span) if width is None else width, lanes, one)
 
 
-__all__ = ["Panels", "batched", "pack", "packed", "panels"]
+__all__ = ["Panels", "batched", "packed", "panels"]

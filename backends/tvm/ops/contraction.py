@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import onnx_ir as ir
 from tvm import tirx
 
-from netlathe.backends.tvm import storage
+from netlathe.backends.tvm import packing, storage
 from netlathe.backends.tvm.kernel import Kernel
 from netlathe.backends.tvm.kernels import gemm
 from netlathe.backends.tvm.kernels import reduce as template
 from netlathe.backends.tvm.lowering import Lowering
 from netlathe.backends.tvm.ops.op import D, Op, Rule, broadcast_index, is_cheap
+from netlathe.backends.tvm.packing import Recipe
 from netlathe.backends.tvm.tir import Code, Expr, Index, i64
 from netlathe.backends.tvm.values import Lazy, Pending, Ready, Store, Value
 from netlathe.ir import dims, weights
 from netlathe.ir.dims import Shape
-
-Array = npt.NDArray[Any]
 
 
 def _matmul(op: Op) -> Sequence[Value]:
@@ -70,18 +66,6 @@ def by_quantized(low: Lowering, a: Ready, node: ir.Node, dtype: D, shape: Shape)
         rows = inner
     blocks = -(-inner // rows)
 
-    def spread(value: ir.Value) -> Array:
-        """Scales or zero points as [blocks, columns]."""
-        assert value.const_value is not None
-        array = value.const_value.numpy().astype(np.float32)
-        if array.size == 1:
-            return np.full((1, columns), array.reshape(-1)[0], np.float32)
-        if array.ndim == 1:
-            array = array.reshape(-1, 1) if axis == 0 else array.reshape(1, -1)
-        elif axis == 1:  # blocks along N
-            array = np.repeat(array, block, 1)[:, :columns]
-        return np.broadcast_to(array, (array.shape[0], columns))
-
     if block and axis == 1:  # scales [K, N / block]: one row of K a block
         rows, blocks = 1, inner
 
@@ -90,7 +74,7 @@ def by_quantized(low: Lowering, a: Ready, node: ir.Node, dtype: D, shape: Shape)
             value.name or what,
             D.FLOAT,
             (cut.count, blocks, cut.width),
-            lambda: gemm.pack(spread(value), cut),
+            Recipe(packing.scales, (_name(value),), (axis, block, cut.count, cut.width)),
             (value, what, cut),
         )
 
@@ -98,7 +82,7 @@ def by_quantized(low: Lowering, a: Ready, node: ir.Node, dtype: D, shape: Shape)
         data.name or "weight",
         tensor.dtype,
         (cut.count, inner, cut.width),
-        lambda: gemm.pack(storage.array(tensor), cut),
+        Recipe(packing.panels, (_name(data),), (cut.count, cut.width)),
         (data, "packed", cut),
     )
     zero = node.inputs[2] if len(node.inputs) > 2 else None
@@ -117,10 +101,15 @@ def by_constant(low: Lowering, a: Ready, constant: ir.Value, dtype: D, shape: Sh
         constant.name or "weight",
         tensor.dtype,
         (cut.count, inner, cut.width),
-        lambda: gemm.pack(storage.array(tensor), cut),
+        Recipe(packing.panels, (_name(constant),), (cut.count, cut.width)),
         (constant, "packed", cut),
     )
     return _packed(a, gemm.Weight(weight), cut, inner, dtype, shape)
+
+
+def _name(value: ir.Value) -> str:
+    assert value.name is not None  # the IR has no constant without one
+    return value.name
 
 
 def _packed(

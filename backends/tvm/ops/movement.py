@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 
-import numpy as np
 import onnx_ir as ir
 from tvm import tirx
 
-from netlathe.backends.tvm import storage
+from netlathe.backends.tvm import packing, storage
 from netlathe.backends.tvm.kernel import Kernel
 from netlathe.backends.tvm.kernels import general
 from netlathe.backends.tvm.ops.op import (
@@ -21,6 +20,7 @@ from netlathe.backends.tvm.ops.op import (
     is_flat,
     moved,
 )
+from netlathe.backends.tvm.packing import Recipe
 from netlathe.backends.tvm.tir import (
     NAMED,
     Code,
@@ -660,9 +660,7 @@ def _shape(op: Op) -> Sequence[Value]:
 
 
 def _empty(op: Op) -> Value:
-    return op.low.parameter(
-        "empty", D.INT64, (0,), lambda: np.zeros(0, np.int64), ("empty", D.INT64)
-    )
+    return op.low.parameter("empty", D.INT64, (0,), Recipe(packing.empty), ("empty", D.INT64))
 
 
 def _size(op: Op) -> Sequence[Value]:

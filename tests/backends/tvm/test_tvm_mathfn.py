@@ -16,11 +16,9 @@ from netlathe.ir import normal
 
 pytest.importorskip("tvm", reason="the tvm extra is not installed")
 
-from netlathe.backends.tvm.backend import TvmBackend
+from tests.backends.tvm.in_process import InProcess
 
 Array = npt.NDArray[Any]
-BACKEND = TvmBackend()
-(TARGET,) = BACKEND.targets()
 
 
 def run(op: str, x: Array) -> Array:
@@ -30,7 +28,7 @@ def run(op: str, x: Array) -> Array:
         one (float[n] x) => (float[n] y) {{ y = {op}(x) }}"""
     )
     normal.normalize(model)
-    return BACKEND.compile(model, TARGET).run({"x": x})["y"]
+    return InProcess(model).run({"x": x})["y"]
 
 
 # operator -> (the real function, where it is sampled, most ulp of float32 that it may be off)
@@ -105,5 +103,5 @@ def test_every_value_of_a_narrow_float_survives(name: str) -> None:
         }}"""
     )
     normal.normalize(model)
-    actual = BACKEND.compile(model, TARGET).run({"x": x})["y"]
+    actual = InProcess(model).run({"x": x})["y"]
     assert np.array_equal(actual, x.astype(dtype).astype(np.float32))

@@ -22,9 +22,7 @@ from tests.execute.test_node_backend import CASES, _array
 
 pytest.importorskip("tvm", reason="the tvm extra is not installed")
 
-from netlathe.backends.tvm.artifact import TvmArtifact
-from netlathe.backends.tvm.lowering import Lowering
-from netlathe.backends.tvm.machine import machine
+from tests.backends.tvm.in_process import InProcess
 
 STATED = tomllib.loads((Path(__file__).parent / "node_tests_excluded.toml").read_text())
 EXCLUDED: dict[str, str] = STATED["excluded"]
@@ -57,7 +55,7 @@ def _prepared(model: ir.Model) -> ir.Model:
 def test_node(case: TestCase) -> None:
     assert case.model is not None and case.data_sets is not None
     model = _prepared(ir.serde.deserialize_model(case.model))
-    artifact = TvmArtifact(model, Lowering(model, machine("native")).run(), machine("native"))
+    artifact = InProcess(model)
     for inputs, expected in case.data_sets:
         names = [value.name or "" for value in model.graph.inputs]
         results = artifact.run(dict(zip(names, map(_array, inputs), strict=True)))

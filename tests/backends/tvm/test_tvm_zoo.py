@@ -10,7 +10,7 @@ from tests import zoo, zoo_ir
 
 pytest.importorskip("tvm", reason="the tvm extra is not installed")
 
-from netlathe.backends.tvm.backend import TvmBackend
+from tests.backends.tvm.in_process import InProcess
 
 # The project's bar for TVM: max|difference| as a share of the output's RMS, in float32.
 BOUND = 1e-4
@@ -21,9 +21,7 @@ NAMES = [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in z
 @pytest.mark.parametrize("name", NAMES)
 def test_agrees_with_the_executor(name: str) -> None:
     model = zoo_ir.captured(name)
-    backend = TvmBackend()
-    (target,) = backend.targets()
-    artifact = backend.compile(model, target)
+    artifact = InProcess(model)
     executor = Executor(model)
     inputs = [value.name or "" for value in model.graph.inputs if not value.is_initializer()]
     for feeds in zoo_ir.feeds(name):

@@ -1,0 +1,157 @@
+"""Constants as an artifact holds them: which type, packed how.
+
+Lowering says for every parameter how it is made (:class:`Recipe`) and reads no weight itself. So the
+process that compiles needs no weights, and the one that writes them needs no TVM.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+Array = npt.NDArray[Any]
+D = ir.DataType
+
+PLAIN: Mapping[D, str] = {
+    D.FLOAT: "float32",
+    D.DOUBLE: "float64",
+    D.FLOAT16: "float16",
+    D.INT8: "int8",
+    D.INT16: "int16",
+    D.INT32: "int32",
+    D.INT64: "int64",
+    D.UINT8: "uint8",
+    D.UINT16: "uint16",
+    D.UINT32: "uint32",
+    D.UINT64: "uint64",
+    D.BOOL: "bool",
+}
+BITS: Mapping[D, str] = {
+    D.BFLOAT16: "uint16",
+    D.FLOAT8E4M3FN: "uint8",
+    D.FLOAT8E4M3FNUZ: "uint8",
+    D.FLOAT8E5M2: "uint8",
+    D.FLOAT8E5M2FNUZ: "uint8",
+    D.FLOAT4E2M1: "uint8",
+}
+PACKED: Mapping[D, str] = {D.INT4: "int8", D.UINT4: "uint8", D.INT2: "int8", D.UINT2: "uint8"}
+
+STORED: Mapping[D, str] = {**PLAIN, **BITS, **PACKED}
+
+
+def array(tensor: ir.TensorProtocol) -> Array:
+    """A constant as it lies in memory."""
+    values = np.require(tensor.numpy(), requirements="C")  # 0-D stays 0-D
+    if tensor.dtype in BITS:
+        return values.view(BITS[tensor.dtype])
+    if tensor.dtype in PACKED:
+        return values.astype(PACKED[tensor.dtype])
+    return values.astype(STORED[tensor.dtype], copy=False)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a parameter is made: a function of this module, the constants it reads, and numbers."""
+
+    function: Callable[..., Array]
+    sources: tuple[str, ...] = ()
+    numbers: tuple[int, ...] = ()
+
+    def make(self, constants: Mapping[str, ir.TensorProtocol]) -> Array:
+        """The array, read or packed now."""
+        return self.function(*(constants[name] for name in self.sources), *self.numbers)
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A constant that the kernels read; ``recipe`` makes it when the artifact is written."""
+
+    name: str
+    dtype: str  # as stored
+    shape: tuple[int, ...]
+    recipe: Recipe
+
+
+@dataclass(frozen=True)
+class Built:
+    """What a library needs beside it, and how many kernels it has."""
+
+    parameters: tuple[Parameter, ...]
+    kernels: int
+
+
+def constants(model: ir.Model) -> dict[str, ir.TensorProtocol]:
+    """The constants of the main graph by name."""
+    found = {}
+    for value in model.graph.initializers.values():
+        if value.const_value is not None and value.name is not None:
+            found[value.name] = value.const_value
+    for node in model.graph:
+        for output in node.outputs:
+            if output.const_value is not None and output.name is not None:
+                found[output.name] = output.const_value
+    return found
+
+
+def records(values: Iterable[ir.Value]) -> list[dict[str, Any]]:
+    """Inputs or outputs as ``meta.json`` describes them."""
+    found = []
+    for value in values:
+        assert value.dtype is not None
+        shape = [dim if isinstance(dim, int) else str(dim.value) for dim in value.shape or ()]
+        found.append(
+            {
+                "name": value.name,
+                "dtype": value.dtype.numpy().name,
+                "stored": STORED[value.dtype],
+                "shape": shape,
+            }
+        )
+    return found
+
+
+# -- recipes ---------------------------------------------------------------------------------------
+
+
+def as_it_is(tensor: ir.TensorProtocol) -> Array:
+    """The constant itself."""
+    return array(tensor)
+
+
+def empty() -> Array:
+    """No elements."""
+    return np.zeros(0, np.int64)
+
+
+def panels(tensor: ir.TensorProtocol, count: int, width: int) -> Array:
+    """[K, N] as [count, K, width], zero beyond N."""
+    return _panels(array(tensor), count, width)
+
+
+def scales(tensor: ir.TensorProtocol, axis: int, block: int, count: int, width: int) -> Array:
+    """Scales or zero points of a quantized [K, N] as float32 [count, blocks, width].
+
+    They are one number, one for each row (``axis`` 0) or column, or one for every ``block`` rows or columns.
+    """
+    values = tensor.numpy().astype(np.float32)
+    if values.size == 1:
+        values = np.full((1, count * width), values.reshape(-1)[0], np.float32)
+    elif values.ndim == 1:
+        values = values.reshape(-1, 1) if axis == 0 else values.reshape(1, -1)
+    elif axis == 1:
+        values = np.repeat(values, block, 1)[:, : count * width]
+    if values.shape[1] == 1:
+        values = np.broadcast_to(values, (values.shape[0], count * width))
+    return _panels(values, count, width)
+
+
+def _panels(matrix: Array, count: int, width: int) -> Array:
+    inner, columns = matrix.shape
+    padded = np.zeros((inner, count * width), matrix.dtype)
+    padded[:, :columns] = matrix
+    return np.ascontiguousarray(padded.reshape(inner, count, width).transpose(1, 0, 2))

@@ -1,0 +1,186 @@
+"""Runs what may crash in a process of its own: TVM while it compiles, kernels on their first run.
+
+The caller's process loads no part of TVM. A job and its answer are pickled into a folder that only
+this user can read, and both ends are this package. What the worker prints is shown if it dies.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy.typing as npt
+import onnx_ir as ir
+
+import netlathe
+from netlathe.backends.tvm.machine import Machine
+from netlathe.backends.tvm.packing import Built
+from netlathe.diagnostics import Diagnostic, LowerError
+from netlathe.pipeline.pass_ import Feeds
+
+JOB, ANSWER = "job", "answer"
+
+# Larger constants do not travel: lowering looks at types and at the few numbers that decide shapes.
+_MOST_BYTES = 1 << 16
+_SHOWN = 12  # last lines of what a dead worker printed
+
+
+@dataclass(frozen=True)
+class Lower:
+    """See whether every node of ``model``, an ONNX file without its large weights, has a form."""
+
+    model: bytes
+    machine: Machine
+
+
+@dataclass(frozen=True)
+class Build:
+    """Compile ``model``, likewise, into ``library``."""
+
+    model: bytes
+    machine: Machine
+    library: Path
+    compiler: str
+
+
+@dataclass(frozen=True)
+class Run:
+    """Load the artifact in ``folder`` and run it once."""
+
+    folder: Path
+    feeds: Feeds
+
+
+Job: TypeAlias = Lower | Build | Run
+
+
+@dataclass(frozen=True)
+class Refused:
+    """The job cannot be done, for these reasons."""
+
+    diagnostics: tuple[Diagnostic, ...]
+
+
+@dataclass(frozen=True)
+class Failed:
+    """An exception that nobody expected."""
+
+    traceback: str
+
+
+class WorkerError(Exception):
+    """The worker raised what is a defect of NetLathe; the message is its traceback."""
+
+
+def gaps(model: ir.Model, machine: Machine) -> list[Diagnostic]:
+    """Every node that has no form here; or that TVM crashed over them."""
+    try:
+        _answer(Lower(_packed(model), machine), "lowering")
+    except LowerError as error:
+        return list(error.diagnostics)
+    return []
+
+
+def build(model: ir.Model, machine: Machine, library: Path, compiler: str) -> Built:
+    """Compile in a worker.
+
+    Raises:
+        LowerError: nodes have no form here, or TVM crashed.
+    """
+    built: Built = _answer(Build(_packed(model), machine, library, compiler), "compiling")
+    return built
+
+
+def run(folder: Path, feeds: Feeds) -> dict[str, npt.NDArray[Any]]:
+    """Run the artifact in ``folder`` in a worker.
+
+    Raises:
+        LowerError: it crashed.
+    """
+    found: dict[str, npt.NDArray[Any]] = _answer(Run(folder, feeds), "running the artifact")
+    return found
+
+
+def _packed(model: ir.Model) -> bytes:
+    """The model with types and no contents where constants are large."""
+    light = model.clone()
+    for value in light.graph.initializers.values():
+        tensor = value.const_value
+        if tensor is not None and tensor.nbytes > _MOST_BYTES:
+            value.const_value = ir.ExternalTensor(
+                "weights-stay-where-they-are",
+                0,
+                tensor.nbytes,
+                tensor.dtype,
+                shape=ir.Shape(tensor.shape.numpy()),
+                name=value.name or "",
+            )
+    return ir.serde.serialize_model(light).SerializeToString()
+
+
+def _answer(job: Job, doing: str) -> Any:
+    with tempfile.TemporaryDirectory(prefix="netlathe-") as name:
+        folder = Path(name)
+        (folder / JOB).write_bytes(pickle.dumps(job))
+        printed = folder / "printed"
+        status = _spawn(folder, printed)
+        if not (folder / ANSWER).is_file():
+            raise _crash(status, doing, printed.read_text("utf-8", "replace"))
+        answer = pickle.loads((folder / ANSWER).read_bytes())
+    if isinstance(answer, Refused):
+        raise LowerError(answer.diagnostics)
+    if isinstance(answer, Failed):
+        raise WorkerError(answer.traceback)
+    return answer
+
+
+def _spawn(folder: Path, printed: Path) -> int:
+    """Run the worker to its end; however this process leaves, the worker is gone."""
+    command = [
+        sys.executable,
+        "-P",
+        "-m",
+        "netlathe.backends.tvm.worker",
+        str(folder),
+        str(os.getpid()),
+    ]
+    ours = os.path.dirname(os.path.dirname(os.path.abspath(netlathe.__file__)))
+    paths = os.pathsep.join([path for path in sys.path if path] + [ours])
+    with open(printed, "wb") as output:
+        worker = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            env={**os.environ, "PYTHONPATH": paths},
+        )
+        try:
+            return worker.wait()
+        finally:
+            if worker.poll() is None:
+                worker.kill()
+                worker.wait()
+
+
+def _crash(status: int, doing: str, printed: str) -> LowerError:
+    lines = printed.strip().splitlines()[-_SHOWN:]
+    notes = tuple(f"it printed: {line}" for line in lines)
+    if status == -signal.SIGKILL:
+        message = f"{doing} was killed, as the system does when memory runs out"
+        advice = "free memory, or compile on a larger machine"
+    elif status < 0:
+        message = (
+            f"{doing} crashed with {signal.Signals(-status).name}; your process was not touched"
+        )
+        advice = "report this with the model; target onnx does not use TVM"
+    else:
+        message = f"{doing} ended without an answer (exit code {status})"
+        advice = "report this with the model; target onnx does not use TVM"
+    return LowerError(Diagnostic("tvm.crash", message, notes=notes, help=advice))
