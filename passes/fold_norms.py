@@ -463,10 +463,13 @@ class _Work:
         before = self.untied
         for weight in site.layers:
             if site.shift.any():
+                width = linear.num_outputs(weight)
+                if weight.node.op_type == "MatMul" and linear.bias_of(weight.node, width):
+                    self._rename(weight.node.outputs[0], "unshifted")  # the sum behind it is as it was
                 linear.add_to_output(
                     self.graph,
                     weight.node,
-                    linear.num_outputs(weight),
+                    width,
                     linear.shifted(weight, site.shift),
                     linear.bias_name(weight.value),
                     self.taken,

@@ -16,7 +16,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -55,8 +55,8 @@ class Recipe(pydantic.BaseModel):
     )
 
 
-def load(path: str | Path) -> Recipe:
-    """The recipe in the file ``path``.
+def load(path: str | Path, find: Callable[[str], type[Pass]] | None = None) -> Recipe:
+    """The recipe in the file ``path``; ``find`` as for :func:`netlathe.pipeline.text.parse`.
 
     Raises:
         InputError: the file cannot be read or is not YAML.
@@ -83,7 +83,7 @@ def load(path: str | Path) -> Recipe:
     ]
     values = {str(key): value for key, value in data.items() if key in known}
     if isinstance(values.get("passes"), list):
-        values["passes"] = _passes(values["passes"], document, problems)
+        values["passes"] = _passes(values["passes"], document, problems, find)
     if isinstance(values.get("calibration"), str):
         values["calibration"] = path.parent / values["calibration"]
     recipe = None
@@ -125,7 +125,12 @@ def json_schema() -> dict[str, Any]:
     return schema
 
 
-def _passes(items: list[Any], document: _Document, problems: list[Diagnostic]) -> tuple[Pass, ...]:
+def _passes(
+    items: list[Any],
+    document: _Document,
+    problems: list[Diagnostic],
+    find: Callable[[str], type[Pass]] | None,
+) -> tuple[Pass, ...]:
     """The passes of a recipe; what is wrong with them goes to ``problems``."""
     made: list[Pass] = []
     for number, item in enumerate(items):
@@ -139,14 +144,17 @@ def _passes(items: list[Any], document: _Document, problems: list[Diagnostic]) -
             continue
         place = (*place, name) if single else place
         try:
-            made.append(_pass(name, values, place, document))
+            pass_type = (find or registry.find_pass)(name)
+            made.append(_pass(pass_type, values, place, document))
         except OptionError as error:
             problems += _placed(error, document.at(place))
     return tuple(made)
 
 
-def _pass(name: str, values: Mapping[str, Any], place: Where, document: _Document) -> Pass:
-    return make(registry.find_pass(name), values, lambda option: document.at((*place, option)))
+def _pass(
+    pass_type: type[Pass], values: Mapping[str, Any], place: Where, document: _Document
+) -> Pass:
+    return make(pass_type, values, lambda option: document.at((*place, option)))
 
 
 def _placed(error: OptionError, place: str) -> list[Diagnostic]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from netlathe.diagnostics import Diagnostic, OptionError
@@ -22,15 +22,17 @@ _CALL = "_(\n{}\n)"
 _EXAMPLE = 'for example: cleanup, drop(kind="ffn", count=1)'
 
 
-def parse(text: str) -> list[Pass]:
+def parse(text: str, find: Callable[[str], type[Pass]] | None = None) -> list[Pass]:
     """The passes that ``text`` names, in order, with their options.
+
+    ``find`` looks a pass up by name; by default among those that are installed.
 
     Raises:
         OptionError: the text is no such list, a pass or option is unknown, or a value is out of
             range; the place is marked.
         MissingExtraError: a pass needs an extra that is not installed.
     """
-    return [_pass(item, text) for item in _items(text)]
+    return [_pass(item, text, find or registry.find_pass) for item in _items(text)]
 
 
 def render(passes: Iterable[Pass]) -> str:
@@ -56,14 +58,14 @@ def _items(text: str) -> list[ast.expr]:
     return call.args
 
 
-def _pass(item: ast.expr, text: str) -> Pass:
+def _pass(item: ast.expr, text: str, find: Callable[[str], type[Pass]]) -> Pass:
     call = item if isinstance(item, ast.Call) else ast.Call(item, [], [])
     name = call.func
     if not isinstance(name, ast.Name):
         message = "expected the name of a pass, with or without options"
         raise _error("pipeline.syntax", message, text, _place(item), _EXAMPLE)
     try:
-        pass_type = registry.find_pass(name.id)
+        pass_type = find(name.id)
     except OptionError as error:
         raise _marked(error, text, _place(name)) from error
     if call.args:
