@@ -20,6 +20,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 
 import onnx_ir as ir
 import sympy
@@ -93,7 +94,7 @@ class Meter:
                 path = module_path(value)
                 sizes = narrowed(value)
                 count = tensor.size if sizes is None else _elements(tensor, sizes)
-                params[path] += count if value in self._parameters else 0
+                params[path] += int(count * _codes_in(value)) if value in self._parameters else 0
                 size[path] += tensor.nbytes if sizes is None else _bytes(tensor.dtype, count)
         paths = sorted({*params, *size, *macs, *counter.unknown})
         by_module = {
@@ -165,13 +166,12 @@ def is_parameter(value: ir.Value) -> bool:
     return any(position in _QUANTIZED_DATA.get(node.op_type, ()) for node, position in roles)
 
 
-def num_parameters(value: ir.Value) -> int:
-    """How many parameters an initializer holds; of bit planes [bits, bytes, 1] one byte holds eight."""
-    if not is_parameter(value) or value.const_value is None:
-        return 0
-    tensor = value.const_value
-    packed = any(node.op_type == "BitShift" for node in value.consumers())
-    return tensor.size * 8 // tensor.shape.numpy()[0] if packed else tensor.size
+def _codes_in(value: ir.Value) -> Fraction:
+    """Parameters that an element holds: of bit planes [bits, bytes, 1] one byte has a bit of eight."""
+    if any(node.op_type == "BitShift" for node in value.consumers()):
+        assert value.const_value is not None
+        return Fraction(8, value.const_value.shape.numpy()[0])
+    return Fraction(1)
 
 
 def _roles(value: ir.Value) -> Iterator[tuple[ir.Node, int]]:

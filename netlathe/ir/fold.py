@@ -8,7 +8,8 @@ Three ways, by what a node does:
 * a node stays where its inputs or its result are too big, and the ledger says so.
 
 A weight that something else reads as well (a tied embedding) stays one initializer: what derives
-from it stays in the graph. DequantizeLinear stays always: folding it would undo a quantization.
+from it stays in the graph. DequantizeLinear stays always, and so does BitShift, which takes bits
+apart that were packed: folding them would undo a quantization.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import onnx.reference
 import onnx_ir as ir
 import onnxruntime
 
-from netlathe.ir import edit, weights
+from netlathe.ir import edit, provenance, weights
 from netlathe.ir.defaults import OPSET
 from netlathe.ir.movement import holds
 from netlathe.ir.work import Work
@@ -42,7 +43,7 @@ _WEIGHT_SIZE = 4096
 _IR_VERSION = 10  # of the ONNX format; enough for every dtype, known to every runtime
 
 _NEVER = frozenset(
-    {"Bernoulli", "Constant", "DequantizeLinear", "Dropout", "Identity", "Multinomial"}
+    {"Bernoulli", "BitShift", "Constant", "DequantizeLinear", "Dropout", "Identity", "Multinomial"}
     | {"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike"}
 )
 # Results of these are at most as big as what they read, even where no type is known.
@@ -71,7 +72,7 @@ def _choose(nodes: Sequence[ir.Node], work: Work) -> dict[ir.Node, None]:
             weights.is_weight(value) or value.producer() in chosen for value in reads
         )
         graphs = any(a.type == ir.AttributeType.GRAPH for a in node.attributes.values())
-        if not constant or not reads or graphs:
+        if not constant or not reads or graphs or provenance.STORED in node.metadata_props:
             continue
         follows = node.op_type in _MOVEMENTS and reads[0].producer() in lazy
         if follows or _recipe(node, work) is not None:

@@ -10,6 +10,7 @@ import onnx_ir as ir
 MODULE = "netlathe.module"
 SOURCE = "netlathe.source"
 CREATED_BY = "netlathe.created_by"
+STORED = "netlathe.stored"  # the constant that this node widens is stored so on purpose: do not fold it
 
 # An ONNX file exported by TorchScript names nodes like "/encoder/layer.0/attention/self/MatMul".
 _SCOPED_NAME = re.compile(r"^/(?P<path>.+)/[^/]+$")

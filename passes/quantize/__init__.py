@@ -1,0 +1,331 @@
+"""Stores weights as small numbers behind DequantizeLinear, and activations where asked for.
+
+    y = MatMul(x, w: f32[k,n])   ->   w = DequantizeLinear(w_int8: i8[k,n], w_scale: f32[n], axis=1)
+                                      y = MatMul(x, w)
+
+    y = Gather(w: f32[v,d], i)   ->   q = Gather(w_int8: i8[v,d], i)
+                                      s = Unsqueeze(Gather(w_scale: f32[v], i))
+                                      y = DequantizeLinear(q, s, block_size=d)
+
+Three things are apart: the *scheme* (`scheme`, `layout`: what the numbers are and which share a scale), the
+*solver* (`rounding`, ...: how values become codes) and the *allocation* (which weight gets which
+scheme). `graph` writes the result, `candidates` finds what there is to quantize.
+
+What quantize() does without options: round to nearest, int8, symmetric. With m the largest magnitude of an
+output channel its scale is s = m / 127 in float32 and its integers are round(w / s), within [-127, 127];
+so a weight moves by at most s / 2, and zero stays zero. No calibration data is needed (the data-free
+baseline of FineQuant, arXiv 2308.09723, and of others).
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy.typing as npt
+import onnx_ir as ir
+import pydantic
+from typing_extensions import TypedDict
+
+from netlathe.analysis.products import Use
+from netlathe.diagnostics import Diagnostic, GateError, OptionError, PassError, did_you_mean
+from netlathe.ir import types, weights
+from netlathe.ir.provenance import module_path
+from netlathe.passes.quantize import candidates, reference, rounding
+from netlathe.passes.quantize.candidates import Candidate
+from netlathe.passes.quantize.graph import Editor, as_codes
+from netlathe.passes.quantize.layout import Layout, Unfit, layout
+from netlathe.passes.quantize.rounding import Clip
+from netlathe.passes.quantize.scheme import FormatName, ScaleType, Scheme
+from netlathe.pipeline.ledger import Entry
+from netlathe.pipeline.pass_ import (
+    ChoosingPass,
+    Context,
+    Lossy,
+    Reference,
+    Result,
+    option,
+    options,
+)
+
+Array = npt.NDArray[Any]
+
+# Codes of the first weights are computed once and held, those of the rest whenever they are read.
+HELD_BYTES = 256 << 20
+
+
+class Override(TypedDict, total=False):
+    """What some weights get instead of the pass' options."""
+
+    __pydantic_config__ = pydantic.ConfigDict(extra="forbid")  # type: ignore[misc]  # pydantic reads it
+
+    weights: FormatName
+    symmetric: bool
+    group_size: int
+    per_tensor: bool
+    scales: ScaleType
+
+
+@options
+class Quantize(ChoosingPass):
+    """Store weights as small numbers: 8 to 2 bits, by channel or by group, rounded as asked for."""
+
+    name = "quantize"
+    exactness = Lossy()
+
+    weights: FormatName = option(default="int8", help="the number format of the weights")
+    symmetric: bool = option(default=True, help="no zero points (integers only)")
+    group_size: int = option(
+        default=0, ge=0, help="elements along the contraction that share a scale; 0: all of them"
+    )
+    per_tensor: bool = option(default=False, help="one scale for a whole weight")
+    scales: ScaleType = option(default="float32", help="the type in which scales are stored")
+    clip: Clip = option(
+        default="none",
+        help="how the range of a group is found: its extremes, a percentile, least error",
+    )
+    percentile: float = option(
+        default=99.9, gt=50, le=100, help='the upper percentile of clip="percentile"'
+    )
+    overrides: dict[str, Override] = option(
+        default={},
+        help='other settings by module path or weight: {"lm_head": {"weights": "int8"}}; the last match'
+        " counts",
+    )
+    embeddings: bool = option(default=True, help="quantize tables that are looked up as well")
+    min_size: int = option(default=1024, ge=0, help="leave weights with fewer elements as they are")
+    ignore: tuple[str, ...] = option(
+        default=(),
+        help="module paths or weights to leave as they are, whole or in part, with wildcards",
+    )
+    min_coverage: float = option(
+        default=0.0,
+        ge=0,
+        le=1,
+        help="fail if a smaller share of the weights' elements is quantized",
+    )
+
+    def choose(self, model: ir.Model, ctx: Context) -> list[Entry]:
+        """Decide about every weight matrix and find its scales; each is read.
+
+        Raises:
+            PassError: a pattern matches no candidate.
+            OptionError: settings contradict each other.
+            GateError: less is quantized than ``min_coverage`` asks for.
+        """
+        found = candidates.find(model)
+        self._check_patterns(found)
+        self._check_schemes(found)
+        progress = ctx.progress.track(found, "looking at weights", len(found))
+        entries = [self._entry(candidate, ctx) for candidate in progress]
+        self._check_coverage(found, entries)
+        return entries
+
+    def edit(self, model: ir.Model, chosen: Sequence[Entry], ctx: Context) -> Result:
+        """Put codes, scales and what reads them in the place of every chosen weight."""
+        by_name = candidates.by_name(model)
+        editor = Editor(model)
+        applied = [entry for entry in chosen if entry.status == "applied"]
+        before = weights.num_bytes(model)
+        held = 0
+        for entry in ctx.progress.track(applied, "quantizing", len(applied)):
+            value = by_name[entry.detail["value"]]
+            base = value.const_value
+            assert base is not None
+            own, scheme = _layout_of(entry), _scheme_of(entry)
+            scale, zero = self._parameters(base.numpy(), own, scheme, entry.arrays)
+            make = functools.partial(
+                rounding.codes, layout=own, scheme=scheme, scale=scale, zero=zero
+            )
+            solved = entry.arrays.get("codes")
+            if solved is None and held + base.size <= HELD_BYTES:
+                held += base.size
+                solved = make(base.numpy())
+            codes = as_codes(base, make if solved is None else solved, own, scheme)
+            editor.replace(value, codes, own.scales(scale), own.scales(zero), own, scheme)
+        types.annotate(model)
+        saved = before - weights.num_bytes(model)
+        statistics: dict[str, float] = {}
+        if applied:
+            statistics = {"weights": len(applied), "bytes_saved": saved}
+        return Result(bool(applied), list(chosen), editor.renamed, statistics)
+
+    def simulate(self, before: ir.Model, chosen: Sequence[Entry]) -> Reference:
+        """The model with float weights that are what their codes stand for."""
+        return reference.build(before, chosen)
+
+    # -- choosing ---------------------------------------------------------------------------------
+
+    def _check_patterns(self, found: Sequence[Candidate]) -> None:
+        given = [("ignore", p) for p in self.ignore] + [("overrides", p) for p in self.overrides]
+        problems = [
+            Diagnostic(
+                f"quantize.{option_}",
+                f"{option_}={pattern!r} matches no weight of the model",
+                help=did_you_mean(pattern, sorted({n for c in found for n in c.names})),
+            )
+            for option_, pattern in given
+            if not any(c.matches(pattern) for c in found)
+        ]
+        if problems:
+            raise PassError(problems)
+
+    def _check_schemes(self, found: Sequence[Candidate]) -> None:
+        problems = dict.fromkeys(problem for c in found if (problem := self._scheme(c).problem()))
+        if problems:
+            raise OptionError(Diagnostic("quantize.scheme", text) for text in problems)
+
+    def _check_coverage(self, found: Sequence[Candidate], entries: Sequence[Entry]) -> None:
+        sizes = {c.name: math.prod(c.dims) for c in found if c.value.dtype in candidates.FLOATS}
+        done = sum(sizes[e.candidate] for e in entries if e.status == "applied")
+        share = done / max(1, sum(sizes.values()))
+        if share >= self.min_coverage:
+            return
+        left = [e for e in entries if e.status != "applied" and e.candidate in sizes]
+        left.sort(key=lambda entry: -sizes[entry.candidate])
+        raise GateError(
+            Diagnostic(
+                "quantize.coverage",
+                f"{share:.1%} of the weights' elements would be quantized,"
+                f" min_coverage={self.min_coverage} asks for {self.min_coverage:.1%}",
+                notes=tuple(f"{e.candidate} is {e.status}: {e.reason}" for e in left[:10]),
+                help="change the scheme for these weights with overrides, or lower min_coverage",
+            )
+        )
+
+    def _scheme(self, candidate: Candidate) -> Scheme:
+        """The scheme of one weight: the options', or those of the last override that matches."""
+        settings: dict[str, Any] = {
+            "weights": self.weights,
+            "symmetric": self.symmetric,
+            "group_size": self.group_size,
+            "per_tensor": self.per_tensor,
+            "scales": self.scales,
+        }
+        for pattern, override in self.overrides.items():
+            if candidate.matches(pattern):
+                settings.update(override)
+        return Scheme(**settings)
+
+    def _entry(self, candidate: Candidate, ctx: Context) -> Entry:
+        value = candidate.value
+        name, where = candidate.name, module_path(value)
+        if reason := candidates.refusal(candidate):
+            return Entry(name, "refused", reason, where)
+        if reason := self._left_out(candidate):
+            return Entry(name, "skipped", reason, where, left_out=True)
+        if not candidate.uses:
+            readers = ", ".join(sorted({node.op_type for node in value.consumers()}))
+            reason = f"read by {readers or 'nothing'}, which is no product and no lookup"
+            return Entry(name, "skipped", reason, where)
+        scheme = self._scheme(candidate)
+        try:
+            own = _layout_for(candidate.uses[0], candidate.dims, scheme)
+        except Unfit as why:
+            return Entry(name, "refused", str(why), where)
+        if reason := candidates.unfit(value, scheme.largest_weight):  # reads the weight: comes last
+            return Entry(name, "refused", reason, where)
+        arrays = self._solve(candidate, own, scheme, ctx)
+        return Entry(
+            name,
+            "applied",
+            _words(candidate, own, scheme),
+            where,
+            _detail(name, own, scheme),
+            arrays=arrays,
+        )
+
+    def _left_out(self, candidate: Candidate) -> str:
+        for pattern in self.ignore:
+            if candidate.matches(pattern):
+                return f"ignored: it matches {pattern!r}"
+        size = math.prod(candidate.dims)
+        if size < self.min_size:
+            return f"{size} elements, fewer than min_size={self.min_size}"
+        lookups = [use for use in candidate.uses if use.is_lookup]
+        if lookups and not self.embeddings:
+            tied = len(lookups) < len(candidate.uses)
+            return f"a table{', tied to a product' if tied else ''}, and embeddings=False"
+        return ""
+
+    # -- solving ----------------------------------------------------------------------------------
+
+    def _solve(
+        self, candidate: Candidate, own: Layout, scheme: Scheme, ctx: Context
+    ) -> Mapping[str, Array]:
+        """What has to be searched for: nothing where the formula says it all."""
+        if self.clip == "none" or scheme.format.kind == "cast":
+            return {}
+        array = weights.array(candidate.value)
+
+        def search() -> dict[str, Array]:
+            scale, zero = rounding.ranges(array, own, scheme, self.clip, self.percentile)
+            return {"scales": scale, "zeros": zero}
+
+        return ctx.once(candidate.name, search)
+
+    def _parameters(
+        self, array: Array, own: Layout, scheme: Scheme, solved: Mapping[str, Array]
+    ) -> tuple[Array, Array]:
+        if "scales" in solved:
+            return solved["scales"], solved["zeros"]
+        return rounding.ranges(array, own, scheme)
+
+
+# -- entries --------------------------------------------------------------------------------------
+
+
+def _layout_for(use: Use, dims: Sequence[int], scheme: Scheme) -> Layout:
+    if scheme.format.kind == "cast":
+        return Layout(tuple(dims), None)
+    return layout(dims, use.sums, scheme.group_size, scheme.per_tensor)
+
+
+def _words(candidate: Candidate, own: Layout, scheme: Scheme) -> str:
+    """What is done to a weight, in a line of the ledger."""
+    first, *others = candidate.uses
+    if scheme.format.kind == "cast":
+        return str(scheme)
+    count = own.groups
+    reason = f"{scheme}, {count} {'scale' if count == 1 else 'scales'}: {own.words}"
+    differing = [u for u in others if not _agrees(u, own, scheme)]
+    if differing:
+        reason += f", as {first} wants; {', '.join(map(str, differing))} would want others"
+    elif others:
+        reason += f"; shared by {', '.join(map(str, candidate.uses))}"
+    return reason
+
+
+def _agrees(use: Use, own: Layout, scheme: Scheme) -> bool:
+    try:
+        return _layout_for(use, own.dims, scheme) == own
+    except Unfit:
+        return False
+
+
+def _detail(name: str, own: Layout, scheme: Scheme) -> dict[str, Any]:
+    return {
+        "value": name,
+        "weights": scheme.weights,
+        "symmetric": scheme.symmetric,
+        "scale_type": scheme.scales,
+        "bits": scheme.format.bits,
+        "dims": list(own.dims),
+        "axis": own.axis,
+        "block_size": own.block,
+        "flat": own.flat,
+        "scales": 0 if scheme.format.kind == "cast" else own.groups,
+        "bytes": scheme.num_bytes(math.prod(own.dims), own.groups),
+    }
+
+
+def _layout_of(entry: Entry) -> Layout:
+    d = entry.detail
+    return Layout(tuple(d["dims"]), d["axis"], d["block_size"], d["flat"])
+
+
+def _scheme_of(entry: Entry) -> Scheme:
+    d = entry.detail
+    return Scheme(weights=d["weights"], symmetric=d["symmetric"], scales=d["scale_type"])

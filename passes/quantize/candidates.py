@@ -1,0 +1,164 @@
+"""The weights that may be quantized, who reads them, and why some cannot be.
+
+Candidates are the initializers of two dims or more that hold parameters, or that a product or a lookup
+reads; biases and scales of normalizations, which are vectors, are none.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from netlathe.analysis.cost import is_parameter
+from netlathe.analysis.products import Use, uses_of
+from netlathe.ir import provenance, weights
+from netlathe.ir.provenance import module_path
+
+Array = npt.NDArray[Any]
+
+FLOATS = frozenset(
+    {ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.FLOAT16, ir.DataType.BFLOAT16}
+)
+AT_ONCE = 4 << 20  # elements of a weight that are held in float64 at a time
+# With magnitudes up to here, neither a scale nor its multiples leave the range of float32.
+LARGEST_WEIGHT = 2.0**127
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A weight matrix and the products and lookups among its readers, products first."""
+
+    value: ir.Value
+    uses: Sequence[Use]
+
+    @property
+    def name(self) -> str:
+        """The weight's name."""
+        return self.value.name or ""
+
+    @property
+    def dims(self) -> tuple[int, ...]:
+        """The weight's shape."""
+        return dims_of(self.value)
+
+    @property
+    def names(self) -> set[str]:
+        """What a pattern may match: the weight, and the modules that read it."""
+        readers = [*self.value.consumers(), *(use.node for use in self.uses)]
+        return {name for name in (self.name, *map(module_path, readers)) if name}
+
+    def matches(self, pattern: str) -> bool:
+        """Whether ``ignore=pattern`` or an override is about this weight."""
+        return any(provenance.matches(name, pattern) for name in self.names)
+
+    @property
+    def input(self) -> Input | None:
+        """What the one kind of product that reads a matrix multiplies it with; None for any other.
+
+        Several products may read the same value; a table that is looked up as well stands for itself.
+        """
+        products = [use for use in self.uses if not use.is_lookup]
+        found = {_input(use, self.value) for use in products}
+        return found.pop() if len(found) == 1 and len(self.dims) == 2 else None
+
+
+@dataclass(frozen=True)
+class Input:
+    """A value of the main graph that a weight is multiplied with, and the axis summed over."""
+
+    value: ir.Value
+    axis: int
+
+
+def find(model: ir.Model) -> list[Candidate]:
+    """All candidates, in the order of the graphs' initializers."""
+    found = (Candidate(value, uses_of(value)) for value in _matrices(model))
+    return [c for c in found if c.uses or is_parameter(c.value)]
+
+
+def by_name(model: ir.Model) -> dict[str, ir.Value]:
+    """All initializers; names are unique across subgraphs."""
+    return {v.name or "": v for graph in model.graphs() for v in graph.initializers.values()}
+
+
+def dims_of(value: ir.Value) -> tuple[int, ...]:
+    """The shape of an initializer."""
+    assert value.const_value is not None
+    return tuple(value.const_value.shape.numpy())
+
+
+def _matrices(model: ir.Model) -> Iterator[ir.Value]:
+    for graph in model.graphs():
+        for value in graph.initializers.values():
+            tensor = value.const_value
+            if tensor is None or len(tensor.shape) < 2:
+                continue
+            if tensor.dtype not in FLOATS or is_parameter(value):  # else scales of quantized data
+                yield value
+
+
+def _input(use: Use, weight: ir.Value) -> Input | None:
+    node = use.node
+    if node.op_type != "MatMul" or node.domain or not isinstance(node.graph, ir.Graph):
+        return None
+    behind = [_origin(value) is weight for value in node.inputs]
+    if behind == [False, True]:
+        other, axis = node.inputs[0], -1
+    elif behind == [True, False]:
+        other, axis = node.inputs[1], -2
+    else:
+        return None
+    return None if other is None or node.graph is not weight.graph else Input(other, axis)
+
+
+def _origin(value: ir.Value | None) -> ir.Value | None:
+    """The value that ``value`` is a moved form of."""
+    while value is not None and (maker := value.producer()) is not None:
+        if maker.op_type not in _MOVES or maker.domain:
+            break
+        value = maker.inputs[0]
+    return value
+
+
+_MOVES = frozenset({"Cast", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze"})
+
+
+# -- refusals -------------------------------------------------------------------------------------
+
+
+def refusal(candidate: Candidate) -> str:
+    """Why a weight cannot be quantized, as far as that shows without reading it."""
+    value = candidate.value
+    if not weights.is_weight(value):
+        return "a graph input: a caller may override it"
+    if value.is_graph_output():
+        return "it is itself an output of the graph"
+    assert value.dtype is not None
+    if value.dtype in FLOATS:
+        return ""
+    if is_parameter(value):
+        return f"{value.dtype.name}: quantized already"
+    return f"{value.dtype.name}: no floating-point numbers"
+
+
+def unfit(value: ir.Value, largest: float = LARGEST_WEIGHT) -> str:
+    """Why the contents of a weight cannot be quantized; reads it."""
+    most = 0.0
+    for part in _parts(weights.array(value)):
+        most = max(most, float(np.max(np.abs(part), initial=0.0)))  # NaN stays NaN in np.max
+        if not np.isfinite(part).all():
+            return "it holds NaN or infinity"
+    return "" if most <= largest else f"it holds {most:.2g}, too much for its scale"
+
+
+def _parts(array: Array) -> Iterator[Array]:
+    """The array in float64, some slices of its first axis at a time."""
+    rows = max(1, AT_ONCE // max(1, math.prod(array.shape[1:])))
+    for start in range(0, array.shape[0], rows):
+        yield array[start : start + rows].astype(np.float64)

@@ -1,0 +1,155 @@
+"""The model that a quantized one must equal, from its ledger alone and without the code that edits.
+
+Float weights are replaced by what their codes stand for. The formulas are written out once more: a
+slip in `scheme`, `layout`, `rounding` or `graph` shows as a difference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from netlathe.ir import weights
+from netlathe.pipeline.ledger import Entry
+from netlathe.pipeline.pass_ import Reference
+
+Array = npt.NDArray[Any]
+
+# The reference holds the same float32 weights bit for bit: both sides divide float32 numbers in
+# float64 and round once to a code, and the product with the scale is rounded once to float32,
+# by DequantizeLinear or by numpy. ONNX Runtime then runs the same kernels on them. What is left is
+# room for a kernel that adds in another order where its weight is a constant: 4 ulp of float32.
+TOLERANCE = 4 * 2.0**-23
+
+_FLOAT_MAX = {"float8e4m3fn": 448.0, "float8e5m2": 57344.0}
+_SCALE_DTYPES = {"float32": np.float32, "float16": np.float16}
+
+
+def build(before: ir.Model, chosen: Sequence[Entry]) -> Reference:
+    """``before``, which is consumed, with fake-quantized weights."""
+    found = {v.name: v for graph in before.graphs() for v in graph.initializers.values()}
+    for entry in chosen:
+        if entry.status != "applied":
+            continue
+        value = found[entry.detail["value"]]
+        base = value.const_value
+        assert base is not None
+        made = _fake_quantizer(entry.detail, entry.arrays)
+        value.const_value = weights.derived(
+            base, made, base.dtype, base.shape.numpy(), base.name or ""
+        )
+    return Reference(before, TOLERANCE)
+
+
+def _fake_quantizer(
+    detail: Mapping[str, Any], solved: Mapping[str, Array]
+) -> Callable[[Array], Array]:
+    """What is left of a weight."""
+    if detail["weights"] in ("float16", "bfloat16"):
+        dtype = ir.DataType[detail["weights"].upper()].numpy()
+        return lambda array: array.astype(dtype).astype(array.dtype)
+
+    def fake_quantize(array: Array) -> Array:
+        wide, back = _in_rows(array, detail)
+        made = np.empty(wide.shape, array.dtype)
+        step = max(1, (1 << 21) // max(1, wide.shape[1]))
+        codes = None
+        if "codes" in solved:
+            codes, _ = _in_rows(solved["codes"].reshape(array.shape), detail)
+        for start in range(0, len(wide), step):
+            part = slice(start, start + step)
+            w = wide[part].astype(np.float64)
+            if "scales" in solved:
+                s, z = (solved[key][part].reshape(-1, 1) for key in ("scales", "zeros"))
+            else:
+                s, z = _formula(w, detail)
+            units = _units(w, s, z, detail) if codes is None else _numbers(codes[part], z, detail)
+            made[part] = (units * s).astype(np.float32).astype(array.dtype)
+        return back(made)
+
+    return fake_quantize
+
+
+def _in_rows(array: Array, detail: Mapping[str, Any]) -> tuple[Array, Callable[[Array], Array]]:
+    """The elements that share a scale as rows, and the way back."""
+    shape, axis, block = array.shape, detail["axis"], detail["block_size"]
+    if axis is None:
+        return array.reshape(1, -1), lambda rows: rows.reshape(shape)
+    if not block:
+        swapped = np.swapaxes(array, 0, axis)
+        return swapped.reshape(shape[axis], -1), lambda rows: np.swapaxes(
+            rows.reshape(swapped.shape), 0, axis
+        )
+    if detail["flat"]:
+        return array.reshape(-1, block), lambda rows: rows.reshape(shape)
+    order = [*(a for a in range(len(shape)) if a != axis), axis]
+    moved = np.transpose(array, order)
+    return moved.reshape(-1, block), lambda rows: np.transpose(
+        rows.reshape(moved.shape), np.argsort(order)
+    )
+
+
+def _formula(w: Array, detail: Mapping[str, Any]) -> tuple[Array, Array]:
+    """Scale and zero point of each row, round to nearest over its whole range."""
+    name, top, bottom = detail["weights"], w.max(1, keepdims=True), w.min(1, keepdims=True)
+    m = np.maximum(top, -bottom)
+    zero = np.zeros_like(m)
+    if name.startswith("int") and not detail["symmetric"]:
+        levels = 2 ** detail["bits"] - 1
+        low, high = np.minimum(bottom, 0), np.maximum(top, 0)
+        s = _stored((high - low) / levels, detail)
+        return s, np.minimum(np.maximum(np.around(-low / s), 0), levels)
+    if name == "int8":
+        s = m / 127
+    elif name.startswith("int"):
+        extreme = np.where(top > -bottom, -m, m)
+        s = extreme / 2 ** (detail["bits"] - 1)
+    else:
+        s = m / _FLOAT_MAX.get(name, 1.0)
+    return _stored(s, detail), zero
+
+
+def _stored(s: Array, detail: Mapping[str, Any]) -> Array:
+    kind = detail["scale_type"]
+    dtype = ir.DataType.BFLOAT16.numpy() if kind == "bfloat16" else _SCALE_DTYPES[kind]
+    least = 2.0**-24 if kind == "float16" else 2.0**-126  # the smallest scale that kernels keep
+    held = s.astype(dtype).astype(np.float64)
+    held = np.where(np.abs(held) < least, np.copysign(least, s), held)
+    held[s == 0] = 1
+    return held
+
+
+def _units(w: Array, s: Array, z: Array, detail: Mapping[str, Any]) -> Array:
+    """The nearest number that a code can stand for, in units of the scale."""
+    name, x = detail["weights"], w / s
+    if name.startswith("int"):
+        bits = detail["bits"]
+        low, high = (
+            (0, 2**bits - 1)
+            if not detail["symmetric"]
+            else (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+        )
+        low = -127 if (name, low) == ("int8", -128) else low
+        return np.asarray(np.minimum(np.maximum(np.around(x) + z, low), high) - z)
+    if name == "nf4":
+        table = np.array(_NF4, np.float32).astype(np.float64)
+        return np.asarray(table[np.abs(x[..., None] - table).argmin(-1)])
+    limit, dtype = _FLOAT_MAX[name], ir.DataType[name.upper()].numpy()
+    return np.minimum(np.maximum(x, -limit), limit).astype(dtype).astype(np.float64)
+
+
+def _numbers(codes: Array, z: Array, detail: Mapping[str, Any]) -> Array:
+    if detail["weights"] == "nf4":
+        return np.asarray(np.array(_NF4, np.float32).astype(np.float64)[codes])
+    return codes.astype(np.float64) - z
+
+
+# arXiv 2305.14314, appendix E, in the digits that float32 holds.
+_NF4 = (
+    -1.0, -0.6961928, -0.52507305, -0.3949175, -0.28444138, -0.18477343, -0.091050036, 0.0,
+    0.0795803, 0.1609302, 0.2461123, 0.33791524, 0.44070983, 0.562617, 0.72295684, 1.0,
+)  # fmt: skip

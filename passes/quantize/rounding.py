@@ -1,0 +1,145 @@
+"""Scales and codes of a weight, group by group: round to nearest, over a range that may be clipped.
+
+* ``none``: the range is that of the data.
+* ``percentile``: the range is that of the inner share of a group's elements.
+* ``mse``: of ranges that shrink in steps of 1 %, the one with the least squared error, then by turns the
+  best scale for the codes (a least-squares fit) and the best codes for the scale. A symmetric
+  scale is tried with both signs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from netlathe.passes.quantize.layout import Layout
+from netlathe.passes.quantize.scheme import (
+    Float64,
+    Scheme,
+    decode,
+    encode,
+    round_scales,
+    scales_for,
+)
+
+Array = npt.NDArray[Any]
+Clip = Literal["none", "percentile", "mse"]
+
+AT_ONCE = 1 << 18  # elements of groups handled at a time: they stay in the cache
+_STEPS = tuple(1 - step / 100 for step in range(61))  # shrunk to 40 % of the range at most
+_TURNS = 4
+
+
+def ranges(
+    array: Array,
+    layout: Layout,
+    scheme: Scheme,
+    clip: Clip = "none",
+    percentile: float = 99.9,
+    importance: Float64 | None = None,
+) -> tuple[Float64, Float64]:
+    """Scale and zero point of every group of a weight.
+
+    ``importance`` weighs the squared error of every column (``mse``): the second moment of what it is
+    multiplied with, so that the error of the product counts.
+    """
+    view = layout.view(array)
+    scale, zero = np.empty(layout.groups), np.empty(layout.groups)
+    for part, own in _parts(view, layout):
+        groups = view[part].reshape(-1, layout.size).astype(np.float64)
+        weight = None if importance is None else _of_groups(importance, own, layout)
+        match clip:
+            case "none":
+                found = scales_for(groups, scheme)
+            case "percentile":
+                found = scales_for(_clipped(groups, percentile), scheme)
+            case "mse":
+                found = least_error(groups, scheme, weight)
+        scale[own], zero[own] = found
+    return scale, zero
+
+
+def codes(array: Array, layout: Layout, scheme: Scheme, scale: Float64, zero: Float64) -> Array:
+    """The nearest codes, in the layout's stored dims; ``scale`` and ``zero`` are those of its groups."""
+    view = layout.view(array)
+    made = np.empty(layout.stored, scheme.code_type)
+    into = layout.view(made)
+    for part, own in _parts(view, layout):
+        groups = view[part].reshape(-1, layout.size).astype(np.float64)
+        found = encode(groups, scale[own, None], zero[own, None], scheme)
+        into[part] = found.reshape(view[part].shape)
+    return made
+
+
+def _parts(view: Array, layout: Layout) -> Iterator[tuple[slice, slice]]:
+    """Slices of a layout's view that fit the cache, each with the groups that are in it."""
+    first = max(1, view.shape[0])
+    step, per = max(1, AT_ONCE * first // max(1, view.size)), layout.groups // first
+    for start in range(0, first, step):
+        stop = min(start + step, first)
+        yield slice(start, stop), slice(start * per, stop * per)
+
+
+def _of_groups(importance: Float64, part: slice, layout: Layout) -> Float64:
+    """The importance of the elements of some groups: [groups, size]."""
+    by_group = importance.reshape(-1, layout.size)  # groups of one row of the matrix
+    return np.asarray(by_group[np.arange(part.start, part.stop) % len(by_group)])
+
+
+def _clipped(groups: Float64, percentile: float) -> Float64:
+    low, high = np.percentile(groups, [100 - percentile, percentile], axis=1, keepdims=True)
+    return np.asarray(np.clip(groups, low, high))
+
+
+def least_error(
+    groups: Float64, scheme: Scheme, weight: Float64 | None = None
+) -> tuple[Float64, Float64]:
+    """The scales and zero points with the least (weighted) squared error that the search finds."""
+    best_scale, best_zero = scales_for(groups, scheme)
+    best = _error(groups, best_scale, best_zero, scheme, weight)
+
+    def keep(scale: Float64, zero: Float64) -> None:
+        error = _error(groups, scale, zero, scheme, weight)
+        better = error < best
+        best[better] = error[better]
+        best_scale[better], best_zero[better] = scale[better], zero[better]
+
+    for shrink in _STEPS[1:]:
+        scale, zero = scales_for(groups, scheme, shrink)
+        keep(scale, zero)
+        if _signed(scheme):
+            keep(-scale, zero)
+    for _ in range(_TURNS):
+        keep(*_fitted(groups, best_scale, best_zero, scheme, weight))
+    return best_scale, best_zero
+
+
+def _signed(scheme: Scheme) -> bool:
+    return scheme.format.kind == "integer" and scheme.lowest != -scheme.highest and scheme.symmetric
+
+
+def _fitted(
+    groups: Float64, scale: Float64, zero: Float64, scheme: Scheme, weight: Float64 | None
+) -> tuple[Float64, Float64]:
+    """The scale that fits the codes best: the least-squares solution of c s = w."""
+    units = decode(
+        encode(groups, scale[:, None], zero[:, None], scheme), _ONE, zero[:, None], scheme
+    )
+    w = np.ones_like(groups) if weight is None else weight
+    norm = (w * units * units).sum(1)
+    fitted = np.divide((w * units * groups).sum(1), norm, out=scale.copy(), where=norm > 0)
+    return round_scales(fitted, scheme), zero
+
+
+_ONE = np.ones((1, 1))
+
+
+def _error(
+    groups: Float64, scale: Float64, zero: Float64, scheme: Scheme, weight: Float64 | None
+) -> Float64:
+    scale, zero = scale[:, None], zero[:, None]
+    error = np.square(decode(encode(groups, scale, zero, scheme), scale, zero, scheme) - groups)
+    return np.asarray((error if weight is None else error * weight).sum(1))
