@@ -11,6 +11,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from netlathe.execute import ort
+from netlathe.ir import interface
 
 _AT_ONCE = 32  # values fetched together: few enough to hold, enough to make a session worth it
 
@@ -115,6 +116,10 @@ def pairs(
 def inputs_of(
     model: ir.Model, feeds: Mapping[str, npt.NDArray[Any]]
 ) -> dict[str, npt.NDArray[Any]]:
-    """Those of ``feeds`` that ``model`` has an input for."""
+    """Those of ``feeds`` that ``model`` has an input for, narrowed where a pass has narrowed the input.
+
+    Feeds are those of the captured model, or fit ``model`` already.
+    """
     known = {value.name for value in model.graph.inputs}
-    return {name: array for name, array in feeds.items() if name in known}
+    left = interface.kept(model)
+    return {n: interface.fit(array, n, left, {}) for n, array in feeds.items() if n in known}

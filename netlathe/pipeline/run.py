@@ -12,7 +12,7 @@ import json
 import sys
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, get_args
@@ -23,7 +23,7 @@ from netlathe.analysis.cost import Cost, cost
 from netlathe.diagnostics import Diagnostic, GateError, NetLatheError, PassError, VerifyError
 from netlathe.execute import ort
 from netlathe.execute.compare import inputs_of
-from netlathe.ir import normal, verify, weights
+from netlathe.ir import interface, normal, verify, weights
 from netlathe.pipeline.fingerprint import Guard
 from netlathe.pipeline.interfaces import Artifact, Captured
 from netlathe.pipeline.ledger import Entry, Status
@@ -137,7 +137,7 @@ def run(
         if observer is not None:
             observer.started(pass_)
         model, step = _step(pass_, model, given, captured, costs, judge, strict)
-        given = _fitting(given, model)
+        given = _fitting(ctx, model)
         costs = step.cost_after
         steps.append(step)
         if observer is not None:
@@ -162,9 +162,10 @@ def plan(
 
 
 def _fitting(ctx: Context, model: ir.Model) -> Context:
-    """``ctx`` without the data for inputs that ``model`` does not have any more (a dropped cache)."""
+    """``ctx`` with data for the inputs that ``model`` still has (a cache may be gone, or narrower)."""
     data = [inputs_of(model, feeds) for feeds in ctx.calibration]
-    same = all(len(a) == len(b) for a, b in zip(data, ctx.calibration, strict=True))
+    pairs = zip(data, ctx.calibration, strict=True)
+    same = all(len(a) == len(b) and all(a[name] is b[name] for name in a) for a, b in pairs)
     return ctx if same else dataclasses.replace(ctx, calibration=data)
 
 
@@ -399,6 +400,7 @@ def _interface_problems(
     """Inputs and outputs stay as they are; only a lossy pass may remove one, and must say so."""
     removable = isinstance(pass_.exactness, Lossy)
     removed = {name for name, new in result.renamed.items() if new is None and removable}
+    narrowed = interface.kept(after) if removable else {}
     found = []
     for kind, old, new in (
         ("input", before.graph.inputs, after.graph.inputs),
@@ -409,7 +411,7 @@ def _interface_problems(
         for value in wanted:
             if value.name not in now:
                 found.append(_interface(f"{kind} {value.name!r} is gone"))
-            elif _spec(now[value.name], kind) != _spec(value, kind):
+            elif _spec(now[value.name], kind) != _spec(value, kind, narrowed.get(value.name or "")):
                 message = f"{kind} {value.name!r} was {_spec(value, kind)}"
                 found.append(_interface(f"{message} and is {_spec(now[value.name], kind)}"))
         names = [value.name for value in wanted]
@@ -427,11 +429,17 @@ def _interface(message: str) -> Diagnostic:
     )
 
 
-def _spec(value: ir.Value, kind: str) -> str:
-    """What must stay: of an output only dtype and rank, as its dims may be derived anew."""
+def _spec(value: ir.Value, kind: str, left: Mapping[int, list[int]] | None = None) -> str:
+    """What must stay: of an output only dtype and rank, as its dims may be derived anew.
+
+    ``left`` are the positions that a pass says are left of some dims.
+    """
     dtype = value.dtype.name.lower() if value.dtype is not None else "?"
     if value.shape is None:
         return dtype
+    if left and kind == "input":
+        sizes = [len(left[at]) if at in left else dim for at, dim in enumerate(value.shape)]
+        return f"{dtype}{ir.Shape(sizes)}"
     return f"{dtype}{value.shape}" if kind == "input" else f"{dtype} of rank {len(value.shape)}"
 
 

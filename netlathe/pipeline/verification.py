@@ -21,7 +21,7 @@ import onnx_ir as ir
 from netlathe.diagnostics import Diagnostic, VerifyError
 from netlathe.execute import ort
 from netlathe.execute.compare import Difference, differences, inputs_of, pairs, relative_error
-from netlathe.ir import edit, weights
+from netlathe.ir import edit, interface, weights
 from netlathe.ir.printing import show_node
 from netlathe.ir.provenance import location
 from netlathe.pipeline.interfaces import Captured
@@ -180,8 +180,10 @@ class Bench:
         what: Literal["input model", "simulated reference"],
     ) -> Check:
         worst, where, allowed, reason = 0.0, "", bound, ""
+        left, had = interface.kept(after.model), interface.kept(against.model)
         for number, trial in enumerate(self.trials):
-            expected = against.outputs[number]
+            given = against.outputs[number]
+            expected = {name: interface.fit(a, name, left, had) for name, a in given.items()}
             errors = {
                 name: relative_error(array, expected[name]) if name in expected else float("inf")
                 for name, array in after.outputs[number].items()
@@ -191,7 +193,7 @@ class Bench:
                 moved: Mapping[str, float] = {}
                 if roundings:
                     alike = computed_alike(against.model, after.model)
-                    moved = moved_by_rounding(against.model, expected, trial.feeds, alike)
+                    moved = moved_by_rounding(against.model, given, trial.feeds, alike)
                 for name, error in wrong.items():
                     limit = roundings * moved.get(name, 0.0)
                     if not error <= limit:

@@ -1,1 +1,364 @@
-"""Removes positions of axes: channels, FFN neurons, heads, experts, hidden width."""
+"""Removes positions of axes: channels, FFN neurons, heads, key/value groups, experts, hidden width.
+
+    y = MatMul(Gelu(MatMul(x, w1: f32[k,n])), w2: f32[n,m])
+    ->  y = MatMul(Gelu(MatMul(x, w1: f32[k,n'])), w2: f32[n',m])
+
+What is one axis, and all that must change with it, is found by the axis analysis; this pass chooses
+which positions go. Of the rest every weight keeps its numbers. A key-value cache that the model takes and
+gives back is narrowed as its heads are; the model records which are left (`netlathe.ir.interface`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import onnx_ir as ir
+import pydantic
+
+from netlathe.analysis import axes as axis_analysis
+from netlathe.analysis.axes import Axes, Group
+from netlathe.analysis.axes.selection import Positions, Selection
+from netlathe.analysis.cost import cost
+from netlathe.diagnostics import Diagnostic, PassError, did_you_mean
+from netlathe.ir import edit, interface, provenance
+from netlathe.ir.printing import show_node
+from netlathe.passes.prune import budget as budgets
+from netlathe.passes.prune import reference
+from netlathe.passes.prune.candidates import SCOPES, Candidate, Scope, find_candidates
+from netlathe.passes.prune.choosing import SCORES, beside, query_groups, uniform
+from netlathe.pipeline.ledger import Entry, Status
+from netlathe.pipeline.pass_ import (
+    ChoosingPass,
+    Context,
+    Equivalent,
+    Exactness,
+    Lossy,
+    Reference,
+    Result,
+    option,
+    options,
+)
+from netlathe.pipeline.verification import tolerance
+
+# The edited model and its masked reference sum the same numbers, zeros apart, in another order. A sum of
+# 8192 terms then differs by 84 ulp = 1e-5 of its RMS (see verification); through 100 layers, by
+# sqrt(100) times that.
+TOLERANCE = 1e-4
+_GOALS = ("ratio", "keep", "params", "macs", "bytes", "latency")
+
+
+@options
+class Prune(ChoosingPass):
+    """Remove the least important channels, FFN neurons, heads, experts or hidden width."""
+
+    name: ClassVar[str] = "prune"
+    exactness: ClassVar[Exactness] = Lossy()
+
+    ratio: float | None = option(
+        default=None, gt=0, lt=1, help="share of every width to remove, to the nearest legal width"
+    )
+    keep: int | None = option(
+        default=None, ge=1, help="how many positions every width of one scope keeps"
+    )
+    params: float | None = option(
+        default=None, gt=0, help="parameters to end with; up to 1 a share of those there are"
+    )
+    macs: float | None = option(
+        default=None, gt=0, help="multiply-accumulates to end with; up to 1 a share"
+    )
+    bytes: float | None = option(
+        default=None, gt=0, help="bytes of weights to end with; up to 1 a share"
+    )
+    latency: float | None = option(
+        default=None, gt=0, help="milliseconds to end with, as the table tells them"
+    )
+    table: str = option(
+        default="", help="CSV or JSON file of measured times: candidate, width, ms (with latency)"
+    )
+    scope: tuple[Scope, ...] = option(
+        default=(), help="what to prune; where none is named, all but vocab"
+    )
+    score: Literal["l2", "l1", "random"] = option(
+        default="l2", help="what makes a position important: the norm of its weights"
+    )
+    round_to: int | None = option(
+        default=None, ge=1, help="keep widths a multiple of this; the target's where none is given"
+    )
+    ignore: tuple[str, ...] = option(
+        default=(), help="module paths to leave as they are, whole or in part, with wildcards"
+    )
+
+    @pydantic.model_validator(mode="after")
+    def _one_goal(self) -> Prune:
+        given = [name for name in _GOALS if getattr(self, name) is not None]
+        if len(given) != 1:
+            said = f", not {' and '.join(given)}" if given else ""
+            raise ValueError(f"give one of {', '.join(_GOALS)}{said}")
+        if bool(self.table) != (self.latency is not None):
+            raise ValueError("latency and table go together")
+        if self.keep is not None and len(self.scope) != 1:
+            raise ValueError("keep counts positions of one scope: name it")
+        return self
+
+    def choose(self, model: ir.Model, ctx: Context) -> list[Entry]:
+        """Score the positions of every candidate and say which stay.
+
+        Raises:
+            PassError: the goal leaves a width empty, cannot be reached, or fits no width multiple; a
+                pattern of ``ignore`` matches nothing.
+        """
+        axes = axis_analysis.analyse(model)
+        target = 1 if ctx.target is None else ctx.target.width_multiple
+        found = find_candidates(axes, multiple=self.round_to or target)
+        scope = self.scope or tuple(name for name in SCOPES if name != "vocab")
+        found = [candidate for candidate in found if candidate.scope in scope]
+        if not found:
+            what = ", ".join(scope)
+            return [Entry(what, "skipped", f"the model has no width of this kind: {what}")]
+        self._check_ignore(found)
+        settled = self._settled(axes, found)
+        free = [candidate for candidate in found if candidate not in settled]
+        counts = self._counts(axes, free, settled)
+        entries = []
+        for candidate in ctx.progress.track(found, "scoring widths", len(found)):
+            if candidate in settled:
+                status, reason, left_out = settled[candidate]
+                entries.append(_entry(candidate, status, reason, left_out))
+            elif counts[candidate] == candidate.size:
+                reason = f"{candidate.size} stay: the nearest width to what is asked for"
+                entries.append(_entry(candidate, "skipped", reason, True))
+            else:
+                scores = SCORES[self.score](candidate, ctx)
+                entries.append(_applied(candidate, candidate.best(scores, counts[candidate])))
+        return entries
+
+    def edit(self, model: ir.Model, chosen: Sequence[Entry], ctx: Context) -> Result:
+        """Delete the positions that do not stay, in one edit of all axes."""
+        kept = _kept(chosen)
+        if not kept:
+            return Result(False, list(chosen))
+        before, names = cost(model), edit.names_in(model.graph)
+        axes = axis_analysis.analyse(model)
+        groups = _groups(axes, kept)
+        caches = [value for pair in axes.related.caches for value in pair]
+        selection = _selection(groups)
+        narrowed = {
+            (value.name or "", dim): at
+            for value in caches
+            for dim, axis in enumerate(axes.related.axes[value])
+            if (at := selection.of(axis)) is not None
+        }
+        gone = {g: np.setdiff1d(np.arange(g.size), at).tolist() for g, at in groups.items()}
+        axis_analysis.delete(axes, gone)
+        for (name, dim), positions in narrowed.items():
+            interface.narrow(model, name, dim, positions)
+        after = cost(model)
+        statistics = {
+            "widths": float(len(kept)),
+            "parameters": float(before.params - after.params),
+            "bytes": float(before.bytes - after.bytes),
+        }
+        lost = sorted(names - edit.names_in(model.graph))
+        return Result(True, list(chosen), dict.fromkeys(lost), statistics)
+
+    def simulate(self, before: ir.Model, chosen: Sequence[Entry]) -> Reference:
+        """The model at its shapes in which whatever sums over a removed position leaves it out."""
+        bound = tolerance(Equivalent(TOLERANCE), before)
+        axes = axis_analysis.analyse(before)
+        selection = _selection(_groups(axes, _kept(chosen)))
+        reference.mask(before, reference.kept_of(axes, selection))
+        return Reference(before, bound, reordered=True)
+
+    # -- choosing ---------------------------------------------------------------------------------
+
+    def _check_ignore(self, found: Sequence[Candidate]) -> None:
+        problems = []
+        for pattern in self.ignore:
+            if not any(provenance.matches(path, pattern) for c in found for path in c.modules):
+                help_ = did_you_mean(pattern, sorted({path for c in found for path in c.modules}))
+                message = f"ignore={pattern!r} matches no width that could be pruned"
+                problems.append(Diagnostic("prune.ignore", message, help=help_))
+        if problems:
+            raise PassError(problems)
+
+    def _settled(
+        self, axes: Axes, found: Sequence[Candidate]
+    ) -> dict[Candidate, tuple[Status, str, bool]]:
+        """Candidates that stay whatever the goal is, with status, reason, and if options ask for it."""
+        settled: dict[Candidate, tuple[Status, str, bool]] = {}
+        for candidate in found:
+            if candidate.pins:
+                settled[candidate] = "refused", _pinned(candidate), False
+            elif reason := reference.no_reference(axes, candidate.group.atom):
+                settled[candidate] = "refused", reason, False
+            elif pattern := self._ignoring(candidate):
+                settled[candidate] = "skipped", f"ignored: it matches {pattern!r}", True
+            elif candidate.size <= candidate.least:
+                reason = f"all {candidate.size} positions must stay"
+                settled[candidate] = "refused", reason, False
+        free = [candidate for candidate in found if candidate not in settled]
+        stuck = [candidate for candidate in free if len(candidate.widths()) == 1]
+        if free and len(stuck) == len(free):
+            raise _no_multiple(stuck)
+        for candidate in stuck:
+            reason = f"{candidate.size} has no smaller width of a multiple of {candidate.multiple}"
+            settled[candidate] = "skipped", reason, True
+        rest = [candidate for candidate in free if candidate not in settled]
+        for candidate, other in beside(rest).items():
+            reason = f"it is a factor of a width of which {other.name} is pruned"
+            settled[candidate] = "skipped", reason, True
+        return settled
+
+    def _ignoring(self, candidate: Candidate) -> str:
+        for pattern in self.ignore:
+            if any(provenance.matches(path, pattern) for path in candidate.modules):
+                return pattern
+        return ""
+
+    def _counts(
+        self,
+        axes: Axes,
+        free: Sequence[Candidate],
+        settled: Mapping[Candidate, tuple[Status, str, bool]],
+    ) -> dict[Candidate, int]:
+        """How many positions of each candidate stay."""
+        if self.keep is not None:
+            return _exact(free, self.keep)
+        if self.ratio is not None:
+            counts = dict(zip(free, uniform(free, self.ratio), strict=True))
+            wanted = {c: c.size * (1 - self.ratio) for c in free}
+            _check_left(counts, wanted)
+            return counts
+        fixed = [(candidate, reason) for candidate, (_, reason, _) in settled.items()]
+        if self.latency is not None:
+            budget = budgets.by_table(Path(self.table), free, self.latency)
+        else:
+            kinds: tuple[budgets.Kind, ...] = ("params", "macs", "bytes")
+            kind = next(kind for kind in kinds if getattr(self, kind) is not None)
+            budget = budgets.by_cost(axes, None, kind, getattr(self, kind))
+        return budgets.solve(budget, free, fixed)
+
+
+def _check_left(counts: Mapping[Candidate, int], wanted: Mapping[Candidate, float]) -> None:
+    """Refuse a ratio that leaves less of a width than it needs."""
+    problems = []
+    for candidate, count in counts.items():
+        if count and wanted[candidate] > candidate.least - 0.5:
+            continue
+        needs = f"{candidate.least} must stay" if candidate.least > 1 else "one must stay"
+        problems.append(
+            Diagnostic(
+                "prune.empty",
+                f"{wanted[candidate]:.2f} of {candidate.size} positions of {candidate.name} would be"
+                f" left, {needs}",
+                where=candidate.where,
+                help="lower the ratio, narrow the scope, or ignore the module",
+            )
+        )
+    if problems:
+        raise PassError(problems)
+
+
+def _exact(free: Sequence[Candidate], keep: int) -> dict[Candidate, int]:
+    """``keep`` positions of each, or of query heads as many for each key/value head."""
+    counts, problems = {}, []
+    for candidate in free:
+        groups = query_groups(candidate)
+        total = candidate.size * groups
+        possible = [width * groups for width in candidate.widths()]
+        if keep in possible or keep >= total:
+            counts[candidate] = min(keep, total) // groups
+            continue
+        below = max((width for width in possible if width < keep), default=possible[0])
+        above = min((width for width in possible if width > keep), default=possible[-1])
+        why = f"{keep} query heads do not divide over {groups} key/value heads"
+        if keep % groups == 0:
+            why = f"{keep} is no width of {candidate.name}"
+        near = f"{below} or {above}" if below != above else str(below)
+        problems.append(
+            Diagnostic(
+                "prune.heads" if keep % groups else "prune.keep",
+                why,
+                where=candidate.where,
+                help=f"keep {near} of {total}",
+            )
+        )
+    if problems:
+        raise PassError(problems)
+    return counts
+
+
+def _no_multiple(stuck: Sequence[Candidate]) -> PassError:
+    notes = [
+        f"{c.name} has {c.size}, and {c.least} must stay: no smaller multiple of {c.multiple}"
+        for c in stuck[:5]
+    ]
+    return PassError(
+        Diagnostic(
+            "prune.round_to",
+            f"no width can become a smaller multiple: none of {len(stuck)} candidates",
+            notes=tuple(notes),
+            help="set round_to to less; 1 takes any width",
+        )
+    )
+
+
+def _pinned(candidate: Candidate) -> str:
+    """Why it is pinned, with the operator and module that pin it."""
+    pin = candidate.pins[0]
+    at = f" ({show_node(pin.node)})" if pin.node is not None else ""
+    where = f" in {pin.where}" if pin.where else ""
+    return f"{pin.reason}{at}{where}"
+
+
+def _entry(candidate: Candidate, status: Status, reason: str, left_out: bool = False) -> Entry:
+    return Entry(candidate.name, status, reason, candidate.where, _detail(candidate), left_out)
+
+
+def _applied(candidate: Candidate, kept: Positions) -> Entry:
+    count = len(kept)
+    gone = candidate.size - count
+    reason = f"{count} of {candidate.size} stay; {gone * candidate.parameters} parameters gone"
+    detail = _detail(candidate) | {"kept": count, "removed": gone}
+    if candidate.group.interface:
+        reason += f"; {', '.join(candidate.group.interface[:2])} narrower"
+        detail |= {"interface": list(candidate.group.interface), "positions": kept.tolist()}
+    return Entry(candidate.name, "applied", reason, candidate.where, detail, arrays={"kept": kept})
+
+
+def _detail(candidate: Candidate) -> dict[str, Any]:
+    return {
+        "scope": candidate.scope,
+        "group": candidate.group.name,
+        "size": candidate.size,
+        "multiple": candidate.multiple,
+        "parameters_each": candidate.parameters,
+    }
+
+
+# -- what was chosen ------------------------------------------------------------------------------
+
+
+def _kept(chosen: Sequence[Entry]) -> dict[str, tuple[int, Positions]]:
+    """Group name -> its size, and the positions that stay."""
+    return {
+        entry.detail["group"]: (entry.detail["size"], entry.arrays["kept"])
+        for entry in chosen
+        if entry.status == "applied"
+    }
+
+
+def _groups(axes: Axes, kept: Mapping[str, tuple[int, Positions]]) -> dict[Group, Positions]:
+    """The groups by their names, which are the same for the same model."""
+    named = {group.name: group for group in axes.groups}
+    for name, (size, _) in kept.items():
+        if name not in named or named[name].size != size:
+            raise ValueError(f"{name} of {size} positions was chosen in another model")
+    return {named[name]: positions for name, (_, positions) in kept.items()}
+
+
+def _selection(groups: Mapping[Group, Positions]) -> Selection:
+    return Selection({group.atom: positions for group, positions in groups.items()})

@@ -96,6 +96,7 @@ class Candidate:
     parameters: int
     macs: int
     parts: tuple[Part, ...]
+    factors: frozenset[Axis] = frozenset()  # what stands beside it in a product
     pins: tuple[Pin, ...] = ()  # why no position can go
 
     def with_role(self, role: Role) -> list[Part]:
@@ -227,6 +228,7 @@ class _Finder:
                 parameters=self._parameters(group),
                 macs=self._macs(group),
                 parts=of,
+                factors=self._factors(group),
                 pins=tuple(group.forbidding("delete")),
             )
 
@@ -328,6 +330,20 @@ class _Finder:
             rows = int(np.count_nonzero(index_of(axis, group.atom) == 0))
             needed = max(needed, self.multiple // math.gcd(self.multiple, max(rows, 1)))
         return needed
+
+    def _factors(self, group: Group) -> frozenset[Axis]:
+        """Atoms beside the group's in the products of its weights' dims."""
+        found: set[Axis] = set()
+        stack = list(self.terms[group.atom])
+        while stack:
+            axis = find(stack.pop())
+            if axis.form is None:
+                continue
+            inner = axis.form.factors if isinstance(axis.form, Product) else axis.form.parts
+            if isinstance(axis.form, Product) and group.atom in atoms(axis):
+                found.update(atoms(axis))
+            stack += inner
+        return frozenset(found - {group.atom})
 
     def _parameters(self, group: Group) -> int:
         total = 0
