@@ -45,7 +45,8 @@ if TYPE_CHECKING:
         option,
         options,
     )
-    from netlathe.pipeline.run import Compiled, Step
+    from netlathe.pipeline.run import Compiled
+    from netlathe.pipeline.step import Step
     from netlathe.pipeline.verification import Check
 
 _HOMES = {
@@ -78,7 +79,8 @@ _HOMES = {
         "option",
         "options",
     ),
-    "netlathe.pipeline.run": ("Compiled", "Step"),
+    "netlathe.pipeline.run": ("Compiled",),
+    "netlathe.pipeline.step": ("Step",),
     "netlathe.pipeline.verification": ("Check",),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}

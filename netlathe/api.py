@@ -9,10 +9,12 @@ from typing import Any
 
 from netlathe.diagnostics import Diagnostic, OptionError, did_you_mean
 from netlathe.pipeline import calibration_data, registry, run, text
+from netlathe.pipeline.cache import Cache
 from netlathe.pipeline.interfaces import Captured, Target
 from netlathe.pipeline.loss import Metric
 from netlathe.pipeline.pass_ import Context, Feeds, Pass, Progress, SilentProgress
-from netlathe.pipeline.run import Compiled, Step
+from netlathe.pipeline.run import Compiled
+from netlathe.pipeline.step import Step
 
 
 def capture(source: Any, **settings: Any) -> Captured:
@@ -54,6 +56,7 @@ def compile(
     device: str = "cpu",
     target: str | Target | None = None,
     metric: Metric | None = None,
+    cache_dir: str | Path | None = None,
 ) -> Compiled:
     """Run ``passes`` over ``source``, which is captured first unless it is already.
 
@@ -62,19 +65,21 @@ def compile(
     is what the result is for: passes round widths as it wants. ``strict`` turns a skipped candidate
     into an error, unless the pass' options leave it out. ``metric`` is measured before and after every
     lossy pass: it is called with a function that runs a model on feeds, and returns a number.
+    ``cache_dir`` is a folder where finished work is kept and found again, such as :func:`user_cache_dir`.
 
     Raises:
         OptionError: a pass, option or target is unknown, or a value out of range.
         PassError: a pass could not do what was asked of it.
         VerifyError: a pass broke the model, or changed what it must not change.
         GateError: with ``strict``, a pass did nothing, or skipped what its options do not leave out.
-        InputError, CaptureError, MissingExtraError: see :func:`capture`.
+        InputError, CaptureError, MissingExtraError: see :func:`capture`; the cache cannot be used.
     """
     made = text.parse(passes) if isinstance(passes, str) else list(passes)
     chosen = registry.find_target(target)[1] if isinstance(target, str) else target
+    cache = None if cache_dir is None else Cache(cache_dir)
     captured = source if isinstance(source, Captured) else capture(source)
     ctx = _context(captured, calibration, chosen, seed, device, progress)
-    return run.run(captured, made, ctx, strict=strict, verify=verify, metric=metric)
+    return run.run(captured, made, ctx, strict=strict, verify=verify, metric=metric, cache=cache)
 
 
 def plan(
@@ -87,17 +92,21 @@ def plan(
     progress: Progress | None = None,
     device: str = "cpu",
     target: str | Target | None = None,
+    cache_dir: str | Path | None = None,
 ) -> list[Step]:
     """What :func:`compile` would do, candidate by candidate; nothing is touched or compared.
+
+    What was solved for it is kept in ``cache_dir``, where :func:`compile` finds it.
 
     Raises:
         As :func:`compile`; with ``strict`` all skipped candidates of all passes are listed.
     """
     made = text.parse(passes) if isinstance(passes, str) else list(passes)
     chosen = registry.find_target(target)[1] if isinstance(target, str) else target
+    cache = None if cache_dir is None else Cache(cache_dir)
     captured = source if isinstance(source, Captured) else capture(source)
     ctx = _context(captured, calibration, chosen, seed, device, progress)
-    return run.plan(captured, made, ctx, strict=strict)
+    return run.plan(captured, made, ctx, strict=strict, cache=cache)
 
 
 def _context(

@@ -10,7 +10,7 @@ import click
 
 from netlathe.cli import depfile as depfiles
 from netlathe.cli import options, render
-from netlathe.cli.request import Request, capture, model_path
+from netlathe.cli.request import Request, capture, model_path, open_cache
 
 if TYPE_CHECKING:
     from netlathe.pipeline.interfaces import Artifact
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 @click.option("--overwrite", is_flag=True, help="Replace DIR, if NetLathe wrote it.")
 @options.cache()
 @options.sizes()
+@options.work()
 @click.option(
     "--no-verify",
     is_flag=True,
@@ -57,6 +58,8 @@ def compile_(
     overwrite: bool,
     kv_cache: bool,
     dims: dict[str, int],
+    cache: Path | None,
+    no_cache: bool,
     no_verify: bool,
     depfile: Path | None,
     as_json: bool,
@@ -78,6 +81,9 @@ def compile_(
     From a build system:
       netlathe compile model.onnx --recipe small.yaml -o out --overwrite --depfile out.d
 
+    Finished work is kept in a cache. A run that was killed goes on with the pass or layer it was in when
+    the same command is given again.
+
     DIR holds the model, manifest.json (what was decided, checked and measured, and from what), and
     the tokenizer and generation files of a Hugging Face directory.
     """
@@ -94,6 +100,9 @@ def compile_(
         opset=opset,
     )
     read = [file for file in (model_path(model), recipe, request.calibration) if file is not None]
+    finished = open_cache(cache, none=no_cache)
+    if finished is not None:
+        read.append(finished.folder)
     outputs.check_output(output, overwrite=overwrite, sources=read)
     if depfile is not None:
         depfiles.check(depfile)
@@ -105,6 +114,7 @@ def compile_(
         strict=request.strict,
         verify=not no_verify,
         observer=render.Steps(verbose=verbose),
+        cache=finished,
     )
     with render.working(f"writing {output}"):
         artifact = compiled.save(output, overwrite=overwrite)

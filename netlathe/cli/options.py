@@ -72,6 +72,22 @@ def cache() -> Decorator:
     )
 
 
+def work() -> Decorator:
+    """--cache, --no-cache: where finished work is kept."""
+    return _together(
+        click.option(
+            "--cache",
+            type=_PATH,
+            metavar="DIR",
+            help="Where finished work is kept and found again; `netlathe cache` shows it."
+            "  [default: $NETLATHE_CACHE, else the user's cache folder]",
+        ),
+        click.option(
+            "--no-cache", is_flag=True, help="Do everything anew, and keep nothing of it."
+        ),
+    )
+
+
 def sizes() -> Decorator:
     """--dims: sizes for the dynamic dimensions."""
     return click.option(

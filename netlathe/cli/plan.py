@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from netlathe.cli import options, render
-from netlathe.cli.request import Request, capture
+from netlathe.cli.request import Request, capture, open_cache
 
 
 @click.command()
@@ -15,6 +15,7 @@ from netlathe.cli.request import Request, capture
 @options.pipeline()
 @options.cache()
 @options.sizes()
+@options.work()
 @options.as_json()
 @click.option("-v", "--verbose", is_flag=True, help="Show every candidate, skipped ones too.")
 def plan(
@@ -28,13 +29,16 @@ def plan(
     opset: int | None,
     kv_cache: bool,
     dims: dict[str, int],
+    cache: Path | None,
+    no_cache: bool,
     as_json: bool,
     verbose: bool,
 ) -> None:
     """Show what passes would do to MODEL.
 
     Every candidate is listed with what is decided about it and why, and what that would save;
-    nothing is written. With --strict the exit code is 1 if a pass would skip a candidate.
+    nothing is written, but for what compile would have to solve again: that goes into the cache.
+    With --strict the exit code is 1 if a pass would skip a candidate.
 
     \b
     netlathe plan model.onnx --passes 'cleanup, quantize(weights="int8")' -v
@@ -51,8 +55,15 @@ def plan(
         target=target,
         opset=opset,
     )
+    finished = open_cache(cache, none=no_cache)
     captured = capture(model, kv_cache=kv_cache, dims=dims)
-    steps = run.plan(captured, request.passes, request.context(captured), strict=request.strict)
+    steps = run.plan(
+        captured,
+        request.passes,
+        request.context(captured),
+        strict=request.strict,
+        cache=finished,
+    )
     dense = cost(captured.model, captured.dynamic)
     if as_json:
         render.print_json(

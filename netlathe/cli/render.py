@@ -21,7 +21,7 @@ if TYPE_CHECKING:  # a command's help must not wait for the imports
     from netlathe.analysis.cost import Cost
     from netlathe.pipeline.loss import Loss
     from netlathe.pipeline.pass_ import Pass
-    from netlathe.pipeline.run import Step
+    from netlathe.pipeline.step import Step
 
 T = TypeVar("T")
 
@@ -76,6 +76,11 @@ def working(text: str) -> Iterator[None]:
         yield
 
 
+def note(text: str) -> None:
+    """Something worth knowing, on stderr."""
+    err.print(Text(f"note: {text}", style="yellow"), soft_wrap=True)
+
+
 class Steps:
     """Tells on stderr which pass runs, and what it did; an observer of the manager."""
 
@@ -89,6 +94,10 @@ class Steps:
     def finished(self, step: Step) -> None:
         """Say what became of it."""
         text = f"  {counts(step.entries)}; {step.check}"
+        if step.recalled:
+            text = f"  from the cache: {text.strip()}"
+        elif step.recalled_pieces:
+            text += f"; {step.recalled_pieces} of {step.pieces} pieces from the cache"
         if self._verbose:
             text += f"; {took(step)}"
         err.print(Text(text, style="dim"), soft_wrap=True)

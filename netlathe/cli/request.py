@@ -12,6 +12,7 @@ from netlathe.cli import render
 from netlathe.diagnostics import Diagnostic, OptionError, did_you_mean
 
 if TYPE_CHECKING:  # a command's help must not wait for the imports
+    from netlathe.pipeline.cache import Cache
     from netlathe.pipeline.interfaces import Captured
     from netlathe.pipeline.pass_ import Context, Feeds, Pass
 
@@ -23,6 +24,22 @@ def model_path(path: Path) -> Path:
     if all((path / name).is_file() for name in _ARTIFACT):
         return path / "model.onnx"
     return path
+
+
+def open_cache(folder: Path | None, *, none: bool) -> Cache | None:
+    """The cache that was asked for, opened; None where none is wanted.
+
+    Raises:
+        OptionError: one is named and none is wanted.
+        InputError: it cannot be used.
+    """
+    from netlathe.pipeline.cache import Cache, user_folder
+
+    if none and folder is not None:
+        raise OptionError(
+            Diagnostic("cli.cache", "both --cache and --no-cache", help="leave one of them out")
+        )
+    return None if none else Cache(folder or user_folder(), render.note)
 
 
 def capture(

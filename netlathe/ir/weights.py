@@ -22,6 +22,7 @@ Array = npt.NDArray[Any]
 # Keys in a lazy tensor's ``meta``.
 _BASES = "netlathe.bases"  # the tensors that a recipe reads
 _TRANSPOSE = "netlathe.transpose"  # (tensor, perm) it was made from
+_DIGEST = "netlathe.digest"  # its digest, once it was taken
 
 
 def derived(
@@ -167,8 +168,25 @@ def _read(tensor: ir.TensorProtocol) -> Iterator[ir.TensorProtocol]:
 
 
 def digest(tensor: ir.TensorProtocol) -> str:
-    """SHA-256 over dtype, shape and bytes, as hex."""
-    state = hashlib.sha256(f"{tensor.dtype.name}{list(tensor.shape)}".encode())
+    """SHA-256 over dtype, shape and bytes, as hex.
+
+    It is taken once of what cannot change: a tensor that is mapped from a file, or made from such.
+    """
+    if (known := tensor.meta.get(_DIGEST)) is not None:
+        return str(known)
+    found = _digest(tensor)
+    if all(isinstance(read, ir.ExternalTensor) for read in _read(tensor)):
+        tensor.meta[_DIGEST] = found
+    return found
+
+
+def digest_prefix(tensor: ir.TensorProtocol) -> str:
+    """What goes into :func:`digest` in front of the bytes."""
+    return f"{tensor.dtype.name}{list(tensor.shape)}"
+
+
+def _digest(tensor: ir.TensorProtocol) -> str:
+    state = hashlib.sha256(digest_prefix(tensor).encode())
     if tensor.dtype == ir.DataType.STRING or tensor.dtype.itemsize < 1:
         state.update(tensor.tobytes())  # strings, and elements packed into bytes
     else:

@@ -17,11 +17,12 @@ from typing import Any
 
 import netlathe
 from netlathe.ir import weights
-from netlathe.pipeline import registry, text
-from netlathe.pipeline.fingerprint import feeds_digest, graph_digest, weights_digest
+from netlathe.pipeline import text
+from netlathe.pipeline.fingerprint import graph_digest, weights_digest
+from netlathe.pipeline.inputs import describe_calibration, describe_pass, describe_target
 from netlathe.pipeline.interfaces import Artifact, Captured, Target
-from netlathe.pipeline.pass_ import Context, Pass
-from netlathe.pipeline.run import Compiled, Step
+from netlathe.pipeline.run import Compiled
+from netlathe.pipeline.step import Step
 
 FORMAT = 1
 FILE = "manifest.json"
@@ -39,10 +40,10 @@ def build(compiled: Compiled, target: Target | None = None) -> dict[str, Any]:
         "versions": _versions(compiled, target),
         "source": _source(compiled.captured),
         "pipeline": text.render(step.pass_ for step in compiled.steps),
-        "passes": [_pass(step.pass_) for step in compiled.steps],
+        "passes": [describe_pass(step.pass_) for step in compiled.steps],
         "seed": compiled.context.seed,
-        "calibration": _calibration(compiled.context),
-        "target": None if target is None else _target(target),
+        "calibration": describe_calibration(compiled.context.calibration),
+        "target": None if target is None else describe_target(target),
         "capture": [entry.to_json() for entry in compiled.captured.entries],
         "steps": [_step(step) for step in compiled.steps],
         "result": {"graph": graph_digest(compiled.model)},
@@ -124,35 +125,6 @@ def source_files(captured: Captured) -> list[Path]:
     if (path / "config.json").is_file():
         files.add(path / "config.json")
     return sorted(files | weights.files(captured.model))
-
-
-def _pass(pass_: Pass) -> dict[str, Any]:
-    return {
-        "name": pass_.name,
-        "version": pass_.version,
-        "from": registry.distribution_of(pass_),
-        "exactness": type(pass_.exactness).__name__.lower(),
-        "options": pass_.option_values(),
-    }
-
-
-def _calibration(ctx: Context) -> dict[str, Any] | None:
-    if not ctx.calibration:
-        return None
-    state = hashlib.sha256()
-    for feeds in ctx.calibration:
-        state.update(feeds_digest(feeds).encode())
-    return {"feeds": len(ctx.calibration), "sha256": state.hexdigest()}
-
-
-def _target(target: Target) -> dict[str, Any]:
-    return {
-        "name": target.name,
-        "backend": target.backend,
-        "width_multiple": target.width_multiple,
-        "dtypes": sorted(dtype.name for dtype in target.dtypes),
-        "settings": dict(target.settings),
-    }
 
 
 def _step(step: Step) -> dict[str, Any]:

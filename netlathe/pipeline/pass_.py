@@ -109,6 +109,22 @@ class SilentProgress:
         yield from items
 
 
+class Pieces(Protocol):
+    """Where pieces of work are kept."""
+
+    def once(self, name: str, compute: Callable[[], Mapping[str, Array]]) -> Mapping[str, Array]:
+        """See :meth:`Context.once`."""
+        ...
+
+
+def read_only(arrays: Mapping[str, Array]) -> dict[str, Array]:
+    """Views of ``arrays`` that cannot be written to."""
+    views = {name: np.asarray(array).view() for name, array in arrays.items()}
+    for view in views.values():
+        view.flags.writeable = False
+    return views
+
+
 @dataclass(frozen=True)
 class Context:
     """Everything a pass may look at besides the model.
@@ -122,6 +138,7 @@ class Context:
     seed: int = 0
     device: str = "cpu"
     progress: Progress = field(default_factory=SilentProgress)
+    pieces: Pieces | None = field(default=None, repr=False, compare=False)  # set by the pipeline
 
     def rng(self, *scope: str) -> np.random.Generator:
         """A generator that depends on the seed and the scope's names only, never on global state."""
@@ -129,16 +146,28 @@ class Context:
         return np.random.default_rng(np.random.SeedSequence(key))
 
     def once(self, name: str, compute: Callable[[], Mapping[str, Array]]) -> Mapping[str, Array]:
-        """What ``compute`` solves for, such as one layer's basis; ``name`` is unique within the pass.
+        """What ``compute`` solves for, such as one layer's basis; the arrays are read-only.
 
-        Long work is cut into such pieces: a run that was killed takes up those it had finished.
+        Long work is cut into such pieces: with a cache, a run that was killed takes up those it had
+        finished, and they are mapped from its files. ``name`` tells the piece from others of the pass; what
+        it holds may depend on the model that the pass is given, on its options and on this context, and
+        on nothing else.
         """
-        return compute()
+        if self.pieces is None:
+            return read_only(compute())
+        return self.pieces.once(name, compute)
 
     def collect(
-        self, model: ir.Model, wanted: Sequence[Statistic], *, needed_by: str
+        self,
+        model: ir.Model,
+        wanted: Sequence[Statistic],
+        *,
+        needed_by: str,
+        settle: Callable[[StatisticResult], None] | None = None,
     ) -> list[StatisticResult]:
         """Run the calibration data through ``model`` and return one result per wanted statistic.
+
+        ``settle`` is given each result before any sample goes on behind it; see the sweep.
 
         Raises:
             PassError: no calibration data was given.
@@ -154,7 +183,14 @@ class Context:
             )
         from netlathe.execute.calibration import sweep  # torch is an extra
 
-        return sweep(model, self.calibration, wanted, device=self.device, progress=self.progress)
+        return sweep(
+            model,
+            self.calibration,
+            wanted,
+            device=self.device,
+            progress=self.progress,
+            settle=settle,
+        )
 
 
 # -- options --------------------------------------------------------------------------------------
@@ -199,10 +235,18 @@ def options(cls: C) -> C:
 
 
 class Pass(ir.passes.InPlacePass):
-    """A graph transformation that states its exactness and accounts for every candidate."""
+    """A graph transformation that states its exactness and accounts for every candidate.
+
+    What a pass does follows from the model, its options and its context alone, and is the same every time:
+    random numbers come from :meth:`Context.rng`, sets are sorted before they are walked through. A result
+    may then be taken from a cache, where it is found by these and by the pass' name, version and code. A
+    pass for which that does not hold, because it reads a file, the time or the network, says so with
+    ``repeatable = False``: it runs every time.
+    """
 
     name: ClassVar[str]
     version: ClassVar[int] = 1  # raise it when the same options give another result
+    repeatable: ClassVar[bool] = True
     exactness: ClassVar[Exactness]
 
     @abc.abstractmethod

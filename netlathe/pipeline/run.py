@@ -24,38 +24,20 @@ from netlathe.diagnostics import Diagnostic, GateError, NetLatheError, PassError
 from netlathe.execute import ort
 from netlathe.execute.compare import inputs_of
 from netlathe.ir import interface, normal, verify, weights
+from netlathe.pipeline.cache import Cache
+from netlathe.pipeline.cache_steps import Steps
 from netlathe.pipeline.fingerprint import Guard
 from netlathe.pipeline.interfaces import Artifact, Captured
 from netlathe.pipeline.ledger import Entry, Status
 from netlathe.pipeline.loss import Loss, Metric, Scale, Subject
 from netlathe.pipeline.pass_ import ChoosingPass, Context, Lossy, Pass, Result
+from netlathe.pipeline.step import Step
 from netlathe.pipeline.verification import Bench, Check, Outcome, blamed
 
 if sys.platform != "win32":
     import resource
 
 _MOST_LISTED = 20  # skipped candidates that an error shows one by one
-
-
-@dataclass
-class Step:
-    """One pass of a compilation: what it decided, changed, cost and lost."""
-
-    pass_: Pass
-    entries: list[Entry]
-    changed: bool
-    statistics: dict[str, float]
-    renamed: dict[str, str | None]  # old value names to new ones, or to None where removed
-    cost_before: Cost
-    cost_after: Cost
-    check: Check
-    loss: Loss | None = None  # to the model before the pass; of a lossy pass that changed something
-    total_loss: Loss | None = None  # likewise, to the captured model
-    seconds: float = 0.0  # the pass itself, and bringing the model into normal form after it
-    check_seconds: float = 0.0  # structure and types, the comparison, cost and loss
-    peak_bytes: int = (
-        0  # most memory the process has held so far, mapped files included; 0: unknown
-    )
 
 
 @dataclass
@@ -66,6 +48,7 @@ class Compiled:
     model: ir.Model
     steps: list[Step]
     context: Context = field(default_factory=Context)
+    cached: Steps | None = field(default=None, repr=False)  # where it was compiled with a cache
 
     @property
     def dense(self) -> ir.Model:
@@ -117,18 +100,44 @@ def run(
     verify: bool = True,
     observer: Observer | None = None,
     metric: Metric | None = None,
+    cache: Cache | None = None,
 ) -> Compiled:
     """Run ``passes`` over a copy of the captured model, checking after each.
 
     Structure and types are always checked; ``verify`` compares outputs too and measures losses.
-    ``metric`` is a number of the user's own, measured before and after every lossy pass.
+    ``metric`` is a number of the user's own, measured before and after every lossy pass. What ``cache``
+    holds is taken from there, and what is made is kept there. Nobody can tell what a ``metric`` depends
+    on: with one only pieces of passes are looked up.
 
     Raises:
         VerifyError: a pass broke the model, or changed what it must not change. It is named.
         PassError: a pass could not do what was asked, failed, or did not tell the truth.
         GateError: with ``strict``, a pass did nothing, or skipped what its options do not leave out.
+        InputError: the cache cannot be written any more.
     """
+    return _run(
+        captured, passes, ctx, strict, verify, observer, metric, cache, keep_steps=metric is None
+    )
+
+
+def _run(
+    captured: Captured,
+    passes: Sequence[Pass],
+    ctx: Context,
+    strict: bool,
+    verify: bool,
+    observer: Observer | None,
+    metric: Metric | None,
+    cache: Cache | None,
+    *,
+    keep_steps: bool,
+) -> Compiled:
+    cached = None
+    if cache is not None:
+        cached = Steps(cache, captured, verify=verify, kept=keep_steps)
     judge = _Judge(captured, ctx, metric) if verify else None
+    if judge is not None and (cached is None or not passes):
+        judge.ready()
     model = captured.model
     costs = cost(model, captured.dynamic)
     given = ctx
@@ -136,26 +145,47 @@ def run(
     for pass_ in passes:
         if observer is not None:
             observer.started(pass_)
-        model, step = _step(pass_, model, given, captured, costs, judge, strict)
+        known = cached.recall(pass_, given, costs) if cached is not None else None
+        if known is not None:
+            model, step = known
+            if strict and (problems := _skips(pass_, step.entries)):
+                raise GateError(problems)
+            if judge is not None:
+                judge.take(pass_, model, step)
+        else:
+            if judge is not None:
+                judge.ready()
+            at_work = given if cached is None else cached.start(pass_, given)
+            model, step = _step(pass_, model, at_work, captured, costs, judge, strict)
+            if cached is not None:
+                cached.keep(pass_, model, step)
         given = _fitting(ctx, model)
         costs = step.cost_after
         steps.append(step)
         if observer is not None:
             observer.finished(step)
-    return Compiled(captured, model, steps, ctx)
+    return Compiled(captured, model, steps, ctx, cached)
 
 
 def plan(
-    captured: Captured, passes: Sequence[Pass], ctx: Context, *, strict: bool = False
+    captured: Captured,
+    passes: Sequence[Pass],
+    ctx: Context,
+    *,
+    strict: bool = False,
+    cache: Cache | None = None,
 ) -> list[Step]:
     """What :func:`run` would do, without comparing outputs; the caller's model is not touched.
+
+    Pieces of passes are taken from ``cache`` and kept there, so that :func:`run` finds them.
 
     Raises:
         PassError: a pass could not do what was asked, failed, or did not tell the truth.
         VerifyError: a pass left a model that is not well formed.
         GateError: with ``strict``, for what :func:`run` raises it; all passes are listed.
     """
-    steps = run(captured, passes, ctx, verify=False).steps
+    made = _run(captured, passes, ctx, False, False, None, None, cache, keep_steps=False)
+    steps = made.steps
     if strict and (problems := [d for step in steps for d in _skips(step.pass_, step.entries)]):
         raise GateError(problems)
     return steps
@@ -333,11 +363,34 @@ def _skips(pass_: Pass, entries: Sequence[Entry]) -> list[Diagnostic]:
 
 
 class _Judge:
-    """Compares models after passes with those before, and measures what is lost."""
+    """Compares models after passes with those before, and measures what is lost.
+
+    With a cache nothing runs before there is something to judge: all steps may come from there.
+    """
 
     def __init__(self, captured: Captured, ctx: Context, metric: Metric | None) -> None:
+        self._captured, self._ctx, self._metric = captured, ctx, metric
+        self._taken = captured.model  # the current model
+        self._taken_last: ir.Model | None = None  # the last that lost accuracy
+        self._started = False
+
+    def take(self, pass_: Pass, model: ir.Model, step: Step) -> None:
+        """Go on from ``model``, which ``pass_`` has led to and which was judged before."""
+        self._taken = model
+        if step.changed and isinstance(pass_.exactness, Lossy):
+            self._taken_last = model
+        self._started = False
+
+    def ready(self) -> None:
+        """Run what the next model is compared with.
+
+        Raises:
+            VerifyError: ONNX Runtime cannot run the captured model.
+        """
+        if self._started:
+            return
         try:
-            self._bench = Bench(captured)
+            self._bench = Bench(self._captured)
         except ort.RuntimeFailure as error:
             problem = Diagnostic(
                 "verify.run",
@@ -346,10 +399,16 @@ class _Judge:
             )
             raise VerifyError([problem, *error.diagnostics]) from error
         samples = [trial.feeds for trial in self._bench.trials]
-        self._scale = Scale.of(ctx.calibration, samples, metric, ctx.progress)
+        ctx = self._ctx
+        self._scale = Scale.of(ctx.calibration, samples, self._metric, ctx.progress)
         self._before = self._bench.dense
         self._dense = self._subject(self._bench.dense)
         self._last = self._dense  # what the next loss is measured against
+        if self._taken_last is not None:
+            self._last = self._subject(self._bench.run(self._taken_last))
+        if self._taken is not self._captured.model:
+            self._before = self._bench.run(self._taken)
+        self._started = True
 
     def judge(
         self, pass_: Pass, model: ir.Model, result: Result, chosen: Sequence[Entry]
@@ -374,10 +433,12 @@ class _Judge:
             if self._last is not self._dense:
                 total = self._scale.loss(self._dense, subject)
             self._last = subject  # an exact pass after it loses nothing that could be measured
+            self._taken_last = model
         else:
             check = self._bench.same(pass_, before, after, result)
         after.session = None
         self._before = after
+        self._taken = model
         return check, loss, total
 
     def _subject(self, outcome: Outcome) -> Subject:

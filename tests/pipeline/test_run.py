@@ -25,7 +25,8 @@ from netlathe.pipeline.pass_ import (
     Result,
     options,
 )
-from netlathe.pipeline.run import Step, plan, run
+from netlathe.pipeline.run import plan, run
+from netlathe.pipeline.step import Step
 from tests.ir.onnx_text import assert_same, matrix, model, ops
 from tests.pipeline.toy import (
     HIDDEN,
