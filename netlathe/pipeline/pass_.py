@@ -158,16 +158,9 @@ class Context:
         return self.pieces.once(name, compute)
 
     def collect(
-        self,
-        model: ir.Model,
-        wanted: Sequence[Statistic],
-        *,
-        needed_by: str,
-        settle: Callable[[StatisticResult], None] | None = None,
+        self, model: ir.Model, wanted: Sequence[Statistic], *, needed_by: str
     ) -> list[StatisticResult]:
         """Run the calibration data through ``model`` and return one result per wanted statistic.
-
-        ``settle`` is given each result before any sample goes on behind it; see the sweep.
 
         Raises:
             PassError: no calibration data was given.
@@ -183,14 +176,7 @@ class Context:
             )
         from netlathe.execute.calibration import sweep  # torch is an extra
 
-        return sweep(
-            model,
-            self.calibration,
-            wanted,
-            device=self.device,
-            progress=self.progress,
-            settle=settle,
-        )
+        return sweep(model, self.calibration, wanted, device=self.device, progress=self.progress)
 
 
 # -- options --------------------------------------------------------------------------------------
