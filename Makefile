@@ -23,7 +23,7 @@ $(STAMP): pyproject.toml locks/dev.txt
 	$(BIN)/python -m pip install --quiet --no-deps --editable .
 	@touch $@
 
-demo: $(STAMP)   ## compile the MiniLM sentence encoder and compare it with the original
+demo: $(STAMP)   ## compile the MiniLM sentence encoder for ONNX and TVM and compare both with the original
 	$(BIN)/python examples/minilm.py --output out/minilm
 
 test: $(STAMP)   ## run the test suite (minutes)
@@ -35,8 +35,9 @@ test-all: $(STAMP)   ## run the tests with the long sweeps: all models, all node
 bench: $(STAMP)  ## run every benchmark; each prints its table and its bar
 	@set -e; for file in benchmarks/bench_*.py; do echo "== $$file"; $(BIN)/python $$file; done
 
-examples: $(STAMP)   ## run every example
+examples: $(STAMP)   ## run every example, and test the example plug-in as installed
 	@set -e; for file in examples/*.py; do echo "== $$file"; $(BIN)/python $$file; done
+	@echo "== examples/plugin"; sh scripts/test-plugin.sh $(BIN)/python
 
 lint: $(STAMP)   ## ruff, mypy --strict and pyright
 	$(BIN)/ruff check .

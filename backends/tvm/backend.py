@@ -6,7 +6,7 @@ and its ffi package, 6 MB together. Dynamic dims stay dynamic.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import onnx_ir as ir
@@ -56,6 +56,16 @@ class TvmBackend(Backend):
         _machine(target)
         toolchain.check()
         toolchain.compiler()
+
+    def tools(self, target: Target) -> Mapping[str, str]:
+        """TVM, its ffi library and the compiler that links, and the CPU features of the target."""
+        tvm, ffi = toolchain.installed()
+        return {
+            "apache-tvm": tvm,
+            "apache-tvm-ffi": ffi,
+            "linker": toolchain.linker(),
+            "features": _machine(target).level,
+        }
 
     def unsupported(self, model: ir.Model, target: Target) -> list[Diagnostic]:
         """Every node that has no form here, found by lowering the model in a process of its own.

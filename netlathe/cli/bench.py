@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,6 +11,7 @@ import click
 
 from netlathe.cli import options, render
 from netlathe.cli.request import capture
+from netlathe.diagnostics import Diagnostic, InputError
 
 if TYPE_CHECKING:
     from netlathe.pipeline.interfaces import Captured
@@ -55,20 +57,23 @@ def bench(
 ) -> None:
     """Measure the latency of models in turn.
 
-    Every MODEL runs in ONNX Runtime, and is shown with its ratio to the first. The models take
-    turns (A B C, C B A, ...) in one process, so that a machine that slows down slows all of them;
-    the ratio of the medians is what to trust. Optimizations are on, as in an application.
+    A folder that was compiled for TVM runs in TVM's runtime, with the inputs of the first MODEL of
+    another kind; everything else runs in ONNX Runtime. Each is shown with its ratio to the first.
+    The models take turns (A B C, C B A, ...) in one process, so that a machine that slows down
+    slows all of them; the ratio of the medians is what to trust. Optimizations are on, as in an
+    application, and all use the same number of threads.
 
     \b
     netlathe bench model.onnx out --dims batch=1,sequence=128 --threads 1
+    netlathe bench out/onnx out/tvm --threads 2
     """
     from netlathe.execute import ort
     from netlathe.execute.timing import in_turn
 
     threads = threads or ort.default_threads()
-    captured = [capture(path, kv_cache=kv_cache, dims=dims) for path in models]
     names = _names(models)
-    runs = {name: _runner(one, threads) for name, one in zip(names, captured, strict=True)}
+    entrants = _entrants(models, names, threads, kv_cache=kv_cache, dims=dims)
+    runs = {name: entrant.run for name, entrant in entrants.items()}
     found = in_turn(runs, rounds=rounds, warmup=warmup, progress=render.Bars())
     first = found[names[0]]
     if as_json:
@@ -78,31 +83,99 @@ def bench(
                 "rounds": rounds,
                 "models": [
                     {
-                        "model": one.source,
-                        "dims": one.dynamic,
+                        "model": entrant.source,
+                        "runtime": entrant.runtime,
+                        "dims": entrant.dims,
                         **vars(found[name]),
                         "ratio": found[name].median_ms / first.median_ms,
                     }
-                    for name, one in zip(names, captured, strict=True)
+                    for name, entrant in entrants.items()
                 ],
             }
         )
         return
     render.table(
         "",
-        ("model", "#median", "#quartiles", "#ratio", "at"),
+        ("model", "runs in", "#median", "#quartiles", "#ratio", "at"),
         (
             (
                 name,
+                entrant.runtime,
                 f"{found[name].median_ms:.2f} ms",
                 f"{found[name].low_ms:.2f} to {found[name].high_ms:.2f} ms",
                 f"{found[name].median_ms / first.median_ms:.2f}",
-                render.sizes(one.dynamic),
+                render.sizes(entrant.dims),
             )
-            for name, one in zip(names, captured, strict=True)
+            for name, entrant in entrants.items()
         ),
     )
     render.line(f"({rounds} rounds, {threads} thread{'s' if threads > 1 else ''})")
+
+
+@dataclass(frozen=True)
+class _Entrant:
+    """A model ready to be timed."""
+
+    source: str
+    runtime: str
+    dims: Mapping[str, int]
+    run: Callable[[], object]
+
+
+def _entrants(
+    models: tuple[Path, ...],
+    names: list[str],
+    threads: int,
+    *,
+    kv_cache: bool,
+    dims: dict[str, int],
+) -> dict[str, _Entrant]:
+    """The models by name, in the order they were given."""
+    compiled = [path for path in models if _is_for_tvm(path)]
+    captured = {
+        name: capture(path, kv_cache=kv_cache, dims=dims)
+        for path, name in zip(models, names, strict=True)
+        if path not in compiled
+    }
+    if not captured:
+        raise InputError(
+            Diagnostic(
+                "bench.inputs",
+                "an artifact for TVM does not say which inputs make sense",
+                at=str(models[0]),
+                help="name the model it was made from too, or its ONNX artifact",
+            )
+        )
+    judge = next(iter(captured.values()))
+    return {
+        name: _Entrant(
+            captured[name].source,
+            "ONNX Runtime",
+            captured[name].dynamic,
+            _runner(captured[name], threads),
+        )
+        if name in captured
+        else _Entrant(str(path), "TVM", judge.dynamic, _tvm_runner(path, judge, threads))
+        for path, name in zip(models, names, strict=True)
+    }
+
+
+def _is_for_tvm(path: Path) -> bool:
+    return all((path / name).is_file() for name in ("meta.json", "model.so"))
+
+
+def _tvm_runner(folder: Path, judge: Captured, threads: int) -> Callable[[], object]:
+    """A function that runs the artifact once, with the inputs of ``judge``."""
+    from netlathe.backends.tvm import runtime
+    from netlathe.execute.compare import inputs_of
+
+    feeds = inputs_of(judge.model, judge.sample(judge.dynamic, 0))
+    try:
+        model = runtime.load(folder, threads=threads)
+        model.run(feeds)
+    except runtime.ArtifactError as error:
+        raise InputError(Diagnostic("bench.artifact", str(error), at=str(folder))) from error
+    return lambda: model.run(feeds)
 
 
 def _names(models: tuple[Path, ...]) -> list[str]:

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 from netlathe.pipeline.pass_ import Progress, SilentProgress
 
+_REST_S = 0.005  # threads of ONNX Runtime and TVM have gone to sleep by then
+
 
 @dataclass(frozen=True)
 class Timing:
@@ -32,7 +34,8 @@ def in_turn(
 ) -> dict[str, Timing]:
     """Run every function once a round, A B C A B C ..., and return the median of each.
 
-    Rounds are alternately forward and backward, so that no function always follows the same one.
+    Rounds are alternately forward and backward, so that no function always follows the same one. There is
+    a rest before each run: idle threads of the runtime before it spin for a while, on the same cores.
 
     Raises:
         ValueError: ``rounds`` is below 3: quartiles need that many.
@@ -46,6 +49,7 @@ def in_turn(
     names = list(functions)
     for number in (progress or SilentProgress()).track(range(rounds), "measuring", rounds):
         for name in names if number % 2 == 0 else reversed(names):
+            time.sleep(_REST_S)
             start = time.perf_counter()
             functions[name]()
             taken[name].append(1e3 * (time.perf_counter() - start))

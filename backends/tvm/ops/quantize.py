@@ -15,6 +15,7 @@ from netlathe.backends.tvm.ops.reduction import reduced
 from netlathe.backends.tvm.ops.window import convolved
 from netlathe.backends.tvm.tir import Code, Expr, Index, cast, i64, idiv, select
 from netlathe.backends.tvm.values import Lazy, Value
+from netlathe.ir import weights
 from netlathe.ir.dims import Shape
 
 _RANGE: Mapping[D, tuple[int, int]] = {
@@ -68,7 +69,7 @@ def _dequantize(op: Op) -> Sequence[Value]:
         return cast(held, wide) * cast(scale, wide)
 
     made = combine(op.low, dequantize, operands, target, x.shape)
-    if isinstance(made, Lazy) and op.array(0) is not None:
+    if isinstance(made, Lazy) and weights.is_weight(op.node.inputs[0]):
         made.cheap = True  # a quantized weight is scaled where it is read, not written out
     return [made]
 
