@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,7 +42,7 @@ from netlathe.ir.provenance import location
 from netlathe.pipeline.pass_ import Feeds, Progress
 
 STAGE_BYTES = 256 << 20
-_MASK = "attention_mask"
+MASK = "attention_mask"
 _HOST = torch.device("cpu")
 
 Held = dict[Slot, Any]  # of one sample: tensors on the host, and shape values
@@ -56,8 +56,13 @@ def sweep(
     device: str,
     progress: Progress,
     stage_bytes: int = STAGE_BYTES,
+    settle: Callable[[StatisticResult], None] | None = None,
 ) -> list[StatisticResult]:
     """One result for each of ``wanted``, in order; all are collected in the one sweep.
+
+    ``settle`` is given each result before any sample goes on behind the values it is about, in the
+    order of the graph: a weight that is a recipe may then read what was made of it. So a pass that
+    changes one layer after the other sees every layer behind those that it has changed.
 
     The same model, data and ``stage_bytes`` give the same bits on the same machine.
 
@@ -68,21 +73,24 @@ def sweep(
         LowerError: with every node that the executor cannot run.
     """
     found = types.infer(model)
-    watches = _watches(model, wanted, found)
+    watched = watches(model, wanted, found)
     executor = Executor(model, device, keep_weights=True)
     if not feeds:
         raise PassError(Diagnostic("calibration.empty", "there are no calibration samples"))
     for sample in feeds:  # what does not fit is found before any work
         executor.feed(sample)
     held: list[Held] = [{} for _ in feeds]
-    plan = _cut(executor, watches, _Sizes(model, found, feeds[0]), stage_bytes)
-    stages = list(_stages(executor.program, plan))
-    work = ((stage, number) for stage in stages for number in range(len(feeds)))
-    for stage, number in progress.track(work, "calibrating", len(stages) * len(feeds)):
+    sizes = Sizes(model, found, feeds[0])
+    parts = stages(executor, watched, sizes, stage_bytes, at_watches=settle is not None)
+    work = ((stage, number) for stage in parts for number in range(len(feeds)))
+    for stage, number in progress.track(work, "calibrating", len(parts) * len(feeds)):
         held[number] = _run(executor, stage, held[number], feeds[number], number)
         if number == len(feeds) - 1:
             executor.release_weights()
-    return [_result(watches[statistic]) for statistic in wanted]
+            for watch, _ in stage.watches if settle is not None else ():
+                assert settle is not None
+                settle(result(watch))
+    return [result(watched[statistic]) for statistic in wanted]
 
 
 # -- what is watched ------------------------------------------------------------------------------
@@ -97,7 +105,7 @@ class _Mask:
 
 
 @dataclass(frozen=True)
-class _Watch:
+class Watch:
     """A statistic, its values and its running sum."""
 
     statistic: Statistic
@@ -106,13 +114,13 @@ class _Watch:
     sums: Accumulator
 
 
-def _watches(
+def watches(
     model: ir.Model, wanted: Sequence[Statistic], found: types.Inference
-) -> dict[Statistic, _Watch]:
+) -> dict[Statistic, Watch]:
     values = {v.name: v for v in model.graph.inputs if v.name}
     values |= {v.name: v for node in model.graph for v in node.outputs if v.name}
     problems = []
-    watches: dict[Statistic, _Watch] = {}
+    watches: dict[Statistic, Watch] = {}
     for statistic in dict.fromkeys(wanted):
         unknown = [name for name in statistic.values if name not in values]
         problems += [
@@ -128,7 +136,7 @@ def _watches(
         read = tuple(values[name] for name in statistic.values)
         problems += _unfit(statistic, read, found)
         mask = _mask_of(model, found, read[0], statistic.channel_axis)
-        watches[statistic] = _Watch(statistic, read, mask, statistic.start())
+        watches[statistic] = Watch(statistic, read, mask, statistic.start())
     if problems:
         raise PassError(problems)
     return watches
@@ -186,7 +194,7 @@ def _mask_of(
         usable = type_.dtype is not None and not type_.dtype.is_floating_point()
         if not usable or type_.shape is None or len(type_.shape) != 2:
             continue
-        if mask.name is None or not mask.name.endswith(_MASK):
+        if mask.name is None or not mask.name.endswith(MASK):
             continue
         batch, length = type_.shape
         if 0 in rows and dims.same(shape[0], batch):
@@ -210,15 +218,28 @@ def _covers(length: Dim, positions: Dim, input_dims: set[Dim]) -> bool:
 # -- stages ---------------------------------------------------------------------------------------
 
 
+def stages(
+    executor: Executor,
+    watched: Mapping[Statistic, Watch],
+    sizes: Sizes,
+    stage_bytes: int,
+    *,
+    at_watches: bool = False,
+) -> list[Stage]:
+    """The stages in which the watched values are computed; see :func:`_cut`."""
+    plan = _cut(executor, watched, sizes, stage_bytes, at_watches=at_watches)
+    return list(_stages(executor.program, plan))
+
+
 @dataclass(frozen=True)
-class _Stage:
+class Stage:
     """Some steps as a program of their own, and what is summed up and held on after them."""
 
     part: Program
     inputs: frozenset[Slot]  # of the graph, that it reads
     reads: frozenset[Slot]  # of what is held before
     keeps: frozenset[Slot]  # of that and of what it makes
-    watches: tuple[tuple[_Watch, tuple[Slot, ...]], ...]
+    watches: tuple[tuple[Watch, tuple[Slot, ...]], ...]
 
 
 @dataclass(frozen=True)
@@ -227,25 +248,35 @@ class _Plan:
 
     steps: tuple[Step, ...]
     ends: tuple[int, ...]
-    due: Mapping[int, list[tuple[_Watch, tuple[Slot, ...]]]]
+    due: Mapping[int, list[tuple[Watch, tuple[Slot, ...]]]]
 
 
 def _cut(
-    executor: Executor, watches: Mapping[Statistic, _Watch], sizes: _Sizes, stage_bytes: int
+    executor: Executor,
+    watches: Mapping[Statistic, Watch],
+    sizes: Sizes,
+    stage_bytes: int,
+    at_watches: bool,
 ) -> _Plan:
-    """Cut where the fewest elements are held, with stages of at most ``stage_bytes`` of weights."""
+    """Cut where the fewest elements are held, with stages of at most ``stage_bytes`` of weights.
+
+    With ``at_watches`` a stage also ends where a statistic has its values.
+    """
     program = executor.program
     watched = {w: tuple(program.values[v.name or ""] for v in w.values) for w in watches.values()}
     steps = executor.steps(list(dict.fromkeys(s for slots in watched.values() for s in slots)))
     made = {slot: at for at, step in enumerate(steps) for slot in step.outputs if slot is not None}
-    due: dict[int, list[tuple[_Watch, tuple[Slot, ...]]]] = {}
+    due: dict[int, list[tuple[Watch, tuple[Slot, ...]]]] = {}
     for watch, slots in watched.items():
         due.setdefault(max(made.get(slot, -1) for slot in slots), []).append((watch, slots))
     ends, start = [], 0
     widths = _widths(steps, due, sizes)
     while start < len(steps):
         end = _furthest(program, steps, start, stage_bytes)
-        if end < len(steps):
+        last = min((at + 1 for at in due if start <= at < end), default=end) if at_watches else end
+        if last < end:
+            end = last
+        elif end < len(steps):
             end = min(range(end, start, -1), key=lambda at: widths[at])  # the last of the best
         ends.append(end)
         start = end
@@ -277,7 +308,7 @@ def _weights(program: Program, step: Step) -> Iterator[ir.TensorProtocol]:
 
 
 def _widths(
-    steps: Sequence[Step], due: Mapping[int, list[tuple[_Watch, tuple[Slot, ...]]]], sizes: _Sizes
+    steps: Sequence[Step], due: Mapping[int, list[tuple[Watch, tuple[Slot, ...]]]], sizes: Sizes
 ) -> list[float]:
     """Elements that are held for a sample at the boundary before each step, and after the last."""
     last: dict[Slot, int] = {}
@@ -299,7 +330,7 @@ def _widths(
     return [math.inf if gaps else width for width, gaps in sums]
 
 
-class _Sizes:
+class Sizes:
     """How many elements the values have for one sample."""
 
     def __init__(self, model: ir.Model, found: types.Inference, sample: Feeds) -> None:
@@ -324,10 +355,10 @@ class _Sizes:
         return None if shape is None or len(known) < len(sizes) else math.prod(known)
 
 
-def _stages(program: Program, plan: _Plan) -> Iterator[_Stage]:
+def _stages(program: Program, plan: _Plan) -> Iterator[Stage]:
     """The stages in order, from last to first inside: what is held is what is read later."""
     needed: set[Slot] = set()
-    stages: list[_Stage] = []
+    stages: list[Stage] = []
     starts = (0, *plan.ends[:-1])
     for start, end in reversed(list(zip(starts, plan.ends, strict=True))):
         steps = plan.steps[start:end]
@@ -343,7 +374,7 @@ def _stages(program: Program, plan: _Plan) -> Iterator[_Stage]:
             steps=list(steps), weights=program.weights, outputs=list(dict.fromkeys(outputs))
         )
         keeps = frozenset(needed)
-        stages.append(_Stage(part, frozenset(inputs), frozenset(reads), keeps, watches))
+        stages.append(Stage(part, frozenset(inputs), frozenset(reads), keeps, watches))
         needed = (needed - made.keys()) | reads
     yield from reversed(stages)
 
@@ -351,7 +382,7 @@ def _stages(program: Program, plan: _Plan) -> Iterator[_Stage]:
 # -- running --------------------------------------------------------------------------------------
 
 
-def _run(executor: Executor, stage: _Stage, held: Held, sample: Feeds, number: int) -> Held:
+def _run(executor: Executor, stage: Stage, held: Held, sample: Feeds, number: int) -> Held:
     """Run a sample through a stage; what is held afterwards."""
     values = {slot: _moved(held[slot], executor.device) for slot in stage.reads}
     kept = {slot: value for slot, value in held.items() if slot in stage.keeps}
@@ -377,25 +408,37 @@ def _compact(value: Any) -> Any:
     return value
 
 
-def _add(watch: _Watch, tensors: Sequence[Any], sample: Feeds, number: int) -> None:
+def _add(watch: Watch, tensors: Sequence[Any], sample: Feeds, number: int) -> None:
     """Let the rows of one sample that count flow into the running sum."""
-    statistic = watch.statistic
-    rows = []
+    axis = watch.statistic.channel_axis
     for value, tensor in zip(watch.values, tensors, strict=True):
-        last = tensor.movedim(statistic.channel_axis, -1)  # [*rows, channels]
-        if last.shape != tensors[0].movedim(statistic.channel_axis, -1).shape:
+        if tensor.movedim(axis, -1).shape != tensors[0].movedim(axis, -1).shape:
             names = " and ".join(v.name or "?" for v in watch.values)
             raise PassError(_about(value, "calibration.shapes", f"{names} differ in shape"))
-        flat = last.reshape(-1, last.shape[-1])
-        if watch.mask is not None and watch.mask.name in sample:
-            counts = _counts(watch.mask, sample, tensor, statistic.channel_axis)
-            flat = flat[counts.to(flat.device)]
-        if not bool(torch.isfinite(flat).all()):
-            raise PassError(_not_finite(value, flat, number))
-        rows.append(flat)
+    pairs = zip(watch.values, tensors, strict=True)
+    rows = [rows_of(watch, value, tensor, sample, number) for value, tensor in pairs]
     for piece in zip(*map(chunks, rows), strict=True):
         if piece[0].shape[0]:
             watch.sums.add(*(x.to(torch.float64) for x in piece))
+
+
+def rows_of(
+    watch: Watch, value: ir.Value, tensor: torch.Tensor, sample: Feeds, number: int
+) -> torch.Tensor:
+    """The rows of a tensor that count, ``[rows, channels]``.
+
+    Raises:
+        PassError: one of them is not finite.
+    """
+    axis = watch.statistic.channel_axis
+    last = tensor.movedim(axis, -1)  # [*rows, channels]
+    flat = last.reshape(-1, last.shape[-1])
+    if watch.mask is not None and watch.mask.name in sample:
+        counts = _counts(watch.mask, sample, tensor, axis)
+        flat = flat[counts.to(flat.device)]
+    if not bool(torch.isfinite(flat).all()):
+        raise PassError(_not_finite(value, flat, number))
+    return flat
 
 
 def _counts(mask: _Mask, sample: Feeds, tensor: torch.Tensor, channel_axis: int) -> torch.Tensor:
@@ -423,7 +466,7 @@ def _not_finite(value: ir.Value, rows: torch.Tensor, number: int) -> Diagnostic:
     )
 
 
-def _result(watch: _Watch) -> StatisticResult:
+def result(watch: Watch) -> StatisticResult:
     if not watch.sums.count:
         name = watch.values[0].name
         message = f"no row of {name} counts: all of the calibration data is padding or empty"

@@ -111,15 +111,20 @@ class Executor:
         """The steps of the plan that ``wanted`` need, in order."""
         return self._schedule(self._program, tuple(wanted)).steps
 
-    def run_part(self, part: Program, values: dict[Slot, Any]) -> None:
+    def run_part(self, part: Program, values: dict[Slot, Any], *, gradients: bool = False) -> None:
         """Run the steps of ``part`` that its outputs need, on ``values``, which hold what they read.
 
-        Afterwards ``values`` hold the outputs, and nothing that the steps alone have read or made.
+        Afterwards ``values`` hold the outputs, and nothing that the steps alone have read or made. With
+        ``gradients`` torch records what is done, and weights can be differentiated by.
 
         Raises:
             ExecutionError: a node failed; it is named.
         """
-        with torch.inference_mode(False), torch.no_grad(), _exact_arithmetic(self.device):
+        with (
+            torch.inference_mode(False),
+            torch.set_grad_enabled(gradients),
+            _exact_arithmetic(self.device),
+        ):
             self._run_steps(part, values, tuple(part.outputs))
 
     def release_weights(self) -> None:
@@ -193,8 +198,8 @@ class Executor:
         if not isinstance(arg, Slot) or arg in values:
             return values[arg] if isinstance(arg, Slot) else arg
         if arg in self._kept:
-            return self._kept[arg]
-        weight = self._load(program.weights[arg])
+            return _differentiable(self._kept[arg])
+        weight = _differentiable(self._load(program.weights[arg]))
         if self._keep:
             self._kept[arg] = weight
         else:
@@ -221,6 +226,14 @@ class Executor:
         if key not in self._schedules:
             self._schedules[key] = _make_schedule(program, wanted)
         return self._schedules[key]
+
+
+def _differentiable(weight: torch.Tensor) -> torch.Tensor:
+    """The weight, which takes gradients where torch records them."""
+    floating = weight.is_floating_point() and weight.dtype not in storage.FLOAT8
+    if torch.is_grad_enabled() and floating and weight.dim():
+        weight.requires_grad_()
+    return weight
 
 
 class _Body:

@@ -126,7 +126,7 @@ class Scale:
         sums: dict[str, _Sums] = {}
         for value in after.model.graph.outputs:
             if value.name and value.dtype is not None and value.dtype.is_floating_point():
-                sums[value.name] = _Sums(_kind(value))
+                sums[value.name] = _Sums(kind_of(value))
         numbered = list(enumerate(self.feeds))
         for number, feeds in self.progress.track(numbered, "measuring the loss", len(numbered)):
             old, new = before.outputs(number, feeds), after.outputs(number, feeds)
@@ -205,7 +205,7 @@ class _Sums:
         )
 
 
-def _kind(output: ir.Value) -> Kind:
+def kind_of(output: ir.Value) -> Kind:
     """Whether rows of an output are logits: by name, by a softmax, or a classifier's [b, classes].
 
     Embeddings and hidden states are not, whatever makes them.

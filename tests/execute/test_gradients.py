@@ -1,0 +1,224 @@
+"""Gradients against torch's own, taken through the whole model at once; losses against their formulas."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+import torch
+
+from netlathe.diagnostics import PassError
+from netlathe.execute import gradients
+from netlathe.execute.executor import Executor
+from netlathe.execute.gradients import (
+    GateFisher,
+    GateGradient,
+    Objective,
+)
+from netlathe.execute.statistics import Statistic, StatisticResult
+from netlathe.ir import normal
+from netlathe.pipeline.pass_ import SilentProgress
+from tests.execute import text
+
+Array = np.ndarray[Any, np.dtype[Any]]
+VOCAB, WIDTH, INNER = 11, 6, 10
+# float32 arithmetic in another order, some 50 terms a sum: 2**-24 * 50, with room for cancellation.
+CLOSE = 1e-4
+
+LM = f"""
+agraph (int64[b, t] ids) => (float[b, t, {VOCAB}] logits)
+{{
+    x = Gather <axis = 0> (table, ids)
+    h = MatMul (x, up)
+    a = Tanh (h)
+    y = MatMul (a, down)
+    r = Add (x, y)
+    logits = MatMul (r, head)
+}}
+"""
+
+
+def made(body: str, weights: dict[str, Array]) -> ir.Model:
+    """A model in normal form."""
+    model = text.model(body, weights)
+    normal.normalize(model)
+    return model
+
+
+def language_model() -> ir.Model:
+    rng = np.random.default_rng(0)
+    sizes = {"table": (VOCAB, WIDTH), "up": (WIDTH, INNER), "down": (INNER, WIDTH)}
+    sizes["head"] = (WIDTH, VOCAB)
+    return made(LM, {n: rng.normal(0, 0.5, s).astype("f4") for n, s in sizes.items()})
+
+
+def tokens(count: int = 3) -> list[dict[str, Array]]:
+    rng = np.random.default_rng(1)
+    return [{"ids": rng.integers(0, VOCAB, (2, 5))} for _ in range(count)]
+
+
+def sweep(
+    model: ir.Model,
+    feeds: Sequence[Mapping[str, Array]],
+    *wanted: Statistic,
+    objective: Objective = Objective.DATA,
+    stage_bytes: int = 1,
+) -> list[StatisticResult]:
+    return gradients.sweep(
+        model,
+        feeds,
+        wanted,
+        objective,
+        device="cpu",
+        progress=SilentProgress(),
+        stage_bytes=stage_bytes,
+    )
+
+
+def eager(model: ir.Model, feeds: Sequence[Mapping[str, Array]]) -> tuple[Array, Array]:
+    """``a`` and its gradient under next-token cross-entropy, from plain torch."""
+    weight = {
+        name: torch.from_numpy(value.const_value.numpy().copy())
+        for name, value in model.graph.initializers.items()
+        if value.const_value is not None
+    }
+    rows: list[list[Array]] = [[], []]
+    for sample in feeds:
+        ids = torch.from_numpy(sample["ids"])
+        x = weight["table"][ids]
+        a = torch.tanh(x @ weight["up"]).requires_grad_()
+        logits = (x + a @ weight["down"]) @ weight["head"]
+        loss = torch.nn.functional.cross_entropy(
+            logits[:, :-1].reshape(-1, VOCAB), ids[:, 1:].reshape(-1), reduction="sum"
+        )
+        loss.backward()  # type: ignore[no-untyped-call]  # torch's own
+        assert a.grad is not None
+        for into, tensor in zip(rows, (a.detach(), a.grad), strict=True):
+            into.append(tensor.reshape(-1, tensor.shape[-1]).double().numpy())
+    joined = [np.concatenate(part) for part in rows]
+    return joined[0], joined[1]
+
+
+@pytest.mark.parametrize("stage_bytes", [1, 1 << 20])
+def test_next_token_gradients_are_those_of_torch(stage_bytes: int) -> None:
+    model, feeds = language_model(), tokens()
+    index = (0, 0, 1, 1, -1, 2, 2, 2, 3, 3)
+    each = tuple(range(INNER))
+    gate, fisher, channel = sweep(
+        model,
+        feeds,
+        GateGradient("a", -1, index),
+        GateFisher("a", -1, index),
+        GateFisher("a", -1, each),
+        stage_bytes=stage_bytes,
+    )
+    a, g = eager(model, feeds)
+    per_channel = a * g
+    at = np.asarray(index)
+    gates = np.stack([per_channel[:, at == p].sum(1) for p in range(4)], 1)
+    for found, expected in (
+        (gate, gates.mean(0)),
+        (fisher, np.square(gates).mean(0)),
+        (channel, np.square(per_channel).mean(0)),
+    ):
+        np.testing.assert_allclose(
+            found.array, expected, rtol=0, atol=CLOSE * np.abs(expected).max()
+        )
+        assert found.array.dtype == np.float64
+
+
+def test_a_gate_of_a_product_is_what_its_weights_sum_to() -> None:
+    """sum of w dL/dw over the row of ``down`` that multiplies a channel, by finite differences."""
+    model, feeds = language_model(), tokens(1)
+    (found,) = sweep(model, feeds, GateGradient("a", -1, tuple(range(INNER))))
+
+    def loss(gate: float, channel: int) -> float:
+        changed = model.clone()
+        value = changed.graph.initializers["down"]
+        assert value.const_value is not None
+        array = value.const_value.numpy().astype(np.float64)
+        array[channel] *= gate
+        value.const_value = ir.tensor(array.astype(np.float32))
+        logits = Executor(changed).run(feeds[0])["logits"].double()
+        ids = torch.from_numpy(feeds[0]["ids"])
+        logs = torch.log_softmax(logits[:, :-1], -1)
+        return -float(logs.gather(-1, ids[:, 1:, None]).sum())
+
+    step = 2.0**-7  # error of the second order: step**2; of float32: 2**-24 / step
+    for channel in (0, 4, 9):
+        slope = (loss(1 + step, channel) - loss(1 - step, channel)) / (2 * step)
+        assert found.array[channel] * found.count == pytest.approx(slope, abs=2e-3)
+
+
+def test_drawn_labels_give_the_fisher_information() -> None:
+    """E over labels of (x g)^2 for one gate is x^2 w^T (diag(p) - p p^T) w: many draws come close."""
+    model = made(
+        "agraph (float[b, 2] x) => (float[b, 3] logits)  { h = Relu (x)  logits = MatMul (h, w) }",
+        {"w": np.array([[1.0, -0.5, 0.2], [0.3, 0.8, -1.0]], "f4")},
+    )
+    row = np.array([0.7, 1.2])
+    count = 20_000
+    feeds = [{"x": np.tile(row, (count, 1)).astype("f4")}]
+    (found,) = sweep(model, feeds, GateFisher("h", -1, (0, 1)), objective=Objective.CURVATURE)
+    weight = np.array([[1.0, -0.5, 0.2], [0.3, 0.8, -1.0]])
+    z = row @ weight
+    p = np.exp(z) / np.exp(z).sum()
+    exact = row**2 * np.einsum("iv,vw,iw->i", weight, np.diag(p) - np.outer(p, p), weight)
+    # The mean of `count` draws of a bounded variable: relative deviation below 5 / sqrt(count).
+    np.testing.assert_allclose(found.array, exact, rtol=5 / np.sqrt(count))
+
+
+def test_values_have_the_curvature_of_a_squared_error() -> None:
+    """Without logits the Hessian of |y - y0|^2 / (2 RMS^2) with respect to a gate: x^2 |w|^2 / RMS^2."""
+    model = made(
+        "agraph (float[b, 2] x) => (float[b, 4, 1] y) <int64[3] s = {-1, 4, 1}>"
+        " { h = Relu (x)  z = MatMul (h, w)  y = Reshape (z, s) }",
+        {"w": np.array([[1.0, 2.0, -1.0, 0.5], [0.1, 0.0, 0.4, 0.3]], "f4")},
+    )
+    row, count = np.array([0.5, 1.5]), 20_000
+    feeds = [{"x": np.tile(row, (count, 1)).astype("f4")}]
+    (found,) = sweep(model, feeds, GateFisher("h", -1, (0, 1)), objective=Objective.CURVATURE)
+    weight = np.array([[1.0, 2.0, -1.0, 0.5], [0.1, 0.0, 0.4, 0.3]])
+    rms2 = np.square(row @ weight).mean()
+    exact = row**2 * np.square(weight).sum(1) / rms2
+    np.testing.assert_allclose(found.array, exact, rtol=10 / np.sqrt(count))
+
+
+def test_padding_does_not_count() -> None:
+    """A padded sample gives what the sample alone gives."""
+    body = LM.replace("(int64[b, t] ids)", "(int64[b, t] ids, int64[b, t] attention_mask)")
+    rng = np.random.default_rng(0)
+    plain = language_model()
+    weights = plain.graph.initializers.items()
+    model = made(body, {n: v.const_value.numpy() for n, v in weights if v.const_value is not None})
+    ids = rng.integers(0, VOCAB, (1, 4))
+    padded = {
+        "ids": np.concatenate([ids, np.zeros((1, 3), np.int64)], 1),
+        "attention_mask": np.array([[1, 1, 1, 1, 0, 0, 0]]),
+    }
+    wanted = GateFisher("a", -1, tuple(range(INNER)))
+    (alone,) = sweep(plain, [{"ids": ids}], wanted)
+    (with_padding,) = sweep(model, [padded], wanted)
+    assert with_padding.count == alone.count == 4
+    np.testing.assert_allclose(with_padding.array, alone.array, rtol=1e-5)
+
+
+def test_the_same_seed_draws_the_same_labels() -> None:
+    model, feeds = language_model(), tokens()
+    wanted = GateFisher("a", -1, tuple(range(INNER)))
+    first, second = (
+        sweep(model, feeds, wanted, objective=Objective.CURVATURE)[0].array for _ in range(2)
+    )
+    np.testing.assert_array_equal(first, second)
+
+
+def test_no_labels_is_said() -> None:
+    model = made(
+        "agraph (float[b, 2] x) => (float[b, 3] y)  { h = Relu (x)  y = MatMul (h, w) }",
+        {"w": np.ones((2, 3), "f4")},
+    )
+    with pytest.raises(PassError, match="nothing says what the model should have answered"):
+        sweep(model, [{"x": np.ones((1, 2), "f4")}], GateGradient("h", -1, (0, 1)))
