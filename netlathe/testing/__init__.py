@@ -10,6 +10,7 @@ Each check judges a plug-in by laws that every one of its kind keeps, on small m
 
 from __future__ import annotations
 
+from netlathe.testing.installed import check_entry_point
 from netlathe.testing.laws import Case, ConformanceError, Law
 from netlathe.testing.models import from_model, from_text, models
 from netlathe.testing.passes import check_pass, pass_cases
@@ -18,6 +19,7 @@ __all__ = [
     "Case",
     "ConformanceError",
     "Law",
+    "check_entry_point",
     "check_pass",
     "from_model",
     "from_text",

@@ -171,10 +171,16 @@ class Subject:
     """A pass and all models that it is tried on."""
 
     def __init__(self, pass_: Pass, models: Sequence[Captured] | None) -> None:
-        ready = {captured.source: captured for captured in ready_models()}
-        chosen = list(ready.values()) if models is None else [*models, ready["empty"]]
         self.pass_ = pass_
-        self.attempts = [Attempt(pass_, captured) for captured in chosen]
+        self._models = models
+
+    @cached_property
+    def attempts(self) -> list[Attempt]:
+        """One for each model; they are made when the first law is judged."""
+        ready = {captured.source: captured for captured in ready_models()}
+        own = self._models
+        chosen = list(ready.values()) if own is None else [*own, ready["empty"]]
+        return [Attempt(self.pass_, captured) for captured in chosen]
 
     def find(self, name: str) -> type[Pass]:
         """The pass by its name, whether it is installed or not."""

@@ -1,0 +1,54 @@
+"""NetLathe's own passes keep the laws that it asks of others."""
+
+from __future__ import annotations
+
+from importlib import metadata
+from typing import Any
+
+import pytest
+
+from netlathe.pipeline import text
+from netlathe.testing import Case, pass_cases
+
+QUICK = (
+    "cleanup",
+    "fold_batch_norm",
+    "fold_norms",
+    "convert",
+    'drop(kind="ffn")',
+    "quantize(min_size=0)",
+)
+SLOW = (
+    "fold_norms(untie=True)",
+    'convert(dtype="bfloat16")',
+    "drop",
+    'drop(kind="block")',
+    "quantize(min_size=0, embeddings=False)",
+)
+NOT_YET = {"prune", "slice"}
+
+
+def cases(pipeline: str) -> list[Any]:
+    """The laws, one test each; those that start a process are slow but for one pass."""
+    (pass_,) = text.parse(pipeline)
+    found = []
+    for case in pass_cases(pass_):
+        slow = pipeline in SLOW or (str(case) == "process" and pipeline != "fold_batch_norm")
+        marks = [pytest.mark.slow] if slow else []
+        found.append(pytest.param(case, id=f"{pipeline}-{case}", marks=marks))
+    return found
+
+
+@pytest.mark.parametrize("case", [c for p in (*QUICK, *SLOW) for c in cases(p)])
+def test_our_passes_keep_the_law(case: Case[Any]) -> None:
+    case.check()
+
+
+def test_no_pass_of_ours_is_left_out() -> None:
+    ours = {
+        entry.name
+        for entry in metadata.entry_points(group="netlathe.passes")
+        if entry.value.startswith("netlathe.")
+    }
+    judged = {pass_.name for pipeline in (*QUICK, *SLOW) for pass_ in text.parse(pipeline)}
+    assert ours - judged <= NOT_YET and not NOT_YET & judged
