@@ -22,7 +22,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy.typing as npt
 import onnx_ir as ir
@@ -33,7 +33,7 @@ from netlathe.analysis.products import Use
 from netlathe.diagnostics import Diagnostic, GateError, OptionError, PassError, did_you_mean
 from netlathe.ir import types, weights
 from netlathe.ir.provenance import module_path
-from netlathe.passes.quantize import candidates, reference, rounding
+from netlathe.passes.quantize import candidates, integer, reference, rounding
 from netlathe.passes.quantize.candidates import Candidate
 from netlathe.passes.quantize.graph import Editor, as_codes
 from netlathe.passes.quantize.layout import Layout, Unfit, layout
@@ -94,6 +94,10 @@ class Quantize(ChoosingPass):
         help='other settings by module path or weight: {"lm_head": {"weights": "int8"}}; the last match'
         " counts",
     )
+    activations: Literal["float32", "int8"] = option(
+        default="float32",
+        help='"int8": integer arithmetic behind int8 weights, with static scales from calibration data',
+    )
     embeddings: bool = option(default=True, help="quantize tables that are looked up as well")
     min_size: int = option(default=1024, ge=0, help="leave weights with fewer elements as they are")
     ignore: tuple[str, ...] = option(
@@ -121,6 +125,8 @@ class Quantize(ChoosingPass):
         progress = ctx.progress.track(found, "looking at weights", len(found))
         entries = [self._entry(candidate, ctx) for candidate in progress]
         self._check_coverage(found, entries)
+        if self.activations == "int8":
+            entries += self._activations(model, entries, ctx)
         return entries
 
     def edit(self, model: ir.Model, chosen: Sequence[Entry], ctx: Context) -> Result:
@@ -130,7 +136,13 @@ class Quantize(ChoosingPass):
         applied = [entry for entry in chosen if entry.status == "applied"]
         before = weights.num_bytes(model)
         held = 0
-        for entry in ctx.progress.track(applied, "quantizing", len(applied)):
+        plan, grids = integer.plan(model, _integer_weights(applied)), _grids(applied)
+        if not grids:
+            plan = integer.Plan()
+        inside = {layer.weight.name for layer in plan.layers.values()}
+        integers: dict[str, integer.Held] = {}
+        stored = [entry for entry in applied if "value" in entry.detail]
+        for entry in ctx.progress.track(stored, "quantizing", len(stored)):
             value = by_name[entry.detail["value"]]
             base = value.const_value
             assert base is not None
@@ -144,12 +156,16 @@ class Quantize(ChoosingPass):
                 held += base.size
                 solved = make(base.numpy())
             codes = as_codes(base, make if solved is None else solved, own, scheme)
-            editor.replace(value, codes, own.scales(scale), own.scales(zero), own, scheme)
+            if value.name in inside:
+                integers[value.name or ""] = integer.Held(codes, own.scales(scale))
+            else:
+                editor.replace(value, codes, own.scales(scale), own.scales(zero), own, scheme)
+        integer.Rewriter(model, plan, grids, integers).run()
         types.annotate(model)
         saved = before - weights.num_bytes(model)
         statistics: dict[str, float] = {}
         if applied:
-            statistics = {"weights": len(applied), "bytes_saved": saved}
+            statistics = {"weights": len(stored), "bytes_saved": saved}
         return Result(bool(applied), list(chosen), editor.renamed, statistics)
 
     def simulate(self, before: ir.Model, chosen: Sequence[Entry]) -> Reference:
@@ -250,6 +266,28 @@ class Quantize(ChoosingPass):
             return f"a table{', tied to a product' if tied else ''}, and embeddings=False"
         return ""
 
+    # -- activations ------------------------------------------------------------------------------
+
+    def _activations(self, model: ir.Model, chosen: Sequence[Entry], ctx: Context) -> list[Entry]:
+        """An entry for every activation that becomes an integer, with its scale."""
+        from netlathe.execute.statistics import MinMax  # torch is an extra
+
+        plan = integer.plan(model, _integer_weights(chosen))
+        values = plan.measured()
+        if not values:
+            reason = "no product with a symmetric int8 weight, by channel or tensor, reads one"
+            return [Entry("(activations)", "skipped", reason)]
+        axes = [1 if value.shape is not None and len(value.shape) == 4 else -1 for value in values]
+        wanted = [MinMax(value.name or "", axis) for value, axis in zip(values, axes, strict=True)]
+        found = ctx.collect(model, wanted, needed_by=f"{self.name} with activations='int8'")
+        entries = []
+        for value, result in zip(values, found, strict=True):
+            grid = integer.grid_of(float(result.array[0].min()), float(result.array[1].max()))
+            reason = f"int8, scale {grid.scale:.3g}, zero point {grid.zero}"
+            detail = {"activation": value.name, "scale": grid.scale, "zero": grid.zero}
+            entries.append(Entry(value.name or "", "applied", reason, module_path(value), detail))
+        return entries
+
     # -- solving ----------------------------------------------------------------------------------
 
     def _solve(
@@ -272,6 +310,23 @@ class Quantize(ChoosingPass):
         if "scales" in solved:
             return solved["scales"], solved["zeros"]
         return rounding.ranges(array, own, scheme)
+
+
+def _integer_weights(chosen: Sequence[Entry]) -> list[str]:
+    """Weights that integer products can take as they are."""
+    return [
+        entry.detail["value"]
+        for entry in chosen
+        if entry.status == "applied"
+        and entry.detail.get("weights") == "int8"
+        and entry.detail["symmetric"]
+        and not entry.detail["block_size"]
+    ]
+
+
+def _grids(chosen: Sequence[Entry]) -> dict[str, integer.Grid]:
+    details = [entry.detail for entry in chosen if "activation" in entry.detail]
+    return {d["activation"]: integer.Grid(d["scale"], d["zero"]) for d in details}
 
 
 # -- entries --------------------------------------------------------------------------------------

@@ -14,6 +14,8 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from netlathe.ir import weights
+from netlathe.passes.quantize import integer
+from netlathe.passes.quantize.integer_reference import Emulator
 from netlathe.pipeline.ledger import Entry
 from netlathe.pipeline.pass_ import Reference
 
@@ -32,17 +34,48 @@ _SCALE_DTYPES = {"float32": np.float32, "float16": np.float16}
 def build(before: ir.Model, chosen: Sequence[Entry]) -> Reference:
     """``before``, which is consumed, with fake-quantized weights."""
     found = {v.name: v for graph in before.graphs() for v in graph.initializers.values()}
-    for entry in chosen:
-        if entry.status != "applied":
-            continue
-        value = found[entry.detail["value"]]
+    applied = [entry for entry in chosen if entry.status == "applied"]
+    grids = {
+        e.detail["activation"]: (e.detail["scale"], e.detail["zero"])
+        for e in applied
+        if "activation" in e.detail
+    }
+    stored = {e.detail["value"]: e for e in applied if "value" in e.detail}
+    fit = [
+        name
+        for name, e in stored.items()
+        if (e.detail["weights"], e.detail["symmetric"], e.detail["block_size"]) == ("int8", True, 0)
+    ]
+    plan = integer.plan(before, fit) if grids else integer.Plan()
+    inside = {layer.weight.name for layer in plan.layers.values()}
+    held = {}
+    for name, entry in stored.items():
+        value = found[name]
         base = value.const_value
         assert base is not None
+        if name in inside:
+            held[name] = _codes_and_scales(base.numpy(), entry.detail, entry.arrays)
+            continue
         made = _fake_quantizer(entry.detail, entry.arrays)
         value.const_value = weights.derived(
             base, made, base.dtype, base.shape.numpy(), base.name or ""
         )
+    Emulator(before, plan, grids, held).run()
     return Reference(before, TOLERANCE)
+
+
+def _codes_and_scales(
+    array: Array, detail: Mapping[str, Any], solved: Mapping[str, Array]
+) -> tuple[Array, Array]:
+    """The integers of a weight, as floats, and the scales of its channels."""
+    wide, back = _in_rows(array, detail)
+    w = wide.astype(np.float64)
+    s, z = (
+        (solved[key].reshape(-1, 1) for key in ("scales", "zeros"))
+        if solved
+        else _formula(w, detail)
+    )
+    return back(_units(w, s, z, detail)), s.reshape(-1)
 
 
 def _fake_quantizer(
