@@ -174,6 +174,11 @@ def _codes_in(value: ir.Value) -> Fraction:
     return Fraction(1)
 
 
+def trains(node: ir.Node, index: int) -> bool:
+    """Whether a floating-point vector that a node reads as an input holds parameters."""
+    return index not in _NOT_TRAINED.get(node.op_type, ())
+
+
 def _roles(value: ir.Value) -> Iterator[tuple[ir.Node, int]]:
     """Who computes with ``value``, and as which input; looked for through nodes that only move it."""
     stack, seen = [value], {value}

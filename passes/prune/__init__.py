@@ -4,8 +4,10 @@
     ->  y = MatMul(Gelu(MatMul(x, w1: f32[k,n'])), w2: f32[n',m])
 
 What is one axis, and all that must change with it, is found by the axis analysis; this pass chooses
-which positions go. Of the rest every weight keeps its numbers. A key-value cache that the model takes and
-gives back is narrowed as its heads are; the model records which are left (`netlathe.ir.interface`).
+which positions go: by a score for each (`scores`), and by how many each width loses (`allocation`). Of the
+rest every weight keeps its numbers, unless those that sum over a width are to make up for what went
+(`compensation`). A key-value cache that the model takes and gives back is narrowed as its heads are; the
+model records which are left (`netlathe.ir.interface`). docs/pruning-quality.md tells what measures best.
 """
 
 from __future__ import annotations
@@ -26,9 +28,11 @@ from netlathe.diagnostics import Diagnostic, PassError, did_you_mean
 from netlathe.ir import edit, interface, provenance
 from netlathe.ir.printing import show_node
 from netlathe.passes.prune import budget as budgets
-from netlathe.passes.prune import reference
+from netlathe.passes.prune import compensation, reference
+from netlathe.passes.prune.allocation import ALLOCATIONS, Allocation
 from netlathe.passes.prune.candidates import SCOPES, Candidate, Scope, find_candidates
-from netlathe.passes.prune.choosing import SCORES, beside, query_groups, uniform
+from netlathe.passes.prune.choosing import beside, query_groups
+from netlathe.passes.prune.scores import measure
 from netlathe.pipeline.ledger import Entry, Status
 from netlathe.pipeline.pass_ import (
     ChoosingPass,
@@ -47,6 +51,21 @@ from netlathe.pipeline.verification import tolerance
 # 8192 terms then differs by 84 ulp = 1e-5 of its RMS (see verification); through 100 layers, by
 # sqrt(100) times that.
 TOLERANCE = 1e-4
+Score = Literal[
+    "l1",
+    "l2",
+    "group_norm",
+    "fpgm",
+    "bn_gamma",
+    "wanda",
+    "flap",
+    "cfsp",
+    "taylor",
+    "obd",
+    "random",
+]
+Allocated = Literal["uniform", "global", "isomorphic", "flap", "cfsp", "layer_adaptive"]
+_IN_LOSS = ("taylor", "obd")  # scores that compare between widths
 _GOALS = ("ratio", "keep", "params", "macs", "bytes", "latency")
 
 
@@ -81,8 +100,19 @@ class Prune(ChoosingPass):
     scope: tuple[Scope, ...] = option(
         default=(), help="what to prune; where none is named, all but vocab"
     )
-    score: Literal["l2", "l1", "random"] = option(
-        default="l2", help="what makes a position important: the norm of its weights"
+    score: Score | None = option(
+        default=None,
+        help="what makes a position important: norms (l1, l2, group_norm), fpgm, bn_gamma; from data wanda,"
+        " flap, cfsp, taylor, obd; random. Where none is named, obd with calibration data, else l2",
+    )
+    allocation: Allocated | None = option(
+        default=None,
+        help="how the share is spread: uniform, global, isomorphic, flap, cfsp, layer_adaptive. Where none"
+        " is named, global for scores in units of the loss (taylor, obd), else uniform",
+    )
+    compensate: compensation.Compensation = option(
+        default="none",
+        help="let weights that sum over a width make up for what went: bias (FLAP), least_squares",
     )
     round_to: int | None = option(
         default=None, ge=1, help="keep widths a multiple of this; the target's where none is given"
@@ -121,9 +151,14 @@ class Prune(ChoosingPass):
         self._check_ignore(found)
         settled = self._settled(axes, found)
         free = [candidate for candidate in found if candidate not in settled]
-        counts = self._counts(axes, free, settled)
+        score = self.score or ("obd" if ctx.calibration else "l2")
+        scored = measure(score, free, model, ctx)
+        spread = self.allocation or ("global" if score in _IN_LOSS else "uniform")
+        counts = self._counts(axes, ALLOCATIONS[spread](scored, model, ctx), free, settled)
+        kept = {c: c.best(scored[c], counts[c]) for c in free if counts[c] < c.size}
+        made_up = compensation.solve(self.compensate, kept, model, ctx)
         entries = []
-        for candidate in ctx.progress.track(found, "scoring widths", len(found)):
+        for candidate in found:
             if candidate in settled:
                 status, reason, left_out = settled[candidate]
                 entries.append(_entry(candidate, status, reason, left_out))
@@ -131,8 +166,7 @@ class Prune(ChoosingPass):
                 reason = f"{candidate.size} stay: the nearest width to what is asked for"
                 entries.append(_entry(candidate, "skipped", reason, True))
             else:
-                scores = SCORES[self.score](candidate, ctx)
-                entries.append(_applied(candidate, candidate.best(scores, counts[candidate])))
+                entries.append(_applied(candidate, kept[candidate], score, made_up[candidate]))
         return entries
 
     def edit(self, model: ir.Model, chosen: Sequence[Entry], ctx: Context) -> Result:
@@ -141,6 +175,8 @@ class Prune(ChoosingPass):
         if not kept:
             return Result(False, list(chosen))
         before, names = cost(model), edit.names_in(model.graph)
+        compensation.edit_weights(model, [entry.arrays for entry in chosen])
+        compensation.edit_biases(model, [entry.arrays for entry in chosen], self.name)
         axes = axis_analysis.analyse(model)
         groups = _groups(axes, kept)
         caches = [value for pair in axes.related.caches for value in pair]
@@ -167,6 +203,8 @@ class Prune(ChoosingPass):
     def simulate(self, before: ir.Model, chosen: Sequence[Entry]) -> Reference:
         """The model at its shapes in which whatever sums over a removed position leaves it out."""
         bound = tolerance(Equivalent(TOLERANCE), before)
+        compensation.edit_weights(before, [entry.arrays for entry in chosen])
+        reference.add_biases(before, [entry.arrays for entry in chosen])
         axes = axis_analysis.analyse(before)
         selection = _selection(_groups(axes, _kept(chosen)))
         reference.mask(before, reference.kept_of(axes, selection))
@@ -221,6 +259,7 @@ class Prune(ChoosingPass):
     def _counts(
         self,
         axes: Axes,
+        allocate: Allocation,
         free: Sequence[Candidate],
         settled: Mapping[Candidate, tuple[Status, str, bool]],
     ) -> dict[Candidate, int]:
@@ -228,7 +267,7 @@ class Prune(ChoosingPass):
         if self.keep is not None:
             return _exact(free, self.keep)
         if self.ratio is not None:
-            counts = dict(zip(free, uniform(free, self.ratio), strict=True))
+            counts = allocate(self.ratio)
             wanted = {c: c.size * (1 - self.ratio) for c in free}
             _check_left(counts, wanted)
             return counts
@@ -239,7 +278,7 @@ class Prune(ChoosingPass):
             kinds: tuple[budgets.Kind, ...] = ("params", "macs", "bytes")
             kind = next(kind for kind in kinds if getattr(self, kind) is not None)
             budget = budgets.by_cost(axes, None, kind, getattr(self, kind))
-        return budgets.solve(budget, free, fixed)
+        return budgets.solve(budget, allocate, free, fixed)
 
 
 def _check_left(counts: Mapping[Candidate, int], wanted: Mapping[Candidate, float]) -> None:
@@ -318,15 +357,20 @@ def _entry(candidate: Candidate, status: Status, reason: str, left_out: bool = F
     return Entry(candidate.name, status, reason, candidate.where, _detail(candidate), left_out)
 
 
-def _applied(candidate: Candidate, kept: Positions) -> Entry:
+def _applied(
+    candidate: Candidate, kept: Positions, score: str, made_up: compensation.Arrays
+) -> Entry:
     count = len(kept)
     gone = candidate.size - count
-    reason = f"{count} of {candidate.size} stay; {gone * candidate.parameters} parameters gone"
-    detail = _detail(candidate) | {"kept": count, "removed": gone}
+    reason = f"{count} of {candidate.size} stay by {score}; {gone * candidate.parameters} parameters gone"
+    detail = _detail(candidate) | {"score": score, "kept": count, "removed": gone}
+    if made_up:
+        reason += f"; {', '.join(made_up)} made up for them"
     if candidate.group.interface:
         reason += f"; {', '.join(candidate.group.interface[:2])} narrower"
         detail |= {"interface": list(candidate.group.interface), "positions": kept.tolist()}
-    return Entry(candidate.name, "applied", reason, candidate.where, detail, arrays={"kept": kept})
+    arrays = {"kept": kept, **made_up}
+    return Entry(candidate.name, "applied", reason, candidate.where, detail, arrays=arrays)
 
 
 def _detail(candidate: Candidate) -> dict[str, Any]:

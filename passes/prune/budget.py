@@ -20,8 +20,8 @@ from netlathe.analysis.axes import Axes
 from netlathe.analysis.cost import Meter
 from netlathe.diagnostics import Diagnostic, PassError
 from netlathe.ir.provenance import matches
+from netlathe.passes.prune.allocation import Allocation
 from netlathe.passes.prune.candidates import Candidate, Widths
-from netlathe.passes.prune.choosing import uniform
 
 Kind = Literal["params", "macs", "bytes", "latency"]
 _STEPS = 40  # halvings of the ratio: finer than one position of any width
@@ -54,7 +54,9 @@ def by_cost(axes: Axes, sizes: Mapping[str, int] | None, kind: Kind, limit: floa
                     help="give a budget of params or bytes",
                 )
             )
-        return float(number)
+        parameters, size_in_bytes = widths.extra()
+        more = {"params": parameters, "bytes": size_in_bytes}
+        return float(number + more.get(kind, 0))
 
     return Budget(kind, limit * measure({}) if limit <= 1 else limit, measure)
 
@@ -125,9 +127,12 @@ def _rows(path: Path) -> list[tuple[str, float, float]]:
 
 
 def solve(
-    budget: Budget, free: Sequence[Candidate], fixed: Sequence[tuple[Candidate, str]]
+    budget: Budget,
+    allocate: Allocation,
+    free: Sequence[Candidate],
+    fixed: Sequence[tuple[Candidate, str]],
 ) -> dict[Candidate, int]:
-    """The widths of the smallest ratio with which the budget is kept.
+    """The widths of the smallest share with which the budget is kept, as ``allocate`` spreads it.
 
     ``fixed`` are candidates that stay, each with the reason.
 
@@ -143,19 +148,18 @@ def solve(
         return {candidate: candidate.size for candidate in free}
     for _ in range(_STEPS):
         ratio = (low + high) / 2
-        counts = _widths(free, ratio)
+        counts = _widths(allocate, ratio)
         if budget.measure(counts) <= budget.limit:
             best, high = counts, ratio
         else:
             low = ratio
-        if _widths(free, low) == _widths(free, high):
+        if _widths(allocate, low) == _widths(allocate, high):
             break
     return best
 
 
-def _widths(free: Sequence[Candidate], ratio: float) -> dict[Candidate, int]:
-    counts = zip(free, uniform(free, ratio), strict=True)
-    return {candidate: count or candidate.widths()[0] for candidate, count in counts}
+def _widths(allocate: Allocation, share: float) -> dict[Candidate, int]:
+    return {candidate: n or candidate.widths()[0] for candidate, n in allocate(share).items()}
 
 
 def _unreachable(

@@ -37,7 +37,7 @@ from netlathe.analysis.axes.algebra import Axis, Product, atoms, find, parts
 from netlathe.analysis.axes.bind import Relation
 from netlathe.analysis.axes.relate import linear_inputs, terms_of
 from netlathe.analysis.branches import residual_branches
-from netlathe.analysis.cost import Meter, is_parameter
+from netlathe.analysis.cost import Meter, is_parameter, trains
 from netlathe.ir import weights
 from netlathe.ir.provenance import module_path
 
@@ -85,7 +85,7 @@ class Candidate:
     ``macs`` are those of one position while nothing else is pruned (all positions cost the same).
     """
 
-    name: str  # unique in the model: "model.layers.0.mlp:ffn"
+    name: str  # unique in the model: "model.layers.0.mlp:ffn", "hidden"
     scope: Scope
     where: str  # module path that its weights have in common
     group: Group
@@ -203,7 +203,7 @@ class _Finder:
                     self.terms[group.atom].append(axis)
 
     def run(self) -> Iterator[Candidate]:
-        taken: Counter[str] = Counter()
+        taken = Counter[str]()
         for group in self.axes.groups:
             if group.size < 2:
                 continue  # one head that all queries share: it can only stay
@@ -212,7 +212,7 @@ class _Finder:
             if scope is None:
                 continue
             where = _common([path for p in of if (path := module_path(p.value))])
-            name = f"{where or group.name}:{scope}"
+            name = f"{where}:{scope}" if where else scope
             taken[name] += 1
             if taken[name] > 1:
                 name += f".{taken[name]}"
@@ -352,8 +352,7 @@ class _Finder:
             if tensor is None or not is_parameter(member.value):
                 continue
             if member.value not in self.axes.related.axes:
-                total += 1  # a vector of equal elements that others share
-                continue
+                continue  # a vector of equal elements that others share: it is there as long as they are
             axis = self.axes.related.axes[member.value][member.dim]
             rows = int(np.count_nonzero(index_of(axis, group.atom) == 0))
             total += rows * (tensor.size // int(axis.size))
@@ -367,16 +366,39 @@ class _Finder:
 
 
 class Widths:
-    """The shapes of all values of a model once some groups have fewer positions."""
+    """The shapes of all values of a model once some groups have fewer positions.
+
+    ``extra`` is what vectors of equal elements that several nodes share then add: one is there for
+    every size that a reader needs.
+    """
 
     def __init__(self, axes: Axes, counts: Mapping[Axis, int]) -> None:
         self._axes = axes.related.axes
+        self._copies = axes.related.copies
         self._known: dict[Axis, int | None] = {find(atom): n for atom, n in counts.items()}
 
     def shape(self, value: ir.Value) -> Sequence[int | None] | None:
         """A size for every dim; None for one that stays as it is."""
         axes = self._axes.get(value)
         return None if axes is None else [self._size(axis) for axis in axes]
+
+    def extra(self) -> tuple[int, int]:
+        """Parameters and bytes that shared vectors have more than now (or fewer)."""
+        needed: dict[ir.Value, dict[int, bool]] = defaultdict(dict)
+        for (node, index), (axis,) in self._copies.items():
+            value = node.inputs[index]
+            assert value is not None
+            size = self._size(axis)
+            size = int(axis.size) if size is None else size
+            needed[value][size] = needed[value].get(size, False) or trains(node, index)
+        parameters = size_in_bytes = 0
+        for value, sizes in needed.items():
+            tensor = value.const_value
+            assert tensor is not None
+            parameters += sum(size for size, trained in sizes.items() if trained)
+            parameters -= tensor.size if is_parameter(value) else 0
+            size_in_bytes += (sum(sizes) - tensor.size) * tensor.dtype.bitwidth // 8
+        return parameters, size_in_bytes
 
     def _size(self, axis: Axis) -> int | None:
         axis = find(axis)

@@ -49,6 +49,33 @@ def mask(model: ir.Model, kept: Kept) -> None:
             rule(masking, node)
 
 
+def add_biases(model: ir.Model, arrays: Sequence[Mapping[str, Array]]) -> None:
+    """Let outputs have a constant added, as ``arrays`` tell under ``bias:OUTPUT``."""
+    named = {
+        name.removeprefix("bias:"): a
+        for one in arrays
+        for name, a in one.items()
+        if "bias:" in name
+    }
+    taken = edit.names_in(model.graph)
+    for node in list(model.graph):
+        for value in node.outputs:
+            if (array := named.get(value.name or "")) is None:
+                continue
+            uses, is_output = list(value.uses()), value.is_graph_output()
+            constant = edit.constant(model.graph, array, "prune/bias", taken)
+            add = edit.node(
+                "Add", [value, constant], dtype=value.dtype, shape=value.shape, like=node
+            )
+            model.graph.insert_after(node, add)
+            for use in uses:
+                use.node.replace_input_with(use.idx, add.outputs[0])
+            if is_output:
+                model.graph.outputs[list(model.graph.outputs).index(value)] = add.outputs[0]
+            add.outputs[0].name = value.name
+            value.name = edit.unique_name(model.graph, f"{value.name}/without", taken)
+
+
 def unmasked(relation: Relation, letter: str) -> str:
     """Why no reference could be made where positions of a letter go; empty where one can.
 
