@@ -106,15 +106,17 @@ def _conv(g: Graph, x: ir.Value, width: int, out: int, kernel: int, group: int =
 
 
 def shuffle_net(blocks: int, width: int = 232) -> ir.Model:
-    """Units of ShuffleNetV2: split, convolve one half, concatenate, shuffle."""
+    """Stages of ShuffleNetV2: eight units that split, convolve one half, concatenate and shuffle."""
     g = Graph(_image(width))
     half, x = width // 2, g.x
     sizes, grouped, flat = g.ints(half, half), g.ints(0, 2, half, 56, 56), g.ints(0, width, 56, 56)
     for _ in range(blocks):
-        keep, y = g.op("Split", x, sizes, outputs=2, axis=1)
-        y = _conv(g, _conv(g, y, half, half, 1), half, half, 3, group=half)
-        x = g.op("Reshape", g.op("Concat", keep, _conv(g, y, half, half, 1), axis=1), grouped)
-        x = g.op("Reshape", g.op("Transpose", x, perm=[0, 2, 1, 3, 4]), flat)
+        for _ in range(8):
+            keep, y = g.op("Split", x, sizes, outputs=2, axis=1)
+            y = _conv(g, _conv(g, y, half, half, 1), half, half, 3, group=half)
+            x = g.op("Reshape", g.op("Concat", keep, _conv(g, y, half, half, 1), axis=1), grouped)
+            x = g.op("Reshape", g.op("Transpose", x, perm=[0, 2, 1, 3, 4]), flat)
+        x = _conv(g, x, width, width, 1)
     return g.model(x)
 
 

@@ -49,7 +49,9 @@ class ZooModel:
 
 
 @dataclass(frozen=True)
-class _Recipe:
+class Recipe:
+    """How a model is made, and which feeds it takes."""
+
     make: Callable[[], nn.Module]
     kind: str  # which feeds the model takes: a key of _FEEDS
     outputs: tuple[str, ...]
@@ -58,6 +60,7 @@ class _Recipe:
     # Norms whose path ends so, and a factor for their scales. With the linear bottlenecks of a random
     # MobileNetV2 at scale 1, eager float32 is itself 2.7e-5 of the output's RMS away from float64.
     calmed: tuple[str, float] = ("", 1.0)
+    trained: bool = False  # it has weights of its own
 
 
 # -- feeds ----------------------------------------------------------------------------------------
@@ -136,14 +139,14 @@ _VIT: dict[str, Any] = {
 }
 
 
-def _hf(
+def hf(
     name: str, head: str, attention: str | None = None, **config: Any
 ) -> Callable[[], nn.Module]:
     def make() -> nn.Module:
         cfg = getattr(transformers, f"{name}Config")(**config)
         if attention:
             cfg._attn_implementation = attention
-        if name == "Mixtral":
+        if name in ("Mixtral", "Qwen2Moe"):
             cfg._experts_implementation = "batched_mm"
         return getattr(transformers, f"{name}{head}")(cfg)
 
@@ -163,17 +166,19 @@ def _minilm() -> nn.Module:
 
 _LOGITS = ("logits",)
 _SEQ2SEQ = ("logits", "encoder_last_hidden_state")
-_RECIPES: Mapping[str, _Recipe] = {
-    "minilm": _Recipe(_minilm, "text", ("last_hidden_state", "pooler_output"), ("BertLayer",)),
-    "llama": _Recipe(_hf("Llama", "ForCausalLM", **_GQA), "text", _LOGITS, ("LlamaDecoderLayer",)),
-    "bert": _Recipe(
-        _hf("Bert", "ForMaskedLM", **_LM, intermediate_size=128),
+_RECIPES: Mapping[str, Recipe] = {
+    "minilm": Recipe(
+        _minilm, "text", ("last_hidden_state", "pooler_output"), ("BertLayer",), trained=True
+    ),
+    "llama": Recipe(hf("Llama", "ForCausalLM", **_GQA), "text", _LOGITS, ("LlamaDecoderLayer",)),
+    "bert": Recipe(
+        hf("Bert", "ForMaskedLM", **_LM, intermediate_size=128),
         "text",
         _LOGITS,
         ("BertLayer",),
     ),
-    "gpt2": _Recipe(
-        _hf(
+    "gpt2": Recipe(
+        hf(
             "GPT2",
             "LMHeadModel",
             vocab_size=VOCAB,
@@ -189,45 +194,45 @@ _RECIPES: Mapping[str, _Recipe] = {
         _LOGITS,
         ("GPT2Block",),
     ),
-    "opt": _Recipe(
-        _hf("OPT", "ForCausalLM", **_LM, ffn_dim=128, word_embed_proj_dim=64),
+    "opt": Recipe(
+        hf("OPT", "ForCausalLM", **_LM, ffn_dim=128, word_embed_proj_dim=64),
         "text",
         _LOGITS,
         ("OPTDecoderLayer",),
     ),
-    "mistral": _Recipe(
-        _hf("Mistral", "ForCausalLM", **_GQA, sliding_window=8),
+    "mistral": Recipe(
+        hf("Mistral", "ForCausalLM", **_GQA, sliding_window=8),
         "text",
         _LOGITS,
         ("MistralDecoderLayer",),
     ),
-    "qwen2": _Recipe(
-        _hf("Qwen2", "ForCausalLM", **_GQA, tie_word_embeddings=True),
+    "qwen2": Recipe(
+        hf("Qwen2", "ForCausalLM", **_GQA, tie_word_embeddings=True),
         "text",
         _LOGITS,
         ("Qwen2DecoderLayer",),
     ),
-    "phi": _Recipe(
-        _hf("Phi", "ForCausalLM", **_PHI),
+    "phi": Recipe(
+        hf("Phi", "ForCausalLM", **_PHI),
         "text",
         _LOGITS,
         ("PhiDecoderLayer",),
     ),
-    "gemma": _Recipe(
-        _hf("Gemma", "ForCausalLM", **_GEMMA, head_dim=16),
+    "gemma": Recipe(
+        hf("Gemma", "ForCausalLM", **_GEMMA, head_dim=16),
         "text",
         _LOGITS,
         ("GemmaDecoderLayer",),
     ),
-    "falcon": _Recipe(
-        _hf("Falcon", "ForCausalLM", "eager", **_LM, new_decoder_architecture=False),
+    "falcon": Recipe(
+        hf("Falcon", "ForCausalLM", "eager", **_LM, new_decoder_architecture=False),
         "text",
         _LOGITS,
         ("FalconDecoderLayer",),
     ),
-    "vit": _Recipe(_hf("ViT", "ForImageClassification", **_VIT), "image", _LOGITS, ("ViTLayer",)),
-    "swin": _Recipe(
-        _hf(
+    "vit": Recipe(hf("ViT", "ForImageClassification", **_VIT), "image", _LOGITS, ("ViTLayer",)),
+    "swin": Recipe(
+        hf(
             "Swin",
             "ForImageClassification",
             "eager",
@@ -243,8 +248,8 @@ _RECIPES: Mapping[str, _Recipe] = {
         _LOGITS,
         ("SwinLayer",),
     ),
-    "resnet": _Recipe(
-        _hf(
+    "resnet": Recipe(
+        hf(
             "ResNet",
             "ForImageClassification",
             embedding_size=16,
@@ -256,8 +261,8 @@ _RECIPES: Mapping[str, _Recipe] = {
         _LOGITS,
         ("ResNetBottleNeckLayer",),
     ),
-    "mobilenet_v2": _Recipe(
-        _hf(
+    "mobilenet_v2": Recipe(
+        hf(
             "MobileNetV2",
             "ForImageClassification",
             depth_multiplier=0.35,
@@ -269,8 +274,8 @@ _RECIPES: Mapping[str, _Recipe] = {
         ("MobileNetV2InvertedResidual",),
         calmed=("reduce_1x1.normalization", 0.5),
     ),
-    "efficientnet": _Recipe(
-        _hf(
+    "efficientnet": Recipe(
+        hf(
             "EfficientNet",
             "ForImageClassification",
             image_size=32,
@@ -290,8 +295,8 @@ _RECIPES: Mapping[str, _Recipe] = {
         _LOGITS,
         ("EfficientNetBlock",),
     ),
-    "convnext": _Recipe(
-        _hf(
+    "convnext": Recipe(
+        hf(
             "ConvNext",
             "ForImageClassification",
             hidden_sizes=[16, 32],
@@ -304,8 +309,8 @@ _RECIPES: Mapping[str, _Recipe] = {
         _LOGITS,
         ("ConvNextLayer",),
     ),
-    "segformer": _Recipe(
-        _hf(
+    "segformer": Recipe(
+        hf(
             "Segformer",
             "ForSemanticSegmentation",
             num_encoder_blocks=2,
@@ -323,8 +328,8 @@ _RECIPES: Mapping[str, _Recipe] = {
         _LOGITS,
         ("SegformerLayer",),
     ),
-    "t5": _Recipe(
-        _hf(
+    "t5": Recipe(
+        hf(
             "T5",
             "ForConditionalGeneration",
             "eager",
@@ -342,8 +347,8 @@ _RECIPES: Mapping[str, _Recipe] = {
         _SEQ2SEQ,
         ("T5Block",),
     ),
-    "whisper": _Recipe(
-        _hf(
+    "whisper": Recipe(
+        hf(
             "Whisper",
             "ForConditionalGeneration",
             vocab_size=VOCAB,
@@ -368,8 +373,8 @@ _RECIPES: Mapping[str, _Recipe] = {
         ("WhisperEncoderLayer", "WhisperDecoderLayer"),
         {"mel": 16, "frames": 40},
     ),
-    "mixtral": _Recipe(
-        _hf("Mixtral", "ForCausalLM", **_GQA, num_local_experts=4, num_experts_per_tok=2),
+    "mixtral": Recipe(
+        hf("Mixtral", "ForCausalLM", **_GQA, num_local_experts=4, num_experts_per_tok=2),
         "text",
         _LOGITS,
         ("MixtralDecoderLayer",),
@@ -381,7 +386,11 @@ NAMES: tuple[str, ...] = tuple(_RECIPES)
 
 def build(name: str, seed: int = 0) -> ZooModel:
     """Build one model of the zoo, in eval mode and float32; one seed, one set of weights."""
-    recipe = _RECIPES[name]
+    return made(name, _RECIPES[name], seed)
+
+
+def made(name: str, recipe: Recipe, seed: int = 0) -> ZooModel:
+    """Build the model of a recipe."""
     make_feeds, dynamic, sizes = _FEEDS[recipe.kind]
 
     def feeds(at: Mapping[str, int], feed_seed: int) -> dict[str, torch.Tensor]:
@@ -390,7 +399,7 @@ def build(name: str, seed: int = 0) -> ZooModel:
     with torch.random.fork_rng(devices=[]):  # model constructors draw from the global generator
         torch.manual_seed(seed)
         module = recipe.make().eval()
-    if name != "minilm":
+    if not recipe.trained:
         _initialise(module, torch.Generator().manual_seed(seed))
         _settle_batch_norms(module, feeds(sizes[0] | {"batch": 16}, seed + 1))
         _calm(module, *recipe.calmed)  # last: norms settled afterwards would undo it

@@ -137,7 +137,7 @@ def sort(related: Related) -> Axes:
     for atom, found in members.items():
         if not isinstance(atom.size, int) or (atom.size == 1 and not atom.row):
             continue
-        inputs = [member.value for member in found if member.value in held]
+        inputs = [member.value for member in found if member.value in held] if held else []
         outputs = [out for past, out in related.caches if past in inputs]
         groups.append(
             Group(
@@ -166,14 +166,25 @@ def _members(related: Related) -> dict[Axis, list[Member]]:
     for (node, index), axes in related.copies.items():
         if (value := node.inputs[index]) is not None:
             copies[value].append(axes)
+    known: dict[Axis, tuple[Axis, ...]] = {}
     for value in dict.fromkeys(read):
         if value not in owned or value not in related.data:
             continue
         for axes in copies.get(value) or [related.axes.get(value, ())]:
             for dim, axis in enumerate(axes):
-                for atom in algebra.atoms(axis):
-                    members[atom].append(Member(value, dim))
-    return {atom: list(dict.fromkeys(found)) for atom, found in members.items()}
+                member = Member(value, dim)
+                for atom in _atoms(axis, known):
+                    members[atom].append(member)
+    shared = any(len(each) > 1 for each in copies.values())
+    return {atom: list(dict.fromkeys(at)) if shared else at for atom, at in members.items()}
+
+
+def _atoms(axis: Axis, known: dict[Axis, tuple[Axis, ...]]) -> tuple[Axis, ...]:
+    """The atoms of an axis, found once for all that it stands in."""
+    axis = find(axis)
+    if axis not in known:
+        known[axis] = tuple(algebra.atoms(axis))
+    return known[axis]
 
 
 def _pins(related: Related) -> dict[Axis, list[Pin]]:
@@ -209,6 +220,8 @@ def _vital(axis: Axis, known: dict[Axis, frozenset[Axis]]) -> frozenset[Axis]:
             found = frozenset({axis})
         elif isinstance(axis.form, algebra.Product):
             found = frozenset().union(*(_vital(find(f), known) for f in axis.form.factors))
+        elif len({find(part) for part in axis.form.parts if algebra.is_atom(part)}) > 1:
+            found = frozenset()  # either of two atoms may go
         else:
             each = [_vital(find(part), known) for part in axis.form.parts]
             found = each[0].intersection(*each[1:])
