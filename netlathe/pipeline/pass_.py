@@ -158,9 +158,16 @@ class Context:
         return self.pieces.once(name, compute)
 
     def collect(
-        self, model: ir.Model, wanted: Sequence[Statistic], *, needed_by: str
+        self,
+        model: ir.Model,
+        wanted: Sequence[Statistic],
+        *,
+        needed_by: str,
+        settle: Callable[[StatisticResult], None] | None = None,
     ) -> list[StatisticResult]:
         """Run the calibration data through ``model`` and return one result per wanted statistic.
+
+        ``settle`` is given each result before any sample goes on behind it; see the sweep.
 
         Raises:
             PassError: no calibration data was given.
@@ -176,7 +183,14 @@ class Context:
             )
         from netlathe.execute.calibration import sweep  # torch is an extra
 
-        return sweep(model, self.calibration, wanted, device=self.device, progress=self.progress)
+        return sweep(
+            model,
+            self.calibration,
+            wanted,
+            device=self.device,
+            progress=self.progress,
+            settle=settle,
+        )
 
 
 # -- options --------------------------------------------------------------------------------------

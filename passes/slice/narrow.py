@@ -1,0 +1,117 @@
+"""The edit: weights take in the bases of their segments, and the directions that are not kept go.
+
+With the kept columns Q of a segment's basis, ``[d, k]``, a weight that reads the stream becomes Q'W, one
+that writes to it W Q, an adapter between two segments Q'Q_next. All else (norms, attributes, literals) is
+what :func:`netlathe.analysis.axes.delete` does for d - k positions of the channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from netlathe.analysis.axes import Stretch, delete
+from netlathe.analysis.axes.algebra import Axis, Product, find, parts
+from netlathe.ir import weights
+from netlathe.passes.slice.bases import Basis
+from netlathe.passes.slice.segments import Layout
+
+Array = npt.NDArray[Any]
+Turn = tuple[int, Axis, Axis, Basis]  # a dim, its axis, the atom in it that turns, and by what
+
+
+def narrow(layout: Layout, bases: Sequence[tuple[Stretch, Basis]], device: str = "cpu") -> None:
+    """Turn each stretch by a square basis or its first columns; ``layout`` is stale afterwards.
+
+    Weights become recipes: float64 products on ``device`` whenever they are read.
+    """
+    turns: dict[ir.Value, list[Turn]] = {}
+    for stretch, basis in bases:
+        for value, dim in stretch.weights:
+            axis = layout.axes.related.axes[value][dim]
+            turns.setdefault(value, []).append((dim, axis, stretch.group.atom, basis))
+    before = {value: value.const_value for value in turns}
+    gone = {
+        stretch.group: range(basis.shape[1], stretch.group.size)
+        for stretch, basis in bases
+        if basis.shape[1] < stretch.group.size
+    }
+    if gone:
+        delete(layout.axes, gone)
+    for value, wanted in turns.items():
+        base, narrowed = before[value], value.const_value
+        assert base is not None and narrowed is not None
+        recipe = _recipe(wanted, base.dtype, device)
+        shape = narrowed.shape.numpy()
+        value.const_value = weights.derived(base, recipe, base.dtype, shape, value.name or "")
+
+
+def _recipe(turns: Sequence[Turn], dtype: ir.DataType, device: str) -> Callable[[Array], Array]:
+    def change(array: Array) -> Array:
+        wide = array.astype(np.float64)
+        for dim, axis, atom, basis in turns:
+            wide = _along(wide, dim, axis, atom, basis, device)
+        return wide.astype(dtype.numpy())
+
+    return change
+
+
+def _along(array: Array, dim: int, axis: Axis, atom: Axis, basis: Basis, device: str) -> Array:
+    """Contract every appearance of an atom in a dim with a basis."""
+    axis = find(axis)
+    if axis is atom:
+        return np.moveaxis(_product(np.moveaxis(array, dim, -1), basis, device), -1, dim)
+    if axis.form is None:
+        return array
+    if isinstance(axis.form, Product):
+        shape = array.shape
+        sizes = [int(factor.size) for factor in axis.form.factors]
+        array = array.reshape(*shape[:dim], *sizes, *shape[dim + 1 :])
+        for index, factor in enumerate(axis.form.factors):
+            array = _along(array, dim + index, factor, atom, basis, device)
+        return array.reshape(*shape[:dim], -1, *shape[dim + 1 :])
+    pieces, start = [], 0
+    for part in parts(axis):
+        end = start + int(part.size)
+        piece = np.take(array, range(start, end), axis=dim)
+        pieces.append(_along(piece, dim, part, atom, basis, device))
+        start = end
+    return np.concatenate(pieces, axis=dim)
+
+
+def _product(array: Array, basis: Basis, device: str) -> Array:
+    if device == "cpu":
+        return array @ basis.astype(np.float64)
+    import torch
+
+    left = torch.from_numpy(np.ascontiguousarray(array)).to(device)
+    right = torch.from_numpy(np.ascontiguousarray(basis)).to(device, torch.float64)
+    made: Array = (left @ right).cpu().numpy()
+    return made
+
+
+def sizes(layout: Layout, kept: Mapping[str, int], names: Mapping[str, Stretch]) -> int:
+    """Parameters of the model when each named stretch keeps so many directions, adapters included."""
+    from netlathe.analysis.axes import Selection
+    from netlathe.analysis.cost import is_parameter
+
+    wanted = {names[name].group.atom: np.arange(count) for name, count in kept.items()}
+    selection = Selection(wanted)
+    total = 0
+    for value in layout.model.graph.initializers.values():
+        tensor = value.const_value
+        if tensor is None or not is_parameter(value):
+            continue
+        axes = layout.axes.related.axes.get(value)
+        if axes is None:
+            total += tensor.size
+            continue
+        count = 1
+        for axis in axes:
+            count *= int(selection.size(axis))
+        total += count
+    return total

@@ -1,0 +1,314 @@
+"""The pass: which bases, how many directions of each, and the account of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from netlathe.diagnostics import Diagnostic, OptionError, PassError, missing_extra
+from netlathe.ir import edit
+from netlathe.passes.slice import bases
+from netlathe.passes.slice.narrow import narrow, sizes
+from netlathe.passes.slice.segments import Edge, Layout, Segment, insert, lay_out, stretch_at
+from netlathe.pipeline.ledger import Entry
+from netlathe.pipeline.pass_ import (
+    ChoosingPass,
+    Context,
+    Equivalent,
+    Exactness,
+    Lossy,
+    Reference,
+    Result,
+    option,
+    options,
+)
+from netlathe.pipeline.verification import tolerance
+
+Matrix = npt.NDArray[np.float64]
+# In float32 every weight is rounded once more, and sums run in another order, in another basis. Either is
+# like one of the roundings of a sum: of n = 8192 terms 84 ulp of its RMS at the largest of 10^5 (as in
+# fold_norms).
+TOLERANCE = 84 * 2.0**-23
+
+
+@options
+class Slice(ChoosingPass):
+    """Rotate residual streams to axes of their own and delete the least important (SliceGPT).
+
+    ``ratio`` is the share of the width that goes, ``parameters`` the share of the model's parameters,
+    what adapters add being counted. ``ratio=0`` only rotates, which is exact. Norms must be
+    RMSNormalization without a scale of its own: run ``fold_norms`` before.
+    """
+
+    name: ClassVar[str] = "slice"
+    exactness: ClassVar[Exactness] = Lossy()
+
+    ratio: float | None = option(
+        default=None, ge=0, lt=1, help="share of the residual width to remove (default 0.25)"
+    )
+    parameters: float | None = option(
+        default=None, gt=0, lt=1, help="share of the parameters to remove, adapters counted"
+    )
+    basis: Literal["pca", "loss", "hadamard"] = option(
+        default="pca",
+        help="pca: principal axes of the signal; loss: weighed by gradients of the loss;"
+        " hadamard: random, for ratio=0",
+    )
+    adapters: bool = option(
+        default=False,
+        help="a basis for every block, with a matrix on every skip, as in the paper;"
+        " else one for the whole stream",
+    )
+    full: Literal["none", "embedding", "head", "both"] = option(
+        default="none", help="with adapters: the ends of the stream that keep all directions"
+    )
+    round_to: int = option(
+        default=8, ge=1, help="keep widths a multiple of this; the target may ask for more"
+    )
+
+    def __post_init__(self) -> None:
+        """Check options that exclude each other."""
+        problem = ""
+        if self.ratio is not None and self.parameters is not None:
+            problem = "ratio and parameters both say how much goes: give one"
+        elif self.full != "none" and not self.adapters:
+            problem = f"full={self.full!r} needs adapters=True: one basis has one width"
+        elif self.basis == "hadamard" and (self.ratio != 0 or self.parameters is not None):
+            problem = "a Hadamard basis has no least important directions: give ratio=0"
+        if problem:
+            raise OptionError(Diagnostic("slice.options", problem))
+
+    # -- choosing ---------------------------------------------------------------------------------
+
+    def choose(self, model: ir.Model, ctx: Context) -> list[Entry]:
+        """Solve a basis for every segment of every residual stream.
+
+        Raises:
+            PassError: no width fits what is asked for, or adapters add more than is saved; there is
+                no calibration data.
+        """
+        layout = lay_out(model, cut=self.adapters)
+        refused = [Entry(name, "refused", why, where) for name, why, where in layout.refused]
+        if not layout.segments:
+            reason = "the model has no residual stream that norms read"
+            return refused or [Entry("(the model)", "skipped", reason)]
+        named = {segment.points[0]: segment for segment in layout.segments}
+        multiple = math.lcm(self.round_to, ctx.target.width_multiple if ctx.target else 1)
+        kept = self._widths(layout, named, multiple)
+        before = sizes(layout, {}, {}) - sum(segment.size**2 for segment in _adapter_groups(layout))
+        after = sizes(layout, kept, _stretches(named))
+        self._check_net(kept, named, before, after)
+        solved, rows = self._solve(layout, named, kept, ctx)
+        entries = []
+        for name, segment in named.items():
+            entries.append(self._entry(name, segment, layout, kept[name], solved[name], rows))
+        entries[0].detail["parameters"].update(before=before, after=after)
+        return [*entries, *refused]
+
+    def _entry(
+        self,
+        name: str,
+        segment: Segment,
+        layout: Layout,
+        kept: int,
+        basis: Matrix,
+        rows: int | None,
+    ) -> Entry:
+        width = segment.group.size
+        edges = [[e.reader, e.operand] for e in layout.edges] if name == _first(layout) else []
+        detail: dict[str, Any] = {
+            "width": width,
+            "kept": kept,
+            "points": segment.points,
+            "norms": segment.norms,
+            "adapters": edges,
+            "basis": self.basis,
+            "parameters": {},
+        }
+        verb = f"{width} directions cut to {kept}" if kept < width else f"{width} rotated"
+        reason = f"{verb}; {self.basis} basis for {len(segment.points)} places"
+        if rows is not None:
+            detail["rows"] = rows
+            if rows < width:
+                reason += f"; only {rows} tokens for {width} directions: damped, rank-deficient"
+        array = basis[:, :kept] if kept < width else basis
+        return Entry(name, "applied", reason, segment.where, detail, arrays={"basis": array})
+
+    def _widths(
+        self, layout: Layout, named: Mapping[str, Segment], multiple: int
+    ) -> dict[str, int]:
+        names = list(named)
+        whole = set()
+        if self.full in ("embedding", "both"):
+            whole.add(names[0])
+        if self.full in ("head", "both"):
+            whole.add(names[-1])
+        if self.parameters is None:
+            ratio = 0.25 if self.ratio is None else self.ratio
+            return {
+                name: self._narrowed(segment.group.size, ratio, multiple)
+                if name not in whole
+                else segment.group.size
+                for name, segment in named.items()
+            }
+        total = sizes(layout, {}, {}) - sum(g.size**2 for g in _adapter_groups(layout))
+        goal = (1 - self.parameters) * total
+        widest = max(segment.group.size for segment in named.values())
+        least = math.inf
+        for step in range(widest // multiple, 0, -1):
+            share = step * multiple / widest
+            kept = {
+                name: segment.group.size
+                if name in whole
+                else max(multiple, int(segment.group.size * share) // multiple * multiple)
+                for name, segment in named.items()
+            }
+            count = sizes(layout, kept, _stretches(named))
+            least = min(least, count)
+            if count <= goal:
+                return kept
+        raise PassError(
+            Diagnostic(
+                "slice.parameters",
+                f"no width leaves {goal:.0f} of {total} parameters: the least is {least:.0f}",
+                help="ask for less with parameters=, or for a smaller round_to",
+            )
+        )
+
+    def _narrowed(self, width: int, ratio: float, multiple: int) -> int:
+        if ratio == 0:
+            return width
+        kept = int((1 - ratio) * width) // multiple * multiple  # down, as the paper's code does
+        if kept < 1:
+            raise PassError(
+                Diagnostic(
+                    "slice.width",
+                    f"ratio={ratio} of {width} directions leaves no multiple of {multiple}",
+                    help="give a smaller ratio or round_to",
+                )
+            )
+        return kept
+
+    def _check_net(
+        self, kept: Mapping[str, int], named: Mapping[str, Segment], before: int, after: int
+    ) -> None:
+        cut = any(kept[name] < segment.group.size for name, segment in named.items())
+        if cut and after >= before:
+            raise PassError(
+                Diagnostic(
+                    "slice.net",
+                    f"{self} would leave {after} parameters of {before}: adapters add more than"
+                    " the narrower widths save",
+                    help="adapters=False shares one basis and needs none, or give a larger ratio",
+                )
+            )
+
+    def _solve(
+        self,
+        layout: Layout,
+        named: Mapping[str, Segment],
+        kept: Mapping[str, int],
+        ctx: Context,
+    ) -> tuple[dict[str, Matrix], int | None]:
+        if self.basis == "hadamard":
+            found = {
+                name: bases.hadamard(segment.group.size, ctx.rng("slice", name))
+                for name, segment in named.items()
+            }
+            return found, None
+        try:
+            import torch  # noqa: F401  # statistics are collected by it
+
+            from netlathe.passes.slice import statistics
+        except ModuleNotFoundError as error:
+            raise missing_extra("torch", "torch", f"{self.name} by calibration data") from error
+        rows: list[int] = []
+
+        def principal(name: str, moment: Matrix, count: int) -> Matrix:
+            rows.append(count)
+            return bases.principal(moment, ctx.device)
+
+        if self.basis == "pca":
+            places = {name: segment.points for name, segment in named.items()}
+            solved = statistics.solve(layout.model, places, ctx, principal, kept, str(self))
+            return solved, min(rows, default=None)
+        return statistics.solve_by_loss(layout.model, named, ctx, kept, str(self))
+
+    # -- editing ----------------------------------------------------------------------------------
+
+    def edit(self, model: ir.Model, chosen: Sequence[Entry], ctx: Context) -> Result:
+        """Put adapters in, let weights take in the bases, and delete what is not kept."""
+        applied = [entry for entry in chosen if entry.status == "applied"]
+        if not applied:
+            return Result(False, list(chosen))
+        from netlathe.analysis.axes import analyse
+
+        edges = [Edge(*pair) for entry in applied for pair in entry.detail["adapters"]]
+        insert(model, edges)
+        axes = analyse(model)
+        values = {v.name: v for node in model.graph for v in node.outputs}
+        turned = []
+        for entry in applied:
+            point = values[entry.detail["points"][0]]
+            assert point.shape is not None
+            stretch = stretch_at(axes, point, len(point.shape) - 1)
+            turned.append((stretch, entry.arrays["basis"]))
+        renamed: dict[str, str | None] = {}
+        for stretch, _ in turned:
+            for value, _ in stretch.exponents:
+                if value.name is not None and value.name in values:
+                    renamed[value.name] = None
+        narrow(Layout(model, axes, edges), turned, ctx.device)
+        counts = applied[0].detail["parameters"]
+        statistics = {f"parameters_{key}": float(count) for key, count in counts.items()}
+        return Result(True, list(chosen), renamed, statistics)
+
+    def simulate(self, before: ir.Model, chosen: Sequence[Entry]) -> Reference:
+        """The model at its original shapes in which every point is projected on what is kept."""
+        graph = before.graph
+        taken = edit.names_in(graph)
+        values = {v.name: v for node in graph for v in node.outputs}
+        for entry in chosen:
+            if entry.status != "applied" or entry.detail["kept"] == entry.detail["width"]:
+                continue
+            basis = entry.arrays["basis"].astype(np.float64)
+            projection = basis @ basis.T
+            for name in entry.detail["points"]:
+                value = values[name]
+                assert value.dtype is not None
+                array = ir.tensor(projection.astype(value.dtype.numpy()))
+                matrix = edit.constant(graph, array, f"{name}/projection", taken)
+                uses = list(value.uses())
+                node = edit.node("MatMul", [value, matrix], dtype=value.dtype, shape=value.shape)
+                node.outputs[0].name = edit.unique_name(graph, f"{name}/projected", taken)
+                maker = value.producer()
+                assert maker is not None
+                graph.insert_after(maker, node)
+                for reader, index in uses:
+                    reader.replace_input_with(index, node.outputs[0])
+        return Reference(before, tolerance(Equivalent(TOLERANCE), before), reordered=True)
+
+
+def _stretches(named: Mapping[str, Segment]) -> dict[str, Any]:
+    return {name: segment.stretch for name, segment in named.items()}
+
+
+def _first(layout: Layout) -> str:
+    return layout.segments[0].points[0]
+
+
+def _adapter_groups(layout: Layout) -> list[Any]:
+    """For each adapter a group of its width."""
+    readers = {node.outputs[0].name: node for node in layout.model.graph}
+    found = []
+    for edge in layout.edges:
+        turn = readers[edge.reader].inputs[edge.operand]
+        maker = turn.producer() if turn is not None else None
+        assert maker is not None and maker.inputs[1] is not None
+        found.append(layout.axes.of(maker.inputs[1], 0)[0])
+    return found
