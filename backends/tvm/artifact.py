@@ -11,6 +11,7 @@ runtime.py            the loader: a copy of :mod:`netlathe.backends.tvm.runtime`
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import platform
@@ -80,6 +81,7 @@ class TvmArtifact(Artifact):
             constants = packing.constants(self._model)
             made = [parameter.recipe.make(constants) for parameter in self._built.parameters]
             meta = self._meta([], 0)
+            runtime.start_threads(ort.default_threads())
             self._loaded = runtime.Model(meta, self._library, made)
         try:
             return self._loaded.run(feeds)
@@ -110,6 +112,9 @@ class TvmArtifact(Artifact):
         records = self._write_parameters(folder / runtime.PARAMETERS_FILE)
         shutil.copyfile(self._library, folder / runtime.LIBRARY_FILE)
         meta = self._meta(records, (folder / runtime.PARAMETERS_FILE).stat().st_size)
+        for name in (runtime.LIBRARY_FILE, runtime.PARAMETERS_FILE):
+            with open(folder / name, "rb") as file:
+                meta["sha256"][name] = hashlib.file_digest(file, "sha256").hexdigest()
         (folder / runtime.META_FILE).write_text(json.dumps(meta, indent=1) + "\n", "utf-8")
         shutil.copyfile(runtime.__file__, folder / LOADER_FILE)
         names = (
@@ -168,6 +173,7 @@ class TvmArtifact(Artifact):
                 "apache-tvm-ffi": ffi_version,
             },
             "manifest": self._manifest,
+            "sha256": {},
             "parameter_bytes": parameter_bytes,
             "parameters": records,
         }

@@ -63,7 +63,7 @@ class TvmBackend(Backend):
         return {
             "apache-tvm": tvm,
             "apache-tvm-ffi": ffi,
-            "linker": toolchain.linker(),
+            "linker": toolchain.compiler_version(),
             "features": _machine(target).level,
         }
 

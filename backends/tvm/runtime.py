@@ -3,7 +3,7 @@
     model = load("folder", threads=2)
     outputs = model(input_ids=ids, attention_mask=mask)      # a dict of numpy arrays
 
-It needs Python 3.10, numpy, ``apache-tvm-ffi`` and ``libtvm_runtime.so`` (from the ``apache-tvm``
+It needs Python 3.11, numpy, ``apache-tvm-ffi`` and ``libtvm_runtime.so`` (from the ``apache-tvm``
 wheel, from this folder, or wherever NETLATHE_TVM_RUNTIME points). No compiler, torch or onnx.
 
 Nothing of the model's library runs before the CPU is known to have the instructions it was built for.
@@ -13,12 +13,15 @@ from __future__ import annotations
 
 import ast
 import ctypes
+import hashlib
 import importlib.util
 import json
+import math
 import operator
 import os
 import platform
 from collections.abc import Callable, Mapping, Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +31,25 @@ import numpy.typing as npt
 META_FILE = "meta.json"
 LIBRARY_FILE = "model.so"
 PARAMETERS_FILE = "params.bin"
-FORMAT = 1
+FORMAT = 2
 ALIGNMENT = 64  # bytes; vectors are loaded from aligned addresses
 
+_KEYS = {
+    "inputs",
+    "outputs",
+    "architecture",
+    "features",
+    "cpu_features",
+    "versions",
+    "sha256",
+    "parameter_bytes",
+    "parameters",
+}
 _RUNTIME = "libtvm_runtime.so"
 _CPU = 1  # DLPack's device type
 _POOLED = 2  # the allocator that keeps memory for the next run
 _loaded: list[ctypes.CDLL] = []
+_pool: list[int] = []  # the size of TVM's pool of threads, once it is set
 
 
 class ArtifactError(Exception):
@@ -56,17 +71,21 @@ def cpu_features() -> frozenset[str]:
 def load(folder: str | os.PathLike[str], *, threads: int | None = None) -> Model:
     """The model in ``folder``.
 
-    ``threads`` holds for the process: TVM has one pool. None leaves it as it is, which is one thread
-    per core, or TVM_NUM_THREADS.
+    ``threads`` holds for the process (see :func:`set_threads`). None leaves it as it is, and at first
+    means TVM_NUM_THREADS, else OMP_NUM_THREADS, else one for each CPU that this process may use.
 
     Raises:
-        ArtifactError: files are missing or of another version, or the CPU lacks instructions.
+        ArtifactError: files are missing, damaged or of another version, or the CPU lacks instructions.
     """
     path = Path(folder).resolve()  # dlopen looks for a bare name elsewhere
     meta = _read_meta(path)
     _check_cpu(meta)
+    _check_versions(meta)
+    _check_library(path, meta)
     _runtime(path)
-    if threads is not None:
+    if threads is None:
+        start_threads(_default_threads())
+    else:
         set_threads(threads)
     return Model(meta, path / LIBRARY_FILE, _parameters(path, meta))
 
@@ -109,12 +128,39 @@ class Model:
 def set_threads(count: int) -> None:
     """Let kernels use ``count`` threads, in the whole process.
 
+    TVM's pool is as large as it was when its first kernel ran: ask for as many threads as will ever be
+    needed before that. Threads are not bound to cores: TVM would bind the caller's thread too.
+
     Raises:
-        ArtifactError: ``count`` is below 1.
+        ArtifactError: ``count`` is below 1, or above the size of a pool that runs already.
     """
     if count < 1:
         raise ArtifactError(f"threads must be at least 1, got {count}")
-    _runtime().get_global_func("runtime.config_threadpool")(1, count)
+    if _pool and count > _pool[0]:
+        raise ArtifactError(
+            f"TVM's pool has {_pool[0]} threads since its first use in this process, and cannot"
+            f" grow to {count}: load the model that needs most threads first"
+        )
+    ffi = _runtime()
+    if not _pool:
+        # It reads these when it starts; by itself it takes half of the CPUs for hyper-threads.
+        os.environ["TVM_NUM_THREADS"] = str(count)
+        os.environ["TVM_BIND_THREADS"] = "0"
+        _pool.append(count)
+    ffi.get_global_func("runtime.config_threadpool")(1, count)
+
+
+def start_threads(count: int) -> None:
+    """:func:`set_threads`, unless the number was set before."""
+    if not _pool:
+        set_threads(count)
+
+
+def _default_threads() -> int:
+    for variable in ("TVM_NUM_THREADS", "OMP_NUM_THREADS"):
+        if (given := os.environ.get(variable, "")).isdigit() and int(given) > 0:
+            return int(given)
+    return len(os.sched_getaffinity(0))
 
 
 # -- inputs ----------------------------------------------------------------------------------------
@@ -250,25 +296,86 @@ def _evaluate(text: str, sizes: Mapping[str, int]) -> int | None:
 # -- files -----------------------------------------------------------------------------------------
 
 
+def check_files(folder: str | os.PathLike[str]) -> None:
+    """Compare every byte of an artifact with what was written; :func:`load` reads no constants for that.
+
+    Raises:
+        ArtifactError: a file is missing, cut off or changed.
+    """
+    path = Path(folder)
+    meta = _read_meta(path)
+    for name, digest in meta["sha256"].items():
+        if _digest(path / name) != digest:
+            raise ArtifactError(f"{path / name} is damaged: it is not what was written")
+
+
 def _read_meta(folder: Path) -> dict[str, Any]:
     for name in (META_FILE, LIBRARY_FILE, PARAMETERS_FILE):
         if not (folder / name).is_file():
             raise ArtifactError(f"{folder} is no artifact of the TVM backend: it has no {name}")
     try:
-        meta: dict[str, Any] = json.loads((folder / META_FILE).read_text("utf-8"))
+        meta = json.loads((folder / META_FILE).read_text("utf-8"))
     except ValueError as error:
         raise ArtifactError(f"{folder / META_FILE} is damaged: {error}") from error
-    if meta.get("format") != FORMAT:
+    if not isinstance(meta, dict) or "format" not in meta:
+        raise ArtifactError(f"{folder / META_FILE} is damaged: it describes no artifact")
+    if meta["format"] != FORMAT:
         raise ArtifactError(
-            f"{folder} has format {meta.get('format')}, and this loader reads format {FORMAT}:"
+            f"{folder} has format {meta['format']}, and this loader reads format {FORMAT}:"
             " use the runtime.py that lies in the artifact"
         )
-    size = (folder / PARAMETERS_FILE).stat().st_size
-    if size != meta["parameter_bytes"]:
-        raise ArtifactError(
-            f"{folder / PARAMETERS_FILE} has {size} bytes, not {meta['parameter_bytes']}: it is cut off"
-        )
+    if lost := sorted(_KEYS - meta.keys()):
+        raise ArtifactError(f"{folder / META_FILE} is damaged: it has no {', '.join(lost)}")
+    _check_sizes(folder, meta)
     return meta
+
+
+def _check_sizes(folder: Path, meta: Mapping[str, Any]) -> None:
+    path = folder / PARAMETERS_FILE
+    size = path.stat().st_size
+    if size < meta["parameter_bytes"]:
+        raise ArtifactError(f"{path} is cut off: {size} of {meta['parameter_bytes']} bytes")
+    if size > meta["parameter_bytes"]:
+        raise ArtifactError(f"{path} has {size} bytes, not {meta['parameter_bytes']}")
+    for record in meta["parameters"]:
+        count = math.prod(record["shape"]) * np.dtype(record["dtype"]).itemsize
+        end = record["offset"] + record["bytes"]
+        if count != record["bytes"] or not 0 <= record["offset"] <= end <= size:
+            raise ArtifactError(
+                f"{folder / META_FILE} is damaged: constant {record['name']!r} does not fit its place"
+            )
+
+
+def _check_library(folder: Path, meta: Mapping[str, Any]) -> None:
+    """A library is small, and code that was changed may do anything."""
+    if _digest(folder / LIBRARY_FILE) != meta["sha256"][LIBRARY_FILE]:
+        raise ArtifactError(
+            f"{folder / LIBRARY_FILE} is damaged or cut off: it is not what was written"
+        )
+
+
+def _digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _check_versions(meta: Mapping[str, Any]) -> None:
+    """The library speaks to the runtime in the binary interface of the versions it was built with."""
+    problems = []
+    for package in ("apache-tvm", "apache-tvm-ffi"):
+        built = meta["versions"][package]
+        try:
+            here = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue  # a runtime library alone has no version to ask for
+        if _release(here) != _release(built):
+            problems.append(f"it was built with {package} {built}, and {here} is installed")
+    if problems:
+        raise ArtifactError(f"another version: {'; '.join(problems)}. Install it, or build anew")
+
+
+def _release(version: str) -> str:
+    return version.partition(".post")[0]
 
 
 def _check_cpu(meta: Mapping[str, Any]) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import subprocess
 from importlib import metadata
 
 from netlathe.diagnostics import Diagnostic, LowerError, missing_extra
@@ -88,3 +89,13 @@ def compiler() -> str:
             help="install g++ (apt-get install g++, dnf install gcc-c++)",
         )
     )
+
+
+def compiler_version() -> str:
+    """The first line of what that compiler says about itself.
+
+    Raises:
+        LowerError: there is none.
+    """
+    told = subprocess.run([compiler(), "--version"], capture_output=True, text=True, check=True)
+    return told.stdout.partition("\n")[0].strip()

@@ -372,6 +372,42 @@ class TestWrongInputs:
             runtime.check_feeds(inputs, good | {"a": np.ones((2, 4), np.float32)})
 
 
+THREADS = """
+import os, sys
+sys.modules["torch"] = None
+import numpy, runtime
+cpus = os.sched_getaffinity(0)
+model = runtime.load(".", threads=int(sys.argv[1]) if sys.argv[1] != "-" else None)
+model(x=numpy.ones((600, 40), "float32"))
+assert os.sched_getaffinity(0) == cpus
+print(len(os.listdir("/proc/self/task")))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts in /proc")
+def test_as_many_threads_as_asked_for(saved: Path) -> None:
+    """And nobody's thread is bound to a core."""
+
+    def count(word: str, **variables: str) -> int:
+        # The interpreter with numpy alone has one thread then.
+        own = {"OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": str(saved), **variables}
+        command = [sys.executable, "-c", THREADS, word]
+        return int(subprocess.check_output(command, cwd=saved, env={**os.environ, **own}))
+
+    assert count("1", OMP_NUM_THREADS="3") == 1
+    assert count("3", OMP_NUM_THREADS="1") == 3
+    assert count("-", OMP_NUM_THREADS="2", TVM_NUM_THREADS="") == 2
+    assert count("-", OMP_NUM_THREADS="1", TVM_NUM_THREADS="4") == 4
+
+
+def test_impossible_numbers_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(runtime.ArtifactError, match="at least 1, got 0"):
+        runtime.set_threads(0)
+    monkeypatch.setattr(runtime, "_pool", [2])
+    with pytest.raises(runtime.ArtifactError, match=r"pool has 2 threads .* cannot grow to 3"):
+        runtime.set_threads(3)
+
+
 class TestDamagedArtifacts:
     def test_another_cpu(
         self, artifact: TvmArtifact, saved: Path, monkeypatch: pytest.MonkeyPatch
@@ -381,6 +417,14 @@ class TestDamagedArtifacts:
             runtime.load(saved)
         with pytest.raises(LowerError, match=r"this CPU lacks .*avx2"):
             artifact.run({"x": np.ones((1, 40), np.float32)})
+
+    def test_a_feature_that_no_cpu_has(self, saved: Path, tmp_path: Path) -> None:
+        folder = copy_of(saved, tmp_path)
+        meta = json.loads((folder / "meta.json").read_text())
+        meta["cpu_features"] += ["avx1024", "amx_fp4"]
+        (folder / "meta.json").write_text(json.dumps(meta))
+        with pytest.raises(runtime.ArtifactError, match="this CPU lacks amx_fp4, avx1024:"):
+            runtime.load(folder)
 
     @pytest.mark.parametrize("name", ["model.so", "params.bin", "meta.json"])
     def test_a_file_is_missing(self, saved: Path, tmp_path: Path, name: str) -> None:
@@ -407,6 +451,51 @@ class TestDamagedArtifacts:
         meta = json.loads((folder / "meta.json").read_text()) | change
         (folder / "meta.json").write_text(json.dumps(meta))
         with pytest.raises(runtime.ArtifactError, match=message):
+            runtime.load(folder)
+
+    @pytest.mark.parametrize("cut", [0, 100, -1])
+    def test_the_library_is_cut_off(self, saved: Path, tmp_path: Path, cut: int) -> None:
+        """Not one byte of it runs."""
+        folder = copy_of(saved, tmp_path)
+        data = (folder / "model.so").read_bytes()
+        (folder / "model.so").write_bytes(data[:cut])
+        with pytest.raises(runtime.ArtifactError, match=r"model\.so is damaged"):
+            runtime.load(folder)
+
+    @pytest.mark.parametrize("name", ["model.so", "params.bin"])
+    def test_a_changed_byte_is_found(self, saved: Path, tmp_path: Path, name: str) -> None:
+        folder = copy_of(saved, tmp_path)
+        runtime.check_files(folder)
+        data = bytearray((folder / name).read_bytes())
+        data[len(data) // 2] ^= 1
+        (folder / name).write_bytes(data)
+        with pytest.raises(runtime.ArtifactError, match=f"{name} is damaged"):
+            runtime.check_files(folder)
+
+    @pytest.mark.parametrize("package", ["apache-tvm", "apache-tvm-ffi"])
+    def test_another_runtime(self, saved: Path, tmp_path: Path, package: str) -> None:
+        folder = copy_of(saved, tmp_path)
+        meta = json.loads((folder / "meta.json").read_text())
+        meta["versions"][package] = "0.9.1"
+        (folder / "meta.json").write_text(json.dumps(meta))
+        with pytest.raises(runtime.ArtifactError, match=rf"built with {package} 0\.9\.1, and"):
+            runtime.load(folder)
+
+    @pytest.mark.parametrize("key", ["inputs", "parameters", "sha256"])
+    def test_meta_lacks_something(self, saved: Path, tmp_path: Path, key: str) -> None:
+        folder = copy_of(saved, tmp_path)
+        meta = json.loads((folder / "meta.json").read_text())
+        del meta[key]
+        (folder / "meta.json").write_text(json.dumps(meta))
+        with pytest.raises(runtime.ArtifactError, match=f"it has no {key}"):
+            runtime.load(folder)
+
+    def test_a_constant_outside_of_the_file(self, saved: Path, tmp_path: Path) -> None:
+        folder = copy_of(saved, tmp_path)
+        meta = json.loads((folder / "meta.json").read_text())
+        meta["parameters"][0]["offset"] += 1 << 20
+        (folder / "meta.json").write_text(json.dumps(meta))
+        with pytest.raises(runtime.ArtifactError, match="does not fit its place"):
             runtime.load(folder)
 
     def test_meta_is_no_json(self, saved: Path, tmp_path: Path) -> None:
