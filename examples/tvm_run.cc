@@ -7,10 +7,12 @@
 //       -Wl,--no-as-needed -ltvm_runtime -ltvm_ffi -Wl,-rpath,$FFI:$TVM -o tvm_run
 //   ./tvm_run out/tvm_minilm/compiled batch=1 sequence=16
 //
-// A caller checks what runtime.py checks before it loads the library: cpu_features of meta.json.
+// What could make the library trap is checked before it is loaded: format, architecture, CPU features, and
+// that params.bin is whole. Exit code 2: the artifact or the sizes cannot be used, and why.
 #include <fcntl.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
+#include <sys/utsname.h>
 #include <tvm/ffi/container/array.h>
 #include <tvm/ffi/container/tensor.h>
 #include <tvm/ffi/extra/json.h>
@@ -21,7 +23,9 @@
 #include <cstdlib>
 #include <cstring>
 #include <fstream>
+#include <iterator>
 #include <map>
+#include <set>
 #include <sstream>
 #include <stdexcept>
 #include <string>
@@ -82,11 +86,42 @@ static ffi::Tensor ones(const json::Object& record, const std::map<std::string, 
   return tensor;
 }
 
-int main(int count, char** words) {
-  if (count < 2) {
-    std::fprintf(stderr, "usage: %s FOLDER [dim=size ...]\n", words[0]);
-    return 2;
+// What this CPU can do, in the words of /proc/cpuinfo.
+static std::set<std::string> cpu_features() {
+  std::ifstream file("/proc/cpuinfo");
+  for (std::string line; std::getline(file, line);) {
+    if (line.rfind("flags", 0) != 0) continue;
+    std::istringstream words(line.substr(line.find(':') + 1));
+    return {std::istream_iterator<std::string>(words), {}};
   }
+  return {};
+}
+
+static void check(const json::Object& meta, int64_t bytes) {
+  if (meta[ffi::String("format")].cast<int64_t>() != 2)
+    throw std::runtime_error("the artifact has another format than this program reads");
+  struct utsname system;
+  uname(&system);
+  if (text(meta, "architecture") != system.machine)
+    throw std::runtime_error("the artifact is for " + text(meta, "architecture"));
+  std::set<std::string> have = cpu_features();
+  std::string missing;
+  for (const ffi::Any& feature : meta[ffi::String("cpu_features")].cast<json::Array>())
+    if (std::string name(feature.cast<ffi::String>()); !have.count(name)) missing += " " + name;
+  if (!missing.empty()) throw std::runtime_error("this CPU lacks" + missing);
+  if (bytes != meta[ffi::String("parameter_bytes")].cast<int64_t>())
+    throw std::runtime_error("params.bin is cut off, or not the artifact's");
+}
+
+static void check_sizes(const json::Object& meta, const std::map<std::string, int64_t>& sizes) {
+  json::Object dims = meta[ffi::String("dims")].cast<json::Object>();
+  for (const auto& [name, size] : sizes) {
+    if (!dims.count(ffi::String(name))) throw std::runtime_error("there is no dim " + name);
+    if (size < 1) throw std::runtime_error(name + " must be at least 1");
+  }
+}
+
+static int run(int count, char** words) {
   std::string folder = words[1];
   std::map<std::string, int64_t> sizes;
   for (int i = 2; i < count; ++i) {
@@ -96,16 +131,22 @@ int main(int count, char** words) {
     sizes[word.substr(0, at)] = std::stoll(word.substr(at + 1));
   }
   std::stringstream read;
-  read << std::ifstream(folder + "/meta.json").rdbuf();
+  std::ifstream description(folder + "/meta.json");
+  if (!description) throw std::runtime_error(folder + " is no artifact: it has no meta.json");
+  read << description.rdbuf();
   json::Object meta = json::Parse(ffi::String(read.str())).cast<json::Object>();
+
+  int file = open((folder + "/params.bin").c_str(), O_RDONLY);
+  struct stat status;
+  if (file < 0 || fstat(file, &status) != 0)
+    throw std::runtime_error(folder + " is no artifact: it has no params.bin");
+  check(meta, status.st_size);
+  check_sizes(meta, sizes);
 
   std::vector<ffi::Any> arguments;
   for (const ffi::Any& record : meta[ffi::String("inputs")].cast<json::Array>())
     arguments.push_back(ones(record.cast<json::Object>(), sizes));
 
-  int file = open((folder + "/params.bin").c_str(), O_RDONLY);
-  struct stat status;
-  if (file < 0 || fstat(file, &status) != 0) return std::perror("params.bin"), 2;
   char* data = nullptr;
   if (status.st_size)
     data = static_cast<char*>(mmap(nullptr, status.st_size, PROT_READ, MAP_PRIVATE, file, 0));
@@ -140,4 +181,17 @@ int main(int count, char** words) {
     std::printf("] %.6f\n", sum);
   }
   return 0;
+}
+
+int main(int count, char** words) {
+  if (count < 2) {
+    std::fprintf(stderr, "usage: %s FOLDER [dim=size ...]\n", words[0]);
+    return 2;
+  }
+  try {
+    return run(count, words);
+  } catch (const std::exception& error) {  // TVM's errors are among them: it checks every shape again
+    std::fprintf(stderr, "%s\n", error.what());
+    return 2;
+  }
 }

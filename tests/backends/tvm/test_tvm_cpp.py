@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
@@ -30,13 +31,24 @@ two (float[batch, width] x) => (float[batch, width] y, float[1, width] top) {
 }"""
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
-def test_the_example_runs_an_artifact(tmp_path: Path) -> None:
-    model = ir.from_onnx_text(MODEL)
-    normal.normalize(model)
+def model() -> ir.Model:
+    made = ir.from_onnx_text(MODEL)
+    normal.normalize(made)
+    return made
+
+
+@pytest.fixture(scope="module")
+def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder: Path = tmp_path_factory.mktemp("artifact")
     backend = TvmBackend()
-    (tmp_path / "artifact").mkdir()
-    backend.compile(model, backend.targets()[0]).save(tmp_path / "artifact")
+    backend.compile(model(), backend.targets()[0]).save(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if shutil.which("g++") is None:
+        pytest.skip("g++ is not installed")
 
     def config(flag: str) -> list[str]:
         command = [sys.executable, "-m", "tvm_ffi.config", flag]
@@ -44,22 +56,65 @@ def test_the_example_runs_an_artifact(tmp_path: Path) -> None:
 
     (ffi,) = config("--libdir")
     library = Path(str(tvm.__file__)).parent / "lib"
-    program = tmp_path / "tvm_run"
+    made: Path = tmp_path_factory.mktemp("program") / "tvm_run"
     links = [f"-L{ffi}", f"-L{library}", "-Wl,--no-as-needed", "-ltvm_runtime", "-ltvm_ffi"]
     links.append(f"-Wl,-rpath,{ffi}:{library}")
-    command = ["g++", str(SOURCE), *config("--cxxflags"), *links, "-o", str(program)]
+    command = ["g++", str(SOURCE), *config("--cxxflags"), *links, "-o", str(made)]
     subprocess.run(command, check=True)
+    return made
 
-    done = subprocess.run(
-        [program, tmp_path / "artifact", "batch=3", "width=21"],
-        check=True,
-        capture_output=True,
-        text=True,
-    )
-    expected = ort.run(model, {"x": np.ones((3, 21), np.float32)})
+
+def run(program: Path, *words: object) -> subprocess.CompletedProcess[str]:
+    command = [program, *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_the_example_runs_an_artifact(program: Path, artifact: Path) -> None:
+    done = run(program, artifact, "batch=3", "width=21")
+    assert done.returncode == 0, done.stderr
+    expected = ort.run(model(), {"x": np.ones((3, 21), np.float32)})
     lines = done.stdout.splitlines()
     assert [line.split(" ", 1)[0] for line in lines] == list(expected)
     for line, (name, array) in zip(lines, expected.items(), strict=True):
         shape, total = line.removeprefix(name).split()
         assert shape == str(list(array.shape)).replace(" ", "")
         assert abs(float(total) / array.sum() - 1) < BOUND
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"format": 99}, "another format"),
+        ({"architecture": "aarch64"}, "is for aarch64"),
+        ({"cpu_features": ["sse2", "avx1024"]}, "this CPU lacks avx1024"),
+        ({"parameter_bytes": 12345}, "params.bin is cut off"),
+    ],
+)
+def test_what_it_refuses(
+    program: Path, artifact: Path, tmp_path: Path, change: dict[str, object], message: str
+) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(artifact, folder)
+    meta = json.loads((folder / "meta.json").read_text()) | change
+    (folder / "meta.json").write_text(json.dumps(meta))
+    (folder / "model.so").write_bytes(b"not loaded")  # or the message would be another
+    done = run(program, folder, "batch=3", "width=21")
+    assert done.returncode == 2 and message in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["batch=3"], "give a size: width"),
+        (["batch=3", "width=21", "depth=2"], "there is no dim depth"),
+        (["batch=0", "width=21"], "batch must be at least 1"),
+    ],
+)
+def test_wrong_sizes(program: Path, artifact: Path, words: list[str], message: str) -> None:
+    done = run(program, artifact, *words)
+    assert done.returncode == 2 and message in done.stderr
+
+
+def test_no_artifact(program: Path, tmp_path: Path) -> None:
+    done = run(program, tmp_path)
+    assert done.returncode == 2 and "it has no meta.json" in done.stderr
