@@ -82,7 +82,7 @@ def unmasked(relation: Relation, letter: str) -> str:
     The letter ends in the node, and nothing here says how to keep a position out of it.
     """
     node, slots = relation.node, relation.slots.get(letter, ())
-    if node.op_type in _RULES or any(slot.output for slot in slots):
+    if node.op_type in _RULES or node.op_type in _SIZES or any(slot.output for slot in slots):
         return ""
     if not slots or letter in relation.signature.reads.values() or relation.signature.moves:
         return ""
@@ -354,6 +354,9 @@ _RULES: Mapping[str, Callable[[_Masking, ir.Node], None]] = {
     ),
     **dict.fromkeys(("ArgMax", "ArgMin", "Hardmax", "LogSoftmax", "Softmax", "TopK"), _softmax),
 }
+
+
+_SIZES = frozenset({"Shape", "Size"})  # what tells a size looks at no position
 
 
 def no_reference(axes: Axes, group_atom: Any) -> str:
