@@ -12,6 +12,8 @@ Positions that are padding do not count; :mod:`netlathe.execute.calibration` say
 from __future__ import annotations
 
 import abc
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -161,11 +163,8 @@ class Covariance(_OfOne):
 
 
 @dataclass(frozen=True)
-class CosineSimilarity(Statistic):
-    """Mean over rows of the cosine between two values of one shape: a scalar.
-
-    Of two rows of zeros it is 1, of one 0: nothing was changed, or nothing is left.
-    """
+class _OfTwo(Statistic):
+    """One number for two values of one shape."""
 
     a: str
     b: str
@@ -186,9 +185,49 @@ class CosineSimilarity(Statistic):
         """One number for all channels."""
         return False
 
+
+@dataclass(frozen=True)
+class CosineSimilarity(_OfTwo):
+    """Mean over rows of the cosine between two values of one shape: a scalar.
+
+    Of two rows of zeros it is 1, of one 0: nothing was changed, or nothing is left.
+    """
+
     def start(self) -> Accumulator:
         """An empty sum."""
-        return _Cosine()
+        return _RowMean(_cosine)
+
+
+@dataclass(frozen=True)
+class AngularDistance(_OfTwo):
+    """Mean over rows of the angle between two values of one shape, as a share of pi: a scalar."""
+
+    def start(self) -> Accumulator:
+        """An empty sum."""
+        return _RowMean(lambda a, b: torch.arccos(_cosine(a, b).clamp(-1.0, 1.0)) / math.pi)
+
+
+@dataclass(frozen=True)
+class Divergence(_OfTwo):
+    """Mean over rows of KL(p || q) in nats, the channels being classes: a scalar.
+
+    ``a`` stands for p, ``b`` for q: as logits, or as probabilities.
+    """
+
+    logits: bool = True
+
+    def start(self) -> Accumulator:
+        """An empty sum."""
+        return _RowMean(_divergence if self.logits else _divergence_of_probabilities)
+
+
+@dataclass(frozen=True)
+class RelativeSquaredError(_OfTwo):
+    """Sum over all rows of |a - b|^2, divided by that of |a|^2: a scalar, 0 of two values of zeros."""
+
+    def start(self) -> Accumulator:
+        """An empty sum."""
+        return _SquaredError()
 
 
 # -- accumulators ---------------------------------------------------------------------------------
@@ -258,19 +297,54 @@ class _Range(Accumulator):
         return torch.stack((self._low, self._high))
 
 
-class _Cosine(Accumulator):
-    def __init__(self) -> None:
+class _RowMean(Accumulator):
+    """The mean of what ``of`` gives for each row of two values."""
+
+    def __init__(self, of: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> None:
+        self._of = of
         self._sum: torch.Tensor | None = None
 
     def add(self, *rows: torch.Tensor) -> None:
         a, b = rows
-        dot, norms = (a * b).sum(1), a.norm(dim=1) * b.norm(dim=1)
-        both_zero = (a.norm(dim=1) == 0) & (b.norm(dim=1) == 0)
-        cosine = torch.where(norms > 0, dot / norms.clamp(min=torch.finfo(a.dtype).tiny), 0.0)
-        total = torch.where(both_zero, 1.0, cosine).sum()
+        total = self._of(a, b).sum()
         self._sum = total if self._sum is None else self._sum + total
         self.count += a.shape[0]
 
     def result(self) -> torch.Tensor:
         assert self._sum is not None
         return self._sum / self.count
+
+
+def _cosine(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    dot, norms = (a * b).sum(1), a.norm(dim=1) * b.norm(dim=1)
+    both_zero = (a.norm(dim=1) == 0) & (b.norm(dim=1) == 0)
+    cosine = torch.where(norms > 0, dot / norms.clamp(min=torch.finfo(a.dtype).tiny), 0.0)
+    return torch.where(both_zero, 1.0, cosine)
+
+
+def _divergence(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    p, q = torch.log_softmax(a, 1), torch.log_softmax(b, 1)
+    return (p.exp() * (p - q)).sum(1)
+
+
+def _divergence_of_probabilities(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    # A class that q rules out and p does not would be infinitely surprising: held at 2^-1022.
+    tiny = torch.finfo(a.dtype).tiny
+    terms = a * (a.clamp(min=tiny).log() - b.clamp(min=tiny).log())
+    return torch.where(a > 0, terms, 0.0).sum(1)
+
+
+class _SquaredError(Accumulator):
+    def __init__(self) -> None:
+        self._sums: torch.Tensor | None = None
+
+    def add(self, *rows: torch.Tensor) -> None:
+        a, b = rows
+        sums = torch.stack(((a - b).square().sum(), a.square().sum()))
+        self._sums = sums if self._sums is None else self._sums + sums
+        self.count += a.shape[0]
+
+    def result(self) -> torch.Tensor:
+        assert self._sums is not None
+        error, square = self._sums
+        return torch.where(error == 0, 0.0, error / square)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -18,12 +19,15 @@ from netlathe.execute import calibration
 from netlathe.execute.executor import Executor
 from netlathe.execute.statistics import (
     AbsMax,
+    AngularDistance,
     CosineSimilarity,
     Covariance,
+    Divergence,
     Mean,
     MeanAbs,
     MeanSquare,
     MinMax,
+    RelativeSquaredError,
     Statistic,
     StatisticResult,
 )
@@ -105,6 +109,36 @@ def test_every_statistic_is_its_formula(
     for result in single:
         check(result, a)
     check(cosine, a, b)
+
+
+def test_distances_of_two_values() -> None:
+    """Against the formulas in float64; rows are spread over samples of different sizes."""
+    feeds = [{"x": text.normal(n, 3, seed=n), "z": text.normal(n, 3, seed=9 * n)} for n in (1, 4)]
+    wanted = [
+        AngularDistance("a", "b"),
+        Divergence("a", "b"),
+        RelativeSquaredError("a", "b"),
+        RelativeSquaredError("a", "a"),
+    ]
+    found = [result.scalar for result in sweep(text.model(PAIR), feeds, *wanted)]
+    a, b = (-np.concatenate([f[n] for f in feeds]).astype(np.float64) for n in ("x", "z"))
+    cosine = (a * b).sum(1) / np.sqrt((a * a).sum(1) * (b * b).sum(1))
+    p, q = (np.exp(x) / np.exp(x).sum(1, keepdims=True) for x in (a, b))
+    expected = [
+        np.arccos(cosine).mean() / np.pi,
+        (p * np.log(p / q)).sum(1).mean(),
+        ((a - b) ** 2).sum() / (a**2).sum(),
+        0.0,
+    ]
+    assert found == pytest.approx(expected, rel=TIGHT * 64, abs=0)
+
+
+def test_divergence_of_probabilities() -> None:
+    p = np.array([[0.5, 0.5, 0.0], [0.25, 0.25, 0.5]], np.float32)
+    q = np.array([[0.25, 0.5, 0.25], [0.25, 0.25, 0.5]], np.float32)
+    wanted = Divergence("a", "b", logits=False)
+    (found,) = sweep(text.model(PAIR), [{"x": -p, "z": -q}], wanted)
+    assert found.scalar == pytest.approx(0.5 * math.log(2) / 2, rel=TIGHT)
 
 
 def test_big_activations_are_taken_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -276,8 +310,8 @@ def test_a_model_that_fits_holds_one_sample_at_a_time(alive: dict[str, Alive]) -
 
 def test_a_slice_that_is_held_does_not_hold_the_whole() -> None:
     whole = torch.zeros(100, 100)
-    assert calibration._compact(whole[:3]).untyped_storage().nbytes() == 3 * 100 * 4
-    assert calibration._compact(whole) is whole
+    assert calibration.compacted(whole[:3]).untyped_storage().nbytes() == 3 * 100 * 4
+    assert calibration.compacted(whole) is whole
 
 
 def test_progress_counts_samples_and_stages() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ import pytest
 import torch
 from torch import nn
 
+from netlathe.analysis.cost import cost
 from netlathe.diagnostics import OptionError, PassError, VerifyError
 from netlathe.execute import ort
 from netlathe.execute.compare import inputs_of, relative_error
@@ -42,7 +44,12 @@ class Given(Context):
     cosines: Sequence[float] = ()
 
     def collect(
-        self, model: ir.Model, wanted: Sequence[Statistic], *, needed_by: str
+        self,
+        model: ir.Model,
+        wanted: Sequence[Statistic],
+        *,
+        needed_by: str,
+        settle: Callable[[StatisticResult], None] | None = None,
     ) -> list[StatisticResult]:
         """The given cosines; the last one stands for all that follow."""
         given = [*self.cosines, *[self.cosines[-1]] * len(wanted)]
@@ -71,12 +78,17 @@ def statuses(entries: Sequence[Entry]) -> list[str]:
 
 def stack(count: int = 3) -> ir.Model:
     """Layers of an attention and an FFN."""
+    return typed(stack_text(count))
+
+
+def stack_text(count: int) -> str:
+    """Text of that."""
     layers = " ".join(
         f"{attention(f'a{i}', f'h{i}')} m{i} = Add(h{i}, a{i}3) {ffn(f'f{i}', f'm{i}')}"
         f" h{i + 1} = Add(m{i}, f{i}3)"
         for i in range(count)
     )
-    return typed(f"h0 = Relu(x) {layers} y = Tanh(h{count})")
+    return f"h0 = Relu(x) {layers} y = Tanh(h{count})"
 
 
 # -- choosing -------------------------------------------------------------------------------------
@@ -165,8 +177,14 @@ def test_data_is_needed() -> None:
 def test_options() -> None:
     for wrong in ({"kind": "mlp"}, {"count": -1}, {"score": "angle"}, {"layers": 3}):
         with pytest.raises(OptionError):
-            Drop(**wrong)  # type: ignore[arg-type]
-    assert str(Drop(kind="ffn", count=1)) == "drop(kind='ffn')"
+            Drop(**wrong)
+    assert str(Drop(kind="ffn", count=2)) == "drop(kind='ffn', count=2)"
+    with pytest.raises(OptionError, match="one of count and params"):
+        Drop(count=1, params=0.5)
+    with pytest.raises(
+        OptionError, match="greedy needs a score of the output: kl, mse, perplexity"
+    ):
+        Drop(search="greedy")
 
 
 def test_of_a_branch_and_the_one_around_it_one_goes() -> None:
@@ -176,6 +194,135 @@ def test_of_a_branch_and_the_one_around_it_one_goes() -> None:
     assert [(e.candidate, e.status) for e in entries] == [("u", "applied"), ("v", "skipped")]
     with pytest.raises(PassError, match="overlaps with u"):
         Drop(kind="ffn", count=2).choose(model, Context())
+
+
+def data(*shape: int, count: int = 3) -> list[Feeds]:
+    """Samples of the one input ``x``."""
+    rng = np.random.default_rng(5)
+    return [{"x": rng.standard_normal(shape).astype(np.float32)} for _ in range(count)]
+
+
+def test_joint_ranks_attentions_and_ffns_together() -> None:
+    entries = Drop(kind="joint", count=2).choose(stack(2), Given(cosines=[0.5, 0.9, 0.8, 0.7]))
+    assert [e.candidate for e in entries] == ["a03", "f03", "a13", "f13"]
+    assert statuses(entries) == ["skipped", "applied", "applied", "skipped"]
+
+
+def test_uniform_spreads_what_goes_and_needs_no_data() -> None:
+    def gone(count: int, of: int) -> list[int]:
+        entries = Drop(kind="ffn", score="uniform", count=count).choose(stack(of), Context())
+        assert all("score" not in e.detail for e in entries)
+        return [at for at, e in enumerate(entries) if e.status == "applied"]
+
+    assert gone(1, 5) == [2] and gone(2, 4) == [1, 3] and gone(3, 4) == [0, 2, 3]
+
+
+def distances(model: ir.Model, feeds: Sequence[Feeds], score: str) -> list[float]:
+    """What each FFN's removal does to y, by ONNX Runtime and the formula in float64."""
+    found = []
+    for index in range(len(Drop(kind="ffn", count=0).choose(model, Context()))):
+        after, _ = dropped(model, Drop(kind="ffn"), only(index))
+        pairs = [(ort.run(model, f)["y"], ort.run(after, f)["y"]) for f in feeds]
+        whole, without = (np.concatenate(a).astype(np.float64) for a in zip(*pairs, strict=True))
+        if score == "mse":
+            found.append(((whole - without) ** 2).sum() / (whole**2).sum())
+        else:
+            p, q = (a - np.log(np.exp(a).sum(-1, keepdims=True)) for a in (whole, without))
+            found.append((np.exp(p) * (p - q)).sum(-1).mean())
+    return found
+
+
+@pytest.mark.parametrize("score", ["mse", "kl"])
+def test_output_scores_are_what_the_removal_does(score: Any) -> None:
+    body = stack_text(8)  # more variants than run at once
+    model = typed(body.replace("y = Tanh", "logits = Tanh"), outputs="float logits")
+    feeds = data(2, 5, 8)
+    entries = Drop(kind="ffn", score=score, count=2).choose(model, Context(calibration=feeds))
+    named = typed(body)
+    expected = distances(named, feeds, score)
+    # float32 models, whose outputs move by some 1e-6, and differences that are squared or of second order.
+    assert [e.detail["score"] for e in entries] == pytest.approx(expected, rel=1e-3)
+    least = sorted(range(8), key=expected.__getitem__)[:2]
+    assert [at for at, e in enumerate(entries) if e.status == "applied"] == sorted(least)
+
+
+def test_greedy_looks_again_after_each_removal() -> None:
+    model, feeds = typed(stack_text(4)), data(2, 5, 8)
+    pass_ = Drop(kind="ffn", score="mse", search="greedy", count=2)
+    entries = pass_.choose(model, Context(calibration=feeds))
+    first = int(np.argmin(distances(model, feeds, "mse")))
+    assert entries[first].status == "applied"
+    pairs = {}
+    for other in set(range(4)) - {first}:
+        chosen = [
+            dataclasses.replace(e, status="applied" if at in (first, other) else "skipped")
+            for at, e in enumerate(entries)
+        ]
+        after = model.clone()
+        pass_.edit(after, chosen, Context())
+        runs = [(ort.run(model, f)["y"], ort.run(after, f)["y"]) for f in feeds]
+        error = sum(float(((a - b).astype(np.float64) ** 2).sum()) for a, b in runs)
+        pairs[other] = error / sum(float((a.astype(np.float64) ** 2).sum()) for a, _ in runs)
+    second = min(pairs, key=pairs.__getitem__)
+    assert [at for at, e in enumerate(entries) if e.status == "applied"] == sorted([first, second])
+    assert entries[second].detail["score"] == pytest.approx(pairs[second], rel=1e-3)
+
+
+def test_perplexity_is_that_of_the_next_token() -> None:
+    model = zoo_ir.captured("gpt2")
+    feeds = [{k: v for k, v in f.items() if v is not None} for f in zoo_ir.feeds("gpt2")]
+    entries = Drop(kind="ffn", score="perplexity").choose(model, Context(calibration=feeds))
+
+    def loss(at: ir.Model) -> float:
+        rows = []
+        for feed in feeds:
+            logits = ort.run(at, inputs_of(at, feed))["logits"].astype(np.float64)
+            logs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+            loss = -np.take_along_axis(logs[:, :-1], feed["input_ids"][:, 1:, None], 2)[..., 0]
+            rows.append(loss[feed["attention_mask"][:, 1:] != 0])
+        return float(np.concatenate(rows).mean())
+
+    after, _ = dropped(model, Drop(kind="ffn"), only(0))
+    # Of a loss of some 5 nats float32 keeps 6 digits.
+    assert entries[0].detail["score"] == pytest.approx(loss(after) - loss(model), abs=1e-5)
+
+
+def test_perplexity_needs_a_language_model() -> None:
+    with pytest.raises(PassError, match="ids \\[b, t\\] as an input"):
+        Drop(kind="ffn", score="perplexity").choose(stack(), Context(calibration=data(2, 5, 8)))
+    with pytest.raises(PassError, match="no output of the model is logits or probabilities"):
+        Drop(kind="ffn", score="kl").choose(stack(), Context(calibration=data(2, 5, 8)))
+
+
+def test_a_number_of_parameters_is_met_at_the_least_sum_of_scores() -> None:
+    """Against all sets, tried one by one."""
+    model = zoo_ir.captured("llama")
+    total = cost(model).params
+    every = Drop(kind="joint", count=0).choose(model, Context())
+    sizes = [e.detail["parameters"] for e in every]
+    rng = np.random.default_rng(3)
+    for params in (0.95, 0.8, 0.7, 0.62):
+        scores = rng.random(len(sizes))
+        ctx = Given(cosines=list(1.0 - scores))
+        entries = Drop(kind="joint", params=params).choose(model, ctx)
+        applied = {at for at, e in enumerate(entries) if e.status == "applied"}
+        need = total * (1 - params)
+        sets = [
+            s
+            for count in range(len(sizes) + 1)
+            for s in itertools.combinations(range(len(sizes)), count)
+            if sum(sizes[at] for at in s) >= need
+        ]
+        assert applied == set(min(sets, key=lambda s: sum(scores[at] for at in s))), params
+        after = model.clone()
+        Drop(kind="joint").edit(after, entries, Context())
+        assert cost(after).params <= params * total
+
+
+def test_out_of_reach() -> None:
+    with pytest.raises(PassError, match="attention candidates that can go have") as caught:
+        Drop(params=0.1).choose(zoo_ir.captured("llama"), Context())
+    assert caught.value.diagnostics[0].code == "drop.params"
 
 
 # -- editing equals its reference -------------------------------------------------------------------
