@@ -270,14 +270,14 @@ def _cut(
     for watch, slots in watched.items():
         due.setdefault(max(made.get(slot, -1) for slot in slots), []).append((watch, slots))
     ends, start = [], 0
-    widths = _widths(steps, due, sizes)
+    held = widths(steps, due, sizes)
     while start < len(steps):
         end = _furthest(program, steps, start, stage_bytes)
         last = min((at + 1 for at in due if start <= at < end), default=end) if at_watches else end
         if last < end:
             end = last
         elif end < len(steps):
-            end = min(range(end, start, -1), key=lambda at: widths[at])  # the last of the best
+            end = min(range(end, start, -1), key=lambda at: held[at])  # the last of the best
         ends.append(end)
         start = end
     return _Plan(steps, tuple(ends or [0]), due)
@@ -307,7 +307,7 @@ def _weights(program: Program, step: Step) -> Iterator[ir.TensorProtocol]:
                 yield from _weights(body, inner)
 
 
-def _widths(
+def widths(
     steps: Sequence[Step], due: Mapping[int, list[tuple[Watch, tuple[Slot, ...]]]], sizes: Sizes
 ) -> list[float]:
     """Elements that are held for a sample at the boundary before each step, and after the last."""
@@ -384,7 +384,7 @@ def _stages(program: Program, plan: _Plan) -> Iterator[Stage]:
 
 def _run(executor: Executor, stage: Stage, held: Held, sample: Feeds, number: int) -> Held:
     """Run a sample through a stage; what is held afterwards."""
-    values = {slot: _moved(held[slot], executor.device) for slot in stage.reads}
+    values = {slot: moved_to(held[slot], executor.device) for slot in stage.reads}
     kept = {slot: value for slot, value in held.items() if slot in stage.keeps}
     held.clear()
     if stage.inputs:
@@ -392,23 +392,23 @@ def _run(executor: Executor, stage: Stage, held: Held, sample: Feeds, number: in
         values.update((slot, fed[slot]) for slot in stage.inputs if slot in fed)
     executor.run_part(stage.part, values)
     for watch, slots in stage.watches:
-        _add(watch, [values[slot] for slot in slots], sample, number)
+        add_rows(watch, [values[slot] for slot in slots], sample, number)
     made = {slot: value for slot, value in values.items() if slot in stage.keeps - kept.keys()}
-    return kept | {slot: _compact(_moved(v, _HOST)) for slot, v in made.items()}
+    return kept | {slot: compacted(moved_to(v, _HOST)) for slot, v in made.items()}
 
 
-def _moved(value: Any, device: torch.device) -> Any:
+def moved_to(value: Any, device: torch.device) -> Any:
     return value.to(device) if isinstance(value, torch.Tensor) else value
 
 
-def _compact(value: Any) -> Any:
+def compacted(value: Any) -> Any:
     """A slice of a bigger tensor would keep all of it."""
     if isinstance(value, torch.Tensor) and value.untyped_storage().nbytes() > value.nbytes:
         return value.clone()
     return value
 
 
-def _add(watch: Watch, tensors: Sequence[Any], sample: Feeds, number: int) -> None:
+def add_rows(watch: Watch, tensors: Sequence[Any], sample: Feeds, number: int) -> None:
     """Let the rows of one sample that count flow into the running sum."""
     axis = watch.statistic.channel_axis
     for value, tensor in zip(watch.values, tensors, strict=True):

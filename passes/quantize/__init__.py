@@ -33,7 +33,7 @@ from netlathe.analysis.products import Use
 from netlathe.diagnostics import Diagnostic, GateError, OptionError, PassError, did_you_mean
 from netlathe.ir import types, weights
 from netlathe.ir.provenance import module_path
-from netlathe.passes.quantize import candidates, integer, reference, rounding
+from netlathe.passes.quantize import candidates, in_order, integer, ledger, reference, rounding
 from netlathe.passes.quantize.candidates import Candidate
 from netlathe.passes.quantize.graph import Editor, as_codes
 from netlathe.passes.quantize.layout import Layout, Unfit, layout
@@ -89,6 +89,21 @@ class Quantize(ChoosingPass):
     percentile: float = option(
         default=99.9, gt=50, le=100, help='the upper percentile of clip="percentile"'
     )
+    solver: Literal["rtn", "gptq"] = option(
+        default="rtn",
+        help="how values become codes: to nearest, or so that errors cancel (needs data)",
+    )
+    damping: float = option(
+        default=0.01, gt=0, le=1, help="gptq: what is added to the diagonal, as a share of its mean"
+    )
+    act_order: bool = option(
+        default=True, help="gptq: round the columns of the largest inputs first"
+    )
+    sweeps: int = option(
+        default=0,
+        ge=0,
+        help="gptq: coordinate-descent sweeps after it (QuantEase, arXiv 2309.01885)",
+    )
     overrides: dict[str, Override] = option(
         default={},
         help='other settings by module path or weight: {"lm_head": {"weights": "int8"}}; the last match'
@@ -125,6 +140,8 @@ class Quantize(ChoosingPass):
         progress = ctx.progress.track(found, "looking at weights", len(found))
         entries = [self._entry(candidate, ctx) for candidate in progress]
         self._check_coverage(found, entries)
+        if self.solver == "gptq":
+            entries = in_order.solve(self, model, found, entries, ctx)
         if self.activations == "int8":
             entries += self._activations(model, entries, ctx)
         return entries
@@ -146,8 +163,8 @@ class Quantize(ChoosingPass):
             value = by_name[entry.detail["value"]]
             base = value.const_value
             assert base is not None
-            own, scheme = _layout_of(entry), _scheme_of(entry)
-            scale, zero = self._parameters(base.numpy(), own, scheme, entry.arrays)
+            own, scheme = ledger.layout_of(entry), ledger.scheme_of(entry)
+            scale, zero = ledger.parameters(base.numpy(), own, scheme, entry.arrays)
             make = functools.partial(
                 rounding.codes, layout=own, scheme=scheme, scale=scale, zero=zero
             )
@@ -249,7 +266,7 @@ class Quantize(ChoosingPass):
             "applied",
             _words(candidate, own, scheme),
             where,
-            _detail(name, own, scheme),
+            ledger.detail(name, own, scheme),
             arrays=arrays,
         )
 
@@ -294,7 +311,8 @@ class Quantize(ChoosingPass):
         self, candidate: Candidate, own: Layout, scheme: Scheme, ctx: Context
     ) -> Mapping[str, Array]:
         """What has to be searched for: nothing where the formula says it all."""
-        if self.clip == "none" or scheme.format.kind == "cast":
+        waits = self.solver == "gptq" and in_order.is_for(candidate, own, scheme)
+        if self.clip == "none" or scheme.format.kind == "cast" or waits:
             return {}
         array = weights.array(candidate.value)
 
@@ -303,13 +321,6 @@ class Quantize(ChoosingPass):
             return {"scales": scale, "zeros": zero}
 
         return ctx.once(candidate.name, search)
-
-    def _parameters(
-        self, array: Array, own: Layout, scheme: Scheme, solved: Mapping[str, Array]
-    ) -> tuple[Array, Array]:
-        if "scales" in solved:
-            return solved["scales"], solved["zeros"]
-        return rounding.ranges(array, own, scheme)
 
 
 def _integer_weights(chosen: Sequence[Entry]) -> list[str]:
@@ -358,29 +369,3 @@ def _agrees(use: Use, own: Layout, scheme: Scheme) -> bool:
         return _layout_for(use, own.dims, scheme) == own
     except Unfit:
         return False
-
-
-def _detail(name: str, own: Layout, scheme: Scheme) -> dict[str, Any]:
-    return {
-        "value": name,
-        "weights": scheme.weights,
-        "symmetric": scheme.symmetric,
-        "scale_type": scheme.scales,
-        "bits": scheme.format.bits,
-        "dims": list(own.dims),
-        "axis": own.axis,
-        "block_size": own.block,
-        "flat": own.flat,
-        "scales": 0 if scheme.format.kind == "cast" else own.groups,
-        "bytes": scheme.num_bytes(math.prod(own.dims), own.groups),
-    }
-
-
-def _layout_of(entry: Entry) -> Layout:
-    d = entry.detail
-    return Layout(tuple(d["dims"]), d["axis"], d["block_size"], d["flat"])
-
-
-def _scheme_of(entry: Entry) -> Scheme:
-    d = entry.detail
-    return Scheme(weights=d["weights"], symmetric=d["symmetric"], scales=d["scale_type"])

@@ -74,6 +74,20 @@ def codes(array: Array, layout: Layout, scheme: Scheme, scale: Float64, zero: Fl
     return made
 
 
+def numbers(
+    made: Array, layout: Layout, scheme: Scheme, scale: Float64, zero: Float64, dtype: Any
+) -> Array:
+    """What codes in stored dims stand for: the weight as it is read, in its own dims."""
+    view = layout.view(made)
+    result = np.empty(layout.stored, dtype)
+    into = layout.view(result)
+    for part, own in _parts(view, layout):
+        groups = view[part].reshape(-1, layout.size)
+        found = decode(groups, scale[own, None], zero[own, None], scheme)
+        into[part] = found.reshape(view[part].shape)
+    return result.reshape(layout.dims)
+
+
 def _parts(view: Array, layout: Layout) -> Iterator[tuple[slice, slice]]:
     """Slices of a layout's view that fit the cache, each with the groups that are in it."""
     first = max(1, view.shape[0])

@@ -1,0 +1,66 @@
+"""What a ledger entry says of a quantized weight, and back."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from netlathe.passes.quantize import rounding
+from netlathe.passes.quantize.layout import Layout
+from netlathe.passes.quantize.scheme import Scheme
+from netlathe.pipeline.ledger import Entry
+
+Array = npt.NDArray[Any]
+
+
+def detail(name: str, own: Layout, scheme: Scheme) -> dict[str, Any]:
+    """Scheme and layout as JSON data."""
+    return {
+        "value": name,
+        "weights": scheme.weights,
+        "symmetric": scheme.symmetric,
+        "scale_type": scheme.scales,
+        "bits": scheme.format.bits,
+        "dims": list(own.dims),
+        "axis": own.axis,
+        "block_size": own.block,
+        "flat": own.flat,
+        "scales": 0 if scheme.format.kind == "cast" else own.groups,
+        "bytes": scheme.num_bytes(math.prod(own.dims), own.groups),
+    }
+
+
+def layout_of(entry: Entry) -> Layout:
+    """The layout that :func:`detail` wrote down."""
+    d = entry.detail
+    return Layout(tuple(d["dims"]), d["axis"], d["block_size"], d["flat"])
+
+
+def scheme_of(entry: Entry) -> Scheme:
+    """The scheme that :func:`detail` wrote down, its granularity being the layout's."""
+    d = entry.detail
+    return Scheme(weights=d["weights"], symmetric=d["symmetric"], scales=d["scale_type"])
+
+
+def parameters(
+    array: Array, own: Layout, scheme: Scheme, solved: Mapping[str, Array]
+) -> tuple[Array, Array]:
+    """Scale and zero point of every group: what was searched for, else the formula."""
+    if "scales" in solved:
+        return solved["scales"], solved["zeros"]
+    return rounding.ranges(array, own, scheme)
+
+
+def quantized(array: Array, entry: Entry) -> Array:
+    """What the weight of an applied entry is read as."""
+    own, scheme = layout_of(entry), scheme_of(entry)
+    scale, zero = parameters(array, own, scheme, entry.arrays)
+    codes = entry.arrays.get("codes")
+    if codes is None:
+        codes = rounding.codes(array, own, scheme, scale, zero)
+    made = rounding.numbers(codes, own, scheme, scale, zero, np.float32)
+    return np.asarray(made.astype(array.dtype))
