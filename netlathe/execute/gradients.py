@@ -25,7 +25,7 @@ one stage are held at a time. Weights are read once.
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,13 +33,13 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
-from netlathe.analysis.products import is_lookup
+from netlathe.analysis.language import next_token
 from netlathe.diagnostics import Diagnostic, PassError
 from netlathe.execute import calibration
 from netlathe.execute.executor import Executor
 from netlathe.execute.plan import Slot
 from netlathe.execute.statistics import Accumulator, Statistic, StatisticResult, chunks
-from netlathe.ir import dims, types, weights
+from netlathe.ir import types
 from netlathe.pipeline.loss import Kind, kind_of
 from netlathe.pipeline.pass_ import Feeds, Progress
 
@@ -210,17 +210,10 @@ def loss_of(model: ir.Model, objective: Objective) -> _Loss:
         )
     if objective is Objective.CURVATURE:
         return _Loss(outputs[0], kind_of(outputs[0]))
-    found = types.infer(model)
-    for output in outputs:
-        shape = found.type(output).shape
-        for ids, rows in _looked_up(model):
-            read = found.type(ids).shape
-            if shape is None or read is None or len(shape) != 3 or len(read) != 2:
-                continue
-            alike = all(dims.same(a, b) for a, b in zip(shape[:2], read, strict=True))
-            if alike and shape[2] == rows:
-                kind: Kind = "probabilities" if kind_of(output) == "probabilities" else "logits"
-                return _Loss(output, kind, ids.name or "")
+    if (found := next_token(model)) is not None:
+        output, ids = found
+        kind: Kind = "probabilities" if kind_of(output) == "probabilities" else "logits"
+        return _Loss(output, kind, ids.name or "")
     raise PassError(
         Diagnostic(
             "gradients.labels",
@@ -229,21 +222,6 @@ def loss_of(model: ir.Model, objective: Objective) -> _Loss:
             help="choose a score that needs no labels, such as obd",
         )
     )
-
-
-def _looked_up(model: ir.Model) -> Iterator[tuple[ir.Value, int]]:
-    """Integer inputs that are looked up in a table, and how many rows it has."""
-    for node in model.graph:
-        table = node.inputs[0] if node.inputs else None
-        if table is None or not is_lookup(node, 0) or not weights.is_weight(table):
-            continue
-        ids = node.inputs[1]
-        while ids is not None and (maker := ids.producer()) is not None and maker.inputs:
-            ids = maker.inputs[0]  # a cast, or a dim put in for GatherND
-        if ids is not None and ids.is_graph_input() and table.shape is not None:
-            rows = table.shape[0]
-            if isinstance(rows, int):
-                yield ids, rows
 
 
 # -- the sweep ----------------------------------------------------------------------------------------
