@@ -40,7 +40,7 @@ Compensation = Literal["none", "bias", "least_squares"]
 WEIGHT, BIAS = "weight:", "bias:"  # prefixes of the names of arrays in an entry
 
 # The ridge, as a share of the mean of C's diagonal: see docs/pruning-quality.md for what others give.
-RIDGE = 0.1
+RIDGE = 1.0
 
 
 @dataclass(frozen=True, eq=False)
