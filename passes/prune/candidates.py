@@ -139,7 +139,11 @@ class Candidate:
         """
         if count < 0.5:
             return 0
-        return min(self.widths(), key=lambda width: (abs(width - count), -width))
+        step = self.multiple
+        first = max(1, -(-self.least // step)) * step
+        below = max(first, int(count // step) * step)
+        near = [width for width in (below, below + step) if width < self.size]
+        return min((*near, self.size), key=lambda width: (abs(width - count), -width))
 
     def best(self, scores: Scores, count: int) -> Positions:
         """The ``count`` positions of the highest scores, ascending; of equal ones the first."""

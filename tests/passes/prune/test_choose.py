@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from functools import lru_cache
 from pathlib import Path
@@ -296,3 +297,12 @@ def test_pruned_once_more() -> None:
     model = zoo_ir.captured("gpt2")
     after, _ = pruned(model, Prune(ratio=0.3))
     check(after, Prune(ratio=0.3), zoo_ir.feeds("gpt2"))
+
+
+def test_fit_takes_the_nearest_width() -> None:
+    found = candidates("llama")["model.layers.1.mlp:ffn"]
+    for multiple, least in ((1, 1), (16, 1), (48, 1), (7, 30)):
+        one = dataclasses.replace(found, multiple=multiple, least=least)
+        for count in np.linspace(0.5, one.size, 97):
+            nearest = min(one.widths(), key=lambda width: (abs(width - count), -width))
+            assert one.fit(count) == nearest
