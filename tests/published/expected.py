@@ -53,41 +53,47 @@ _ROTARY = (*_WORDS, "turns pairs")
 EXPECTED: Mapping[str, Expected] = {
     # Stem; a stream per stage; two inner widths per block.
     "resnet50": Expected(
-        channels=_sum({8: 1}, {32: 1, 64: 1, 128: 1, 256: 1}, {8: 6, 16: 8, 32: 12, 64: 6}),
+        channels=_sum({8: 1}, {8: 6, 16: 8, 32: 12, 64: 6}),
+        hidden={32: 1, 64: 1, 128: 1, 256: 1},
         pinned=_IMAGE,
     ),
-    # Stem and head; seven streams; six times the width in each of 16 blocks.
+    # Stem and head; seven streams, residual where a stage has several blocks; six times the width in each
+    # of 16 blocks.
     "mobilenet_v2": Expected(
         channels=_sum(
             {8: 1, 1280: 1},
-            {8: 3, 16: 1, 24: 1, 40: 1, 80: 1},
+            {8: 1, 80: 1},
             {48: 6, 96: 4, 144: 3, 240: 3},
         ),
+        hidden={8: 2, 16: 1, 24: 1, 40: 1},
         pinned=_IMAGE,
     ),
     # Stem and head; seven streams; 15 expanded widths; 16 squeezed ones, a quarter of the input.
     "efficientnet_b0": Expected(
         channels=_sum(
             {8: 1, 320: 1},
-            {8: 2, 16: 1, 24: 1, 32: 1, 48: 1, 80: 1},
+            {8: 1, 80: 1},
             {48: 3, 96: 2, 144: 3, 192: 3, 288: 4},
             {2: 4, 4: 2, 6: 3, 8: 3, 12: 4},
         ),
+        hidden={8: 1, 16: 1, 24: 1, 32: 1, 48: 1},
         pinned=_IMAGE,
     ),
     # Stem; streams; per block the groups (8), and the channels of each before and after the 3x3.
     "resnext50": Expected(
-        channels=_sum(
-            {8: 1}, {32: 1, 64: 1, 128: 1, 256: 1}, {8: 16}, {2: 6, 4: 8, 8: 12, 16: 6}
-        ),
+        channels=_sum({8: 1}, {8: 16}, {2: 6, 4: 8, 8: 12, 16: 6}),
+        hidden={32: 1, 64: 1, 128: 1, 256: 1},
         pinned=_IMAGE,
     ),
     # As ResNeXt with groups of 8 channels; 22 squeezed widths, a quarter of the block's input.
     "regnet_y": Expected(
         channels=_sum(
-            {8: 1}, {16: 1, 24: 1, 64: 1, 136: 1}, {2: 2, 3: 6, 8: 12, 17: 2}, {8: 44},
+            {8: 1},
+            {2: 2, 3: 6, 8: 12, 17: 2},
+            {8: 44},
             {2: 1, 4: 2, 6: 6, 16: 12, 34: 1},
         ),
+        hidden={16: 1, 24: 1, 64: 1, 136: 1},
         pinned=_IMAGE,
     ),
     # Stem; transitions; in each of 58 layers the bottleneck and what it adds.
@@ -110,16 +116,17 @@ EXPECTED: Mapping[str, Expected] = {
         ),
         pinned=_IMAGE,
     ),
-    # Stem and head, the branch of each of 16 units; what the units' shuffles tie together, counted by the
-    # oracle of the tests, not by hand.
+    # Stem and head, the branch of each of 16 units; then what the shuffles of the units tie together, which
+    # nobody counts by hand: the oracle does.
     "shufflenet_v2": Expected(
-        channels={8: 1, 128: 1, 14: 4, 28: 8, 56: 4},
-        rows={14: 2, 28: 1, 7: 4, 3: 2, 1: 7},
+        channels=_sum({8: 1, 128: 1}, {14: 4, 28: 8, 56: 4}, {14: 2, 28: 1, 7: 4, 3: 2}),
+        rows={1: 7},
         pinned=(*_IMAGE, "sees it as one row of several"),
     ),
+    # The stem is 8 of 48 channels of the first stage, the others are in two groups: all are 12 times 4.
     "channel_shuffle": Expected(
-        channels={3: 4, 6: 8, 12: 4},
-        rows={4: 1, 2: 1},
+        channels=_sum({3: 4, 6: 8, 12: 4}, {2: 1}),
+        hidden={4: 1},
         pinned=(*_IMAGE, "sees it as one row of several"),
     ),
     # Levels of two convolutions down; an upsampling and two convolutions for each of four up.
@@ -132,18 +139,20 @@ EXPECTED: Mapping[str, Expected] = {
     ),
     # The stream, 16 inner widths, and the channels left by each pixel shuffle.
     "super_resolution": Expected(
-        channels={12: 1 + 16 + 2}, pinned=(*_IMAGE, "lays blocks of them out in space")
+        channels={12: 16 + 2}, hidden={12: 1}, pinned=(*_IMAGE, "lays blocks of them out in space")
     ),
-    # Convolutions; C2f has two halves, an inner width a stage, a join, and without sums each output.
+    # C2f has two halves, an inner width a stage, a join; its stages have outputs of their own where they
+    # are not added to the second half.
     "yolo_neck": Expected(
         channels=_sum(
-            {8: 1, 16: 1}, {8: 3, 16: 1},  # stem
-            {32: 1}, {16: 4, 32: 1}, {64: 1}, {32: 4, 64: 1}, {64: 1}, {32: 3, 64: 1},  # p3 to p5
+            {8: 1, 16: 1}, {8: 2, 16: 1},  # stem
+            {32: 1}, {16: 3, 32: 1}, {64: 1}, {32: 3, 64: 1}, {64: 1}, {32: 2, 64: 1},  # p3 to p5
             {32: 1, 64: 1},  # pyramid
             {32: 4, 64: 1}, {16: 4, 32: 1},  # up
             {32: 1, 64: 1}, {32: 4, 64: 1}, {32: 4, 64: 1},  # down
             {16: 3},  # heads
         ),
+        hidden={8: 1, 16: 1, 32: 2},
         pinned=_IMAGE,
     ),
     # A stream per stage, four times its width in each block.

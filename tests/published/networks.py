@@ -236,7 +236,12 @@ def _captured(name: str) -> ir.Model:
 
 
 def from_file(name: str) -> ir.Model:
-    """The network as a frontend reads it from an ONNX file that PyTorch exported, as it does by default."""
+    """The network as a frontend reads it from an ONNX file."""
+    return OnnxFile().capture(exported(name)).model
+
+
+def exported(name: str) -> Path:
+    """The file that PyTorch exports of a network by default."""
 
     def make(path: Path) -> None:
         built = build(name)
@@ -253,7 +258,7 @@ def from_file(name: str) -> ir.Model:
             verbose=False,
         )
 
-    return OnnxFile().capture(_kept(f"{name}.exported", make)).model
+    return _kept(f"{name}.exported", make)
 
 
 def _kept(name: str, make: Callable[[Path], None]) -> Path:
