@@ -66,6 +66,10 @@ _MIXTURE = (
 )
 
 
+# Weights that nothing here reads.
+_OTHER_WEIGHTS = frozenset(".bin .ckpt .gguf .h5 .msgpack .onnx .ot .pkl .pt .pth .tflite".split())
+
+
 class HuggingFaceDirectory(Frontend):
     """A directory with ``config.json`` and safetensors weights.
 
@@ -115,6 +119,32 @@ class HuggingFaceDirectory(Frontend):
         assert first is not None
         raise first
 
+    def sources(self, source: str | Path) -> Mapping[str, Path]:
+        """Every file in the directory but hidden ones, and the weights of other frameworks."""
+        folder = Path(source)
+        return {
+            file.relative_to(folder).as_posix(): file
+            for file in sorted(folder.rglob("*"))
+            if file.is_file()
+            and file.suffix not in _OTHER_WEIGHTS
+            and not any(part.startswith(".") for part in file.relative_to(folder).parts)
+        }
+
+    def recall(
+        self,
+        source: str | Path,
+        model: ir.Model,
+        dynamic: Mapping[str, int],
+        facts: Mapping[str, Any],
+    ) -> Captured:
+        """The tokenizer and the files that travel are read anew."""
+        folder = Path(source)
+        inputs = [str(value.name) for value in model.graph.inputs]
+        captured = super().recall(source, model, dynamic, facts)
+        captured.files = travelling_files(folder)
+        captured.tokenize = tokenizer(folder, facts["config"], inputs, facts["max_length"])
+        return captured
+
     def _capture(
         self,
         folder: Path,
@@ -130,8 +160,12 @@ class HuggingFaceDirectory(Frontend):
         loaded.files.give_back()
         entries = [*exported.entries, *_bind_weights(exported.model, loaded, folder)]
         inputs = [str(v.name) for v in exported.model.graph.inputs]
-        max_length = _max_length(folder, config)
-        return finish(
+        settings = config.to_dict()
+        facts: dict[str, Any] = {
+            "config": {key: settings.get(key) for key in ("pad_token_id", "eos_token_id")},
+            "max_length": _max_length(folder, config),
+        }
+        captured = finish(
             exported.model,
             _original(exported, loaded, task),
             source=str(folder),
@@ -139,8 +173,10 @@ class HuggingFaceDirectory(Frontend):
             dynamic=exported.dynamic,
             entries=entries,
             files=travelling_files(folder),
-            tokenize=tokenizer(folder, config.to_dict(), inputs, max_length),
+            tokenize=tokenizer(folder, facts["config"], inputs, facts["max_length"]),
         )
+        captured.facts = facts
+        return captured
 
 
 # -- config ---------------------------------------------------------------------------------------
@@ -415,9 +451,7 @@ def _bind_weights(model: ir.Model, loaded: _Loaded, folder: Path) -> list[Entry]
         if stored.dtype == torch.float32:
             value.const_value = base
         elif value.dtype == ir.DataType.FLOAT:
-            value.const_value = weights.derived(
-                base, _to_float32, ir.DataType.FLOAT, tuple(stored.shape), name
-            )
+            value.const_value = weights.converted(base, ir.DataType.FLOAT, name)
             cast += 1
     reason = f"{total - len(held)} of {total} weights stay in their files"
     if held:
@@ -464,10 +498,6 @@ def _torch(array: npt.NDArray[Any]) -> torch.Tensor:
 
 def _tensor(tensor: torch.Tensor, name: str) -> ir.TensorProtocol:
     return ir.tensor(_numpy(tensor), name=name)
-
-
-def _to_float32(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    return array.astype(np.float32)
 
 
 def _original(exported: Exported, loaded: _Loaded, task: Task) -> Original:

@@ -8,7 +8,7 @@ Nothing outside the file's own folder is ever read: a model file is data from so
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -43,6 +43,17 @@ class OnnxFile(Frontend):
     def accepts(cls, source: Any) -> bool:
         """A path that is not a directory; whether it is ONNX is for :meth:`capture` to say."""
         return isinstance(source, str | Path) and not Path(source).is_dir()
+
+    def sources(self, source: str | Path) -> Mapping[str, Path]:
+        """The file and its external data.
+
+        Raises:
+            InputError: what is wrong with them.
+        """
+        path = Path(source)
+        files = weights.files(_to_ir(read_proto(path), path))
+        data = {f"data/{os.path.relpath(file, path.parent)}": file for file in sorted(files)}
+        return {path.name: path, **data}
 
     def capture(self, source: str | Path) -> Captured:
         """Capture the model in the file ``source``.

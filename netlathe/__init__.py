@@ -17,7 +17,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from netlathe.analysis.cost import Cost, cost
-    from netlathe.api import capture, compile, plan
+    from netlathe.api import capture, compile, plan, user_cache_dir
     from netlathe.diagnostics import (
         CaptureError,
         Diagnostic,
@@ -51,7 +51,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "netlathe.analysis.cost": ("Cost", "cost"),
-    "netlathe.api": ("capture", "compile", "plan"),
+    "netlathe.api": ("capture", "compile", "plan", "user_cache_dir"),
     "netlathe.diagnostics": (
         "CaptureError",
         "Diagnostic",
@@ -122,6 +122,7 @@ __all__ = [
     "option",
     "options",
     "plan",
+    "user_cache_dir",
 ]
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from netlathe.diagnostics import Diagnostic, OptionError, did_you_mean
-from netlathe.pipeline import calibration_data, registry, run, text
-from netlathe.pipeline.cache import Cache
+from netlathe.pipeline import cache_capture, calibration_data, registry, run, text
+from netlathe.pipeline.cache import Cache, user_folder
 from netlathe.pipeline.interfaces import Captured, Target
 from netlathe.pipeline.loss import Metric
 from netlathe.pipeline.pass_ import Context, Feeds, Pass, Progress, SilentProgress
@@ -17,12 +17,13 @@ from netlathe.pipeline.run import Compiled
 from netlathe.pipeline.step import Step
 
 
-def capture(source: Any, **settings: Any) -> Captured:
+def capture(source: Any, *, cache_dir: str | Path | None = None, **settings: Any) -> Captured:
     """Bring a model into the IR and compare it there with the original.
 
     ``source`` is the path of an ONNX file or of a local Hugging Face directory, an ``nn.Module`` or
     a ``torch.fx.GraphModule``. Settings are its frontend's: ``args``, ``kwargs`` and ``dynamic`` for
-    modules, ``cache=True`` for a causal language model with its KV cache.
+    modules, ``cache=True`` for a causal language model with its KV cache. ``cache_dir`` is a folder where
+    captured files and directories are kept and found again, such as :func:`user_cache_dir`.
 
     Raises:
         InputError: the source cannot be read as what it claims to be.
@@ -30,6 +31,16 @@ def capture(source: Any, **settings: Any) -> Captured:
         OptionError: the frontend has no such setting.
         MissingExtraError: an extra is needed that is not installed.
     """
+    return capture_with(source, settings, None if cache_dir is None else Cache(cache_dir))
+
+
+def user_cache_dir() -> Path:
+    """Where the command ``netlathe`` keeps finished work: $NETLATHE_CACHE, else the system's place."""
+    return user_folder()
+
+
+def capture_with(source: Any, settings: Mapping[str, Any], cache: Cache | None) -> Captured:
+    """:func:`capture` with a cache that is open."""
     frontend = registry.find_frontend(source)
     known = [name for name in inspect.signature(frontend).parameters]
     for name in settings:
@@ -41,7 +52,8 @@ def capture(source: Any, **settings: Any) -> Captured:
                     help=did_you_mean(name, known) if known else f"{frontend.name} takes none",
                 )
             )
-    return frontend(**settings).capture(source)
+    made = frontend(**settings)
+    return made.capture(source) if cache is None else cache_capture.capture(made, source, cache)
 
 
 def compile(
@@ -77,7 +89,7 @@ def compile(
     made = text.parse(passes) if isinstance(passes, str) else list(passes)
     chosen = registry.find_target(target)[1] if isinstance(target, str) else target
     cache = None if cache_dir is None else Cache(cache_dir)
-    captured = source if isinstance(source, Captured) else capture(source)
+    captured = source if isinstance(source, Captured) else capture_with(source, {}, cache)
     ctx = _context(captured, calibration, chosen, seed, device, progress)
     return run.run(captured, made, ctx, strict=strict, verify=verify, metric=metric, cache=cache)
 
@@ -104,7 +116,7 @@ def plan(
     made = text.parse(passes) if isinstance(passes, str) else list(passes)
     chosen = registry.find_target(target)[1] if isinstance(target, str) else target
     cache = None if cache_dir is None else Cache(cache_dir)
-    captured = source if isinstance(source, Captured) else capture(source)
+    captured = source if isinstance(source, Captured) else capture_with(source, {}, cache)
     ctx = _context(captured, calibration, chosen, seed, device, progress)
     return run.plan(captured, made, ctx, strict=strict, cache=cache)
 

@@ -6,6 +6,7 @@ import click
 
 import netlathe
 from netlathe.cli.bench import bench
+from netlathe.cli.cache import cache
 from netlathe.cli.compile import compile_
 from netlathe.cli.diff import diff
 from netlathe.cli.inspect import inspect
@@ -43,5 +44,5 @@ def app() -> None:
     """
 
 
-for command in (compile_, plan, inspect, verify, diff, bench, passes, targets):
+for command in (compile_, plan, inspect, verify, diff, bench, passes, targets, cache):
     app.add_command(command)

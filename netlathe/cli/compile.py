@@ -29,6 +29,11 @@ if TYPE_CHECKING:
     help="The folder to write; it is there whole or not at all.",
 )
 @click.option("--overwrite", is_flag=True, help="Replace DIR, if NetLathe wrote it.")
+@click.option(
+    "--locked",
+    is_flag=True,
+    help="Differ in nothing from the manifest.json in DIR, or write nothing and explain.",
+)
 @options.cache()
 @options.sizes()
 @options.work()
@@ -56,6 +61,7 @@ def compile_(
     opset: int | None,
     output: Path,
     overwrite: bool,
+    locked: bool,
     kv_cache: bool,
     dims: dict[str, int],
     cache: Path | None,
@@ -78,6 +84,8 @@ def compile_(
     Drop the least important feed-forward branch of an encoder, judged on real sentences:
       netlathe compile my-encoder/ --passes 'drop(kind="ffn", count=1)' \\
           --calibration sentences.txt -o smaller
+    Give what was given before, or fail and say what differs:
+      netlathe compile resnet.onnx --recipe small.yaml -o out --locked
     From a build system:
       netlathe compile model.onnx --recipe small.yaml -o out --overwrite --depfile out.d
 
@@ -87,8 +95,8 @@ def compile_(
     DIR holds the model, manifest.json (what was decided, checked and measured, and from what), and
     the tokenizer and generation files of a Hugging Face directory.
     """
+    from netlathe.pipeline import lock, manifest, run
     from netlathe.pipeline import output as outputs
-    from netlathe.pipeline import run
 
     request = Request.of(
         passes=passes,
@@ -103,21 +111,27 @@ def compile_(
     finished = open_cache(cache, none=no_cache)
     if finished is not None:
         read.append(finished.folder)
-    outputs.check_output(output, overwrite=overwrite, sources=read)
+    held = lock.load(output) if locked else None
+    outputs.check_output(output, overwrite=overwrite or locked, sources=read)
     if depfile is not None:
         depfiles.check(depfile)
-    captured = capture(model, kv_cache=kv_cache, dims=dims)
+    captured = capture(model, kv_cache=kv_cache, dims=dims, cache=finished)
+    context = request.context(captured)
+    if held is not None:
+        tools = request.backend.tools(request.build_for)
+        made = manifest.inputs(captured, request.passes, context, request.build_for, tools)
+        lock.check_inputs(held, made)
     compiled = run.run(
         captured,
         request.passes,
-        request.context(captured),
+        context,
         strict=request.strict,
         verify=not no_verify,
         observer=render.Steps(verbose=verbose),
         cache=finished,
     )
     with render.working(f"writing {output}"):
-        artifact = compiled.save(output, overwrite=overwrite)
+        artifact = compiled.save(output, overwrite=overwrite, locked=locked)
     written = json.loads((output / outputs.MARKER).read_text("utf-8"))
     if depfile is not None:
         first = next(iter(written["artifact"]["files"]))

@@ -56,7 +56,7 @@ def plan(
         opset=opset,
     )
     finished = open_cache(cache, none=no_cache)
-    captured = capture(model, kv_cache=kv_cache, dims=dims)
+    captured = capture(model, kv_cache=kv_cache, dims=dims, cache=finished)
     steps = run.plan(
         captured,
         request.passes,

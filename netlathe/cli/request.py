@@ -13,7 +13,7 @@ from netlathe.diagnostics import Diagnostic, OptionError, did_you_mean
 
 if TYPE_CHECKING:  # a command's help must not wait for the imports
     from netlathe.pipeline.cache import Cache
-    from netlathe.pipeline.interfaces import Captured
+    from netlathe.pipeline.interfaces import Backend, Captured, Target
     from netlathe.pipeline.pass_ import Context, Feeds, Pass
 
 _ARTIFACT = ("manifest.json", "model.onnx")  # what a folder that `compile` wrote for ONNX holds
@@ -43,7 +43,11 @@ def open_cache(folder: Path | None, *, none: bool) -> Cache | None:
 
 
 def capture(
-    path: Path, *, kv_cache: bool = False, dims: Mapping[str, int] | None = None
+    path: Path,
+    *,
+    kv_cache: bool = False,
+    dims: Mapping[str, int] | None = None,
+    cache: Cache | None = None,
 ) -> Captured:
     """The model at ``path``, its dynamic dims at the sizes asked for.
 
@@ -63,7 +67,7 @@ def capture(
         )
     settings = {"cache": True} if kv_cache else {}
     with render.working(f"capturing {path}"):
-        captured = api.capture(path, **settings)
+        captured = api.capture_with(path, settings, cache)
     for name in dims or {}:
         if name not in captured.dynamic:
             known = list(captured.dynamic)
@@ -141,13 +145,26 @@ class Request:
             calibration_data.check_file(made.calibration)
         return made
 
+    @property
+    def backend(self) -> Backend:
+        """What builds for the target."""
+        from netlathe.pipeline import registry
+
+        return registry.find_target(self.target, **self.settings)[0]
+
+    @property
+    def build_for(self) -> Target:
+        """The target with its settings."""
+        from netlathe.pipeline import registry
+
+        return registry.find_target(self.target, **self.settings)[1]
+
     def context(self, captured: Captured) -> Context:
         """What the passes are given besides the model."""
-        from netlathe.pipeline import calibration_data, registry
+        from netlathe.pipeline import calibration_data
         from netlathe.pipeline.pass_ import Context
 
         data: Sequence[Feeds] = ()
         if self.calibration is not None:
             data = calibration_data.load(self.calibration, captured)
-        target = registry.find_target(self.target, **self.settings)[1]
-        return Context(data, target, self.seed, progress=render.Bars())
+        return Context(data, self.build_for, self.seed, progress=render.Bars())

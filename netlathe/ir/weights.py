@@ -22,6 +22,8 @@ Array = npt.NDArray[Any]
 # Keys in a lazy tensor's ``meta``.
 _BASES = "netlathe.bases"  # the tensors that a recipe reads
 _TRANSPOSE = "netlathe.transpose"  # (tensor, perm) it was made from
+_KIND = "netlathe.kind"  # what it makes of them, where that has a name
+_HOLDER = "netlathe.holder"  # what keeps its file in its place
 _DIGEST = "netlathe.digest"  # its digest, once it was taken
 
 
@@ -46,7 +48,16 @@ def joined(parts: Sequence[ir.TensorProtocol], shape: Sequence[int], name: str) 
     def join() -> Array:
         return np.concatenate([part.numpy().reshape(-1) for part in parts]).reshape(shape)
 
-    return _recipe(parts, join, parts[0].dtype, shape, name)
+    made = _recipe(parts, join, parts[0].dtype, shape, name)
+    made.meta[_KIND] = "join"
+    return made
+
+
+def converted(base: ir.TensorProtocol, dtype: ir.DataType, name: str) -> ir.LazyTensor:
+    """``base`` as another dtype, each element rounded to nearest even."""
+    made = derived(base, lambda array: array.astype(dtype.numpy()), dtype, base.shape.numpy(), name)
+    made.meta[_KIND] = "convert"
+    return made
 
 
 def _recipe(
@@ -118,6 +129,31 @@ def is_weight(value: ir.Value | None) -> bool:
     )
 
 
+def known_recipe(
+    tensor: ir.TensorProtocol,
+) -> tuple[str, tuple[int, ...], tuple[ir.TensorProtocol, ...]] | None:
+    """``transpose`` with its permutation, ``join`` or ``convert``, and the tensors it reads.
+
+    None for a tensor that no such function has made.
+    """
+    if isinstance(tensor, ir.LazyTensor) and _TRANSPOSE in tensor.meta:
+        base, perm = tensor.meta[_TRANSPOSE]
+        return "transpose", perm, (base,)
+    if isinstance(tensor, ir.LazyTensor) and _KIND in tensor.meta:
+        return tensor.meta[_KIND], (), tensor.meta[_BASES]
+    return None
+
+
+def held_by(tensor: ir.TensorProtocol, holder: object) -> None:
+    """Let ``holder``, which keeps the file of a tensor in its place, live as long as the tensor."""
+    tensor.meta[_HOLDER] = holder
+
+
+def recall_digest(tensor: ir.TensorProtocol, known: str) -> None:
+    """Say what the digest of a tensor is that cannot change, so that it is not taken again."""
+    tensor.meta[_DIGEST] = known
+
+
 def num_bytes(model: ir.Model) -> int:
     """Bytes of all initializers; a tied weight is one initializer and counts once."""
     return sum(
@@ -129,7 +165,10 @@ def num_bytes(model: ir.Model) -> int:
 
 
 def files(model: ir.Model) -> set[Path]:
-    """The files that initializers are mapped from, by way of recipes too."""
+    """The files that initializers are mapped from, by way of recipes too.
+
+    A file that a tensor holds on to itself (:func:`held_by`) is nobody's source, and is left out.
+    """
     found = set()
     for graph in model.graphs():
         for value in graph.initializers.values():
@@ -137,7 +176,7 @@ def files(model: ir.Model) -> set[Path]:
                 found |= {
                     Path(t.path)
                     for t in _read(value.const_value)
-                    if isinstance(t, ir.ExternalTensor)
+                    if isinstance(t, ir.ExternalTensor) and _HOLDER not in t.meta
                 }
     return found
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import io
 import json
 import os
 import re
@@ -19,7 +20,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, get_args
+from typing import Any, Literal, get_args
 
 from netlathe.diagnostics import Diagnostic, InputError, OptionError
 from netlathe.pipeline import cache_file
@@ -29,7 +30,7 @@ Kind = Literal["capture", "step", "piece", "artifact"]
 Material = Mapping[str, Any]  # JSON data
 
 FOLDER_VARIABLE = "NETLATHE_CACHE"  # environment variable: where the user's cache lies
-DEFAULT_LIMIT = 20 << 30  # bytes
+DEFAULT_LIMIT = 20 * 10**9  # bytes
 _FORMAT = "v1"
 # https://bford.info/cachedir/: tools that make backups leave such a folder out.
 _TAG = "CACHEDIR.TAG"
@@ -121,7 +122,7 @@ class Cache:
         try:
             with self._explaining():
                 self._parts.mkdir(exist_ok=True)  # cleared by somebody since
-                file = open(part, "xb")  # closed below
+                file = open(part, "xb", buffering=0)  # closed below; closing writes nothing
             with file:
                 cache_file.lock(file)
                 writer = Writer(_Bounded(file, self.limit, self._explaining))
@@ -262,7 +263,7 @@ def parse_size(text: str) -> int:
 
 
 def show(size: float) -> str:
-    """``21.47 GB``, of 10^9 bytes."""
+    """``20.00 GB``, of 10^9 bytes."""
     for unit in ("T", "G", "M", "k"):
         scale = _UNITS[unit.upper()]
         if size >= scale:
@@ -279,7 +280,7 @@ class _Bounded:
 
     def __init__(
         self,
-        file: BinaryIO,
+        file: io.FileIO,
         limit: int,
         explaining: Callable[[], contextlib.AbstractContextManager[None]],
     ) -> None:
@@ -291,12 +292,13 @@ class _Bounded:
         self._left -= len(data)
         if self._left < 0:
             raise _TooLargeError
+        left = memoryview(data)
         with self._explaining():
-            self._file.write(data)
+            while len(left):
+                left = left[self._file.write(left) :]
 
     def sync(self) -> None:
         with self._explaining():
-            self._file.flush()
             os.fsync(self._file.fileno())
 
 

@@ -12,6 +12,7 @@ it holds a shared lock on the file, so that nobody takes it for one that is not 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import mmap
 import os
@@ -19,7 +20,7 @@ import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, Protocol
 
 import ml_dtypes
 import numpy as np
@@ -225,7 +226,7 @@ def remove(path: Path) -> bool:
     return True
 
 
-def lock(file: BinaryIO) -> None:
+def lock(file: io.FileIO) -> None:
     """Hold a file that is being written against :func:`remove`, until it is closed."""
     _share(file.fileno())
 

@@ -26,7 +26,6 @@ from netlathe.pipeline.loss import Distance, Loss
 from netlathe.pipeline.verification import Check
 
 Array = weights.Array
-_HOLDER = "netlathe.cache_file"  # in a tensor's ``meta``: the reader, which keeps the file locked
 _IN_MEMORY = 4096  # bytes; smaller weights are read into memory, as a map each would be many
 
 
@@ -130,17 +129,8 @@ def write_model(
             described.append({"like": first})
             digests.append(digests[first])
         else:
-            blob = _write_tensor(tensor, writer)
-            described.append(
-                {
-                    "blob": blob,
-                    "dtype": tensor.dtype.name,
-                    "shape": list(tensor.shape.numpy()),
-                    "name": tensor.name,
-                    "recipe": weights.is_recipe(tensor),
-                }
-            )
-            digests.append(writer.digest(blob))
+            described.append(write_tensor(tensor, writer))
+            digests.append(writer.digest(described[-1]["blob"]))
             written[id(tensor)] = number
     snapshot = Snapshot(model, graph, tensors, tuple(digests))
     return {"graph": writer.add_bytes(graph), "weights": described}, snapshot
@@ -158,24 +148,31 @@ def read_model(described: Mapping[str, Any], reader: Reader, before: Snapshot) -
             tensors.append(tensors[weight["like"]])
             digests.append(digests[weight["like"]])
         else:
-            tensors.append(_read_tensor(weight, reader))
+            tensors.append(read_tensor(weight, reader))
             digests.append(reader.blob(weight["blob"]).sha256)
     graph = bytes(reader.bytes(described["graph"]))
     return Snapshot(read_graph(graph, tensors), graph, tuple(tensors), tuple(digests))
 
 
-def _write_tensor(tensor: ir.TensorProtocol, writer: Writer) -> int:
+def write_tensor(tensor: ir.TensorProtocol, writer: Writer) -> dict[str, Any]:
     """The tensor's bytes in ONNX order; the digest of the blob is :func:`weights.digest`'s."""
-    prefix = weights.digest_prefix(tensor)
     if tensor.dtype.bitwidth < 8:
-        packed = tensor.tobytes()
-        return writer.add([packed], len(packed), prefix)
-    array = np.ascontiguousarray(tensor.numpy())
-    little = array.astype(array.dtype.newbyteorder("<"), copy=False)
-    return writer.add([little.reshape(-1).view(np.uint8).data], array.nbytes, prefix)
+        data: bytes | memoryview = tensor.tobytes()
+    else:
+        array = np.ascontiguousarray(tensor.numpy())
+        little = array.astype(array.dtype.newbyteorder("<"), copy=False)
+        data = little.reshape(-1).view(np.uint8).data
+    return {
+        "blob": writer.add([data], len(data), weights.digest_prefix(tensor)),
+        "dtype": tensor.dtype.name,
+        "shape": list(tensor.shape.numpy()),
+        "name": tensor.name,
+        "recipe": weights.is_recipe(tensor),
+    }
 
 
-def _read_tensor(weight: Mapping[str, Any], reader: Reader) -> ir.TensorProtocol:
+def read_tensor(weight: Mapping[str, Any], reader: Reader) -> ir.TensorProtocol:
+    """The reverse: mapped from the entry's file, which stays locked while the tensor lives."""
     blob = reader.blob(weight["blob"])
     dtype = ir.DataType[weight["dtype"]]
     shape, name = weight["shape"], weight["name"] or ""
@@ -187,7 +184,7 @@ def _read_tensor(weight: Mapping[str, Any], reader: Reader) -> ir.TensorProtocol
         shape=ir.Shape(shape),
         name=name,
     )
-    mapped.meta[_HOLDER] = reader
+    weights.held_by(mapped, reader)  # which keeps the file locked
     if blob.length < _IN_MEMORY:
         mapped = ir.Tensor(mapped.numpy().copy(), dtype=dtype, shape=ir.Shape(shape), name=name)
     if weight["recipe"]:  # equal recipes are not compared, so it stays one

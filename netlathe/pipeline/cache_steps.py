@@ -23,7 +23,7 @@ from netlathe.pipeline.cache_keys import code_of, toolchain
 from netlathe.pipeline.cache_model import Snapshot
 from netlathe.pipeline.fingerprint import feeds_digest
 from netlathe.pipeline.inputs import describe_calibration, describe_pass, describe_target
-from netlathe.pipeline.interfaces import Captured
+from netlathe.pipeline.interfaces import Backend, Captured
 from netlathe.pipeline.pass_ import Array, Context, Lossy, Pass, read_only
 from netlathe.pipeline.step import Step
 
@@ -115,6 +115,22 @@ class Steps:
             before = next(reversed(self._snapshots.values()), None)
             known = self._snapshots[id(model)] = Snapshot.of(model, before)
         return known
+
+    def artifact_material(
+        self, model: ir.Model, backend: Backend, manifest: str
+    ) -> Material | None:
+        """What an artifact is made from; ``manifest`` is the digest that it is stamped with.
+
+        None where that cannot be told.
+        """
+        if (code := code_of(backend)) is None:
+            return None
+        return {
+            "toolchain": toolchain(),
+            "model": self.snapshot(model).digest,
+            "code": code,
+            "manifest": manifest,
+        }
 
     def _remember(self, snapshot: Snapshot) -> ir.Model:
         self._snapshots[id(snapshot.model)] = snapshot

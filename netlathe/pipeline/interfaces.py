@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import onnx_ir as ir
 
 from netlathe.diagnostics import Diagnostic
+from netlathe.execute import samples
 from netlathe.pipeline.ledger import Entry
 from netlathe.pipeline.pass_ import Feeds
 
@@ -33,6 +34,7 @@ class Captured:
     entries: list[Entry] = field(default_factory=list)  # raises, switched implementations, ...
     files: Mapping[str, Path] = field(default_factory=dict)  # name in the artifact -> source file
     tokenize: Callable[[Sequence[str]], Feeds] | None = None
+    facts: Mapping[str, Any] = field(default_factory=dict)  # JSON data for Frontend.recall
 
 
 class Frontend(abc.ABC):
@@ -53,6 +55,24 @@ class Frontend(abc.ABC):
             InputError: the source cannot be read as what it claims to be.
             CaptureError: it was read, but the captured graph is not the same function.
         """
+
+    def sources(self, source: Any) -> Mapping[str, Path] | None:
+        """Every file that a capture of ``source`` depends on, by a name that does not tell its place.
+
+        None where it depends on more than files: such a capture is not taken from a cache. Settings are
+        the frontend's attributes; those that are no JSON data have the same effect.
+        """
+        return None
+
+    def recall(
+        self, source: Any, model: ir.Model, dynamic: Mapping[str, int], facts: Mapping[str, Any]
+    ) -> Captured:
+        """What :meth:`capture` gave for the same files, from the parts of it that can be written."""
+
+        def sample(sizes: Mapping[str, int], seed: int) -> Feeds:
+            return samples.synthesize(model, {**dynamic, **sizes}, seed)
+
+        return Captured(model, str(source), self.name, dict(dynamic), sample, facts=facts)
 
 
 @dataclass(frozen=True)
@@ -104,6 +124,10 @@ class Backend(abc.ABC):
         Raises:
             OptionError: one is not.
         """
+
+    def tools(self, target: Target) -> Mapping[str, str]:
+        """Name -> version of what builds an artifact besides NetLathe and its base packages."""
+        return {}
 
     @abc.abstractmethod
     def unsupported(self, model: ir.Model, target: Target) -> list[Diagnostic]:

@@ -6,10 +6,10 @@ import hashlib
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
-import numpy.typing as npt
+if TYPE_CHECKING:  # a command's help must not wait for the imports
+    import numpy.typing as npt
 
 Status = Literal["applied", "skipped", "refused"]
 
@@ -50,5 +50,7 @@ def count_by_status(entries: list[Entry]) -> dict[Status, int]:
 
 
 def _describe(array: npt.NDArray[Any]) -> dict[str, Any]:
+    import numpy as np
+
     digest = hashlib.sha256(np.ascontiguousarray(array).view(np.uint8).data).hexdigest()
     return {"dtype": str(array.dtype), "shape": list(array.shape), "sha256": digest}

@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 import json
 import platform
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from netlathe.pipeline import text
 from netlathe.pipeline.fingerprint import graph_digest, weights_digest
 from netlathe.pipeline.inputs import describe_calibration, describe_pass, describe_target
 from netlathe.pipeline.interfaces import Artifact, Captured, Target
+from netlathe.pipeline.pass_ import Context, Pass
 from netlathe.pipeline.run import Compiled
 from netlathe.pipeline.step import Step
 
@@ -31,19 +33,35 @@ _BASE = ("numpy", "onnx", "onnx-ir", "onnxruntime")
 _CHUNK = 16 << 20
 
 
-def build(compiled: Compiled, target: Target | None = None) -> dict[str, Any]:
-    """The manifest of a compilation, as JSON data; ``target`` is what an artifact is built for.
+def inputs(
+    captured: Captured,
+    passes: Sequence[Pass],
+    context: Context,
+    target: Target | None = None,
+    tools: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
+    """What a compilation starts from; ``tools`` are versions of what builds for ``target``.
 
     Reads every weight of the captured model once.
     """
-    compilation = {
-        "versions": _versions(compiled, target),
-        "source": _source(compiled.captured),
-        "pipeline": text.render(step.pass_ for step in compiled.steps),
-        "passes": [describe_pass(step.pass_) for step in compiled.steps],
-        "seed": compiled.context.seed,
-        "calibration": describe_calibration(compiled.context.calibration),
+    return {
+        "versions": {**_versions(captured, context, target), **(tools or {})},
+        "source": _source(captured),
+        "pipeline": text.render(passes),
+        "passes": [describe_pass(pass_) for pass_ in passes],
+        "seed": context.seed,
+        "calibration": describe_calibration(context.calibration),
         "target": None if target is None else describe_target(target),
+    }
+
+
+def build(
+    compiled: Compiled, target: Target | None = None, tools: Mapping[str, str] | None = None
+) -> dict[str, Any]:
+    """The manifest of a compilation, as JSON data; ``target`` is what an artifact is built for."""
+    passes = [step.pass_ for step in compiled.steps]
+    compilation = {
+        **inputs(compiled.captured, passes, compiled.context, target, tools),
         "capture": [entry.to_json() for entry in compiled.captured.entries],
         "steps": [_step(step) for step in compiled.steps],
         "result": {"graph": graph_digest(compiled.model)},
@@ -77,19 +95,19 @@ def describe(artifact: Artifact, files: list[Path], folder: Path) -> dict[str, A
         "files": {
             file.relative_to(folder).as_posix(): {
                 "bytes": file.stat().st_size,
-                "sha256": _file_digest(file),
+                "sha256": file_digest(file),
             }
             for file in sorted(files)
         },
     }
 
 
-def _versions(compiled: Compiled, target: Target | None) -> dict[str, str]:
+def _versions(captured: Captured, context: Context, target: Target | None) -> dict[str, str]:
     """Versions of what took part; whether torch did does not depend on who else imported it."""
-    frontend = compiled.captured.frontend
+    frontend = captured.frontend
     torch_builds = target is not None and target.backend == "torch"
     packages = [*_BASE]
-    if frontend != "onnx_file" or compiled.context.calibration or torch_builds:
+    if frontend != "onnx_file" or context.calibration or torch_builds:
         packages.append("torch")
     if frontend == "huggingface":
         packages.append("transformers")
@@ -109,7 +127,7 @@ def _source(captured: Captured) -> dict[str, Any]:
         "frontend": captured.frontend,
         "dynamic": dict(captured.dynamic),
         "files": {
-            name: _file_digest(file)
+            name: file_digest(file)
             for name, file in sorted({file.name: file for file in source_files(captured)}.items())
         },
         "graph": graph_digest(captured.model),
@@ -143,7 +161,8 @@ def _step(step: Step) -> dict[str, Any]:
     }
 
 
-def _file_digest(file: Path) -> str:
+def file_digest(file: Path) -> str:
+    """SHA-256 over the bytes of a file."""
     state = hashlib.sha256()
     with file.open("rb") as stream:
         while chunk := stream.read(_CHUNK):

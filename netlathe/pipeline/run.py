@@ -61,22 +61,28 @@ class Compiled:
         target: str | None = None,
         *,
         overwrite: bool = False,
+        locked: bool = False,
         **settings: Any,
     ) -> Artifact:
         """Build for ``target`` and write the artifact, its manifest and what travels with it.
 
         ``target`` is the one it was compiled for unless another is named, else ``onnx``; settings are
-        the target's, such as ``opset``. ``folder`` is written whole or not at all.
+        the target's, such as ``opset``. ``folder`` is written whole or not at all. With ``locked`` it
+        holds a manifest, from which nothing may differ: versions, weights, passes, data, decisions and the
+        bytes of every file.
 
         Raises:
             OptionError: there is no such target or setting.
             LowerError: the target cannot express the model; every gap is listed.
             InputError: the folder exists or cannot be written, or holds the source.
             VerifyError: what was written computes something else.
+            GateError: with ``locked``, something differs from the manifest; all of it is listed.
         """
         from netlathe.pipeline.save import save  # backends and output are not needed to run passes
 
-        return save(self, Path(folder), target, overwrite=overwrite, settings=settings)
+        return save(
+            self, Path(folder), target, overwrite=overwrite, locked=locked, settings=settings
+        )
 
 
 class Observer(Protocol):

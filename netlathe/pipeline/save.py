@@ -9,7 +9,8 @@ from typing import Any
 
 from netlathe.execute.compare import inputs_of
 from netlathe.ir import weights
-from netlathe.pipeline import manifest, output, registry
+from netlathe.pipeline import cache_artifact, lock, manifest, output, registry
+from netlathe.pipeline.cache import Material
 from netlathe.pipeline.interfaces import Artifact, Captured
 from netlathe.pipeline.run import Compiled
 
@@ -22,6 +23,7 @@ def save(
     target_name: str | None,
     *,
     overwrite: bool,
+    locked: bool,
     settings: Mapping[str, Any],
 ) -> Artifact:
     """See :meth:`Compiled.save`."""
@@ -31,9 +33,22 @@ def save(
     name = target_name or (chosen.name if chosen is not None else _DEFAULT_TARGET)
     backend, target = registry.find_target(name, **settings)
     sources = list(_sources(compiled.captured))
+    held = lock.load(folder) if locked else None
+    overwrite = overwrite or locked
     output.check_output(folder, overwrite=overwrite, sources=sources)
-    artifact = backend.compile(compiled.model, target)  # or every gap, before any work
-    made = manifest.build(compiled, target)
+    artifact = None
+    if compiled.cached is None:
+        artifact = backend.compile(compiled.model, target)  # or every gap, before any work
+    made = manifest.build(compiled, target, backend.tools(target))
+    material: Material | None = None
+    known = None
+    if compiled.cached is not None:
+        material = compiled.cached.artifact_material(compiled.model, backend, made["digest"])
+        if material is not None:
+            known = cache_artifact.recall(
+                compiled.cached.cache, material, lambda: backend.compile(compiled.model, target)
+            )
+    artifact = artifact or known or backend.compile(compiled.model, target)
     sample = compiled.captured.sample(compiled.captured.dynamic, compiled.context.seed)
     artifact.sample = inputs_of(compiled.model, sample)
     artifact.stamp(made["digest"])
@@ -41,9 +56,15 @@ def save(
     def write(part: Path) -> None:
         weights.give_back(compiled.dense)  # what the passes and the digests have read
         files = artifact.save(part)
+        if compiled.cached is not None and material is not None and known is None:
+            cache_artifact.keep(compiled.cached.cache, material, artifact, files, part)
         output.copy_files(compiled.captured.files, part)
         made["artifact"] = manifest.describe(artifact, files, part)
-        (part / manifest.FILE).write_text(json.dumps(made, indent=1) + "\n", "utf-8")
+        text = json.dumps(made, indent=1) + "\n"
+        if held is not None:
+            lock.check(held, made)
+            text = (folder / manifest.FILE).read_text("utf-8")  # it stays as it is, times included
+        (part / manifest.FILE).write_text(text, "utf-8")
 
     output.write_whole(folder, write, overwrite=overwrite, sources=sources)
     return artifact

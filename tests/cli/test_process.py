@@ -40,7 +40,9 @@ def test_the_installed_command_is_ours() -> None:
     assert netlathe.__version__ in done.stdout
 
 
-@pytest.mark.parametrize("command", ["compile", "plan", "inspect", "verify", "diff", "bench"])
+@pytest.mark.parametrize(
+    "command", ["compile", "plan", "inspect", "verify", "diff", "bench", "cache"]
+)
 def test_help_teaches_by_example(run: Run, command: str) -> None:
     done = run(command, "--help")
     assert done.code == 0 and f"netlathe {command} " in done.out.split("Usage:")[1][10:]
@@ -50,6 +52,7 @@ def test_every_command_is_listed(run: Run) -> None:
     done = run("--help")
     listed = [line.split()[0] for line in done.out.split("Commands:")[1].splitlines() if line]
     commands = ["compile", "plan", "inspect", "verify", "diff", "bench", "passes", "targets"]
+    commands.append("cache")
     assert listed == commands
 
 
