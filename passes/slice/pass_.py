@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
@@ -10,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from netlathe.analysis import linear
 from netlathe.diagnostics import Diagnostic, OptionError, PassError, missing_extra
 from netlathe.ir import edit
 from netlathe.passes.slice import bases
@@ -67,6 +69,9 @@ class Slice(ChoosingPass):
     full: Literal["none", "embedding", "head", "both"] = option(
         default="none", help="with adapters: the ends of the stream that keep all directions"
     )
+    refit: bool = option(
+        default=False, help="fit the layers that read the stream to what they read before"
+    )
     round_to: int = option(
         default=8, ge=1, help="keep widths a multiple of this; the target may ask for more"
     )
@@ -104,9 +109,18 @@ class Slice(ChoosingPass):
         after = sizes(layout, kept, _stretches(named))
         self._check_net(kept, named, before, after)
         solved, rows = self._solve(layout, named, kept, ctx)
+        fits, left = self._fit(layout, named, kept, solved, ctx)
         entries = []
         for name, segment in named.items():
-            entries.append(self._entry(name, segment, layout, kept[name], solved[name], rows))
+            entry = self._entry(name, segment, layout, kept[name], solved[name], rows)
+            fitted = {norm: fits[norm] for norm in segment.norms if norm in fits}
+            detail = {
+                **entry.detail,
+                "fitted": list(fitted),
+                "not_fitted": {norm: left[norm] for norm in segment.norms if norm in left},
+            }
+            arrays = {**entry.arrays, **fitted}
+            entries.append(dataclasses.replace(entry, detail=detail, arrays=arrays))
         entries[0].detail["parameters"].update(before=before, after=after)
         return [*entries, *refused]
 
@@ -138,6 +152,30 @@ class Slice(ChoosingPass):
                 reason += f"; only {rows} tokens for {width} directions: damped, rank-deficient"
         array = basis[:, :kept] if kept < width else basis
         return Entry(name, "applied", reason, segment.where, detail, arrays={"basis": array})
+
+    def _fit(
+        self,
+        layout: Layout,
+        named: Mapping[str, Segment],
+        kept: Mapping[str, int],
+        solved: Mapping[str, Matrix],
+        ctx: Context,
+    ) -> tuple[dict[str, Matrix], dict[str, str]]:
+        """The fit for each norm, and why others have none."""
+        cut = {name for name, segment in named.items() if kept[name] < segment.group.size}
+        if not self.refit or not cut:
+            return {}, {}
+        from netlathe.passes.slice import refit
+
+        makers = {node.outputs[0].name: node for node in layout.model.graph}
+        found = {norm: refit.readers(makers[norm]) for s in named.values() for norm in s.norms}
+        norms = [norm for norm, layers in found.items() if not isinstance(layers, str)]
+        projections = {}
+        for name in cut:
+            basis = solved[name][:, : kept[name]].astype(np.float64)
+            projections.update(dict.fromkeys(named[name].points, basis @ basis.T))
+        fits = refit.fit(layout.model, projections, norms, ctx, str(self))
+        return fits, {norm: why for norm, why in found.items() if isinstance(why, str)}
 
     def _widths(
         self, layout: Layout, named: Mapping[str, Segment], multiple: int
@@ -249,6 +287,7 @@ class Slice(ChoosingPass):
         from netlathe.analysis.axes import analyse
 
         edges = [Edge(*pair) for entry in applied for pair in entry.detail["adapters"]]
+        _take_in(model, applied)
         insert(model, edges)
         axes = analyse(model)
         values = {v.name: v for node in model.graph for v in node.outputs}
@@ -279,19 +318,47 @@ class Slice(ChoosingPass):
             basis = entry.arrays["basis"].astype(np.float64)
             projection = basis @ basis.T
             for name in entry.detail["points"]:
-                value = values[name]
-                assert value.dtype is not None
-                array = ir.tensor(projection.astype(value.dtype.numpy()))
-                matrix = edit.constant(graph, array, f"{name}/projection", taken)
-                uses = list(value.uses())
-                node = edit.node("MatMul", [value, matrix], dtype=value.dtype, shape=value.shape)
-                node.outputs[0].name = edit.unique_name(graph, f"{name}/projected", taken)
-                maker = value.producer()
-                assert maker is not None
-                graph.insert_after(maker, node)
-                for reader, index in uses:
-                    reader.replace_input_with(index, node.outputs[0])
+                _multiply(graph, values[name], projection, taken)
+            for norm in entry.detail["fitted"]:
+                _multiply(graph, values[norm], entry.arrays[norm], taken)
         return Reference(before, tolerance(Equivalent(TOLERANCE), before), reordered=True)
+
+
+def _multiply(graph: ir.Graph, value: ir.Value, by: Matrix, taken: set[str]) -> None:
+    """Let everything that reads a value read it times a matrix."""
+    assert value.dtype is not None
+    array = ir.tensor(by.astype(value.dtype.numpy()))
+    matrix = edit.constant(graph, array, f"{value.name}/matrix", taken)
+    uses = list(value.uses())
+    node = edit.node("MatMul", [value, matrix], dtype=value.dtype, shape=value.shape)
+    node.outputs[0].name = edit.unique_name(graph, f"{value.name}/times", taken)
+    maker = value.producer()
+    assert maker is not None
+    graph.insert_after(maker, node)
+    for reader, index in uses:
+        reader.replace_input_with(index, node.outputs[0])
+
+
+def _take_in(model: ir.Model, applied: Sequence[Entry]) -> None:
+    """Let the layers behind each norm that was fitted take its matrix in."""
+    if not any(entry.detail["fitted"] for entry in applied):
+        return
+    from netlathe.passes.slice import refit
+
+    graph, taken = model.graph, edit.names_in(model.graph)
+    makers = {node.outputs[0].name: node for node in graph}
+    for entry in applied:
+        for norm in entry.detail["fitted"]:
+            matrix = entry.arrays[norm]
+
+            def change(array: Any, axis: int, matrix: Matrix = matrix) -> Any:
+                wide = np.tensordot(matrix.astype(np.float64), array, axes=(1, axis))
+                return np.moveaxis(wide, 0, axis)
+
+            layers = refit.readers(makers[norm])
+            assert not isinstance(layers, str)  # it was fitted for them
+            for weight in layers:
+                linear.change(graph, weight, change, f"{weight.value.name}_fitted", taken)
 
 
 def _stretches(named: Mapping[str, Segment]) -> dict[str, Any]:

@@ -123,6 +123,18 @@ def test_every_architecture_is_its_reference(name: str, basis: Any) -> None:
     assert cost(after).params < cost(reference).params
 
 
+@pytest.mark.parametrize("name", SOME)
+def test_a_refitted_model_is_its_reference(name: str) -> None:
+    model, ctx = folded(name), data(name)
+    after, entries, reference = sliced(model, Slice(ratio=0.5, refit=True), ctx)
+    assert furthest(after, reference, name) <= 1e-5
+    fitted = [norm for entry in entries for norm in entry.detail["fitted"]]
+    left = [why for entry in entries for why in entry.detail["not_fitted"].values()]
+    assert fitted and all("is what the model gives" in why for why in left)
+    plain, _, _ = sliced(model, Slice(ratio=0.5), ctx)
+    assert cost(plain).params == cost(after).params
+
+
 def test_the_reference_does_not_follow_a_wrong_edit() -> None:
     model = folded("llama")
     pass_, ctx = Slice(ratio=0.25), data("llama")
