@@ -110,9 +110,10 @@ class Prune(ChoosingPass):
         help="how the share is spread: uniform, global, isomorphic, flap, cfsp, layer_adaptive. Where none"
         " is named, global for scores in units of the loss (taylor, obd), else uniform",
     )
-    compensate: compensation.Compensation = option(
-        default="none",
-        help="let weights that sum over a width make up for what went: bias (FLAP), least_squares",
+    compensate: compensation.Compensation | None = option(
+        default=None,
+        help="let weights that sum over a width make up for what went: none, bias (FLAP), least_squares."
+        " Where none is named, least_squares with calibration data",
     )
     round_to: int | None = option(
         default=None, ge=1, help="keep widths a multiple of this; the target's where none is given"
@@ -156,7 +157,8 @@ class Prune(ChoosingPass):
         spread = self.allocation or ("global" if score in _IN_LOSS else "uniform")
         counts = self._counts(axes, ALLOCATIONS[spread](scored, model, ctx), free, settled)
         kept = {c: c.best(scored[c], counts[c]) for c in free if counts[c] < c.size}
-        made_up = compensation.solve(self.compensate, kept, model, ctx)
+        how = self.compensate or ("least_squares" if ctx.calibration else "none")
+        made_up = compensation.solve(how, kept, model, ctx)
         entries = []
         for candidate in found:
             if candidate in settled:
@@ -275,9 +277,10 @@ class Prune(ChoosingPass):
         if self.latency is not None:
             budget = budgets.by_table(Path(self.table), free, self.latency)
         else:
-            kinds: tuple[budgets.Kind, ...] = ("params", "macs", "bytes")
-            kind = next(kind for kind in kinds if getattr(self, kind) is not None)
-            budget = budgets.by_cost(axes, None, kind, getattr(self, kind))
+            given: dict[budgets.Kind, float | None]
+            given = {"params": self.params, "macs": self.macs, "bytes": self.bytes}
+            ((kind, limit),) = ((kind, n) for kind, n in given.items() if n is not None)
+            budget = budgets.by_cost(axes, None, kind, limit)
         return budgets.solve(budget, allocate, free, fixed)
 
 

@@ -15,7 +15,7 @@ keeps its numbers: the ledger names those that were changed. Solved in float64, 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
@@ -41,6 +41,7 @@ WEIGHT, BIAS = "weight:", "bias:"  # prefixes of the names of arrays in an entry
 
 # The ridge, as a share of the mean of C's diagonal: see docs/pruning-quality.md for what others give.
 RIDGE = 1.0
+_MOST_HELD = 1 << 27  # elements of second moments held at a time: 1 GiB, or one that is larger
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,29 +115,46 @@ def solve(
         from netlathe.execute.statistics import Covariance, Mean
     except ModuleNotFoundError as error:
         raise missing_extra("torch", "torch", f"prune(compensate={how!r})") from error
-    of = readers(kept)
     kind = Mean if how == "bias" else Covariance
-    wanted: list[Statistic] = [kind(reader.activation) for reader in of]
-    results = ctx.collect(model, wanted, needed_by=f"prune(compensate={how!r})")
-    for reader, result in zip(of, results, strict=True):
-        dtype = weights.array(reader.weight).dtype
-        if how == "bias":
-            name = f"{BIAS}{reader.node.outputs[0].name}"
-            made = bias(reader.rows, result.array, reader.kept)
-            found[reader.owner][name] = made.astype(dtype)
-            continue
-
-        name = f"{WEIGHT}{reader.weight.name}"
-        found[reader.owner][name] = ctx.once(name, partial(_refitted, reader, result.array))[
-            "weight"
-        ]
+    for some in _batches(readers(kept)):
+        wanted: list[Statistic] = [kind(reader.activation) for reader in some]
+        results = ctx.collect(model, wanted, needed_by=f"prune(compensate={how!r})")
+        for reader, result in zip(some, results, strict=True):
+            name, solved = f"{WEIGHT}{reader.weight.name}", partial(_refitted, reader)
+            if how == "bias":
+                name, solved = f"{BIAS}{reader.node.outputs[0].name}", partial(_added, reader)
+            made = ctx.once(name, partial(solved, result.array))
+            found[reader.owner][name] = made["array"]
     return found
 
 
-def _refitted(reader: Reader, covariance: Float64) -> Arrays:
-    new = refit(reader.rows, covariance, reader.kept)
-    array = new if reader.dim == 0 else new.T
-    return {"weight": array.astype(weights.array(reader.weight).dtype)}
+def _batches(of: Sequence[Reader]) -> Iterator[list[Reader]]:
+    """Readers whose second moments are held together: each batch is a sweep of its own."""
+    batch: list[Reader] = []
+    sizes: dict[str, int] = {}
+    for reader in of:
+        size = len(reader.kept) ** 2
+        if batch and sum(sizes.values()) + size > _MOST_HELD and reader.activation not in sizes:
+            yield batch
+            batch, sizes = [], {}
+        batch.append(reader)
+        sizes[reader.activation] = size
+    if batch:
+        yield batch
+
+
+def _added(reader: Reader, statistic: Float64) -> Arrays:
+    return {"array": _rounded(reader, bias(reader.rows, statistic, reader.kept))}
+
+
+def _refitted(reader: Reader, statistic: Float64) -> Arrays:
+    new = refit(reader.rows, statistic, reader.kept)
+    return {"array": _rounded(reader, new if reader.dim == 0 else new.T)}
+
+
+def _rounded(reader: Reader, array: Float64) -> npt.NDArray[Any]:
+    """In the weight's own dtype."""
+    return array.astype(weights.array(reader.weight).dtype)
 
 
 def bias(rows: Float64, mean: Float64, kept: npt.NDArray[np.bool_]) -> Float64:

@@ -182,7 +182,7 @@ def test_a_score_that_says_nothing_is_refused() -> None:
 @pytest.mark.parametrize("name", sorted(set(SCORES) - {"bn_gamma"}))
 def test_every_score_prunes_to_its_masked_reference(name: Any) -> None:
     model, ctx = made(), context(2)
-    pass_ = Prune(ratio=0.5, scope=("ffn",), score=name)
+    pass_ = Prune(ratio=0.5, scope=("ffn",), score=name, compensate="none")
     after, chosen = pruned(model, pass_, ctx)
     (entry,) = [e for e in chosen if e.status == "applied"]
     candidate = ffn_of(model)
@@ -336,6 +336,25 @@ def test_compensation_comes_closer_and_equals_its_reference(how: Any) -> None:
         assert error_to_reference(model, after, pass_, chosen, ctx.calibration[:1]) <= 1e-4
         errors.append(float(np.square(outputs(after, ctx) - dense).sum()))
     assert errors[1] < errors[0]
+
+
+def test_with_data_the_defaults_are_obd_global_least_squares() -> None:
+    model, ctx = made(), context()
+    named = Prune(
+        ratio=0.4,
+        scope=("ffn",),
+        score="obd",
+        allocation="global",
+        compensate="least_squares",
+    )
+    (entry,) = [e for e in Prune(ratio=0.4, scope=("ffn",)).choose(model, ctx) if e.arrays]
+    (other,) = [e for e in named.choose(model, ctx) if e.arrays]
+    assert entry == other
+    for name, array in other.arrays.items():
+        np.testing.assert_array_equal(entry.arrays[name], array)
+    assert "weight:down" in entry.arrays
+    (plain,) = [e for e in Prune(ratio=0.4, scope=("ffn",)).choose(model, Context()) if e.arrays]
+    assert plain.detail["score"] == "l2" and list(plain.arrays) == ["kept"]
 
 
 def test_a_bias_is_the_mean_of_what_went() -> None:
