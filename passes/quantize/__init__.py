@@ -33,7 +33,15 @@ from netlathe.analysis.products import Use
 from netlathe.diagnostics import Diagnostic, GateError, OptionError, PassError, did_you_mean
 from netlathe.ir import types, weights
 from netlathe.ir.provenance import module_path
-from netlathe.passes.quantize import candidates, in_order, integer, ledger, reference, rounding
+from netlathe.passes.quantize import (
+    candidates,
+    in_order,
+    integer,
+    ledger,
+    reference,
+    rounding,
+    token,
+)
 from netlathe.passes.quantize.candidates import Candidate
 from netlathe.passes.quantize.graph import Editor, as_codes
 from netlathe.passes.quantize.layout import Layout, Unfit, layout
@@ -111,7 +119,12 @@ class Quantize(ChoosingPass):
     )
     activations: Literal["float32", "int8"] = option(
         default="float32",
-        help='"int8": integer arithmetic behind int8 weights, with static scales from calibration data',
+        help='"int8": products with int8 weights are computed in integers',
+    )
+    activation_scales: Literal["static", "token"] = option(
+        default="static",
+        help="one scale for all data, from calibration, and integers from product to product; or one per"
+        " token, found as it comes (matrix products only)",
     )
     embeddings: bool = option(default=True, help="quantize tables that are looked up as well")
     min_size: int = option(default=1024, ge=0, help="leave weights with fewer elements as they are")
@@ -142,7 +155,9 @@ class Quantize(ChoosingPass):
         self._check_coverage(found, entries)
         if self.solver == "gptq":
             entries = in_order.solve(self, model, found, entries, ctx)
-        if self.activations == "int8":
+        if self.activations == "int8" and self.activation_scales == "token":
+            entries += self._tokens(model, entries)
+        elif self.activations == "int8":
             entries += self._activations(model, entries, ctx)
         return entries
 
@@ -157,6 +172,8 @@ class Quantize(ChoosingPass):
         if not grids:
             plan = integer.Plan()
         inside = {layer.weight.name for layer in plan.layers.values()}
+        by_token = token.products(model, ledger.weights_of_tokens(applied))
+        inside |= {node.inputs[1].name for node in by_token if node.inputs[1] is not None}
         integers: dict[str, integer.Held] = {}
         stored = [entry for entry in applied if "value" in entry.detail]
         for entry in ctx.progress.track(stored, "quantizing", len(stored)):
@@ -178,6 +195,7 @@ class Quantize(ChoosingPass):
             else:
                 editor.replace(value, codes, own.scales(scale), own.scales(zero), own, scheme)
         integer.Rewriter(model, plan, grids, integers).run()
+        token.rewrite(model, by_token, {n: (h.codes, h.scales) for n, h in integers.items()})
         types.annotate(model)
         saved = before - weights.num_bytes(model)
         statistics: dict[str, float] = {}
@@ -304,6 +322,29 @@ class Quantize(ChoosingPass):
             detail = {"activation": value.name, "scale": grid.scale, "zero": grid.zero}
             entries.append(Entry(value.name or "", "applied", reason, module_path(value), detail))
         return entries
+
+    def _tokens(self, model: ir.Model, chosen: Sequence[Entry]) -> list[Entry]:
+        """An entry for every activation that becomes int8 token by token."""
+        readers: dict[str, tuple[ir.Value, list[str]]] = {}
+        for node in token.products(model, _integer_weights(chosen)):
+            x, weight = node.inputs
+            assert x is not None and weight is not None
+            readers.setdefault(x.name or "", (x, []))[1].append(weight.name or "")
+        if not readers:
+            reason = (
+                "no matrix product with a symmetric int8 weight, by channel or tensor, reads one"
+            )
+            return [Entry("(activations)", "skipped", reason)]
+        return [
+            Entry(
+                name,
+                "applied",
+                "int8, one scale per token",
+                module_path(x),
+                {"token": name, "weights": read},
+            )
+            for name, (x, read) in readers.items()
+        ]
 
     # -- solving ----------------------------------------------------------------------------------
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -44,6 +44,12 @@ def scheme_of(entry: Entry) -> Scheme:
     """The scheme that :func:`detail` wrote down, its granularity being the layout's."""
     d = entry.detail
     return Scheme(weights=d["weights"], symmetric=d["symmetric"], scales=d["scale_type"])
+
+
+def weights_of_tokens(chosen: Sequence[Entry]) -> list[str]:
+    """The weights that are multiplied with activations which get a scale per token."""
+    entries = [entry for entry in chosen if "token" in entry.detail]
+    return [name for entry in entries for name in entry.detail["weights"]]
 
 
 def parameters(

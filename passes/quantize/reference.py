@@ -14,7 +14,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from netlathe.ir import weights
-from netlathe.passes.quantize import integer
+from netlathe.passes.quantize import integer, token
 from netlathe.passes.quantize.integer_reference import Emulator
 from netlathe.pipeline.ledger import Entry
 from netlathe.pipeline.pass_ import Reference
@@ -48,6 +48,9 @@ def build(before: ir.Model, chosen: Sequence[Entry]) -> Reference:
     ]
     plan = integer.plan(before, fit) if grids else integer.Plan()
     inside = {layer.weight.name for layer in plan.layers.values()}
+    listed = [name for e in applied if "token" in e.detail for name in e.detail["weights"]]
+    by_token = token.products(before, listed)
+    inside |= set(listed)
     held = {}
     for name, entry in stored.items():
         value = found[name]
@@ -61,6 +64,7 @@ def build(before: ir.Model, chosen: Sequence[Entry]) -> Reference:
             base, made, base.dtype, base.shape.numpy(), base.name or ""
         )
     Emulator(before, plan, grids, held).run()
+    token.emulate(before, by_token, held)
     return Reference(before, TOLERANCE)
 
 

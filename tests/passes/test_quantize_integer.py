@@ -82,6 +82,37 @@ def test_zero_is_on_every_grid() -> None:
         assert ends[0] <= min(low, 0) + grid.scale and ends[1] >= max(high, 0) - grid.scale
 
 
+def test_a_scale_per_token() -> None:
+    w, c = matrix(16, 6), matrix(6, seed=1)
+    before = settled("float[b,s,16] x", "h = MatMul (x, w) y = Add (h, c)", w=w, c=c)
+    pass_ = Quantize(min_size=0, activations="int8", activation_scales="token")
+    after, chosen, _ = quantized(before, pass_)
+    assert [e.reason for e in chosen][1] == "int8, one scale per token"
+    assert "MatMul" not in ops(after) and ops(after)["MatMulInteger"] == 1
+    x = feeds(before, {"b": 2, "s": 5}, 77)["x"]
+    x[1, 2] = 0  # a token of zeros
+    s = np.maximum(np.abs(x).max(-1, keepdims=True) / np.float32(127), np.float32(2.0**-120))
+    wq, ws = rows(w)
+    acc = (np.rint(x / s).astype(np.int64) @ wq).astype(np.float32)
+    assert np.array_equal(ort.run(after, {"x": x})["y"], acc * s * ws.astype(np.float32) + c)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_tokens_of_zoo_models(name: str) -> None:
+    before = zoo_ir.captured(name)
+    pass_ = Quantize(min_size=0, activations="int8", activation_scales="token")
+    chosen = pass_.choose(before, Context())
+    after = before.clone()
+    pass_.edit(after, chosen, Context())
+    normal.normalize(after)
+    assert verify.verify(after) == [] and ops(after)["MatMulInteger"] >= 4
+    reference = pass_.simulate(before.clone(), chosen).model
+    for fed in zoo_ir.feeds(name):
+        actual = ort.run(after, inputs_of(after, fed))
+        for key, expected in ort.run(reference, inputs_of(reference, fed)).items():
+            assert np.array_equal(actual[key], expected)
+
+
 # -- a network by hand ------------------------------------------------------------------------------
 
 

@@ -1,0 +1,120 @@
+"""Activations that get their scale when they are there: int8, one scale per token, for matrix products.
+
+    s = max |x| / 127 along the last axis        q = round(x / s)
+    y = (q w_q) s s_w                            q w_q in int32: MatMulInteger
+
+A product of n terms is exact in int32 up to n = 2^31 / 127^2 = 133152. No calibration data is needed. A token
+of zeros has the smallest scale.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from netlathe.ir import edit
+
+Array = npt.NDArray[Any]
+CREATED_BY = "quantize"
+SMALLEST = np.float32(2.0**-120)  # 127 of it is a normal number
+MOST_TERMS = 133152
+
+
+def products(model: ir.Model, names: Iterable[str]) -> list[ir.Node]:
+    """The products x W of the main graph with one of these weights, read by nothing else."""
+    wanted = set(names)
+    found = []
+    for node in model.graph:
+        if node.op_type != "MatMul" or node.domain:
+            continue
+        x, weight = node.inputs
+        if weight is None or weight.name not in wanted or len(weight.uses()) != 1 or x is None:
+            continue
+        if x.dtype != ir.DataType.FLOAT or weight.shape is None or len(weight.shape) != 2:
+            continue
+        if int(weight.shape.numpy()[0]) <= MOST_TERMS:
+            found.append(node)
+    return found
+
+
+class _Nodes:
+    """Nodes that take the place of one product."""
+
+    def __init__(self, graph: ir.Graph, taken: set[str]) -> None:
+        self.graph, self.taken = graph, taken
+        self.made: list[ir.Node] = []
+
+    def __call__(self, op_type: str, *inputs: Any, name: str, **attributes: Any) -> ir.Value:
+        """Add one; arrays and tensors among the inputs become constants."""
+        values = [
+            x if isinstance(x, ir.Value) else edit.constant(self.graph, x, f"{name}_by", self.taken)
+            for x in inputs
+        ]
+        free = edit.unique_name(self.graph, name, self.taken)
+        self.made.append(edit.node(op_type, values, attributes, name=free))
+        return self.made[-1].outputs[0]
+
+    def cast(self, value: ir.Value, to: ir.DataType, name: str) -> ir.Value:
+        """Add a Cast."""
+        return self("Cast", value, name=name, to=to.value, saturate=1, round_mode="up")
+
+    def extreme(self, op_type: str, value: ir.Value, name: str) -> ir.Value:
+        """Add a reduction of the last axis, which stays."""
+        last = np.array([-1])
+        return self(op_type, value, last, name=name, keepdims=1, noop_with_empty_axes=0)
+
+
+def rewrite(
+    model: ir.Model,
+    nodes: Iterable[ir.Node],
+    held: Mapping[str, tuple[ir.TensorProtocol, Array]],
+) -> None:
+    """Let products take int8 operands; ``held`` gives codes and scales by the weights' names."""
+    graph, taken = model.graph, edit.names_in(model.graph)
+    operands: dict[ir.Value, tuple[ir.Value, ir.Value]] = {}
+    for node in nodes:
+        add = _Nodes(graph, taken)
+        x, weight, output = node.inputs[0], node.inputs[1], node.outputs[0]
+        assert x is not None and weight is not None
+        stem, name = x.name or "x", output.name or "y"
+        if x not in operands:
+            most = add.extreme("ReduceMax", add("Abs", x, name=f"{stem}_size"), f"{stem}_most")
+            step = add("Div", most, np.array(127, np.float32), name=f"{stem}_step")
+            scale = add("Max", step, np.array(SMALLEST), name=f"{stem}_scale")
+            units = add("Round", add("Div", x, scale, name=f"{stem}_units"), name=f"{stem}_rounded")
+            operands[x] = add.cast(units, ir.DataType.INT8, f"{stem}_int8"), scale
+        codes, scale = operands[x]
+        tensor, scales = held[weight.name or ""]
+        w = edit.constant(graph, tensor, f"{weight.name}_int8", taken)
+        acc = add("MatMulInteger", codes, w, name=f"{name}_sums")
+        wide = add.cast(acc, ir.DataType.FLOAT, f"{name}_wide")
+        by_token = add("Mul", wide, scale, name=f"{name}_by_token")
+        result = add("Mul", by_token, scales.astype(np.float32), name=f"{name}_value")
+        edit.replace(node, add.made, {output: result}, CREATED_BY)
+
+
+def emulate(
+    model: ir.Model, nodes: Iterable[ir.Node], held: Mapping[str, tuple[Array, Array]]
+) -> None:
+    """What :func:`rewrite` must give, with sums in float64: the reference."""
+    graph, taken = model.graph, edit.names_in(model.graph)
+    for node in nodes:
+        add = _Nodes(graph, taken)
+        x, weight, output = node.inputs[0], node.inputs[1], node.outputs[0]
+        assert x is not None and weight is not None
+        codes, scales = held[weight.name or ""]
+        high, low = add.extreme("ReduceMax", x, "high"), add.extreme("ReduceMin", x, "low")
+        most = add("Max", high, add("Neg", low, name="opposite"), name="most")
+        share = add("Div", most, np.array(127, np.float32), name="share")
+        s = add("Max", share, np.array(2.0**-120, np.float32), name="s")
+        rounded = add("Round", add("Div", x, s, name="ratio"), name="rounded")
+        ends = np.array(-127, np.float32), np.array(127, np.float32)
+        q = add.cast(add("Clip", rounded, *ends, name="q"), ir.DataType.DOUBLE, "wide")
+        sums = add("MatMul", q, codes.astype(np.float64), name="sums")
+        y = add("Mul", add.cast(sums, ir.DataType.FLOAT, "single"), s, name="by_token")
+        y = add("Mul", y, scales.astype(np.float32), name="value")
+        edit.replace(node, add.made, {output: y}, CREATED_BY)
