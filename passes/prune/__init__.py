@@ -62,6 +62,7 @@ Score = Literal[
     "cfsp",
     "taylor",
     "obd",
+    "optin",
     "random",
 ]
 Allocated = Literal["uniform", "global", "isomorphic", "flap", "cfsp", "layer_adaptive"]
@@ -103,7 +104,7 @@ class Prune(ChoosingPass):
     score: Score | None = option(
         default=None,
         help="what makes a position important: norms (l1, l2, group_norm), fpgm, bn_gamma; from data wanda,"
-        " flap, cfsp, taylor, obd; random. Where none is named, obd with calibration data, else l2",
+        " flap, cfsp, taylor, obd, optin; random. Where none is named, obd with calibration data, else l2",
     )
     allocation: Allocated | None = option(
         default=None,
@@ -252,6 +253,14 @@ class Prune(ChoosingPass):
             settled[candidate] = "skipped", reason, True
         return settled
 
+    def _cost_goal(self) -> tuple[budgets.Kind, float]:
+        if self.params is not None:
+            return "params", self.params
+        if self.macs is not None:
+            return "macs", self.macs
+        assert self.bytes is not None  # one goal is given
+        return "bytes", self.bytes
+
     def _ignoring(self, candidate: Candidate) -> str:
         for pattern in self.ignore:
             if any(provenance.matches(path, pattern) for path in candidate.modules):
@@ -277,10 +286,7 @@ class Prune(ChoosingPass):
         if self.latency is not None:
             budget = budgets.by_table(Path(self.table), free, self.latency)
         else:
-            given: dict[budgets.Kind, float | None]
-            given = {"params": self.params, "macs": self.macs, "bytes": self.bytes}
-            ((kind, limit),) = ((kind, n) for kind, n in given.items() if n is not None)
-            budget = budgets.by_cost(axes, None, kind, limit)
+            budget = budgets.by_cost(axes, None, *self._cost_goal())
         return budgets.solve(budget, allocate, free, fixed)
 
 

@@ -2,8 +2,8 @@
 
 Weights alone give ``l1``, ``l2``, ``group_norm``, ``fpgm``, ``bn_gamma``; the activation that a position is
 summed over in gives ``wanda``, ``flap`` and ``cfsp``; the gradient of a loss at that activation gives
-``taylor`` and ``obd``. Activations and gradients are those of the model as it is before the pass, all from
-one sweep. All sums are in float64.
+``taylor`` and ``obd``; runs with one position masked give ``optin``. Activations and gradients are those of
+the model as it is before the pass, all from one sweep. All sums are in float64.
 
 Notation: j is a position, x_j the activation of it (over all rows of the calibration data), W_j the rows
 of the weights that sum over it (its *readers*), V_j those that make it (its *writers*). Of several readers
@@ -14,14 +14,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from netlathe.analysis.branches import residual_branches
 from netlathe.diagnostics import Diagnostic, PassError, missing_extra
-from netlathe.ir import weights
+from netlathe.ir import edit, weights
 from netlathe.passes.prune.candidates import Candidate, Part, Scores
 from netlathe.pipeline.pass_ import Context
 
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 Float64 = npt.NDArray[np.float64]
 Place = tuple[str, int]  # an activation and its axis
 
+_TINY = np.finfo(np.float64).tiny
 _AT_ONCE = 1 << 22  # elements of a weight that are held in float64 at a time
 
 
@@ -295,6 +297,79 @@ def _from_gradients(
     return found
 
 
+# -- from masked runs -------------------------------------------------------------------------------------
+
+
+def _optin(candidates: Sequence[Candidate], model: ir.Model, ctx: Context) -> list[Scores]:
+    """How far the residual stream and the output go astray behind a position that is masked.
+
+    OPTIN (arXiv 2403.17921), section 3: the importance of a unit is its trajectory, the change of all later
+    features and of the output when it alone is masked. Here the change is |after - before|^2 / |before|^2,
+    of the stream behind each residual branch and of the first output, added up. It takes a run of the whole
+    model for each position: the first feed of the calibration data is what it is measured on.
+    """
+    try:
+        from netlathe.execute.executor import Executor
+    except ModuleNotFoundError as error:
+        raise missing_extra("torch", "torch", "prune(score='optin')") from error
+    places = list(dict.fromkeys(p for c in candidates for p in activations("optin", c)))
+    probed, gates = _gated(model, places)
+    watched = [b.total.name or "" for b in residual_branches(model)]
+    watched += [v.name or "" for v in model.graph.outputs[:1]]
+    watched = list(dict.fromkeys(watched))
+    executor = Executor(probed, ctx.device, keep_weights=True)
+    whole = {name: np.ones(size, dtype) for name, size, dtype in gates.values()}
+    feeds = {**ctx.calibration[0], **whole}
+    before = {n: t.double() for n, t in executor.run(feeds, watched).items()}
+    norms = {name: max(float(t.square().sum()), _TINY) for name, t in before.items()}
+    work = [(c, position) for c in candidates for position in range(c.size)]
+    found = {candidate: np.zeros(candidate.size) for candidate in candidates}
+    for candidate, position in ctx.progress.track(work, "masking positions", len(work)):
+        masked = dict(feeds)
+        for part, place in _read_once(candidate):
+            name, _, dtype = gates[place]
+            assert part.activation is not None
+            stays = candidate.index(part.activation, part.axis) != position
+            masked[name] = stays.astype(dtype)
+        for name, after in executor.run(masked, watched).items():
+            change = float((after.double() - before[name]).square().sum())
+            found[candidate][position] += change / norms[name]
+    return [found[candidate] for candidate in candidates]
+
+
+def _gated(
+    model: ir.Model, places: Sequence[Place]
+) -> tuple[ir.Model, dict[Place, tuple[str, int, np.dtype[Any]]]]:
+    """A copy in which activations are multiplied by inputs, one number a channel; these inputs."""
+    probed = model.clone()
+    graph = probed.graph
+    values = {v.name: v for node in graph for v in node.outputs}
+    taken = edit.names_in(graph)
+    gates: dict[Place, tuple[str, int, np.dtype[Any]]] = {}
+    for place in places:
+        value = values[place[0]]
+        assert value.shape is not None and value.dtype is not None
+        rank, axis = len(value.shape), place[1] % len(value.shape)
+        size = value.shape[axis]
+        assert isinstance(size, int)
+        name = edit.unique_name(graph, f"{value.name}/gate", taken)
+        gate = ir.Value(name=name, shape=ir.Shape([size]), type=ir.TensorType(value.dtype))
+        graph.inputs.append(gate)
+        shape = edit.constant(
+            graph, np.array([-1 if at == axis else 1 for at in range(rank)]), f"{name}/shape", taken
+        )
+        wide = edit.node("Reshape", [gate, shape], dtype=value.dtype)
+        product = edit.node("Mul", [value, wide.outputs[0]], dtype=value.dtype, shape=value.shape)
+        readers = [use for use in value.uses() if use.node is not product]
+        maker = value.producer()
+        assert maker is not None
+        graph.insert_after(maker, [wide, product])
+        for use in readers:
+            use.node.replace_input_with(use.idx, product.outputs[0])
+        gates[place] = name, size, value.dtype.numpy()
+    return probed, gates
+
+
 # -- what reads a candidate ---------------------------------------------------------------------------------
 
 
@@ -348,5 +423,6 @@ SCORES: Mapping[str, Score] = {
     "cfsp": Score(_cfsp, needs_data=True),
     "taylor": Score(_taylor, needs_data=True),
     "obd": Score(_obd, needs_data=True),
+    "optin": Score(_optin, needs_data=True),
     "random": Score(_random),
 }

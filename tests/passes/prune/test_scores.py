@@ -154,6 +154,24 @@ def test_obd_is_half_the_fisher_information_of_a_gate() -> None:
     np.testing.assert_allclose(found, exact, rtol=0.3, atol=1e-3 * exact.max())
 
 
+def test_optin_is_the_way_a_masked_position_leads_astray() -> None:
+    model, ctx = made(), context(2)
+    candidate = ffn_of(model)
+    found = measure("optin", [candidate], model, ctx)[candidate]
+    x = wide("table")[ctx.calibration[0]["ids"]]
+    a = np.maximum(x @ wide("up") + wide("up_bias"), 0)
+    stream = x + a @ wide("down")
+    for position in range(INNER):
+        masked = a.copy()
+        masked[..., position] = 0
+        other = x + masked @ wide("down")
+        change = np.square(other - stream).sum() / np.square(stream).sum()
+        logits, after = stream @ wide("head"), other @ wide("head")
+        change += np.square(after - logits).sum() / np.square(logits).sum()
+        # Differences of float32: 2**-24 of the values, squared, beside what is left of them.
+        assert found[position] == pytest.approx(change, rel=1e-4, abs=1e-12)
+
+
 def test_bn_gamma_is_read_off_the_batch_norm() -> None:
     model = zoo_ir.captured("mobilenet_v2")
     found = [c for c in find_candidates(axis_analysis.analyse(model)) if c.scope == "channels"]
@@ -168,7 +186,7 @@ def test_bn_gamma_is_read_off_the_batch_norm() -> None:
     np.testing.assert_array_equal(scores, sum(gammas))
 
 
-@pytest.mark.parametrize("name", ["wanda", "flap", "cfsp", "taylor", "obd"])
+@pytest.mark.parametrize("name", ["wanda", "flap", "cfsp", "taylor", "obd", "optin"])
 def test_a_score_without_its_data_is_refused(name: Any) -> None:
     with pytest.raises(PassError, match="needs calibration data"):
         Prune(ratio=0.5, score=name).choose(made(), Context())
