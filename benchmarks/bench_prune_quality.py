@@ -5,8 +5,8 @@
 MODEL is a Hugging Face directory or, where there is no transformers, an ONNX file of a language model. A text
 is a file of plain text (also .xz), cut by the model's tokenizer.json, or a .npy of token ids. Windows of 512
 tokens do not overlap. Calibration takes the first 128; validation every 4th of the first 200, in each of
-which tokens 1 to 511 are predicted from the tokens before them; float32. ``--windows N`` is a quick look: N
-windows for calibration, every second of N for validation. One row a setting; the first is the dense model.
+which tokens 1 to 511 are predicted from the tokens before them; float32. ``--calibrate 16 --windows 32`` is a
+quick look. One row a setting; the first is the dense model.
 """
 
 from __future__ import annotations
@@ -40,27 +40,31 @@ BATCH = 4
 
 # The parameters that the peers' settings of the same model leave, and the scores and allocations at them.
 SETTINGS = (
-    "prune(scope=('ffn',), ratio=0.2, score='random', allocation='uniform')",
-    "prune(scope=('ffn',), ratio=0.2, score='l2')",
-    "prune(scope=('ffn',), ratio=0.2, score='group_norm')",
-    "prune(scope=('ffn',), ratio=0.2, score='wanda')",
-    "prune(scope=('ffn',), ratio=0.2, score='flap', allocation='flap', compensate='bias')",
-    "prune(scope=('ffn',), ratio=0.2, score='cfsp', allocation='cfsp')",
-    "prune(scope=('ffn',), ratio=0.2, score='taylor', allocation='uniform')",
-    "prune(scope=('ffn',), ratio=0.2, score='taylor')",
-    "prune(scope=('ffn',), ratio=0.2, score='obd', allocation='uniform')",
-    "prune(scope=('ffn',), ratio=0.2, score='obd', allocation='isomorphic')",
-    "prune(scope=('ffn',), ratio=0.2, score='obd')",
-    "prune(scope=('ffn',), ratio=0.2, score='obd', compensate='bias')",
-    "prune(scope=('ffn',), ratio=0.2, score='obd', compensate='least_squares')",
-    "prune(scope=('ffn',), params=22.34e6, score='obd')",
-    "prune(scope=('ffn',), params=20.92e6, score='obd')",
-    "prune(scope=('ffn',), params=20.92e6, score='obd', compensate='least_squares')",
-    "prune(scope=('ffn',), params=21.59e6, score='obd')",
-    "prune(scope=('ffn',), params=19.78e6, score='obd')",
-    "prune(scope=('ffn',), params=19.78e6, score='obd', compensate='least_squares')",
-    "prune(scope=('ffn', 'heads', 'kv_groups'), params=21.59e6, score='obd')",
-    "prune(scope=('ffn', 'heads', 'kv_groups'), params=19.78e6, score='obd')",
+    "prune(scope=('ffn',), params=22.34e6)",
+    "prune(scope=('ffn',), params=21.59e6)",
+    "prune(scope=('ffn',), params=20.92e6)",
+    "prune(scope=('ffn',), params=19.78e6)",
+    "prune(scope=('ffn', 'heads', 'kv_groups'), params=21.59e6)",
+    "prune(scope=('ffn', 'heads', 'kv_groups'), params=19.78e6)",
+    *(
+        f"prune(scope=('ffn',), params=22.34e6, {rest})"
+        for rest in (
+            "score='random', compensate='none'",
+            "score='l2', compensate='none'",
+            "score='group_norm', compensate='none'",
+            "score='fpgm', compensate='none'",
+            "score='wanda', compensate='none'",
+            "score='cfsp', compensate='none'",
+            "score='cfsp', allocation='cfsp', compensate='none'",
+            "score='flap', allocation='flap', compensate='bias'",
+            "score='taylor', allocation='uniform', compensate='none'",
+            "score='taylor', compensate='none'",
+            "score='obd', allocation='uniform', compensate='none'",
+            "score='obd', allocation='layer_adaptive', compensate='none'",
+            "score='obd', compensate='none'",
+            "score='obd', compensate='bias'",
+        )
+    ),
 )
 
 
@@ -70,13 +74,15 @@ def main() -> None:
     parser.add_argument("model", type=Path, help="a Hugging Face directory, or an ONNX file")
     parser.add_argument("calibration", type=Path, help="text, text.xz or ids.npy")
     parser.add_argument("validation", type=Path, help="text, text.xz or ids.npy")
-    parser.add_argument("--windows", type=int, help="a quick look with this many windows")
+    parser.add_argument("--calibrate", type=int, default=CALIBRATION, help="calibration windows")
+    parser.add_argument(
+        "--windows", type=int, default=VALIDATION, help="validation windows; every 4th is measured"
+    )
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--setting", action="append", help="a pass in text form, instead of all")
     args = parser.parse_args()
-    calibration = windows(args.calibration, args.model, args.windows or CALIBRATION)
-    count, every = (args.windows, 2) if args.windows else (VALIDATION, EVERY)
-    validation = windows(args.validation, args.model, count)[::every]
+    calibration = windows(args.calibration, args.model, args.calibrate)
+    validation = windows(args.validation, args.model, args.windows)[::EVERY]
     model = capture(args.model).model
     feeds = [as_feeds(model, ids) for ids in batches(calibration, BATCH)]
     ctx = Context(calibration=feeds, device=args.device)
