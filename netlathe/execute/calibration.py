@@ -4,7 +4,8 @@ The nodes that the wanted values need are cut into stages of consecutive nodes. 
 through a stage before the next one starts, so every weight is read once, and what is held at a time is
 
 * the weights of one stage: a single one, or several that together stay below ``stage_bytes``;
-* for every sample, the values that cross the boundary of the stage, in host memory. Cuts are made
+* for every sample, the values that cross the boundary of the stage, in host memory, or on a GPU where
+  they take little of it. Cuts are made
   where these have the fewest elements. In a transformer that is between its blocks, and what is held
   is samples x tokens x width elements;
 * the activations inside the stage, for one sample.
@@ -35,7 +36,7 @@ from netlathe.diagnostics import Diagnostic, PassError, did_you_mean
 from netlathe.execute.executor import Executor
 from netlathe.execute.plan import Program, Slot, Step
 from netlathe.execute.statistics import Accumulator, Statistic, StatisticResult, chunks
-from netlathe.ir import dims, types
+from netlathe.ir import dims, types, weights
 from netlathe.ir.dims import Dim
 from netlathe.ir.printing import show_node
 from netlathe.ir.provenance import location
@@ -44,6 +45,7 @@ from netlathe.pipeline.pass_ import Feeds, Progress
 STAGE_BYTES = 256 << 20
 MASK = "attention_mask"
 _HOST = torch.device("cpu")
+_DEVICE_STAGE_BYTES = 1 << 30  # elsewhere than in host memory
 
 Held = dict[Slot, Any]  # of one sample: tensors on the host, and shape values
 
@@ -55,14 +57,15 @@ def sweep(
     *,
     device: str,
     progress: Progress,
-    stage_bytes: int = STAGE_BYTES,
+    stage_bytes: int | None = None,
     settle: Callable[[StatisticResult], None] | None = None,
 ) -> list[StatisticResult]:
     """One result for each of ``wanted``, in order; all are collected in the one sweep.
 
     ``settle`` is given each result before any sample goes on behind the values it is about, in the
     order of the graph: a weight that is a recipe may then read what was made of it. So a pass that
-    changes one layer after the other sees every layer behind those that it has changed.
+    changes one layer after the other sees every layer behind those that it has changed. Results that
+    were given away are not held: nothing is returned then.
 
     The same model, data and ``stage_bytes`` give the same bits on the same machine.
 
@@ -81,16 +84,21 @@ def sweep(
         executor.feed(sample)
     held: list[Held] = [{} for _ in feeds]
     sizes = Sizes(model, found, feeds[0])
+    if stage_bytes is None:
+        stage_bytes = STAGE_BYTES if executor.device.type == "cpu" else _DEVICE_STAGE_BYTES
     parts = stages(executor, watched, sizes, stage_bytes, at_watches=settle is not None)
+    home = _home(executor.device, parts, sizes, len(feeds))
     work = ((stage, number) for stage in parts for number in range(len(feeds)))
     for stage, number in progress.track(work, "calibrating", len(parts) * len(feeds)):
-        held[number] = _run(executor, stage, held[number], feeds[number], number)
+        held[number] = _run(executor, stage, held[number], feeds[number], number, home)
         if number == len(feeds) - 1:
             executor.release_weights()
+            weights.give_back(model)
             for watch, _ in stage.watches if settle is not None else ():
                 assert settle is not None
                 settle(result(watch))
-    return [result(watched[statistic]) for statistic in wanted]
+                watch.sums.forget()
+    return [] if settle is not None else [result(watched[statistic]) for statistic in wanted]
 
 
 # -- what is watched ------------------------------------------------------------------------------
@@ -382,7 +390,27 @@ def _stages(program: Program, plan: _Plan) -> Iterator[Stage]:
 # -- running --------------------------------------------------------------------------------------
 
 
-def _run(executor: Executor, stage: Stage, held: Held, sample: Feeds, number: int) -> Held:
+def _home(device: torch.device, parts: Sequence[Stage], sizes: Sizes, samples: int) -> torch.device:
+    """Where values wait between stages: on the device where they take at most a third of it."""
+    if device.type != "cuda":
+        return _HOST
+    most = 0
+    for part in parts:
+        known = [sizes.of(slot) for slot in part.keeps]
+        if None in known:
+            return _HOST
+        most = max(most, 8 * samples * sum(size or 0 for size in known))
+    return device if 3 * most < torch.cuda.mem_get_info(device)[0] else _HOST
+
+
+def _run(
+    executor: Executor,
+    stage: Stage,
+    held: Held,
+    sample: Feeds,
+    number: int,
+    home: torch.device,
+) -> Held:
     """Run a sample through a stage; what is held afterwards."""
     values = {slot: moved_to(held[slot], executor.device) for slot in stage.reads}
     kept = {slot: value for slot, value in held.items() if slot in stage.keeps}
@@ -394,7 +422,7 @@ def _run(executor: Executor, stage: Stage, held: Held, sample: Feeds, number: in
     for watch, slots in stage.watches:
         add_rows(watch, [values[slot] for slot in slots], sample, number)
     made = {slot: value for slot, value in values.items() if slot in stage.keeps - kept.keys()}
-    return kept | {slot: compacted(moved_to(v, _HOST)) for slot, v in made.items()}
+    return kept | {slot: compacted(moved_to(v, home)) for slot, v in made.items()}
 
 
 def moved_to(value: Any, device: torch.device) -> Any:

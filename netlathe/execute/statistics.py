@@ -77,6 +77,10 @@ class Accumulator(abc.ABC):
     def result(self) -> torch.Tensor:
         """What the rows so far give; there was at least one."""
 
+    def forget(self) -> None:
+        """Give the sum back: nothing is asked of it any more."""
+        self.__dict__.clear()
+
 
 def chunks(rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """``rows`` in pieces small enough for a float64 copy each."""

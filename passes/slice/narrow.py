@@ -51,20 +51,25 @@ def narrow(layout: Layout, bases: Sequence[tuple[Stretch, Basis]], device: str =
 
 
 def _recipe(turns: Sequence[Turn], dtype: ir.DataType, device: str) -> Callable[[Array], Array]:
+    on_device = device != "cpu" and all(find(axis) is atom for _, axis, atom, _ in turns)
+
     def change(array: Array) -> Array:
+        if on_device:
+            return _on_device(array, turns, device)
         wide = array.astype(np.float64)
         for dim, axis, atom, basis in turns:
-            wide = _along(wide, dim, axis, atom, basis, device)
+            wide = _along(wide, dim, axis, atom, basis)
         return wide.astype(dtype.numpy())
 
     return change
 
 
-def _along(array: Array, dim: int, axis: Axis, atom: Axis, basis: Basis, device: str) -> Array:
+def _along(array: Array, dim: int, axis: Axis, atom: Axis, basis: Basis) -> Array:
     """Contract every appearance of an atom in a dim with a basis."""
     axis = find(axis)
     if axis is atom:
-        return np.moveaxis(_product(np.moveaxis(array, dim, -1), basis, device), -1, dim)
+        turned = np.moveaxis(array, dim, -1) @ basis.astype(np.float64)
+        return np.moveaxis(turned, -1, dim)
     if axis.form is None:
         return array
     if isinstance(axis.form, Product):
@@ -72,25 +77,27 @@ def _along(array: Array, dim: int, axis: Axis, atom: Axis, basis: Basis, device:
         sizes = [int(factor.size) for factor in axis.form.factors]
         array = array.reshape(*shape[:dim], *sizes, *shape[dim + 1 :])
         for index, factor in enumerate(axis.form.factors):
-            array = _along(array, dim + index, factor, atom, basis, device)
+            array = _along(array, dim + index, factor, atom, basis)
         return array.reshape(*shape[:dim], -1, *shape[dim + 1 :])
     pieces, start = [], 0
     for part in parts(axis):
         end = start + int(part.size)
         piece = np.take(array, range(start, end), axis=dim)
-        pieces.append(_along(piece, dim, part, atom, basis, device))
+        pieces.append(_along(piece, dim, part, atom, basis))
         start = end
     return np.concatenate(pieces, axis=dim)
 
 
-def _product(array: Array, basis: Basis, device: str) -> Array:
-    if device == "cpu":
-        return array @ basis.astype(np.float64)
+def _on_device(array: Array, turns: Sequence[Turn], device: str) -> Array:
+    """The same where every dim is the channels themselves; the float64 copies are on the device."""
     import torch
 
-    left = torch.from_numpy(np.ascontiguousarray(array)).to(device)
-    right = torch.from_numpy(np.ascontiguousarray(basis)).to(device, torch.float64)
-    made: Array = (left @ right).cpu().numpy()
+    given = torch.from_numpy(np.ascontiguousarray(array)).to(device)
+    wide = given.to(torch.float64)
+    for dim, _, _, basis in turns:
+        matrix = torch.from_numpy(np.ascontiguousarray(basis)).to(device, torch.float64)
+        wide = torch.movedim(torch.movedim(wide, dim, -1) @ matrix, -1, dim)
+    made: Array = wide.to(given.dtype).contiguous().cpu().numpy()
     return made
 
 

@@ -9,7 +9,7 @@ points is solved from all of them, so those after its first are seen without its
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -31,13 +31,15 @@ GRADIENT_ROWS = 1 << 15
 class Projections:
     """A copy of a model in which chosen points are multiplied by matrices that come later.
 
-    ``matrices`` maps a name to a ``[d, d]`` matrix; a point whose name is missing is left as it is.
+    ``columns`` maps a name to the ``[d, k]`` basis Q of what is kept; a point is multiplied by QQ', and
+    left as it is where the name is missing.
     """
 
     def __init__(self, model: ir.Model, points: Mapping[str, str]) -> None:
         """``points`` maps the name of each value to the name of its matrix."""
         self.model = model.clone()
-        self.matrices: dict[str, Matrix] = {}
+        self.columns: dict[str, Matrix] = {}
+        self.precision: dict[str, np.dtype[Any]] = {}  # float64 for a model in it, else float32
         self.signals: dict[str, str] = {}  # point -> its normalized signal, before the projection
         graph, taken = self.model.graph, edit.names_in(self.model.graph)
         values = {v.name: v for node in graph for v in node.outputs}
@@ -46,6 +48,7 @@ class Projections:
             width, dtype = channels(value), value.dtype
             assert dtype is not None
             one = ir.tensor(np.ones((), dtype.numpy()))
+            self.precision[name] = precision(dtype)
             tensor = weights.derived(
                 one, self._reader(name, width), dtype, [width, width], f"{point}/projection"
             )
@@ -70,10 +73,18 @@ class Projections:
 
     def _reader(self, name: str, width: int) -> Callable[[npt.NDArray[np.float64]], Matrix]:
         def read(one: npt.NDArray[np.float64]) -> Matrix:
-            held = self.matrices.get(name)
-            return np.eye(width, dtype=one.dtype) if held is None else held.astype(one.dtype)
+            held = self.columns.get(name)
+            if held is None:
+                return np.eye(width, dtype=one.dtype)
+            product: Matrix = (held @ held.T).astype(one.dtype)
+            return product
 
         return read
+
+
+def precision(dtype: ir.DataType) -> np.dtype[Any]:
+    """What a basis is kept in: rounding it is like rounding the weights that it turns."""
+    return np.dtype(np.float64 if dtype == ir.DataType.DOUBLE else np.float32)
 
 
 def channels(value: ir.Value) -> int:
@@ -92,7 +103,7 @@ def solve(
     kept: Mapping[str, int],
     needed_by: str,
 ) -> dict[str, Matrix]:
-    """A square basis for each segment, which is a name and its points, solved in order.
+    """The kept columns of a basis for each segment, which is a name and its points, in order.
 
     ``basis`` makes one of the summed second moment and the number of rows it was collected from.
     """
@@ -108,11 +119,14 @@ def solve(
 
     def solved(name: str) -> None:
         moment, rows = sums.pop(name)
-        result = ctx.once(f"basis {name}", lambda: {"basis": basis(name, moment, rows)})["basis"]
-        found[name] = result
-        columns = result[:, : kept[name]].astype(np.float64)
-        if kept[name] < len(result):
-            projected.matrices[name] = columns @ columns.T
+
+        def compute() -> dict[str, npt.NDArray[Any]]:
+            square = basis(name, moment, rows)
+            return {"basis": square[:, : kept[name]].astype(projected.precision[name])}
+
+        found[name] = ctx.once(f"basis {name}", compute)["basis"]
+        if kept[name] < len(moment):
+            projected.columns[name] = found[name]
 
     def take(result: StatisticResult) -> None:
         assert isinstance(result.statistic, Covariance)
