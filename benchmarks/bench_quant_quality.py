@@ -6,7 +6,8 @@ MODEL is a Hugging Face directory or an ONNX file of a language model. A text is
 .xz), cut by the model's tokenizer.json, or a .npy of token ids. Windows of 512 tokens do not overlap.
 Calibration takes the first 128; validation every 4th of the first 200, in each of which tokens 1 to 511 are
 predicted from the tokens before them; float32. ``--windows N`` is a quick look: N windows for calibration,
-every second of N for validation. Bytes are those of the ONNX file, graph included. The settings name the
+every second of N for validation. Bytes are those of the weights, scales
+included, and of the ONNX file with its graph. The settings name the
 tables of a LLaMA.
 """
 
@@ -35,7 +36,7 @@ from bench_prune_quality import (
 )
 
 from netlathe.api import capture
-from netlathe.ir import normal, verify
+from netlathe.ir import normal, verify, weights
 from netlathe.passes.quantize import Quantize
 from netlathe.pipeline.pass_ import Context
 from netlathe.pipeline.text import parse
@@ -86,8 +87,8 @@ def main() -> None:
     feeds = [as_feeds(model, ids) for ids in batches(calibration, BATCH)]
     ctx = Context(calibration=feeds, device=args.device)
     print(f"{len(calibration)} calibration and {len(validation)} validation windows, {args.device}")
-    print("| setting | MB on disk | ppl | KL | top-1 | s | peak RSS MiB |")
-    print("|---|---|---|---|---|---|---|")
+    print("| setting | MB of weights | MB on disk | ppl | KL | top-1 | s | peak RSS MiB |")
+    print("|---|---|---|---|---|---|---|---|")
     dense = list(log_probabilities(model, validation, args.device))
     row("dense (float32)", model, validation, dense, args.device, 0.0)
     for setting in args.setting or SETTINGS:
@@ -124,7 +125,7 @@ def row(
         size = path.stat().st_size
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     print(
-        f"| `{name}` | {size / 1e6:.2f} | {np.exp(loss / tokens):.3f} | {kl / tokens:.4f}"
+        f"| `{name}` | {weights.num_bytes(model) / 1e6:.2f} | {size / 1e6:.2f} | {np.exp(loss / tokens):.3f} | {kl / tokens:.4f}"
         f" | {100 * same / tokens:.2f} | {seconds:.1f} | {peak:.0f} |",
         flush=True,
     )
