@@ -116,7 +116,7 @@ def test_the_smallest_rows_go() -> None:
 @pytest.mark.parametrize(
     "goal", [{"params": 0.6}, {"macs": 0.6}, {"bytes": 0.5}, {"params": 60_000}]
 )
-def test_a_budget_is_kept_and_hardly_more(goal: dict[str, float]) -> None:
+def test_a_budget_is_kept_and_hardly_more(goal: dict[str, Any]) -> None:
     model = zoo_ir.captured("gpt2")
     (kind, limit) = next(iter(goal.items()))
     full = getattr(cost(model), kind)
