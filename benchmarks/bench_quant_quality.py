@@ -6,9 +6,8 @@ MODEL is a Hugging Face directory or an ONNX file of a language model. A text is
 .xz), cut by the model's tokenizer.json, or a .npy of token ids. Windows of 512 tokens do not overlap.
 Calibration takes the first 128; validation every 4th of the first 200, in each of which tokens 1 to 511 are
 predicted from the tokens before them; float32. ``--windows N`` is a quick look: N windows for calibration,
-every second of N for validation. Bytes are those of the weights, scales
-included, and of the ONNX file with its graph. The settings name the
-tables of a LLaMA.
+every second of N for validation. Bytes are those of the weights, scales included, and of the ONNX file with
+its graph. The settings name the tables of a LLaMA.
 """
 
 from __future__ import annotations
@@ -125,8 +124,9 @@ def row(
         size = path.stat().st_size
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     print(
-        f"| `{name}` | {weights.num_bytes(model) / 1e6:.2f} | {size / 1e6:.2f} | {np.exp(loss / tokens):.3f} | {kl / tokens:.4f}"
-        f" | {100 * same / tokens:.2f} | {seconds:.1f} | {peak:.0f} |",
+        f"| `{name}` | {weights.num_bytes(model) / 1e6:.2f} | {size / 1e6:.2f}"
+        f" | {np.exp(loss / tokens):.3f} | {kl / tokens:.4f} | {100 * same / tokens:.2f}"
+        f" | {seconds:.1f} | {peak:.0f} |",
         flush=True,
     )
 
