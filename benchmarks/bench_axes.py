@@ -1,5 +1,7 @@
 """CPU time of the axis analysis against the number of nodes, and on a LLaMA of 7 billion parameters.
 
+    python benchmarks/bench_axes.py [--plot docs/axes-time.svg]
+
 Models are put together from the blocks of three families, at their published widths, with weights that
 have shapes and no bytes. Bar: 1,000 nodes in about 2 s, the 7B model in about 10 s, a growth exponent of
 at most 1.2 between 100 and 10,000 nodes.
@@ -7,10 +9,13 @@ at most 1.2 between 100 and 10,000 nodes.
 
 from __future__ import annotations
 
+import argparse
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -150,17 +155,63 @@ def curve(make: Callable[[int], ir.Model]) -> list[tuple[int, float]]:
     return [(len(list(model.graph)), cpu_seconds(model)) for model in models]
 
 
+FAMILIES: Mapping[str, Callable[[int], ir.Model]] = {
+    "llama": llama,
+    "shuffle_net": shuffle_net,
+    "dense_net": dense_net,
+}
+COLOURS = ("#1f77b4", "#d62728", "#2ca02c")
+
+
+def plot(curves: Mapping[str, list[tuple[int, float]]]) -> str:
+    """The curves as an SVG with logarithmic axes: 100 to 10,000 nodes, 1 ms to 100 s."""
+
+    def place(nodes: float, seconds: float) -> tuple[float, float]:
+        return 60 + 200 * (math.log10(nodes) - 2), 20 + 56 * (2 - math.log10(seconds))
+
+    def line(start: tuple[float, float], end: tuple[float, float], style: str) -> str:
+        (x1, y1), (x2, y2) = place(*start), place(*end)
+        return f'<line x1="{x1:.0f}" y1="{y1:.0f}" x2="{x2:.0f}" y2="{y2:.0f}" {style}/>'
+
+    def text(x: float, y: float, said: str, fill: str = "#444") -> str:
+        return f'<text x="{x:.0f}" y="{y:.0f}" fill="{fill}">{said}</text>'
+
+    parts = ['<svg xmlns="http://www.w3.org/2000/svg" width="620" height="340" font-size="12">']
+    parts.append('<rect width="620" height="340" fill="white"/>')
+    for power in range(-3, 3):
+        parts.append(line((100, 10.0**power), (10000, 10.0**power), 'stroke="#ddd"'))
+        parts.append(text(12, place(100, 10.0**power)[1] + 4, f"{10.0**power:g} s"))
+    for nodes in (100, 1000, 10000):
+        parts.append(line((nodes, 1e-3), (nodes, 100), 'stroke="#ddd"'))
+        parts.append(text(place(nodes, 1)[0] - 16, 318, f"{nodes:,}"))
+    parts.append(text(240, 335, "nodes"))
+    parts.append(line((100, 0.02), (10000, 0.02 * 100**1.2), 'stroke="#888" stroke-dasharray="4"'))
+    parts.append(text(470, place(10000, 0.02 * 100**1.2)[1] + 4, "exponent 1.2", "#888"))
+    for colour, (name, points) in zip(COLOURS, curves.items(), strict=True):
+        for start, end in pairwise(points):
+            parts.append(line(start, end, f'stroke="{colour}" stroke-width="2"'))
+        parts.append(text(470, 40 + 18 * COLOURS.index(colour), name, colour))
+    return "\n".join([*parts, "</svg>", ""])
+
+
 def main() -> None:
     """Print the curves and what they amount to."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--plot", type=Path, help="write the curves here, as SVG")
+    options = parser.parse_args()
     print(f"{'family':12}{'nodes':>8}{'CPU s':>9}{'ms a node':>11}")
-    for name, make in (("llama", llama), ("shuffle_net", shuffle_net), ("dense_net", dense_net)):
-        points = curve(make)
+    curves = {}
+    for name, make in FAMILIES.items():
+        points = curves[name] = curve(make)
         for nodes, seconds in points:
             print(f"{name:12}{nodes:8}{seconds:9.3f}{1000 * seconds / nodes:11.3f}")
         (n0, t0), (n1, t1) = points[0], points[-1]
-        print(f"{name:12}growth exponent {math.log(t1 / t0) / math.log(n1 / n0):.2f} (bar 1.2)")
+        exponent = math.log(t1 / t0) / math.log(n1 / n0)
+        print(f"{name:12}growth exponent {exponent:.2f} (bar 1.2)", flush=True)
     model = llama(32)
     print(f"LLaMA-7B, {len(list(model.graph))} nodes: {cpu_seconds(model):.2f} s of CPU (bar 10)")
+    if options.plot:
+        options.plot.write_text(plot(curves))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
     python -m venv peers
     peers/bin/pip install torch-pruning==1.6.1 onnxsim==0.8.1 torch transformers onnxruntime
-    python benchmarks/bench_peers_structure.py --peers peers/bin/python
+    python benchmarks/bench_peers_structure.py --peers peers/bin/python [NETWORK ...]
 
 Every network is to lose half of every width, its classes or words excepted. Torch-Pruning gets the module,
 its last layer as ignored, the head counts where it can use them, and L2 group norms; onnxsim's head pruning
@@ -36,16 +36,12 @@ RATIO = 0.5
 HEADS = ("vit_b", "swin_t", "llama", "bert")  # for onnxsim
 STRUCTURE: Mapping[str, str] = {  # network: its last layer
     "resnet50": "classifier.1",
-    "densenet121": "head",
     "shufflenet_v2": "head",
-    "channel_shuffle": "head",
     "cat_slice": "head",
     "super_resolution": "out",
-    "unet": "out",
     "swin_t": "classifier",
     "bert": "cls.predictions.decoder",
     "gpt2": "lm_head",
-    "llama": "lm_head",
 }
 
 
@@ -210,6 +206,7 @@ def main() -> int:
     parser.add_argument(
         "--peers", help="Python of an environment with the peers; without it, only ours"
     )
+    parser.add_argument("names", nargs="*", metavar="NETWORK", help="only these")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
@@ -220,7 +217,7 @@ def main() -> int:
     print("| network | peer | NetLathe | error to the reference |\n|---|---|---|---|")
     tables = (("torch-pruning", "netlathe", tuple(STRUCTURE)), ("onnxsim", "netlathe heads", HEADS))
     for peer, method, names in tables:
-        for name in names:
+        for name in (name for name in names if name in (options.names or names)):
             theirs = shown(child(options.peers, peer, name)) if options.peers else "not run"
             mine = child(sys.executable, method, name)
             error = f"{mine['error']:.1e}" if "error" in mine else ""

@@ -125,6 +125,8 @@ def _attention(b: Builder, x: ir.Value, width: int, out: int) -> ir.Value:
         b.op("Transpose", b.op("Reshape", y, b.ints(0, 0, heads, h)), perm=[0, 2, 1, 3])
         for y, heads in ((q, kv * r), (k, kv), (v, kv))
     )
+    if b.choose(True, False):
+        q, k = _turned(b, x, width, h, q, k)
     if r == 1 and b.choose(True, False):
         scores = b.op("MatMul", q, b.op("Transpose", k, perm=[0, 1, 3, 2]))
         y = b.op("MatMul", b.op("Softmax", scores, axis=-1), v)
@@ -132,6 +134,27 @@ def _attention(b: Builder, x: ir.Value, width: int, out: int) -> ir.Value:
         y = b.op("Attention", q, k, v, scale=0.5)
     y = b.op("Reshape", b.op("Transpose", y, perm=[0, 2, 1, 3]), b.ints(0, 0, kv * r * h))
     return _linear(b, y, kv * r * h, out)
+
+
+def _turned(b: Builder, x: ir.Value, width: int, h: int, *heads: ir.Value) -> tuple[ir.Value, ...]:
+    """Heads whose pairs of positions, all or half of them, are turned; by angles that the data say."""
+    pairs = b.choose(*sorted({h // 2, max(h // 4, 1)}))
+    tables = (b.op(act, _linear(b, x, width, pairs)) for act in ("Cos", "Sin"))
+    part = {} if 2 * pairs == h else {"rotary_embedding_dim": 2 * pairs}
+    options = {"interleaved": b.choose(0, 1), **part}
+    cosine, sine = tables
+    return tuple(b.op("RotaryEmbedding", y, cosine, sine, **options) for y in heads)
+
+
+def _parallel(b: Builder, x: ir.Value, width: int, out: int) -> ir.Value:
+    """Attention and FFN side by side, on one input."""
+    return b.op("Add", _attention(b, x, width, out), _ffn(b, x, width, out))
+
+
+def _shared_expert(b: Builder, x: ir.Value, width: int, out: int) -> ir.Value:
+    """Experts, and an FFN behind a gate of one position that all rows go through."""
+    gate = b.op("Sigmoid", b.op("MatMul", x, b.weight(width, 1, fan_in=width)))
+    return b.op("Add", _experts(b, x, width, out), b.op("Mul", gate, _ffn(b, x, width, out)))
 
 
 def _experts(b: Builder, x: ir.Value, width: int, out: int) -> ir.Value:
@@ -200,7 +223,9 @@ def _pad_width(b: Builder, x: ir.Value, width: int, out: int) -> ir.Value:
 SEQUENCE = (
     _ffn,
     _attention,
+    _parallel,
     _experts,
+    _shared_expert,
     _concat_split,
     _shuffle,
     _slices,
