@@ -57,7 +57,14 @@ def measure(
     score = SCORES[name]
     if score.needs_data and not ctx.calibration:
         ctx.collect(model, [], needed_by=f"prune(score={name!r})")  # raises, in one place for all
-    found = dict(zip(candidates, score.measure(candidates, model, ctx), strict=True))
+
+    def compute() -> dict[str, Float64]:
+        each = score.measure(candidates, model, ctx)
+        return {c.name: scores for c, scores in zip(candidates, each, strict=True)}
+
+    piece = f"{name} of {len(candidates)} widths"
+    arrays = ctx.once(piece, compute) if score.needs_data else compute()
+    found = {candidate: np.asarray(arrays[candidate.name]) for candidate in candidates}
     for candidate, scores in found.items():
         if not np.isfinite(scores).all():
             at = int(np.flatnonzero(~np.isfinite(scores))[0])
