@@ -375,6 +375,30 @@ def test_with_data_the_defaults_are_obd_global_least_squares() -> None:
     assert plain.detail["score"] == "l2" and list(plain.arrays) == ["kept"]
 
 
+def test_second_moments_are_held_some_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In sweeps of their own, which give the same: two weights that one activation feeds go together."""
+    model, feeds = _llama(), zoo_ir.feeds("llama")
+    pass_ = Prune(ratio=0.5, scope=("ffn", "hidden"), score="l2", compensate="least_squares")
+    sweeps: list[int] = []
+
+    class Counting(Context):
+        def collect(self, model: ir.Model, wanted: Any, **rest: Any) -> Any:
+            sweeps.append(len({statistic.value for statistic in wanted}))
+            return super().collect(model, wanted, **rest)
+
+    ctx = Counting(calibration=feeds)
+    whole = pass_.choose(model, ctx)
+    assert len(sweeps) == 1
+    monkeypatch.setattr(compensation, "_MOST_HELD", 1)
+    parts = pass_.choose(model, ctx)
+    assert sweeps[1:] == [1] * sweeps[0]
+    for entry, other in zip(whole, parts, strict=True):
+        assert entry.arrays.keys() == other.arrays.keys()
+        for name, array in entry.arrays.items():
+            # Stages are cut elsewhere; sums of float64 products are the same.
+            np.testing.assert_allclose(array, other.arrays[name], rtol=1e-5, atol=1e-6)
+
+
 def test_a_bias_is_the_mean_of_what_went() -> None:
     model, ctx = made(), context()
     entries = Prune(ratio=0.4, scope=("ffn",), score="flap", compensate="bias").choose(model, ctx)
