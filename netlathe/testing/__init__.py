@@ -10,6 +10,8 @@ Each check judges a plug-in by laws that every one of its kind keeps, on small m
 
 from __future__ import annotations
 
+from netlathe.testing.backends import backend_cases, check_backend
+from netlathe.testing.frontends import check_frontend, frontend_cases
 from netlathe.testing.installed import check_entry_point
 from netlathe.testing.laws import Case, ConformanceError, Law
 from netlathe.testing.models import from_model, from_text, models
@@ -19,10 +21,14 @@ __all__ = [
     "Case",
     "ConformanceError",
     "Law",
+    "backend_cases",
+    "check_backend",
     "check_entry_point",
+    "check_frontend",
     "check_pass",
     "from_model",
     "from_text",
+    "frontend_cases",
     "models",
     "pass_cases",
 ]
