@@ -23,7 +23,6 @@ _NARROW = {
     ir.DataType.UINT2: ir.DataType.UINT8,
 }
 FLOAT = ir.DataType.FLOAT
-_BLOCKS_SINCE = 21
 
 
 def dequantize(b: Builder) -> list[ir.Value] | None:
@@ -32,11 +31,6 @@ def dequantize(b: Builder) -> list[ir.Value] | None:
     if _fits(b):
         return None
     out = b.dtype(b.node.outputs[0])
-    if out == FLOAT and b.dtype(scale) == ir.DataType.FLOAT16 and b.opset >= _BLOCKS_SINCE:
-        # What output_dtype says since 23 is what widened scales give before.
-        inputs = [x, b.cast(scale, FLOAT)] + ([zero] if zero is not None else [])
-        settings = {name: int(b.attribute(name, 0)) for name in ("axis", "block_size")}
-        return [b("DequantizeLinear", *inputs, **settings)]
     x = _storable(b, x)
     precise = FLOAT if b.dtype(scale) != ir.DataType.DOUBLE else ir.DataType.DOUBLE
     blocks = _Blocks(b, x, scale)

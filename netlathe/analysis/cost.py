@@ -26,7 +26,7 @@ import onnx_ir as ir
 import sympy
 
 from netlathe.execute import samples
-from netlathe.ir import dims, types
+from netlathe.ir import dims, provenance, types
 from netlathe.ir.dims import Dim
 from netlathe.ir.printing import show_node
 from netlathe.ir.provenance import module_path
@@ -184,7 +184,9 @@ def _roles(value: ir.Value) -> Iterator[tuple[ir.Node, int]]:
     stack, seen = [value], {value}
     while stack:
         for node, position in stack.pop().uses():
-            if node.op_type in _MOVEMENTS and (position == 0 or node.op_type == "Concat"):
+            widened = provenance.STORED in node.metadata_props
+            moved = node.op_type in _MOVEMENTS and (position == 0 or node.op_type == "Concat")
+            if widened or moved:
                 stack += [output for output in node.outputs if output not in seen]
                 seen.update(node.outputs)
             else:

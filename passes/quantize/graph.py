@@ -303,11 +303,18 @@ class _Numbers:
         block: int,
         what: str = "dequantized",
     ) -> list[ir.Node]:
-        """DequantizeLinear to float32, whatever the type of the scales."""
+        """DequantizeLinear to float32, whatever the type of the scales; the last node is the result."""
+        nodes: list[ir.Node] = []
+        if self.scheme.scales != "float32":
+            # Not output_dtype: ONNX Runtime's fusion into MatMulNBits does not look at it.
+            make = self._widened if weights.is_weight(scale) else self._cast
+            nodes.append(make(scale, ir.DataType.FLOAT))
+            scale = nodes[0].outputs[0]
         inputs = [codes, scale] if zero is None else [codes, scale, zero]
-        to = 0 if self.scheme.scales == "float32" else ir.DataType.FLOAT.value
-        attributes = {"axis": 1 if axis is None else axis, "block_size": block, "output_dtype": to}
-        return [self.editor.node("DequantizeLinear", inputs, f"{codes.name}_{what}", **attributes)]
+        attributes = {"axis": 1 if axis is None else axis, "block_size": block, "output_dtype": 0}
+        name = f"{codes.name}_{what}"
+        nodes.append(self.editor.node("DequantizeLinear", inputs, name, **attributes))
+        return nodes
 
     def _widened(self, constant: ir.Value, to: ir.DataType) -> ir.Node:
         """A Cast of a constant, which stays as narrow as it is."""
