@@ -62,9 +62,31 @@ def _relax_pipeline() -> Any:
             passes.LowerRuntimeBuiltin(),
             passes.ComputePrimValue(),
             passes.VMShapeLower(),
+            _in_order(),
             passes.AttachGlobalSymbol(),
         ]
     )
+
+
+def _in_order() -> Any:
+    """Sorts what VMShapeLower has written, so that the same model gives the same bytes.
+
+    Its functions compute dims from other dims, each into a slot of its own, in an order that follows
+    addresses in memory.
+    """
+
+    @tvm.transform.module_pass(opt_level=0)  # type: ignore[untyped-decorator]  # TVM has no types
+    def run(module: Any, _context: Any) -> Any:
+        for name, function in module.functions_items():
+            if not name.name_hint.startswith("shape_func") or not isinstance(
+                function.body, tirx.SeqStmt
+            ):
+                continue
+            stores = sorted(function.body.seq, key=lambda store: int(store.indices[0]))
+            module.update_func(name, function.with_body(tirx.SeqStmt(stores)))
+        return module
+
+    return run
 
 
 def executable(lowered: Lowered, machine: Machine) -> Any:
