@@ -12,6 +12,7 @@ model records which are left (`netlathe.ir.interface`). docs/pruning-quality.md 
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -29,10 +30,10 @@ from netlathe.ir import edit, interface, provenance
 from netlathe.ir.printing import show_node
 from netlathe.passes.prune import budget as budgets
 from netlathe.passes.prune import compensation, reference
-from netlathe.passes.prune.allocation import ALLOCATIONS, Allocation
-from netlathe.passes.prune.candidates import SCOPES, Candidate, Scope, find_candidates
+from netlathe.passes.prune.allocation import ALLOCATIONS, Allocation, together
+from netlathe.passes.prune.candidates import SCOPES, Candidate, Scope, Scores, find_candidates
 from netlathe.passes.prune.choosing import beside, query_groups
-from netlathe.passes.prune.scores import measure
+from netlathe.passes.prune.scores import measure, speaks_about
 from netlathe.pipeline.ledger import Entry, Status
 from netlathe.pipeline.pass_ import (
     ChoosingPass,
@@ -104,7 +105,8 @@ class Prune(ChoosingPass):
     score: Score | None = option(
         default=None,
         help="what makes a position important: norms (l1, l2, group_norm), fpgm, bn_gamma; from data wanda,"
-        " flap, cfsp, taylor, obd, optin; random. Where none is named, obd with calibration data, else l2",
+        " flap, cfsp, taylor, obd, optin; random. Where none is named, obd with calibration data (of experts"
+        " l2), else l2",
     )
     allocation: Allocated | None = option(
         default=None,
@@ -153,10 +155,16 @@ class Prune(ChoosingPass):
         self._check_ignore(found)
         settled = self._settled(axes, found)
         free = [candidate for candidate in found if candidate not in settled]
-        score = self.score or ("obd" if ctx.calibration else "l2")
-        scored = measure(score, free, model, ctx)
-        spread = self.allocation or ("global" if score in _IN_LOSS else "uniform")
-        counts = self._counts(axes, ALLOCATIONS[spread](scored, model, ctx), free, settled)
+        named = self._scores(free, ctx)
+        scored: dict[Candidate, Scores] = {}
+        spreads: dict[str, list[Allocation]] = defaultdict(list)
+        for score in dict.fromkeys(named.values()):
+            some = measure(score, [c for c in free if named[c] == score], model, ctx)
+            spread = self.allocation or ("global" if score in _IN_LOSS else "uniform")
+            spreads[spread].append(ALLOCATIONS[spread](some, model, ctx))
+            scored |= some
+        allocate = together([each for every in spreads.values() for each in every])
+        counts = self._counts(axes, allocate, free, settled, "uniform" in spreads)
         kept = {c: c.best(scored[c], counts[c]) for c in free if counts[c] < c.size}
         how = self.compensate or ("least_squares" if ctx.calibration else "none")
         made_up = compensation.solve(how, kept, model, ctx)
@@ -169,7 +177,9 @@ class Prune(ChoosingPass):
                 reason = f"{candidate.size} stay: the nearest width to what is asked for"
                 entries.append(_entry(candidate, "skipped", reason, True))
             else:
-                entries.append(_applied(candidate, kept[candidate], score, made_up[candidate]))
+                entries.append(
+                    _applied(candidate, kept[candidate], named[candidate], made_up[candidate])
+                )
         return entries
 
     def edit(self, model: ir.Model, chosen: Sequence[Entry], ctx: Context) -> Result:
@@ -225,6 +235,13 @@ class Prune(ChoosingPass):
         if problems:
             raise PassError(problems)
 
+    def _scores(self, free: Sequence[Candidate], ctx: Context) -> dict[Candidate, str]:
+        """Which score is used for each candidate; l2 where none is named and data says nothing."""
+        if self.score is not None:
+            return dict.fromkeys(free, self.score)
+        best = "obd" if ctx.calibration else "l2"
+        return {c: best if speaks_about(best, c) else "l2" for c in free}
+
     def _settled(
         self, axes: Axes, found: Sequence[Candidate]
     ) -> dict[Candidate, tuple[Status, str, bool]]:
@@ -235,6 +252,8 @@ class Prune(ChoosingPass):
                 settled[candidate] = "refused", _pinned(candidate), False
             elif reason := reference.no_reference(axes, candidate.group.atom):
                 settled[candidate] = "refused", reason, False
+            elif name := candidate.quantized:
+                settled[candidate] = "refused", f"{name} is quantized: prune before", False
             elif pattern := self._ignoring(candidate):
                 settled[candidate] = "skipped", f"ignored: it matches {pattern!r}", True
             elif candidate.size <= candidate.least:
@@ -273,14 +292,15 @@ class Prune(ChoosingPass):
         allocate: Allocation,
         free: Sequence[Candidate],
         settled: Mapping[Candidate, tuple[Status, str, bool]],
+        even: bool,
     ) -> dict[Candidate, int]:
-        """How many positions of each candidate stay."""
+        """How many positions of each candidate stay; ``even``: the ratio is meant for every width."""
         if self.keep is not None:
             return _exact(free, self.keep)
         if self.ratio is not None:
             counts = allocate(self.ratio)
-            wanted = {c: c.size * (1 - self.ratio) for c in free}
-            _check_left(counts, wanted)
+            if even:
+                _check_left(counts, {c: c.size * (1 - self.ratio) for c in free})
             return counts
         fixed = [(candidate, reason) for candidate, (_, reason, _) in settled.items()]
         if self.latency is not None:

@@ -113,6 +113,13 @@ class Candidate:
         """Weights that sum over the axis."""
         return self.with_role("reads")
 
+    @property
+    def quantized(self) -> str:
+        """The first weight that holds integers of a quantized operator; scores look at real numbers."""
+        own = (part.value for part in self.parts if part.role != "acts")
+        held = (v for v in own if v.dtype is not None and not v.dtype.is_floating_point())
+        return next((value.name or "" for value in held), "")
+
     @cached_property
     def modules(self) -> tuple[str, ...]:
         """The module paths of all that has the axis; ``ignore`` patterns look at these."""
@@ -271,6 +278,8 @@ class _Finder:
     def _moves(self, relation: Relation, operand: int) -> bool:
         """Whether a node hands an operand on as it is: an expert's weights, but no row of a table."""
         signature = relation.signature
+        if relation.node.op_type == "DequantizeLinear":
+            return operand == 0
         if not signature.moves or operand not in linear_inputs(signature.linear):
             return False
         known = self.axes.related.positions

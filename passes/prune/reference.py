@@ -208,12 +208,12 @@ def _einsum(m: _Masking, node: ir.Node) -> None:
     """Letters of the equation that are summed over, masked in the last operand that has them."""
     equation = (node.attributes.get_string("equation", "") or "").replace(" ", "")
     left, arrow, right = equation.partition("->")
-    operands = left.split(",")
+    operands, values = left.split(","), list(node.inputs)
     if not arrow:
         right = "".join(letter for letter in left if left.count(letter) == 1)
     for letter in dict.fromkeys(c for c in left if c.isalpha() and c not in right):
         index = max(number for number, operand in enumerate(operands) if letter in operand)
-        value, operand = node.inputs[index], operands[index]
+        value, operand = values[index], operands[index]
         assert value is not None
         place = operand.index(letter)
         if "..." in operand[:place]:
@@ -238,7 +238,10 @@ def _softmax(m: _Masking, node: ir.Node) -> None:
     default = 0 if node.op_type.startswith("Arg") else -1
     axis = (node.attributes.get_int("axis", default) or 0) % len(_shape(x))
     smallest = node.op_type == "ArgMin" or node.attributes.get_int("largest", 1) == 0
-    m.fill(node, 0, m.along(x, [axis]), np.inf if smallest else -np.inf)
+    number = np.inf if smallest else -np.inf
+    if node.op_type == "LogSoftmax":  # what sums over its output multiplies this by zero
+        number = -3e4  # a number in float16 as well; beside any logit its exponential is 0
+    m.fill(node, 0, m.along(x, [axis]), number)
 
 
 _NEUTRAL = {"ReduceMax": -np.inf, "ReduceMin": np.inf, "ReduceLogSumExp": -np.inf, "ReduceProd": 1}

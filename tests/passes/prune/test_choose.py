@@ -15,9 +15,10 @@ import pytest
 from netlathe.analysis import axes as axis_analysis
 from netlathe.analysis.cost import Meter, cost
 from netlathe.diagnostics import OptionError, PassError
-from netlathe.ir import weights
+from netlathe.ir import normal, weights
 from netlathe.passes.prune import Prune
 from netlathe.passes.prune.candidates import Candidate, Widths, find_candidates
+from netlathe.passes.quantize import Quantize
 from netlathe.pipeline.interfaces import Target
 from netlathe.pipeline.ledger import Entry
 from netlathe.pipeline.pass_ import Context
@@ -197,6 +198,17 @@ def test_the_vocabulary_is_the_callers() -> None:
     assert {entry.status for entry in chosen.values()} == {"refused"}
     reasons = " ".join(entry.reason for entry in chosen.values())
     assert "graph input input_ids" in reasons and "graph output logits has it" in reasons
+
+
+def test_quantized_weights_are_refused() -> None:
+    model = zoo_ir.captured("llama")
+    quantize = Quantize(embeddings=False)
+    quantize.edit(model, quantize.choose(model, Context()), Context())
+    normal.normalize(model)
+    chosen = Prune(ratio=0.3).choose(model, Context())
+    assert {entry.status for entry in chosen} == {"refused"}
+    assert len(chosen) == len(choose("llama", ratio=0.3))
+    assert "mlp.gate_proj.weight_int8 is quantized: prune before" in chosen[-1].reason
 
 
 def test_ignored_modules_stay() -> None:
