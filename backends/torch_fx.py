@@ -16,7 +16,7 @@ import io
 import shutil
 import tempfile
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, BinaryIO, ClassVar, cast
 
@@ -25,7 +25,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 import torch
 
-from netlathe.diagnostics import Diagnostic, LowerError, VerifyError
+from netlathe.diagnostics import Diagnostic, InputError, LowerError, VerifyError
 from netlathe.execute import plan, samples
 from netlathe.execute.compare import relative_error
 from netlathe.execute.fx import argument_name, to_fx
@@ -39,6 +39,7 @@ MODEL_FILE = "model.pt2"
 
 # torch.export follows one path: it cannot keep a choice that depends on data.
 _NOT_EXPORTABLE = ("If", "Loop")
+_RECURRENT = ("GRU", "LSTM", "RNN")  # loops over the steps of a sequence
 # max|program - module| as a share of the RMS: the same ATen ops on the same machine, so only what
 # export decomposes may round differently (84 ulp of float32).
 _BOUND = 1e-5
@@ -60,7 +61,7 @@ class TorchBackend(Backend):
         return [Target("torch", "torch", "a torch.export program (.pt2) for torch on any device")]
 
     def unsupported(self, model: ir.Model, target: Target) -> list[Diagnostic]:
-        """Nodes without a torch function, and control flow that an exported program cannot hold."""
+        """Nodes without a torch function, and control flow or steps that no exported program can hold."""
         found = plan.gaps(model)
         for node in model.graph:
             if node.domain == "" and node.op_type in _NOT_EXPORTABLE:
@@ -71,6 +72,16 @@ class TorchBackend(Backend):
                         at=show_node(node),
                         where=location(node),
                         help="run the model with the executor, or export it to ONNX",
+                    )
+                )
+            elif node.domain == "" and node.op_type in _RECURRENT and _steps(node) is None:
+                found.append(
+                    Diagnostic(
+                        "torch.recurrence",
+                        f"{node.op_type} over any number of steps: torch.export writes out every step",
+                        at=show_node(node),
+                        where=location(node),
+                        help="give the sequence a fixed length, or export the model to ONNX",
                     )
                 )
         return found
@@ -104,14 +115,19 @@ class TorchArtifact(Artifact):
     ) -> None:
         self.module = module
         self.program = program
+        self._inputs = {value.name or "": value for value in _inputs(model)}
         self._outputs = {value.name or "": value.dtype for value in model.graph.outputs}
         self._runnable = program.module()
 
     def run(self, feeds: Feeds) -> dict[str, npt.NDArray[Any]]:
-        """Run the program once, on the CPU."""
-        given = {
-            argument_name(name): storage.from_numpy(np.asarray(a)) for name, a in feeds.items()
-        }
+        """Run the program once, on the CPU.
+
+        Raises:
+            InputError: a feed is missing, unknown or of another dtype or shape.
+        """
+        arrays = {name: np.asarray(array) for name, array in feeds.items()}
+        _check_feeds(self._inputs, arrays)
+        given = {argument_name(name): storage.from_numpy(a) for name, a in arrays.items()}
         with torch.no_grad():
             results = self._runnable(**given)
         return {
@@ -133,6 +149,35 @@ class TorchArtifact(Artifact):
                     raise sink.error
             _copy_archive(Path(part, MODEL_FILE), path)
         return [path]
+
+
+def _check_feeds(inputs: Mapping[str, ir.Value], feeds: Mapping[str, npt.NDArray[Any]]) -> None:
+    problems = [f"there is no input named {name!r}" for name in feeds if name not in inputs]
+    problems += [f"input {name!r} is missing" for name in inputs if name not in feeds]
+    sizes: dict[str, tuple[int, str]] = {}
+    for name, value in inputs.items():
+        if name not in feeds:
+            continue
+        array, dims = feeds[name], list(value.shape or ())
+        if value.dtype is not None and array.dtype != value.dtype.numpy():
+            problems.append(f"input {name!r} is {array.dtype}, not {value.dtype.numpy()}")
+        if value.shape is not None and array.ndim != len(dims):
+            problems.append(f"input {name!r} has {array.ndim} dims, not {len(dims)}")
+            continue
+        for axis, (size, dim) in enumerate(zip(array.shape, dims, strict=False)):
+            where = f"axis {axis} of input {name!r}"
+            if isinstance(dim, int):
+                if size != dim:
+                    problems.append(f"{where} is {size}, not {dim}")
+            elif dim.value is not None:
+                before, other = sizes.setdefault(str(dim), (size, where))
+                if size != before:
+                    problems.append(f"{where} is {size}, but {other} is {before}: both are {dim}")
+    if problems:
+        names = ", ".join(inputs)
+        raise InputError(
+            Diagnostic("run.feeds", "; ".join(sorted(problems)), help=f"the inputs are {names}")
+        )
 
 
 class _Sink(io.BufferedIOBase):
@@ -171,6 +216,15 @@ class _Sink(io.BufferedIOBase):
 def _inputs(model: ir.Model) -> list[ir.Value]:
     """The inputs that the module takes: those without a default value."""
     return [value for value in model.graph.inputs if not value.is_initializer()]
+
+
+def _steps(node: ir.Node) -> int | None:
+    """How many steps a recurrent node takes; None where that is dynamic or unknown."""
+    data = node.inputs[0]
+    if data is None or data.shape is None:
+        return None
+    size = data.shape[1 if node.attributes.get_int("layout", 0) else 0]
+    return size if isinstance(size, int) else None
 
 
 def _export(model: ir.Model, module: torch.fx.GraphModule) -> torch.export.ExportedProgram:

@@ -204,7 +204,7 @@ def _encoder(name: str) -> Captured:
         "axes": np.array([1, 2]),
     }
     body = [
-        'x0 = Gather("embed.weight", ids)',
+        '["/embed/Gather"] x0 = Gather("embed.weight", ids)',
         "real = Cast<to = 9>(mask)",
         "wide = Unsqueeze(real, axes)",  # [batch, 1, 1, sequence]
         "bias = Where(wide, zero, low)",
