@@ -52,14 +52,17 @@ def main() -> None:
     calibration, held_out = sentences[::2], sentences[1::2]
 
     console.print(f"[bold]capturing[/bold] {MODEL.name} with dynamic batch and sequence")
-    captured = netlathe.capture(MODEL)
+    cache = netlathe.user_cache_dir()  # the second time is quick, and a run that was killed goes on
+    captured = netlathe.capture(MODEL, cache_dir=cache)
     assert captured.tokenize is not None
     batches = [captured.tokenize(calibration[i : i + 8]) for i in range(0, len(calibration), 8)]
 
     console.print(f"[bold]compiling[/bold] {PASSES}")
-    compiled = netlathe.compile(captured, PASSES, calibration=batches, progress=Bars())
+    compiled = netlathe.compile(
+        captured, PASSES, calibration=batches, progress=Bars(), cache_dir=cache
+    )
     folders = {name: arguments.output / name for name in ("dense", "onnx", "tvm")}
-    netlathe.compile(captured, "").save(folders["dense"], overwrite=True)
+    netlathe.compile(captured, "", cache_dir=cache).save(folders["dense"], overwrite=True)
     compiled.save(folders["onnx"], target="onnx", overwrite=True)
     console.print("[bold]generating code[/bold] with TVM")
     compiled.save(folders["tvm"], target="tvm-x86", overwrite=True)
@@ -110,7 +113,10 @@ def show_passes(compiled: netlathe.Compiled) -> None:
             console.print(
                 f"  cosine to the model before it, calibration texts: {step.loss.cosine:.4f}"
             )
-        console.print(f"  {step.seconds:.1f} s, verification {step.check_seconds:.1f} s")
+        if step.recalled:
+            console.print("  taken from the cache")
+        else:
+            console.print(f"  {step.seconds:.1f} s, verification {step.check_seconds:.1f} s")
 
 
 def show_comparison(
