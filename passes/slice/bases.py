@@ -24,17 +24,27 @@ def principal(covariance: npt.NDArray[np.float64], device: str = "cpu") -> Basis
 
     The sign of each is fixed, so that equal data gives equal bits: its largest element is positive.
     """
+    if device != "cpu":
+        return _principal_on(covariance, device)
     size = len(covariance)
     damped = covariance + DAMPING * np.trace(covariance) / size * np.eye(size)
-    if device == "cpu":
-        vectors = np.linalg.eigh(damped)[1]
-    else:
-        import torch
-
-        vectors = torch.linalg.eigh(torch.from_numpy(damped).to(device))[1].cpu().numpy()
-    vectors = vectors[:, ::-1]
+    vectors = np.linalg.eigh(damped)[1][:, ::-1]
     largest = np.take_along_axis(vectors, np.abs(vectors).argmax(0)[None], 0)
     return np.ascontiguousarray(vectors * np.where(largest < 0, -1.0, 1.0))
+
+
+def _principal_on(covariance: npt.NDArray[np.float64], device: str) -> Basis:
+    """The same in torch: at 4096 directions a second less than with numpy around the eigh."""
+    import torch
+
+    from netlathe.execute.torch_ops.storage import from_numpy
+
+    damped = from_numpy(covariance, device)
+    damped.diagonal().add_(DAMPING * damped.diagonal().mean())
+    vectors = torch.linalg.eigh(damped)[1].flip(1)
+    largest = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))
+    found: Basis = torch.where(largest < 0, -vectors, vectors).cpu().numpy()
+    return found
 
 
 def loss_weighted(
@@ -98,5 +108,5 @@ def hadamard(size: int, rng: np.random.Generator) -> Basis:
     if odd > 1:
         q, r = np.linalg.qr(rng.standard_normal((odd, odd)))
         walsh = np.kron(walsh, q * np.sign(np.diag(r)))
-    turned: Basis = walsh * rng.choice((-1.0, 1.0), size)[:, None]
-    return turned
+    turned = walsh * rng.choice((-1.0, 1.0), size)[:, None]
+    return turned.astype(np.float64)

@@ -92,10 +92,12 @@ def _on_device(array: Array, turns: Sequence[Turn], device: str) -> Array:
     """The same where every dim is the channels themselves; the float64 copies are on the device."""
     import torch
 
-    given = torch.from_numpy(np.ascontiguousarray(array)).to(device)
+    from netlathe.execute.torch_ops.storage import from_numpy
+
+    given = from_numpy(array, device)
     wide = given.to(torch.float64)
     for dim, _, _, basis in turns:
-        matrix = torch.from_numpy(np.ascontiguousarray(basis)).to(device, torch.float64)
+        matrix = from_numpy(basis, device).to(torch.float64)
         wide = torch.movedim(torch.movedim(wide, dim, -1) @ matrix, -1, dim)
     made: Array = wide.to(given.dtype).contiguous().cpu().numpy()
     return made

@@ -300,8 +300,8 @@ class Slice(ChoosingPass):
         renamed: dict[str, str | None] = {}
         for stretch, _ in turned:
             for value, _ in stretch.exponents:
-                if value.name is not None and value.name in values:
-                    renamed[value.name] = None
+                if (name := value.name or "") in values:
+                    renamed[name] = None
         narrow(Layout(model, axes, edges), turned, ctx.device)
         counts = applied[0].detail["parameters"]
         statistics = {f"parameters_{key}": float(count) for key, count in counts.items()}

@@ -224,7 +224,7 @@ def test_bench_with_impossible_numbers(run: Run, model: Path, give: tuple[object
 def test_passes_lists_and_shows_options(run: Run) -> None:
     done = run("passes")
     assert done.code == 0
-    names = "cleanup convert drop fold_batch_norm fold_norms prune quantize"
+    names = "cleanup convert drop fold_batch_norm fold_norms prune quantize slice"
     for name in names.split():
         assert row(done, f"{name} ")
     one = run("passes", "quantize")
