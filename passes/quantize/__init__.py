@@ -154,7 +154,10 @@ class Quantize(ChoosingPass):
         entries = [self._entry(candidate, ctx) for candidate in progress]
         self._check_coverage(found, entries)
         if self.solver == "gptq":
-            entries = in_order.solve(self, model, found, entries, ctx)
+            settings = in_order.Settings(
+                self.clip, self.percentile, self.damping, self.act_order, self.sweeps
+            )
+            entries = in_order.solve(settings, model, found, entries, ctx)
         if self.activations == "int8" and self.activation_scales == "token":
             entries += self._tokens(model, entries)
         elif self.activations == "int8":

@@ -10,7 +10,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,14 +21,23 @@ from netlathe.ir import weights
 from netlathe.passes.quantize import ledger, rounding
 from netlathe.passes.quantize.candidates import Candidate
 from netlathe.passes.quantize.layout import Layout
+from netlathe.passes.quantize.rounding import Clip
 from netlathe.passes.quantize.scheme import Scheme
 from netlathe.pipeline.ledger import Entry
 from netlathe.pipeline.pass_ import Context
 
-if TYPE_CHECKING:
-    from netlathe.passes.quantize import Quantize
-
 Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How GPTQ finds ranges and codes; see the options of the pass."""
+
+    clip: Clip
+    percentile: float
+    damping: float
+    act_order: bool
+    sweeps: int
 
 
 def is_for(candidate: Candidate, own: Layout, scheme: Scheme) -> bool:
@@ -48,7 +58,7 @@ def _is_contracted(candidate: Candidate, own: Layout) -> bool:
 
 
 def solve(
-    pass_: Quantize,
+    settings: Settings,
     model: ir.Model,
     found: Sequence[Candidate],
     entries: Sequence[Entry],
@@ -59,7 +69,7 @@ def solve(
     from netlathe.execute.walk import Walk  # torch is an extra
 
     if not ctx.calibration:
-        ctx.collect(model, [], needed_by=f"{pass_.name} with solver={pass_.solver!r}")
+        ctx.collect(model, [], needed_by="quantize with solver='gptq'")
     walk = Walk(model, ctx.calibration, device=ctx.device, progress=ctx.progress)
     known = {candidate.name: candidate for candidate in found}
     done = list(entries)
@@ -92,12 +102,12 @@ def solve(
             return moments[wanted]
 
         array = weights.array(candidate.value)
-        piece = functools.partial(_gptq, pass_, entry, array, moment, ctx.device)
+        piece = functools.partial(_gptq, settings, entry, array, moment, ctx.device)
         solved = ctx.once(f"{candidate.name}/gptq", piece)
         loss, damping = (float(solved[key]) for key in ("loss", "damping"))
         detail = {**entry.detail, "solver": "gptq", "damping": damping, "error": loss}
         reason = f"{entry.reason}; gptq, {loss:.2g} of the output's square lost"
-        if damping > pass_.damping:
+        if damping > settings.damping:
             reason += f", damped by {damping:.2g} as its inputs are singular"
         arrays = {key: solved[key] for key in ("codes", "scales", "zeros")}
         done[index] = dataclasses.replace(entry, reason=reason, detail=detail, arrays=arrays)
@@ -106,7 +116,7 @@ def solve(
 
 
 def _gptq(
-    pass_: Quantize, entry: Entry, array: Array, second: Callable[[], Array], device: str
+    settings: Settings, entry: Entry, array: Array, second: Callable[[], Array], device: str
 ) -> dict[str, Array]:
     from netlathe.passes.quantize import gptq
 
@@ -114,7 +124,7 @@ def _gptq(
     own, scheme = ledger.layout_of(entry), ledger.scheme_of(entry)
     columns = len(moment)
     scale, zero = rounding.ranges(
-        array, own, scheme, pass_.clip, pass_.percentile, np.diagonal(moment)
+        array, own, scheme, settings.clip, settings.percentile, np.diagonal(moment)
     )
     matrix = own.view(array).reshape(-1, columns).astype(np.float64)
     found = gptq.solve(
@@ -123,9 +133,9 @@ def _gptq(
         scale.reshape(len(matrix), -1),
         zero.reshape(len(matrix), -1),
         scheme,
-        damping=pass_.damping,
-        act_order=pass_.act_order,
-        sweeps=pass_.sweeps,
+        damping=settings.damping,
+        act_order=settings.act_order,
+        sweeps=settings.sweeps,
         device=device,
     )
     codes = np.empty(own.stored, scheme.code_type)
