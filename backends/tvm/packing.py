@@ -150,6 +150,19 @@ def scales(tensor: ir.TensorProtocol, axis: int, block: int, count: int, width: 
     return _panels(values, count, width)
 
 
+def channel_tiles(tensor: ir.TensorProtocol, groups: int, channels: int) -> Array:
+    """A kernel [groups * outputs, inputs, *taps] as [groups, tiles, inputs * taps, channels].
+
+    The last tile starts early enough to be whole.
+    """
+    values = array(tensor)
+    outputs = values.shape[0] // groups
+    values = values.reshape(groups, outputs, -1)
+    starts = [min(first, outputs - channels) for first in range(0, outputs, channels)]
+    tiles = [values[:, first : first + channels].transpose(0, 2, 1) for first in starts]
+    return np.ascontiguousarray(np.stack(tiles, 1))
+
+
 def _panels(matrix: Array, count: int, width: int) -> Array:
     inner, columns = matrix.shape
     padded = np.zeros((inner, count * width), matrix.dtype)

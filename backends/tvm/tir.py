@@ -10,6 +10,7 @@ import contextlib
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+import tvm_ffi
 from tvm import tirx
 
 if TYPE_CHECKING:
@@ -104,11 +105,28 @@ def total(dims: Sequence[Expr]) -> Expr:
 
 
 def flat_index(index: Index, dims: Sequence[Expr]) -> Expr:
-    """Where an element of a contiguous tensor lies."""
-    position = i64(0)
-    for item, dim in zip(index, dims, strict=True):
-        position = position * dim + item
+    """Where an element of a contiguous tensor lies.
+
+    p // n and p % n next to each other, where n is that dim, are p: so a vector of neighbours stays one.
+    """
+    position, pairs = i64(0), list(zip(index, dims, strict=True))
+    while pairs:
+        item, dim = pairs.pop(0)
+        if pairs and (whole := _rejoined(item, *pairs[0])) is not None:
+            position = position * (dim * pairs.pop(0)[1]) + whole
+        else:
+            position = position * dim + item
     return position
+
+
+def _rejoined(quotient: Expr, remainder: Expr, dim: Expr) -> Expr | None:
+    """p, if the two are p // dim and p % dim."""
+    if not isinstance(quotient, tirx.Div) or not isinstance(remainder, tirx.Mod):
+        return None
+    same = tvm_ffi.structural_equal
+    if same(quotient.a, remainder.a) and same(quotient.b, remainder.b) and same(quotient.b, dim):
+        return quotient.a
+    return None
 
 
 def unflatten(position: Expr, dims: Sequence[Expr]) -> list[Expr]:

@@ -1,12 +1,16 @@
-"""Direct convolution: a register tile of output channels by neighbouring output columns.
+"""Direct convolution: a register tile of output channels by neighbouring positions of the output plane.
 
-The input comes with its padding in memory, and with the columns of a stride s dealt into s runs, so
-that every load along a row is a vector. A task is a tile of channels, one output row and one run of
-columns; the last tile of either starts early enough to be whole.
+The input comes with its padding in memory and split by the strides: of strides (s, t) there are s * t planes,
+and plane (u, v) holds the rows u, u + s, ... and columns v, v + t, .... So what a tap reads for
+neighbouring outputs are neighbours in one plane, from one row into the next: positions run over rows of
+the *plane's* width, and the few of them that lie beyond the output's width are computed and dropped.
+Vectors are then full however narrow the image is. The last tile of channels or positions starts early
+enough to be whole. A constant weight is packed so that a tap's factors for a tile are neighbours.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,19 +18,23 @@ from tvm import tirx
 
 from netlathe.backends.tvm.kernel import Kernel
 from netlathe.backends.tvm.kernels.general import vectors
+from netlathe.backends.tvm.machine import Machine
 from netlathe.backends.tvm.tir import (
     PARALLEL,
-    Code,
     Expr,
     broadcast,
     cast,
     flat_index,
     i64,
     idiv,
+    imod,
     known,
     unflatten,
 )
 from netlathe.backends.tvm.values import Ready, Store
+
+# A weight of more bytes than this does not stay in a level-2 cache while the positions go by.
+_WEIGHT_BYTES = 1 << 19
 
 
 @dataclass(frozen=True)
@@ -40,33 +48,82 @@ class Geometry:
     strides: tuple[int, int]
     dilations: tuple[int, int]
 
+    @property
+    def taps(self) -> int:
+        """Elements of a window."""
+        return self.kernel[0] * self.kernel[1]
+
+
+@dataclass(frozen=True)
+class Tile:
+    """``channels`` by ``vectors`` of ``lanes`` positions."""
+
+    channels: int
+    vectors: int
+    lanes: int
+
+    @property
+    def width(self) -> int:
+        """Positions of a tile."""
+        return self.vectors * self.lanes
+
+
+def tile(machine: Machine, outputs: int, positions: int | None, dtype: str) -> Tile:
+    """The tile that computes least in vain; ``positions`` is None where only the run knows."""
+    lanes = machine.lanes(dtype)
+    while positions is not None and lanes > max(positions, 1):
+        lanes //= 2
+    if machine.registers == 32:
+        choices: Sequence[tuple[int, int]] = ((8, 3), (6, 4), (12, 2), (14, 1))
+    else:
+        choices = ((4, 3), (6, 2), (12, 1))
+    tiles = [Tile(min(channels, outputs), count, lanes) for channels, count in choices]
+    if positions is None:
+        return tiles[0]
+    fitting = [t for t in tiles if t.width <= positions] or [Tile(min(8, outputs), 1, lanes)]
+
+    def work(made: Tile) -> int:
+        return (
+            -(-outputs // made.channels) * made.channels * -(-positions // made.width) * made.width
+        )
+
+    return min(fitting, key=work)
+
 
 def direct(
     kernel: Kernel,
     x: Ready,
     weight: Ready,
+    packed: Tile | None,
     geometry: Geometry,
     out: list[Expr],
+    positions: int | None,
     dtype: str,
     store: Store,
 ) -> str:
     """store([b, channel, row, column], product); ``out`` is [b, channels, rows, columns].
 
-    ``x`` is [b, channels, rows, runs, columns of a run], ``weight`` [outputs, inputs, h, w].
+    ``x`` is [b, channels, planes, rows, columns], ``weight`` [outputs, inputs, h, w], or as
+    ``packing.channel_tiles`` packs it for a tile. ``positions`` may be more than there are: what comes
+    after the last row is dropped; None: only the run knows.
     """
     code = kernel.code
-    lanes = kernel.lowering.machine.lanes(dtype)
-    columns = known(out[3])
-    channels = next(size for size in (8, 4, 2, 1) if size <= geometry.outputs)
-    most = 4 if channels == 1 else 3 if kernel.lowering.machine.registers == 32 else 1
-    job = _Job(kernel, x, weight, geometry, out, dtype, store, channels)
-    if columns is None:
-        width = lanes * most
-        code.branch(out[3] >= i64(width), lambda: job.tasks(lanes, most), lambda: job.tasks(1, 1))
+    width = kernel.shape(x.shape)[4]
+    columns = out[3]
+    fits = width.same_as(columns) or (known(width) is not None and known(width) == known(columns))
+    chosen = packed or tile(kernel.lowering.machine, geometry.outputs, positions, dtype)
+    job = _Job(kernel, x, weight, packed is not None, fits, geometry, out, dtype, store)
+    if positions is None:
+        # From the first position of the first row to the last one of the last.
+        count = code.bind((out[2] - i64(1)) * width + columns)
+        one = Tile(chosen.channels, 1, 1)
+        code.branch(
+            count >= i64(chosen.width),
+            lambda: job.tasks(chosen, count),
+            lambda: job.tasks(one, count),
+        )
     else:
-        while lanes > max(columns, 1):
-            lanes //= 2
-        job.tasks(lanes, max(1, min(most, columns // lanes)))
+        job.tasks(chosen, i64(positions))
     return "conv.direct"
 
 
@@ -75,79 +132,113 @@ class _Job:
     kernel: Kernel
     x: Ready
     weight: Ready
+    packed: bool
+    fits: bool  # whether every position is an element of the output
     geometry: Geometry
     out: list[Expr]
     dtype: str
     store: Store
-    channels: int  # of a tile
 
-    def tasks(self, lanes: int, count: int) -> None:
-        """All tiles, with ``count`` vectors of ``lanes`` columns."""
+    def tasks(self, tile: Tile, positions: Expr) -> None:
+        """All tiles; the weight or the positions stay in the cache while the others go by."""
         code, g = self.kernel.code, self.geometry
-        batch, _, rows, columns = self.out
-        width = lanes * count
-        tiles = -(-g.outputs // self.channels)
-        runs = idiv(columns + i64(width - 1), width)
-        extents = [i64(g.groups), i64(tiles), batch, rows, runs]
+        tiles = i64(-(-g.outputs // tile.channels))
+        runs = idiv(positions + i64(tile.width - 1), tile.width)
+        heavy = 4 * g.outputs * g.inputs * g.taps > _WEIGHT_BYTES
+        inner = [tiles, runs] if heavy else [runs, tiles]
+        extents = [self.out[0], i64(g.groups), *inner]
         total = i64(1)
         for extent in extents:
             total = total * extent
         with code.loop(total, PARALLEL) as task:
-            group, tile, b, row, run = (code.bind(i) for i in unflatten(task, extents))
-            first = tirx.min(tile * i64(self.channels), i64(g.outputs - self.channels))
-            channel = code.bind(group * i64(g.outputs) + first)
-            column = code.bind(tirx.min(run * i64(width), columns - i64(width)))
-            self._tile(group, channel, b, row, column, lanes, count)
+            b, group, *where = (code.bind(i) for i in unflatten(task, extents))
+            number, run = where if heavy else where[::-1]
+            first = tirx.min(number * i64(tile.channels), i64(g.outputs - tile.channels))
+            first = code.bind(first)
+            start = tirx.min(run * i64(tile.width), positions - i64(tile.width))
+            self._tile(tile, group, number, first, b, code.bind(start))
 
     def _tile(
-        self, group: Expr, channel: Expr, b: Expr, row: Expr, column: Expr, lanes: int, count: int
+        self, tile: Tile, group: Expr, number: Expr, first: Expr, b: Expr, start: Expr
     ) -> None:
-        code, g = self.kernel.code, self.geometry
+        code, g, lanes = self.kernel.code, self.geometry, tile.lanes
         shape = self.kernel.shape(self.x.shape)
         data, weights = self.kernel.read(self.x), self.kernel.read(self.weight)
-        sums = code.registers(self.channels * count, lanes, self.dtype)
-        results = code.alloc([self.channels * count * lanes], self.dtype, scope="global")
-        taps = g.kernel[0] * g.kernel[1]
+        sums = code.registers(tile.channels * tile.vectors, lanes, self.dtype)
+        results = code.alloc([tile.channels * tile.width], self.dtype, scope="global")
+        channel = code.bind(group * i64(g.outputs) + first)
+        # Where the factors of a tile begin, and from one of its channels to the next.
+        if self.packed:
+            tiles = -(-g.outputs // tile.channels)
+            begin = (group * i64(tiles) + number) * i64(g.inputs * g.taps * tile.channels)
+            tap_step, channel_step = tile.channels, 1
+        else:
+            begin = channel * i64(g.inputs * g.taps)
+            tap_step, channel_step = 1, g.inputs * g.taps
+        begin = code.bind(begin)
         with code.loop(g.inputs) as c, code.loop(g.kernel[0]) as kh:
             plane = group * i64(g.inputs) + c
-            line = row * i64(g.strides[0]) + kh * i64(g.dilations[0])
-            at = code.bind(flat_index([b, plane, line, i64(0), i64(0)], shape))
-            tap = code.bind((channel * i64(g.inputs) + c) * i64(taps) + kh * i64(g.kernel[1]))
+            down = kh * i64(g.dilations[0])
+            split, line = imod(down, g.strides[0]), idiv(down, g.strides[0])
+            tap = code.bind(begin + (c * i64(g.taps) + kh * i64(g.kernel[1])) * i64(tap_step))
             for kw in range(g.kernel[1]):
-                offset = kw * g.dilations[1]
-                run, skipped = offset % g.strides[1], offset // g.strides[1]
-                start = at + i64(run) * shape[4] + i64(skipped) + column
+                across = kw * g.dilations[1]
+                which = split * i64(g.strides[1]) + i64(across % g.strides[1])
+                index = [b, plane, which, line, i64(across // g.strides[1])]
+                at = code.bind(flat_index(index, shape) + start)
                 values = [
                     code.bind(
-                        cast_vector(
-                            code.vload(data, start + i64(n * lanes), lanes), self.dtype, lanes
-                        )
+                        cast_vector(code.vload(data, at + i64(n * lanes), lanes), self.dtype, lanes)
                     )
-                    for n in range(count)
+                    for n in range(tile.vectors)
                 ]
-                for i in range(self.channels):
-                    place = tap + i64(i * g.inputs * taps + kw)
+                for i in range(tile.channels):
+                    place = tap + i64(kw * tap_step + i * channel_step)
                     factor = cast(tirx.BufferLoad(weights, [place]), self.dtype)
-                    for n in range(count):
-                        held = sums[i * count + n]
+                    for n in range(tile.vectors):
+                        held = sums[i * tile.vectors + n]
                         value = code.vload(held, 0, lanes) + broadcast(factor, lanes) * values[n]
                         code.vstore(held, 0, value, lanes)
         for slot, held in enumerate(sums):
             code.vstore(results, slot * lanes, code.vload(held, 0, lanes), lanes)
-        self._finish(channel, b, row, column, results, lanes * count, lanes)
+        self._finish(tile, channel, b, start, shape[4], results)
 
     def _finish(
-        self, channel: Expr, b: Expr, row: Expr, column: Expr, results: Any, width: int, lanes: int
+        self, tile: Tile, channel: Expr, b: Expr, start: Expr, width: Expr, results: Any
     ) -> None:
-        code: Code = self.kernel.code
-        with code.loop(self.channels) as i:
+        """Hand the results on: all at once where no position is beyond the output, else row by row."""
+        code, columns = self.kernel.code, self.out[3]
+        if self.fits:
+            with code.loop(tile.channels) as i:
+                at = code.bind(channel + i)
+
+                def one(j: Expr) -> None:
+                    value = tirx.BufferLoad(results, [i * i64(tile.width) + j])
+                    position = start + j
+                    row, column = idiv(position, columns), imod(position, columns)
+                    self.store(code, [b, at, row, column], value)
+
+                vectors(code, i64(tile.width), tile.lanes, one)
+            return
+        first = code.bind(idiv(start, width))
+        after = tirx.min(idiv(start + i64(tile.width - 1), width) + i64(1), self.out[2])
+        rows = code.bind(after - first)
+        lanes = tile.lanes
+        while known(columns) is not None and lanes > max(known(columns) or 1, 1):
+            lanes //= 2
+        with code.loop(tile.channels) as i, code.loop(rows) as down:
             at = code.bind(channel + i)
+            row = code.bind(first + down)
+            begin = code.bind(tirx.max(start - row * width, i64(0)))
+            end = tirx.min(start + i64(tile.width) - row * width, columns)
+            count = code.bind(tirx.max(end - begin, i64(0)))
+            offset = code.bind(i * i64(tile.width) + row * width - start + begin)
 
             def one(j: Expr) -> None:
-                value = tirx.BufferLoad(results, [i * i64(width) + j])
-                self.store(code, [b, at, row, column + j], value)
+                value = tirx.BufferLoad(results, [offset + j])
+                self.store(code, [b, at, row, begin + j], value)
 
-            vectors(code, i64(width), lanes, one)
+            vectors(code, count, lanes, one)
 
 
 def cast_vector(value: Expr, dtype: str, lanes: int) -> Expr:

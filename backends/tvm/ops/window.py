@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import onnx_ir as ir
 from tvm import tirx
 
-from netlathe.backends.tvm import storage
+from netlathe.backends.tvm import packing, storage
 from netlathe.backends.tvm.kernel import Kernel
 from netlathe.backends.tvm.kernels import conv as kernels
 from netlathe.backends.tvm.kernels import reduce as template
@@ -16,6 +17,7 @@ from netlathe.backends.tvm.ops.elementwise import absolute, like
 from netlathe.backends.tvm.ops.norm import channel
 from netlathe.backends.tvm.ops.op import D, Op, Rule, combine, cost_of
 from netlathe.backends.tvm.ops.reduction import reduced
+from netlathe.backends.tvm.packing import Recipe
 from netlathe.backends.tvm.tir import (
     PARALLEL,
     Code,
@@ -24,12 +26,14 @@ from netlathe.backends.tvm.tir import (
     cast,
     const,
     i64,
+    idiv,
+    imod,
     select,
     total,
     unflatten,
 )
 from netlathe.backends.tvm.values import Lazy, Pending, Ready, Store, Value
-from netlathe.ir import dims
+from netlathe.ir import dims, weights
 from netlathe.ir.dims import Dim, Shape
 
 
@@ -76,11 +80,24 @@ def windows(op: Op, kernel: Sequence[int], shape: Shape) -> Windows:
 
 def _conv(op: Op) -> Sequence[Value]:
     bias = op.operand(2) if op.has(2) else None
-    return [convolved(op, op.operand(0), op.operand(1), bias, op.dtype(), op.shape())]
+    value = op.node.inputs[1]
+    constant = value if value is not None and weights.is_weight(value) else None
+    return [convolved(op, op.operand(0), op.operand(1), bias, op.dtype(), op.shape(), constant)]
 
 
-def convolved(op: Op, x: Value, weight: Value, bias: Value | None, dtype: D, shape: Shape) -> Value:
-    """The convolution of ``x`` with ``weight``, both computed in the type of ``dtype``."""
+def convolved(
+    op: Op,
+    x: Value,
+    weight: Value,
+    bias: Value | None,
+    dtype: D,
+    shape: Shape,
+    constant: ir.Value | None = None,
+) -> Value:
+    """The convolution of ``x`` with ``weight``, both computed in the type of ``dtype``.
+
+    ``constant`` is the weight as a value of the graph, where it may be packed.
+    """
     low = op.low
     if not all(isinstance(size, int) for size in weight.shape):
         raise op.gap("a kernel of unknown size")
@@ -95,14 +112,8 @@ def convolved(op: Op, x: Value, weight: Value, bias: Value | None, dtype: D, sha
         made: Value = line.then(
             lambda code, index, e: e, dtype, shape, lambda at: [at[0], at[1], at[3]]
         )
-    elif len(kernel) == 2 and spans.is_plain:
-        # 1 x 1: all pixels are one row.
-        pixels = dims.product(x.shape[2:])
-        row = low.force(x).viewed((*x.shape[:2], 1, pixels))
-        made = _conv_2d(low, row, weight, spans, channels, dtype, (*shape[:2], 1, pixels))
-        return low.force(_biased(low, made, bias)).viewed(shape)
     elif len(kernel) == 2:
-        made = _conv_2d(low, x, weight, spans, channels, dtype, shape)
+        made = _conv_2d(low, x, weight, spans, channels, dtype, shape, constant)
     else:
         made = _conv_by_reduction(x, weight, spans, channels, dtype, shape)
     return _biased(low, made, bias)
@@ -150,10 +161,24 @@ def _conv_2d(
     channels: tuple[int, int, int],
     dtype: D,
     shape: Shape,
+    constant: ir.Value | None = None,
 ) -> Pending:
     groups, outputs, inputs = channels
-    held = low.force(weight)
-    prepared = _prepared(low, x, spans)
+    prepared, positions = _prepared(low, x, spans, shape, storage.computed(dtype))
+    tile = None
+    if constant is not None and weight.dtype in (D.FLOAT, D.DOUBLE) and positions is not None:
+        assert constant.name is not None
+        tile = kernels.tile(low.machine, outputs, positions, storage.computed(dtype))
+        tiles = -(-outputs // tile.channels)
+        held = low.parameter(
+            constant.name,
+            weight.dtype,
+            (groups, tiles, inputs * spans.kernel[0] * spans.kernel[1], tile.channels),
+            Recipe(packing.channel_tiles, (constant.name,), (groups, tile.channels)),
+            (constant, "tiles", groups, tile.channels),
+        )
+    else:
+        held = low.force(_widened(weight))
     geometry = kernels.Geometry(
         groups,
         inputs,
@@ -166,29 +191,41 @@ def _conv_2d(
     def build(kernel: Kernel, store: Store) -> str:
         computed = storage.computed(dtype)
         return kernels.direct(
-            kernel, prepared, held, geometry, kernel.shape(shape), computed, store
+            kernel, prepared, held, tile, geometry, kernel.shape(shape), positions, computed, store
         )
 
     return Pending(dtype, shape, build)
 
 
-def _prepared(low: Lowering, x: Value, spans: Windows) -> Ready:
-    """``x`` with its padding, its columns dealt into one run per column stride."""
-    if x.dtype in (D.FLOAT16, D.BFLOAT16):  # the kernel loads what it computes with
-        x = Lazy(D.FLOAT, x.shape, x.at, cost=1 + cost_of(x))
-    step = spans.strides[1]
-    if step == 1 and not any(spans.begins) and not any(spans.ends):
-        ready = low.force(x)
-        return ready.viewed((*ready.shape[:3], 1, ready.shape[3]))
+def _widened(value: Value) -> Value:
+    """The kernel loads what it computes with."""
+    if value.dtype in (D.FLOAT16, D.BFLOAT16):
+        return Lazy(D.FLOAT, value.shape, value.at, cost=1 + cost_of(value))
+    return value
+
+
+def _prepared(
+    low: Lowering, x: Value, spans: Windows, shape: Shape, dtype: str
+) -> tuple[Ready, int | None]:
+    """``x`` with its padding and split by the strides, and how many positions the kernel goes over.
+
+    Where ``x`` is copied for that, rows after the last make the positions a multiple of a vector.
+    """
+    x = _widened(x)
     b, c, h, w = x.shape
-    rows = dims.add(h, spans.begins[0] + spans.ends[0])
-    columns = dims.add(w, spans.begins[1] + spans.ends[1])
-    run = dims.ceil_divide(columns, step)
+    down, across = spans.strides
+    if spans.is_plain or (down == across == 1 and not any((*spans.begins, *spans.ends))):
+        ready = low.force(x)
+        if spans.kernel == (1, 1):  # no tap looks beyond its own position
+            return ready.viewed((b, c, 1, h, w)), _fixed(dims.product((h, w)))
+        return ready.viewed((b, c, 1, h, w)), _positions(shape, w)
+    rows = dims.ceil_divide(dims.add(h, spans.begins[0] + spans.ends[0]), down)
+    columns = dims.ceil_divide(dims.add(w, spans.begins[1] + spans.ends[1]), across)
 
     def element(code: Code, at: Index) -> Expr:
         size = code.kernel.shape((h, w))
-        row = at[2] - i64(spans.begins[0])
-        column = at[4] * i64(step) + at[3] - i64(spans.begins[1])
+        row = at[3] * i64(down) + idiv(at[2], across) - i64(spans.begins[0])
+        column = at[4] * i64(across) + imod(at[2], across) - i64(spans.begins[1])
         inside = tirx.And(row >= i64(0), row < size[0])
         inside = tirx.And(inside, tirx.And(column >= i64(0), column < size[1]))
         row = tirx.max(tirx.min(row, size[0] - i64(1)), i64(0))
@@ -196,7 +233,26 @@ def _prepared(low: Lowering, x: Value, spans: Windows) -> Ready:
         item = x.at(code, [at[0], at[1], row, column])
         return select(inside, item, like(item, 0))
 
-    return low.force(Lazy(x.dtype, (b, c, rows, step, run), element, cost=2 + cost_of(x)))
+    positions = _positions(shape, columns)
+    if positions is not None and columns != shape[3]:
+        lanes = low.machine.lanes(dtype)
+        more = -positions % lanes
+        positions += more
+        rows = dims.add(rows, dims.ceil_divide(more, columns))
+    whole = (b, c, down * across, rows, columns)
+    made = Lazy(x.dtype, whole, element, cost=2 + cost_of(x))
+    return low.force(made), positions
+
+
+def _positions(shape: Shape, width: Dim) -> int | None:
+    rows, columns = shape[2:]
+    if isinstance(rows, int) and isinstance(columns, int) and isinstance(width, int):
+        return (rows - 1) * width + columns
+    return None
+
+
+def _fixed(dim: Dim) -> int | None:
+    return dim if isinstance(dim, int) else None
 
 
 def _conv_by_reduction(

@@ -1,0 +1,56 @@
+"""The convolution kernel at sizes that fit no tile: narrow planes, strides, ragged channels, groups."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from netlathe.execute import ort
+from netlathe.execute.compare import relative_error
+from netlathe.ir import normal
+
+pytest.importorskip("tvm", reason="the tvm extra is not installed")
+
+from tests.backends.tvm.in_process import InProcess
+
+BOUND = 1e-5  # share of the RMS: float32 sums of at most 300 products in another order
+
+# rows, columns, channels in and out, kernel, stride, padding, groups, dilation
+SIZES = [
+    (7, 7, 20, 30, 3, 1, 1, 1, 1),
+    (14, 14, 9, 40, 3, 2, 1, 1, 1),
+    (7, 7, 33, 50, 1, 1, 0, 1, 1),
+    (13, 9, 6, 6, 3, 1, 1, 6, 1),
+    (14, 14, 6, 6, 3, 2, 1, 6, 1),
+    (15, 17, 8, 16, 1, 2, 0, 1, 1),
+    (31, 29, 3, 17, 7, 2, 3, 1, 1),
+    (12, 12, 4, 8, 3, 1, 2, 2, 2),
+    (3, 3, 2, 3, 3, 1, 0, 1, 1),  # one output
+]
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_agrees_with_onnx_runtime(sizes: tuple[int, ...], dynamic: bool) -> None:
+    h, w, inputs, outputs, k, s, p, g, d = sizes
+    plane = "h, w" if dynamic else f"{h}, {w}"
+    made = ir.from_onnx_text(
+        f"""<ir_version: 10, opset_import: ["" : 25]>
+        one (float[n, {inputs}, {plane}] x, float[{outputs}, {inputs // g}, {k}, {k}] w, float[{outputs}] b)
+            => (float[n, {outputs}, rows, columns] y) {{
+            c = Conv<kernel_shape=[{k}, {k}], strides=[{s}, {s}], pads=[{p}, {p}, {p}, {p}],
+                     group={g}, dilations=[{d}, {d}]>(x, w, b)
+            y = Relu(c)
+        }}"""
+    )
+    rng = np.random.default_rng(0)
+    for name, shape in (("w", (outputs, inputs // g, k, k)), ("b", (outputs,))):
+        value = next(v for v in made.graph.inputs if v.name == name)
+        made.graph.inputs.remove(value)
+        value.const_value = ir.tensor(rng.normal(size=shape).astype(np.float32), name=name)
+        made.graph.register_initializer(value)
+    normal.normalize(made)
+    x = rng.normal(size=(2, inputs, h, w)).astype(np.float32)
+    expected = ort.run(made, {"x": x})["y"]
+    assert relative_error(InProcess(made).run({"x": x})["y"], expected) < BOUND
