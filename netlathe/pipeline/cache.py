@@ -131,7 +131,7 @@ class Cache:
                 size = file.tell()
                 with self._explaining():
                     path.parent.mkdir(parents=True, exist_ok=True)
-                    os.replace(part, path)
+                    cache_file.put(part, path)
                     _sync(path.parent)
         except _TooLargeError:
             part.unlink(missing_ok=True)

@@ -204,6 +204,19 @@ class Reader:
             raise Damaged(f"the bytes from {blob.offset} on are not what was written")
 
 
+def put(part: Path, path: Path) -> None:
+    """Let the whole file ``part`` be ``path``; one that is there stays, as somebody may have mapped it."""
+    try:
+        os.link(part, path)
+    except FileExistsError:
+        pass
+    except OSError:  # a file system without links
+        if not path.exists():
+            os.rename(part, path)
+            return
+    part.unlink()
+
+
 def remove(path: Path) -> bool:
     """Remove a file that nobody reads or writes; False where somebody does, or that cannot be told."""
     if sys.platform == "win32":  # what is open cannot be removed there
@@ -218,7 +231,9 @@ def remove(path: Path) -> bool:
         return False
     try:
         fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        path.unlink(missing_ok=True)
+        if not _is_still(path, held):
+            return False
+        path.unlink()
     except OSError:  # in use; not ours; or a file system that locks nothing
         return False
     finally:
