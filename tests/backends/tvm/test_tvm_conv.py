@@ -30,7 +30,7 @@ SIZES = [
 ]
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("dynamic", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 def test_agrees_with_onnx_runtime(sizes: tuple[int, ...], dynamic: bool) -> None:
     h, w, inputs, outputs, k, s, p, g, d = sizes

@@ -77,5 +77,5 @@ class TestTheList:
     def test_every_excluded_test_is_in_scope(self) -> None:
         assert EXCLUDED.keys() <= {case.name for case in CASES}
 
-    def test_at_least_80_percent_pass(self) -> None:
-        assert len(CASES) - len(EXCLUDED) >= 0.8 * len(CASES)
+    def test_at_least_92_percent_pass(self) -> None:
+        assert len(CASES) - len(EXCLUDED) >= 0.92 * len(CASES)
