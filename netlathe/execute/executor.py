@@ -21,6 +21,7 @@ import torch
 
 from netlathe.diagnostics import Diagnostic, InputError, NetLatheError
 from netlathe.execute import plan
+from netlathe.execute.fx import fixed, to_fx
 from netlathe.execute.plan import Program, Slot, Step
 from netlathe.execute.torch_ops import storage
 from netlathe.execute.torch_ops.host import to_tensor
@@ -61,6 +62,7 @@ class Executor:
         self._program = plan.plan(model)
         self._keep = keep_weights
         self._kept: dict[Slot, torch.Tensor] = {}
+        self._fixed: dict[Program, set[Slot]] = {}
         self._schedules: dict[tuple[Program, tuple[Slot, ...]], _Schedule] = {}
 
     @property
@@ -96,8 +98,6 @@ class Executor:
 
     def module(self) -> torch.fx.GraphModule:
         """The model as a module on the executor's device, whose parameters take gradients."""
-        from netlathe.execute.fx import to_fx
-
         return to_fx(self.model).to(self.device)
 
     # -- in parts, for many samples: see netlathe.execute.calibration -------------------------------
@@ -198,12 +198,22 @@ class Executor:
         if not isinstance(arg, Slot) or arg in values:
             return values[arg] if isinstance(arg, Slot) else arg
         if arg in self._kept:
-            return _differentiable(self._kept[arg])
-        weight = _differentiable(self._load(program.weights[arg]))
+            return self._differentiable(program, arg, self._kept[arg])
+        weight = self._differentiable(program, arg, self._load(program.weights[arg]))
         if self._keep:
             self._kept[arg] = weight
         else:
             values[arg] = weight
+        return weight
+
+    def _differentiable(self, program: Program, slot: Slot, weight: torch.Tensor) -> torch.Tensor:
+        """The weight, which takes gradients where torch records them and training changes it."""
+        floating = weight.is_floating_point() and weight.dtype not in storage.FLOAT8
+        if torch.is_grad_enabled() and floating and weight.dim():
+            if program not in self._fixed:
+                self._fixed[program] = fixed(program)
+            if slot not in self._fixed[program]:
+                weight.requires_grad_()
         return weight
 
     def _call(self, step: Step, args: list[Any], kwargs: dict[str, Any]) -> Any:
@@ -226,14 +236,6 @@ class Executor:
         if key not in self._schedules:
             self._schedules[key] = _make_schedule(program, wanted)
         return self._schedules[key]
-
-
-def _differentiable(weight: torch.Tensor) -> torch.Tensor:
-    """The weight, which takes gradients where torch records them."""
-    floating = weight.is_floating_point() and weight.dtype not in storage.FLOAT8
-    if torch.is_grad_enabled() and floating and weight.dim():
-        weight.requires_grad_()
-    return weight
 
 
 class _Body:

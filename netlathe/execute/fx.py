@@ -58,10 +58,10 @@ class _Emitter:
         for slot in (*program.inputs, *program.captured):
             if slot not in program.weights:
                 self.nodes[slot] = self.graph.placeholder(argument_name(slot.name))
-        fixed = _fixed(program)
+        held = fixed(program)
         for step in program.steps:
-            self.step(program, step, fixed)
-        outputs = [self.slot(program, slot, fixed) for slot in program.outputs]
+            self.step(program, step, held)
+        outputs = [self.slot(program, slot, held) for slot in program.outputs]
         if names is None:
             self.graph.output(tuple(outputs))
         else:
@@ -111,7 +111,7 @@ class _Emitter:
         return self.nodes[slot]
 
 
-def _fixed(program: Program) -> set[Slot]:
+def fixed(program: Program) -> set[Slot]:
     """Weights that some node reads as statistics or tables."""
     return {
         step.args[position]

@@ -219,6 +219,15 @@ def angular_weights(angles: Float64) -> Float64:
     return np.asarray(gates / gates.mean()) if len(gates) else gates
 
 
+def together(parts: Sequence[Allocation]) -> Allocation:
+    """Each of several allocations for its own candidates, of the same share."""
+
+    def allocate(share: float) -> dict[Candidate, int]:
+        return {candidate: n for part in parts for candidate, n in part(share).items()}
+
+    return allocate
+
+
 ALLOCATIONS: Mapping[str, Callable[[Scored, ir.Model, Context], Allocation]] = {
     "uniform": lambda scored, model, ctx: uniform(scored),
     "global": lambda scored, model, ctx: ranked(scored),

@@ -73,6 +73,11 @@ def measure(
     return found
 
 
+def speaks_about(name: str, candidate: Candidate) -> bool:
+    """Whether a score that looks at what a position is summed over in finds that: of experts it does not."""
+    return not SCORES[name].needs_data or bool(_read_once(candidate))
+
+
 # -- from weights ---------------------------------------------------------------------------------------
 
 

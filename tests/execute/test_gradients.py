@@ -215,6 +215,27 @@ def test_the_same_seed_draws_the_same_labels() -> None:
     np.testing.assert_array_equal(first, second)
 
 
+def test_batch_statistics_take_no_gradient() -> None:
+    """Torch cannot differentiate by them; the gain before them is differentiated through."""
+    model = made(
+        "agraph (float[b, 2, 3] x) => (float[b, 2, 3] y)"
+        " { h = Relu (x)  y = BatchNormalization (h, gain, bias, mean, var) }",
+        {
+            "gain": np.array([2.0, 0.5], "f4"),
+            "bias": np.zeros(2, "f4"),
+            "mean": np.array([0.1, 0.2], "f4"),
+            "var": np.array([1.0, 4.0], "f4"),
+        },
+    )
+    x = np.abs(np.random.default_rng(5).normal(size=(400, 2, 3))).astype("f4")
+    (found,) = sweep(model, [{"x": x}], GateFisher("h", 1, (0, 1)), objective=Objective.CURVATURE)
+    slope = np.array([2.0, 0.5]) / np.sqrt(np.array([1.0, 4.0]) + 1e-5)
+    after = (x - np.array([[[0.1], [0.2]]])) * slope[:, None]
+    exact = np.square(x * slope[:, None]).mean((0, 2)) / np.square(after).mean()
+    # 1200 rows of a squared normal times a squared half normal: 5 sqrt(9 * 3 / 1200).
+    np.testing.assert_allclose(found.array, exact, rtol=0.75)
+
+
 def test_no_labels_is_said() -> None:
     model = made(
         "agraph (float[b, 2] x) => (float[b, 3] y)  { h = Relu (x)  y = MatMul (h, w) }",

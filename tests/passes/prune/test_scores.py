@@ -408,6 +408,18 @@ def test_a_bias_is_the_mean_of_what_went() -> None:
     np.testing.assert_allclose(entry.arrays["bias:y"], expected, rtol=0, atol=CLOSE)
 
 
+@pytest.mark.parametrize("name", zoo_ir.some("mixtral", "mobilenet_v2", "qwen2", "vit"))
+def test_the_defaults_with_data_prune_any_model(name: str) -> None:
+    """Experts, of which no product shows what they add, are scored by their weights."""
+    model, feeds = zoo_ir.captured(name), zoo_ir.feeds(name)
+    pass_ = Prune(ratio=0.4)
+    after, chosen = pruned(model, pass_, Context(calibration=feeds))
+    used = {e.detail["scope"]: e.detail["score"] for e in chosen if e.status == "applied"}
+    assert used
+    assert all(score == ("l2" if scope == "experts" else "obd") for scope, score in used.items())
+    assert error_to_reference(model, after, pass_, chosen, feeds) <= 1e-4
+
+
 @pytest.mark.parametrize("how", ["bias", "least_squares"])
 def test_compensation_of_all_scopes_of_a_model_equals_its_reference(how: Any) -> None:
     """Heads, key/value groups and hidden width go at once: a weight loses rows to two of them."""
