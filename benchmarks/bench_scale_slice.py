@@ -72,7 +72,7 @@ def write_model(folder: Path, chosen: argparse.Namespace) -> int:
         """Random rows cut from a pool at random places: fast, and no two alike."""
         size = int(np.prod(shape))
         repeated = np.resize(np.roll(pool, int(rng.integers(len(pool)))), size).reshape(shape)
-        return np.multiply(repeated, np.float16(shape[-1] ** -0.5), dtype=np.float16)
+        return np.asarray(repeated * np.float16(shape[-1] ** -0.5))
 
     def scales() -> np.ndarray[Any, Any]:
         return rng.uniform(0.5, 1.5, hidden).astype(np.float16)

@@ -108,5 +108,4 @@ def hadamard(size: int, rng: np.random.Generator) -> Basis:
     if odd > 1:
         q, r = np.linalg.qr(rng.standard_normal((odd, odd)))
         walsh = np.kron(walsh, q * np.sign(np.diag(r)))
-    turned = walsh * rng.choice((-1.0, 1.0), size)[:, None]
-    return turned.astype(np.float64)
+    return np.asarray(walsh * rng.choice((-1.0, 1.0), size)[:, None], np.float64)

@@ -300,7 +300,8 @@ class Slice(ChoosingPass):
         renamed: dict[str, str | None] = {}
         for stretch, _ in turned:
             for value, _ in stretch.exponents:
-                if (name := value.name or "") in values:
+                name = str(value.name)
+                if name in values:
                     renamed[name] = None
         narrow(Layout(model, axes, edges), turned, ctx.device)
         counts = applied[0].detail["parameters"]
