@@ -135,7 +135,8 @@ def compile_(
     written = json.loads((output / outputs.MARKER).read_text("utf-8"))
     if depfile is not None:
         first = next(iter(written["artifact"]["files"]))
-        sources = depfiles.sources(captured, recipe, request.calibration)
+        read = [path for pass_ in request.passes for path in pass_.files()]
+        sources = depfiles.sources(captured, recipe, request.calibration, *read)
         depfiles.write(depfile, output / first, sources)
     if as_json:
         render.print_json({"output": output, **written})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from netlathe.pipeline import registry
@@ -13,14 +14,26 @@ from netlathe.pipeline.pass_ import Feeds, Pass
 
 
 def describe_pass(pass_: Pass) -> dict[str, Any]:
-    """Which pass, of which version, from which distribution, with which options."""
-    return {
+    """Which pass, of which version, from which distribution, with which options and files."""
+    described = {
         "name": pass_.name,
         "version": pass_.version,
         "from": registry.distribution_of(pass_),
         "exactness": type(pass_.exactness).__name__.lower(),
         "options": pass_.option_values(),
     }
+    if pass_.files():
+        described["files"] = [_digest(path) for path in pass_.files()]
+    return described
+
+
+def _digest(path: Path) -> str | None:
+    """SHA-256 of a file; None where there is none, which the pass that needs it explains."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError:
+        return None
 
 
 def describe_calibration(calibration: Sequence[Feeds]) -> dict[str, Any] | None:

@@ -18,6 +18,7 @@ import functools
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar, dataclass_transform
 
 import numpy as np
@@ -240,8 +241,8 @@ class Pass(ir.passes.InPlacePass):
     What a pass does follows from the model, its options and its context alone, and is the same every time:
     random numbers come from :meth:`Context.rng`, sets are sorted before they are walked through. A result
     may then be taken from a cache, where it is found by these and by the pass' name, version and code. A
-    pass for which that does not hold, because it reads a file, the time or the network, says so with
-    ``repeatable = False``: it runs every time.
+    file that is read is named by :meth:`files`. A pass for which that does not hold, because it reads the
+    time or the network, says so with ``repeatable = False``: it runs every time.
     """
 
     name: ClassVar[str]
@@ -256,6 +257,10 @@ class Pass(ir.passes.InPlacePass):
         Before: ``model`` is in normal form and verifies. After: the same. An exception may leave the
         model half edited: the pipeline works on a copy and throws it away.
         """
+
+    def files(self) -> Sequence[Path]:
+        """The files that it reads, as its options name them."""
+        return ()
 
     def option_values(self) -> dict[str, Any]:
         """Every option with its value, in field order."""

@@ -137,6 +137,10 @@ class Prune(ChoosingPass):
             raise ValueError("keep counts positions of one scope: name it")
         return self
 
+    def files(self) -> Sequence[Path]:
+        """The table of latencies."""
+        return (Path(self.table),) if self.table else ()
+
     def choose(self, model: ir.Model, ctx: Context) -> list[Entry]:
         """Score the positions of every candidate and say which stay.
 

@@ -17,8 +17,10 @@ import pytest
 
 import netlathe
 from netlathe.ir import weights
+from netlathe.passes.prune import Prune
 from netlathe.pipeline import manifest, run
 from netlathe.pipeline.fingerprint import feeds_digest, graph_digest, weights_digest
+from netlathe.pipeline.inputs import describe_pass
 from netlathe.pipeline.ledger import Entry
 from netlathe.pipeline.pass_ import Context, Pass
 from tests.ir.onnx_text import matrix, model
@@ -221,3 +223,16 @@ def test_arrays_of_an_entry_are_told_by_digest() -> None:
         "sha256": hashlib.sha256(array.tobytes()).hexdigest(),
     }
     assert json.dumps(data)
+
+
+def test_files_that_a_pass_reads_are_told_by_digest(tmp_path: Path) -> None:
+    table = tmp_path / "times.csv"
+    table.write_text("candidate,width,ms\n")
+    pass_ = Prune(latency=1.0, table=str(table))
+    first = describe_pass(pass_)
+    assert first["files"] == [hashlib.sha256(table.read_bytes()).hexdigest()]
+    table.write_text("candidate,width,ms\nffn,8,1.0\n")
+    assert describe_pass(pass_) != first
+    table.unlink()
+    assert describe_pass(pass_)["files"] == [None]
+    assert "files" not in describe_pass(Prune(ratio=0.5))
