@@ -67,8 +67,7 @@ def _describe(captured: Captured, files: Mapping[str, Path], writer: Writer) -> 
     model = captured.model
     graph = cache_model.graph_bytes(model)
     tensors = list(cache_model.weights_of(model))
-    if cache_model.graph_bytes(cache_model.read_graph(graph, tensors)) != graph:
-        raise cache_model.NotFaithfulError
+    cache_model.check_faithful(model, graph, tensors)
     places = {str(file.resolve()): name for name, file in files.items()}
     return {
         "graph": writer.add_bytes(graph),

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,11 +23,13 @@ from netlathe.analysis.cost import Cost, ModuleCost
 from netlathe.ir import weights
 from netlathe.pipeline.cache import digest
 from netlathe.pipeline.cache_file import Reader, Writer
+from netlathe.pipeline.fingerprint import graph_digest
 from netlathe.pipeline.ledger import Entry
 from netlathe.pipeline.loss import Distance, Loss
 from netlathe.pipeline.verification import Check
 
 Array = weights.Array
+_FLOATS = "netlathe.floats"  # in a written model's metadata: see _wide_floats
 _IN_MEMORY = 4096  # bytes; smaller weights are read into memory, as a map each would be many
 
 
@@ -89,6 +93,7 @@ def graph_bytes(model: ir.Model) -> bytes:
             shape=ir.Shape(tensor.shape.numpy()),
             name=value.name or "",
         )
+    copy.metadata_props[_FLOATS] = json.dumps(list(_wide_floats(copy)))
     data: bytes = ir.serde.serialize_model(copy).SerializeToString(deterministic=True)
     return data
 
@@ -99,7 +104,40 @@ def read_graph(data: bytes | memoryview, tensors: Sequence[ir.TensorProtocol]) -
     for value in _numbered(model):
         assert isinstance(value.const_value, ir.ExternalTensor)
         value.const_value = tensors[int(str(value.const_value.location))]
+    nodes = list(model.graph.all_nodes())
+    for number, name, wide in json.loads(model.metadata_props.pop(_FLOATS)):
+        node = nodes[number]
+        node.attributes[name] = ir.Attr(name, node.attributes[name].type, wide)
     return model
+
+
+def check_faithful(model: ir.Model, graph: bytes, tensors: Sequence[ir.TensorProtocol]) -> None:
+    """Return if ``graph`` gives back all that ``model`` is.
+
+    Raises:
+        NotFaithfulError: it does not.
+    """
+    read = read_graph(graph, tensors)
+    if graph_bytes(read) != graph or graph_digest(read) != graph_digest(model):
+        raise NotFaithfulError
+
+
+def _wide_floats(model: ir.Model) -> Iterator[tuple[int, str, float | list[float]]]:
+    """Attributes that hold more digits than ONNX writes down: number of the node, name, value."""
+    for number, node in enumerate(model.graph.all_nodes()):
+        for name, attribute in node.attributes.items():
+            if attribute.is_ref():
+                continue
+            if attribute.type == ir.AttributeType.FLOAT:
+                value = float(attribute.as_float())
+                if value != float(np.float32(value)) and math.isfinite(value):
+                    yield number, name, value
+            elif attribute.type == ir.AttributeType.FLOATS:
+                values = [float(item) for item in attribute.as_floats()]
+                if values != [float(np.float32(item)) for item in values] and all(
+                    map(math.isfinite, values)
+                ):
+                    yield number, name, values
 
 
 # -- models ---------------------------------------------------------------------------------------
@@ -119,8 +157,7 @@ def write_model(
     digests = []
     written: dict[int, int] = {}
     tensors = tuple(weights_of(model))
-    if graph_bytes(read_graph(graph, tensors)) != graph:
-        raise NotFaithfulError
+    check_faithful(model, graph, tensors)
     for number, tensor in enumerate(tensors):
         if (place := places.get(id(tensor))) is not None:
             described.append({"before": place})

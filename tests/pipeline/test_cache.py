@@ -28,7 +28,7 @@ from netlathe.pipeline.cache_file import Reader, Writer
 from netlathe.pipeline.ledger import Entry
 from netlathe.pipeline.pass_ import Context, Exact, Pass, Result, option, options
 from netlathe.pipeline.run import Compiled, plan, run
-from tests.pipeline.toy import Balance, Cut, ReluToMax, mlp, set_weight
+from tests.pipeline.toy import Balance, Cut, ReluToMax, find, mlp, set_weight
 
 PASSES = (ReluToMax(), Cut(count=2), Balance(factor=2.0))
 ran: list[str] = []  # passes and pieces that really ran
@@ -130,6 +130,24 @@ def test_weights_of_the_source_are_not_written_again(cache: Cache) -> None:
     total = sum(value.const_value.nbytes for value in arrays if value.const_value is not None)
     weights_written = Reader(entry.path).description["model"]["weights"]
     assert total > 0 and len([w for w in weights_written if "blob" in w]) == 1
+
+
+def test_attributes_keep_every_digit(cache: Cache) -> None:
+    """ONNX writes float32; what a pass computes from an attribute must not depend on the cache."""
+    captured = mlp()
+    relu = find(captured.model, "r")
+    relu.attributes["alpha"] = ir.AttrFloat32("alpha", 0.1)
+    relu.attributes["betas"] = ir.AttrFloat32s("betas", [0.5, 1e-12])
+    data = cache_model.graph_bytes(captured.model)
+    tensors = list(cache_model.weights_of(captured.model))
+    read = cache_model.read_graph(data, tensors)
+    assert find(read, "r").attributes["alpha"].value == 0.1
+    assert list(find(read, "r").attributes["betas"].as_floats()) == [0.5, 1e-12]
+    assert manifest.graph_digest(read) == manifest.graph_digest(captured.model)
+    cache_model.check_faithful(captured.model, data, tensors)
+    relu.attributes["alpha"] = ir.AttrFloat32("alpha", float(np.float32(0.1)))
+    with pytest.raises(cache_model.NotFaithfulError):
+        cache_model.check_faithful(captured.model, data, tensors)
 
 
 # -- pieces ---------------------------------------------------------------------------------------
