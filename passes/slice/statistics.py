@@ -213,7 +213,8 @@ def fisher(
             found = module(**{argument_name(n): t for n, t in fed.items()})
             score = torch.zeros((), device=ctx.device)
             for value, kind in zip(outputs, kinds, strict=True):
-                score = score + _likelihood(found[value.name or ""], kind, generator)
+                rows_of = _counted(found[value.name or ""], fed.get("attention_mask"))
+                score = score + _likelihood(rows_of, kind, generator)
             gradients = torch.autograd.grad(score, [found[name] for name in values])
         for name, gradient in zip(values, gradients, strict=True):
             flat = gradient.reshape(-1, gradient.shape[-1]).to(torch.float64)
@@ -223,11 +224,19 @@ def fisher(
     return {name: (total / rows).cpu().numpy() for name, total in sums.items()}
 
 
-def _likelihood(output: torch.Tensor, kind: str, generator: torch.Generator) -> torch.Tensor:
+def _counted(output: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """The rows of an output ``[b, t, d]`` that are no padding, behind a cache if there is one."""
+    rows = output.reshape(-1, output.shape[-1])
+    if mask is None or mask.dim() != 2 or output.dim() != 3 or len(output) != len(mask):
+        return rows
+    kept = mask[:, -output.shape[1] :] != 0
+    return rows[kept.reshape(-1)] if kept.shape == output.shape[:2] else rows
+
+
+def _likelihood(rows: torch.Tensor, kind: str, generator: torch.Generator) -> torch.Tensor:
     """The log-likelihood of a draw from what the model says, without the constants."""
     import torch
 
-    rows = output.reshape(-1, output.shape[-1])
     if kind == "values":
         drawn = torch.randn(rows.shape, generator=generator, device=rows.device, dtype=rows.dtype)
         return (rows * drawn).sum()

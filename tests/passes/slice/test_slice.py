@@ -213,6 +213,25 @@ def test_the_loss_weighs_directions() -> None:
     assert lost(found) < 0.8 * lost(bases.principal(moment))
 
 
+def test_gradients_do_not_see_padding() -> None:
+    """What stands behind the text of a padded sample changes nothing."""
+    from netlathe.passes.slice.statistics import fisher
+
+    model = folded("llama")
+    norms = lay_out(model, cut=False).segments[0].norms
+    ids = np.random.default_rng(0).integers(3, 100, (2, 8))
+    mask = np.ones_like(ids)
+    mask[:, 5:] = 0
+    other = np.where(mask == 0, 7, ids)
+    found = [
+        fisher(model, norms, Context(), [{"input_ids": i, "attention_mask": mask}])
+        for i in (ids, other)
+    ]
+    for norm in norms:
+        np.testing.assert_allclose(found[0][norm], found[1][norm], atol=1e-6)
+        assert found[0][norm].any()
+
+
 @pytest.mark.parametrize("size", [1, 8, 12, 48, 7])
 def test_hadamard_is_orthogonal_and_spreads(size: int) -> None:
     basis = bases.hadamard(size, np.random.default_rng(0))
