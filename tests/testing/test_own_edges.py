@@ -14,6 +14,8 @@ import torch
 
 from netlathe.backends.onnx_file import OnnxBackend
 from netlathe.backends.torch_fx import TorchBackend
+from netlathe.backends.tvm import runtime
+from netlathe.backends.tvm.backend import TvmBackend
 from netlathe.execute.fx import argument_name
 from netlathe.frontends.onnx_file import OnnxFile
 from netlathe.frontends.torch_fx import TorchFx
@@ -51,6 +53,7 @@ ONNX = backend_cases(OnnxBackend(), lambda folder: onnx_runtime(folder / "model.
 QUICK = ("protocol", "settings", "feeds", "runs")
 TORCH = backend_cases(TorchBackend(), exported_program, models=named("mlp", "quantized"))
 TORCH_ALL = backend_cases(TorchBackend(), exported_program)
+TVM = backend_cases(TvmBackend(), lambda folder: runtime.load(folder).run, models=named("mlp"))
 
 
 @pytest.mark.parametrize("case", ONNX, ids=str)
@@ -66,6 +69,12 @@ def test_the_torch_backend(case: Case[Any]) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("case", TORCH_ALL, ids=str)
 def test_the_torch_backend_on_all_models(case: Case[Any]) -> None:
+    case.check()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", TVM, ids=str)
+def test_the_tvm_backend(case: Case[Any]) -> None:
     case.check()
 
 
