@@ -51,7 +51,12 @@ def test_an_exported_file_has_the_groups_of_the_module(name: str) -> None:
     assert file == module
 
 
-@pytest.mark.parametrize("name", QUICK)
+# In the channel shuffle network all streams are one group of 4 positions, each of them in every stage: the
+# oracle, which tries, does not come to an end there.
+SEARCHABLE = [name for name in QUICK if "channel_shuffle" not in getattr(name, "values", ())]
+
+
+@pytest.mark.parametrize("name", SEARCHABLE)
 def test_the_groups_are_those_of_the_oracle(name: str) -> None:
     made = networks.captured(name)
     assert check_exact(made, analyse(made), Oracle(made, networks.feeds(name)[0]), most=4) > 100
