@@ -16,6 +16,7 @@ from typing import Any
 
 from tvm import tirx
 
+from netlathe.backends.tvm import storage
 from netlathe.backends.tvm.kernel import Kernel
 from netlathe.backends.tvm.kernels.general import vectors
 from netlathe.backends.tvm.machine import Machine
@@ -24,14 +25,16 @@ from netlathe.backends.tvm.tir import (
     Expr,
     broadcast,
     cast,
+    const,
     flat_index,
     i64,
     idiv,
     imod,
     known,
+    total,
     unflatten,
 )
-from netlathe.backends.tvm.values import Ready, Store
+from netlathe.backends.tvm.values import Ready, Store, Value
 
 # A weight of more bytes than this does not stay in a level-2 cache while the positions go by.
 _WEIGHT_BYTES = 1 << 19
@@ -88,6 +91,42 @@ def tile(machine: Machine, outputs: int, positions: int | None, dtype: str) -> T
         )
 
     return min(fitting, key=work)
+
+
+def split(
+    kernel: Kernel,
+    x: Value,
+    whole: list[Expr],
+    strides: tuple[int, int],
+    begins: tuple[int, int],
+    store: Store,
+) -> str:
+    """store([b, channel, plane, row, column], element): ``x`` padded with zeros and split by the strides.
+
+    ``whole`` is the shape of that. A row is cleared, then its part of ``x`` is copied.
+    """
+    code = kernel.code
+    height, width = kernel.shape(x.shape)[2:]
+    lanes = kernel.lowering.machine.lanes(storage.computed(x.dtype))
+    zero = const(0, storage.computed(x.dtype))
+    down, across = strides
+    with code.loop(total(whole[:-1]), PARALLEL) as at:
+        b, channel, plane, row = (code.bind(i) for i in unflatten(at, whole[:-1]))
+        from_row = code.bind(row * i64(down) + idiv(plane, across) - i64(begins[0]))
+        shift = code.bind(imod(plane, across) - i64(begins[1]))  # of the first column in x
+        first = idiv(tirx.max(i64(across - 1) - shift, i64(0)), across)
+        end = idiv(tirx.max(width - shift + i64(across - 1), i64(0)), across)
+        first, end = code.bind(first), code.bind(tirx.min(end, whole[4]))
+        vectors(code, whole[4], lanes, lambda j: store(code, [b, channel, plane, row, j], zero))
+
+        def one(j: Expr) -> None:
+            column = (first + j) * i64(across) + shift
+            value = x.at(code, [b, channel, from_row, column])
+            store(code, [b, channel, plane, row, first + j], value)
+
+        with code.when(tirx.And(from_row >= i64(0), from_row < height)):
+            vectors(code, code.bind(tirx.max(end - first, i64(0))), lanes, one)
+    return "conv.split"
 
 
 def direct(
@@ -147,10 +186,7 @@ class _Job:
         heavy = 4 * g.outputs * g.inputs * g.taps > _WEIGHT_BYTES
         inner = [tiles, runs] if heavy else [runs, tiles]
         extents = [self.out[0], i64(g.groups), *inner]
-        total = i64(1)
-        for extent in extents:
-            total = total * extent
-        with code.loop(total, PARALLEL) as task:
+        with code.loop(total(extents), PARALLEL) as task:
             b, group, *where = (code.bind(i) for i in unflatten(task, extents))
             number, run = where if heavy else where[::-1]
             first = tirx.min(number * i64(tile.channels), i64(g.outputs - tile.channels))

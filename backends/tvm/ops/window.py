@@ -26,8 +26,6 @@ from netlathe.backends.tvm.tir import (
     cast,
     const,
     i64,
-    idiv,
-    imod,
     select,
     total,
     unflatten,
@@ -222,17 +220,6 @@ def _prepared(
     rows = dims.ceil_divide(dims.add(h, spans.begins[0] + spans.ends[0]), down)
     columns = dims.ceil_divide(dims.add(w, spans.begins[1] + spans.ends[1]), across)
 
-    def element(code: Code, at: Index) -> Expr:
-        size = code.kernel.shape((h, w))
-        row = at[3] * i64(down) + idiv(at[2], across) - i64(spans.begins[0])
-        column = at[4] * i64(across) + imod(at[2], across) - i64(spans.begins[1])
-        inside = tirx.And(row >= i64(0), row < size[0])
-        inside = tirx.And(inside, tirx.And(column >= i64(0), column < size[1]))
-        row = tirx.max(tirx.min(row, size[0] - i64(1)), i64(0))
-        column = tirx.max(tirx.min(column, size[1] - i64(1)), i64(0))
-        item = x.at(code, [at[0], at[1], row, column])
-        return select(inside, item, like(item, 0))
-
     positions = _positions(shape, columns)
     if positions is not None and columns != shape[3]:
         lanes = low.machine.lanes(dtype)
@@ -240,8 +227,12 @@ def _prepared(
         positions += more
         rows = dims.add(rows, dims.ceil_divide(more, columns))
     whole = (b, c, down * across, rows, columns)
-    made = Lazy(x.dtype, whole, element, cost=2 + cost_of(x))
-    return low.force(made), positions
+
+    def build(kernel: Kernel, store: Store) -> str:
+        begins = (spans.begins[0], spans.begins[1])
+        return kernels.split(kernel, x, kernel.shape(whole), (down, across), begins, store)
+
+    return low.force(Pending(x.dtype, whole, build)), positions
 
 
 def _positions(shape: Shape, width: Dim) -> int | None:
