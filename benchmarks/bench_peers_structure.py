@@ -22,6 +22,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 import torch
 from torch import nn
@@ -124,7 +125,7 @@ def onnxsim_heads(name: str) -> dict[str, Any]:
     for fed in networks.feeds(name):
         known = {value.name for value in session.get_inputs()}
         (out, *_) = session.run(None, {key: array for key, array in fed.items() if key in known})
-        shapes.append(list(out.shape))
+        shapes.append(list(np.asarray(out).shape))
     module, feeds = _network(name)
     return _judged(
         counts[0], counts[1], [list(_output(module, fed).shape) for fed in feeds], shapes
