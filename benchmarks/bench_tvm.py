@@ -43,8 +43,8 @@ CASES: Mapping[str, Case] = {
     "vit-s": Case("vit", {"batch": 1}),
     "resnet-50": Case("resnet", {"batch": 1}),
     "mobilenet-v2": Case("mobilenet", {"batch": 1}),
-    "llama-prefill": Case("llama", {"batch": 1, "sequence": 512}),
-    "llama-decode": Case("llama", {"batch": 1, "sequence": 1, "past": 512}),
+    "llama-prefill": Case("llama", {"batch": 1, "sequence": 512, "past_sequence": 0}),
+    "llama-decode": Case("llama", {"batch": 1, "sequence": 1, "past_sequence": 511}),
 }
 
 

@@ -248,6 +248,12 @@ def restored(array: npt.NDArray[Any], dtype: str) -> npt.NDArray[Any]:
 
 def _aligned(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """The array contiguous, writable (DLPack cannot say otherwise) and at an aligned address."""
+    if not array.size:  # numpy's strides of nothing are not those that kernels check
+        sizes = [math.prod(array.shape[axis + 1 :]) for axis in range(array.ndim)]
+        strides = [size * array.itemsize for size in sizes]
+        return np.lib.stride_tricks.as_strided(
+            np.empty(1, array.dtype.newbyteorder("=")), array.shape, strides
+        )
     if (
         array.flags.c_contiguous
         and array.flags.writeable

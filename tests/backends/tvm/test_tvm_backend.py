@@ -340,6 +340,20 @@ sys.exit("tvm" in sys.modules)
         assert relative_error(runtime.load(saved)(x=x)["y"], expected) < BOUND
 
 
+def test_a_cache_that_is_empty(tmp_path: Path) -> None:
+    """No element, in the middle of the shape."""
+    model = model_of(
+        """<ir_version: 10, opset_import: ["" : 25]>
+        grow (float[2, past, 4] cache, float[2, new, 4] x) => (float[2, all, 4] y) {
+            y = Concat<axis=1>(cache, x)
+        }"""
+    )
+    x = np.arange(8, dtype=np.float32).reshape(2, 1, 4)
+    empty = np.zeros((2, 0, 4), np.float32)
+    artifact = BACKEND.compile(model, TARGET)
+    assert np.array_equal(artifact.run({"cache": empty, "x": x})["y"], x)
+
+
 class TestWrongInputs:
     @pytest.mark.parametrize(
         ("feeds", "message"),
