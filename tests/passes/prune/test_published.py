@@ -33,4 +33,7 @@ def test_the_candidates_are_what_the_structure_says(name: str) -> None:
 def test_a_pruned_network_equals_its_masked_reference(name: str, ratio: float) -> None:
     chosen = check(networks.captured(name), Prune(ratio=ratio), networks.feeds(name))
     applied = {entry.detail["scope"] for entry in chosen if entry.status == "applied"}
-    assert applied == {scope for scope in SCOPES if getattr(EXPECTED[name], scope, {})}
+    wanted = {scope for scope in SCOPES if getattr(EXPECTED[name], scope, {})}
+    if "kv_groups" in wanted:
+        wanted.discard("heads")  # whole groups of heads go; those that stay keep theirs
+    assert applied == wanted
