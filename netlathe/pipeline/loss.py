@@ -12,7 +12,7 @@ import onnx_ir as ir
 
 from netlathe.execute import ort
 from netlathe.execute.compare import inputs_of
-from netlathe.ir import weights
+from netlathe.ir import interface, weights
 from netlathe.pipeline.pass_ import Feeds, Progress
 
 Arrays = dict[str, npt.NDArray[Any]]
@@ -122,14 +122,20 @@ class Scale:
         return cls(spread, "calibration", metric, progress)
 
     def loss(self, before: Subject, after: Subject) -> Loss | None:
-        """How far ``after`` is from ``before``; None where they share no floating-point output."""
+        """How far ``after`` is from ``before``; None where they share no floating-point output.
+
+        Of an output that was narrowed what is left is compared: of logits that lost tokens, the
+        probabilities among the tokens that stay.
+        """
+        left, had = interface.kept(after.model), interface.kept(before.model)
         sums: dict[str, _Sums] = {}
         for value in after.model.graph.outputs:
             if value.name and value.dtype is not None and value.dtype.is_floating_point():
                 sums[value.name] = _Sums(kind_of(value))
         numbered = list(enumerate(self.feeds))
         for number, feeds in self.progress.track(numbered, "measuring the loss", len(numbered)):
-            old, new = before.outputs(number, feeds), after.outputs(number, feeds)
+            given, new = before.outputs(number, feeds), after.outputs(number, feeds)
+            old = {name: interface.fit(array, name, left, had) for name, array in given.items()}
             for name in list(sums):
                 if name not in old or old[name].shape != new[name].shape:
                     del sums[name]

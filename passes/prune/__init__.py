@@ -1,4 +1,4 @@
-"""Removes positions of axes: channels, FFN neurons, heads, key/value groups, experts, hidden width.
+"""Removes positions of axes: channels, FFN neurons, heads, key/value groups, experts, hidden width, tokens.
 
     y = MatMul(Gelu(MatMul(x, w1: f32[k,n])), w2: f32[n,m])
     ->  y = MatMul(Gelu(MatMul(x, w1: f32[k,n'])), w2: f32[n',m])
@@ -7,11 +7,14 @@ What is one axis, and all that must change with it, is found by the axis analysi
 which positions go: by a score for each (`scores`), and by how many each width loses (`allocation`). Of the
 rest every weight keeps its numbers, unless those that sum over a width are to make up for what went
 (`compensation`). A key-value cache that the model takes and gives back is narrowed as its heads are; the
-model records which are left (`netlathe.ir.interface`). docs/pruning-quality.md tells what measures best.
+model records which are left (`netlathe.ir.interface`). So are the logits where tokens of the vocabulary go;
+the ids that the model takes stay what they were (`vocabulary`). docs/pruning-quality.md tells what measures
+best.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -27,13 +30,13 @@ from netlathe.analysis.axes.selection import Positions, Selection
 from netlathe.analysis.cost import cost
 from netlathe.diagnostics import Diagnostic, PassError, did_you_mean
 from netlathe.ir import edit, interface, provenance
-from netlathe.ir.printing import show_node
 from netlathe.passes.prune import budget as budgets
 from netlathe.passes.prune import compensation, reference
 from netlathe.passes.prune.allocation import ALLOCATIONS, Allocation, together
 from netlathe.passes.prune.candidates import SCOPES, Candidate, Scope, Scores, find_candidates
-from netlathe.passes.prune.choosing import beside, query_groups
+from netlathe.passes.prune.choosing import beside, pinned, query_groups
 from netlathe.passes.prune.scores import measure, speaks_about
+from netlathe.passes.prune.vocabulary import Vocabulary, outputs, stand_ins, vocabularies
 from netlathe.pipeline.ledger import Entry, Status
 from netlathe.pipeline.pass_ import (
     ChoosingPass,
@@ -64,10 +67,12 @@ Score = Literal[
     "taylor",
     "obd",
     "optin",
+    "frequency",
     "random",
 ]
 Allocated = Literal["uniform", "global", "isomorphic", "flap", "cfsp", "layer_adaptive"]
 _IN_LOSS = ("taylor", "obd")  # scores that compare between widths
+STAND_INS = "stand_ins"  # an array of an entry: for each token the one that is read for it
 _GOALS = ("ratio", "keep", "params", "macs", "bytes", "latency")
 
 
@@ -105,8 +110,8 @@ class Prune(ChoosingPass):
     score: Score | None = option(
         default=None,
         help="what makes a position important: norms (l1, l2, group_norm), fpgm, bn_gamma; from data wanda,"
-        " flap, cfsp, taylor, obd, optin; random. Where none is named, obd with calibration data (of experts"
-        " l2), else l2",
+        " flap, cfsp, taylor, obd, optin, and of tokens frequency; random. Where none is named, with"
+        " calibration data obd (of experts l2, of tokens frequency), else l2",
     )
     allocation: Allocated | None = option(
         default=None,
@@ -120,6 +125,10 @@ class Prune(ChoosingPass):
     )
     round_to: int | None = option(
         default=None, ge=1, help="keep widths a multiple of this; the target's where none is given"
+    )
+    keep_ids: tuple[int, ...] = option(
+        default=(),
+        help="tokens that stay whatever their score is, such as special ones (with vocab)",
     )
     ignore: tuple[str, ...] = option(
         default=(), help="module paths to leave as they are, whole or in part, with wildcards"
@@ -135,6 +144,8 @@ class Prune(ChoosingPass):
             raise ValueError("latency and table go together")
         if self.keep is not None and len(self.scope) != 1:
             raise ValueError("keep counts positions of one scope: name it")
+        if self.keep_ids and "vocab" not in self.scope:
+            raise ValueError("keep_ids are of a vocabulary: name vocab in the scope")
         return self
 
     def files(self) -> Sequence[Path]:
@@ -157,8 +168,10 @@ class Prune(ChoosingPass):
             what = ", ".join(scope)
             return [Entry(what, "skipped", f"the model has no width of this kind: {what}")]
         self._check_ignore(found)
+        found = self._with_ids(found)
         settled = self._settled(axes, found)
         free = [candidate for candidate in found if candidate not in settled]
+        words, _ = vocabularies([candidate for candidate in free if candidate.scope == "vocab"])
         named = self._scores(free, ctx)
         scored: dict[Candidate, Scores] = {}
         spreads: dict[str, list[Allocation]] = defaultdict(list)
@@ -167,9 +180,16 @@ class Prune(ChoosingPass):
             spread = self.allocation or ("global" if score in _IN_LOSS else "uniform")
             spreads[spread].append(ALLOCATIONS[spread](some, model, ctx))
             scored |= some
+        for word in words:
+            total = np.sum([scored[candidate] for candidate in word.candidates], axis=0)
+            scored |= {candidate: total for candidate in word.candidates}
         allocate = together([each for every in spreads.values() for each in every])
+        allocate = _as_one(allocate, words)
         counts = self._counts(axes, allocate, free, settled, "uniform" in spreads)
+        for word in words:
+            scored[word.candidates[0]][list(self.keep_ids)] = np.inf  # all have this array
         kept = {c: c.best(scored[c], counts[c]) for c in free if counts[c] < c.size}
+        read = {c: at for w in words for c, at in _stand_ins(w, kept, ctx).items()}
         how = self.compensate or ("least_squares" if ctx.calibration else "none")
         made_up = compensation.solve(how, kept, model, ctx)
         entries = []
@@ -181,9 +201,8 @@ class Prune(ChoosingPass):
                 reason = f"{candidate.size} stay: the nearest width to what is asked for"
                 entries.append(_entry(candidate, "skipped", reason, True))
             else:
-                entries.append(
-                    _applied(candidate, kept[candidate], named[candidate], made_up[candidate])
-                )
+                arrays = {"kept": kept[candidate], **read.get(candidate, {})}
+                entries.append(_applied(candidate, named[candidate], arrays, made_up[candidate]))
         return entries
 
     def edit(self, model: ir.Model, chosen: Sequence[Entry], ctx: Context) -> Result:
@@ -196,16 +215,17 @@ class Prune(ChoosingPass):
         compensation.edit_biases(model, [entry.arrays for entry in chosen], self.name)
         axes = axis_analysis.analyse(model)
         groups = _groups(axes, kept)
-        caches = [value for pair in axes.related.caches for value in pair]
+        seen = [value for pair in axes.related.caches for value in pair]
+        seen += [value for value in model.graph.outputs if value not in seen]
         selection = _selection(groups)
         narrowed = {
             (value.name or "", dim): at
-            for value in caches
-            for dim, axis in enumerate(axes.related.axes[value])
+            for value in seen
+            for dim, axis in enumerate(axes.related.axes.get(value, ()))
             if (at := selection.of(axis)) is not None
         }
         gone = {g: np.setdiff1d(np.arange(g.size), at).tolist() for g, at in groups.items()}
-        axis_analysis.delete(axes, gone)
+        axis_analysis.delete(axes, gone, _numbered(axes, chosen))
         for (name, dim), positions in narrowed.items():
             interface.narrow(model, name, dim, positions)
         after = cost(model)
@@ -218,13 +238,18 @@ class Prune(ChoosingPass):
         return Result(True, list(chosen), dict.fromkeys(lost), statistics)
 
     def simulate(self, before: ir.Model, chosen: Sequence[Entry]) -> Reference:
-        """The model at its shapes in which whatever sums over a removed position leaves it out."""
+        """The model at its shapes in which whatever sums over a removed position leaves it out.
+
+        Of tokens that are removed, those that stand in for them are read.
+        """
         bound = tolerance(Equivalent(TOLERANCE), before)
         compensation.edit_weights(before, [entry.arrays for entry in chosen])
         reference.add_biases(before, [entry.arrays for entry in chosen])
         axes = axis_analysis.analyse(before)
-        selection = _selection(_groups(axes, _kept(chosen)))
-        reference.mask(before, reference.kept_of(axes, selection))
+        read = _numbered(axes, chosen)
+        groups = {g: at for g, at in _groups(axes, _kept(chosen)).items() if g not in read}
+        reference.mask(before, reference.kept_of(axes, _selection(groups)))
+        reference.stand_in(before, axes, {group.atom: at for group, at in read.items()})
         return Reference(before, bound, reordered=True)
 
     # -- choosing ---------------------------------------------------------------------------------
@@ -243,17 +268,38 @@ class Prune(ChoosingPass):
         """Which score is used for each candidate; l2 where none is named and data says nothing."""
         if self.score is not None:
             return dict.fromkeys(free, self.score)
-        best = "obd" if ctx.calibration else "l2"
-        return {c: best if speaks_about(best, c) else "l2" for c in free}
+        if not ctx.calibration:
+            return dict.fromkeys(free, "l2")
+        best = {c: "frequency" if c.scope == "vocab" else "obd" for c in free}
+        return {c: score if speaks_about(score, c) else "l2" for c, score in best.items()}
+
+    def _with_ids(self, found: Sequence[Candidate]) -> list[Candidate]:
+        """The candidates, vocabularies with the room that the tokens of ``keep_ids`` need."""
+        wanted = sorted(set(self.keep_ids))
+        result = []
+        for candidate in found:
+            if candidate.scope == "vocab" and wanted:
+                if wanted[0] < 0 or wanted[-1] >= candidate.size:
+                    message = f"keep_ids has {wanted[0]} to {wanted[-1]}, and {candidate.name}"
+                    message += f" the tokens 0 to {candidate.size - 1}"
+                    raise PassError(Diagnostic("prune.keep_ids", message, where=candidate.where))
+                least = max(candidate.least, len(wanted))
+                candidate = dataclasses.replace(candidate, least=least)
+            result.append(candidate)
+        return result
 
     def _settled(
         self, axes: Axes, found: Sequence[Candidate]
     ) -> dict[Candidate, tuple[Status, str, bool]]:
         """Candidates that stay whatever the goal is, with status, reason, and if options ask for it."""
         settled: dict[Candidate, tuple[Status, str, bool]] = {}
+        words = [candidate for candidate in found if candidate.scope == "vocab"]
+        vocabulary, refused = vocabularies(words)
         for candidate in found:
-            if candidate.pins:
-                settled[candidate] = "refused", _pinned(candidate), False
+            if candidate in refused:
+                settled[candidate] = "refused", refused[candidate], False
+            elif candidate.pins and candidate not in words:
+                settled[candidate] = "refused", pinned(candidate.pins[0]), False
             elif reason := reference.no_reference(axes, candidate.group.atom):
                 settled[candidate] = "refused", reason, False
             elif name := candidate.quantized:
@@ -263,6 +309,12 @@ class Prune(ChoosingPass):
             elif candidate.size <= candidate.least:
                 reason = f"all {candidate.size} positions must stay"
                 settled[candidate] = "refused", reason, False
+        for word in vocabulary:
+            for one in [candidate for candidate in word.candidates if candidate in settled]:
+                status, reason, left_out = settled[one]
+                reason = f"it is one vocabulary with {one.name}, which stays: {reason}"
+                rest = [candidate for candidate in word.candidates if candidate not in settled]
+                settled |= dict.fromkeys(rest, (status, reason, left_out))
         free = [candidate for candidate in found if candidate not in settled]
         stuck = [candidate for candidate in free if len(candidate.widths()) == 1]
         if free and len(stuck) == len(free):
@@ -378,32 +430,57 @@ def _no_multiple(stuck: Sequence[Candidate]) -> PassError:
     )
 
 
-def _pinned(candidate: Candidate) -> str:
-    """Why it is pinned, with the operator and module that pin it."""
-    pin = candidate.pins[0]
-    at = f" ({show_node(pin.node)})" if pin.node is not None else ""
-    where = f" in {pin.where}" if pin.where else ""
-    return f"{pin.reason}{at}{where}"
-
-
 def _entry(candidate: Candidate, status: Status, reason: str, left_out: bool = False) -> Entry:
     return Entry(candidate.name, status, reason, candidate.where, _detail(candidate), left_out)
 
 
 def _applied(
-    candidate: Candidate, kept: Positions, score: str, made_up: compensation.Arrays
+    candidate: Candidate,
+    score: str,
+    arrays: compensation.Arrays,
+    made_up: compensation.Arrays,
 ) -> Entry:
+    kept: Positions = arrays["kept"]
     count = len(kept)
     gone = candidate.size - count
     reason = f"{count} of {candidate.size} stay by {score}; {gone * candidate.parameters} parameters gone"
     detail = _detail(candidate) | {"score": score, "kept": count, "removed": gone}
     if made_up:
         reason += f"; {', '.join(made_up)} made up for them"
-    if candidate.group.interface:
-        reason += f"; {', '.join(candidate.group.interface[:2])} narrower"
-        detail |= {"interface": list(candidate.group.interface), "positions": kept.tolist()}
-    arrays = {"kept": kept, **made_up}
+    names = list(candidate.group.interface)
+    names += [value.name or "" for value in outputs(candidate)] if not names else []
+    if names:
+        reason += f"; {', '.join(names[:2])} narrower"
+        detail |= {"interface": names, "positions": kept.tolist()}
+    arrays = {**arrays, **made_up}
     return Entry(candidate.name, "applied", reason, candidate.where, detail, arrays=arrays)
+
+
+def _as_one(allocate: Allocation, words: Sequence[Vocabulary]) -> Allocation:
+    """Let all candidates of a vocabulary keep as many tokens as the first one."""
+
+    def one(share: float) -> dict[Candidate, int]:
+        counts = allocate(share)
+        for word in words:
+            counts |= dict.fromkeys(word.candidates, counts[word.candidates[0]])
+        return counts
+
+    return one
+
+
+def _stand_ins(
+    word: Vocabulary, kept: Mapping[Candidate, Positions], ctx: Context
+) -> dict[Candidate, dict[str, Positions]]:
+    """What is read in place of each token, for the entries of a vocabulary."""
+    first = word.candidates[0]
+    if first not in kept:
+        return {}
+
+    def compute() -> dict[str, Positions]:
+        return {"array": stand_ins(word.tables(), kept[first])}
+
+    array = ctx.once(f"{STAND_INS} of {first.name}", compute)["array"]
+    return {candidate: {STAND_INS: array} for candidate in word.candidates}
 
 
 def _detail(candidate: Candidate) -> dict[str, Any]:
@@ -435,6 +512,16 @@ def _groups(axes: Axes, kept: Mapping[str, tuple[int, Positions]]) -> dict[Group
         if name not in named or named[name].size != size:
             raise ValueError(f"{name} of {size} positions was chosen in another model")
     return {named[name]: positions for name, (_, positions) in kept.items()}
+
+
+def _numbered(axes: Axes, chosen: Sequence[Entry]) -> dict[Group, Positions]:
+    """The groups whose positions the caller numbers, and what is read in place of each."""
+    named = {group.name: group for group in axes.groups}
+    return {
+        named[entry.detail["group"]]: entry.arrays[STAND_INS]
+        for entry in chosen
+        if STAND_INS in entry.arrays
+    }
 
 
 def _selection(groups: Mapping[Group, Positions]) -> Selection:

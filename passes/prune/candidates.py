@@ -382,13 +382,16 @@ class Widths:
     """The shapes of all values of a model once some groups have fewer positions.
 
     ``extra`` is what vectors of equal elements that several nodes share then add: one is there for
-    every size that a reader needs.
+    every size that a reader needs; and the map of the ids of a vocabulary that is narrower.
     """
 
     def __init__(self, axes: Axes, counts: Mapping[Axis, int]) -> None:
         self._axes = axes.related.axes
         self._copies = axes.related.copies
         self._known: dict[Axis, int | None] = {find(atom): n for atom, n in counts.items()}
+        looked_up = {find(lookup.axis) for lookup in axes.related.lookups}
+        # One map for the tables of a vocabulary, which are those of one size.
+        self._mapped = sum({int(atom.size) for atom in looked_up if atom in self._known})
 
     def shape(self, value: ir.Value) -> Sequence[int | None] | None:
         """A size for every dim; None for one that stays as it is."""
@@ -396,7 +399,7 @@ class Widths:
         return None if axes is None else [self._size(axis) for axis in axes]
 
     def extra(self) -> tuple[int, int]:
-        """Parameters and bytes that shared vectors have more than now (or fewer)."""
+        """Parameters and bytes that shared vectors and maps have more than now (or fewer)."""
         needed: dict[ir.Value, dict[int, bool]] = defaultdict(dict)
         for (node, index), (axis,) in self._copies.items():
             value = node.inputs[index]
@@ -404,7 +407,7 @@ class Widths:
             size = self._size(axis)
             size = int(axis.size) if size is None else size
             needed[value][size] = needed[value].get(size, False) or trains(node, index)
-        parameters = size_in_bytes = 0
+        parameters, size_in_bytes = 0, 8 * self._mapped
         for value, sizes in needed.items():
             tensor = value.const_value
             assert tensor is not None
@@ -473,20 +476,19 @@ def _of_activations(relation: Relation) -> bool:
     node = relation.node
     if node.op_type != "MatMul":
         return False
-    return all(value is not None and not _is_weight_like(value) for value in node.inputs[:2])
+    return all(value is not None and not is_weight_like(value) for value in node.inputs[:2])
 
 
-def _is_weight_like(value: ir.Value) -> bool:
+def is_weight_like(value: ir.Value | None) -> bool:
     """Whether a value comes from weights alone, or is picked out of them."""
-    while True:
+    while value is not None:
         node = value.producer()
         if node is None:
             return value.const_value is not None
-        if not node.inputs or node.inputs[0] is None:
+        if not node.inputs or node.op_type not in _PICKS:
             return False
         value = node.inputs[0]
-        if node.op_type not in _PICKS:
-            return False
+    return False
 
 
 _PICKS = frozenset(

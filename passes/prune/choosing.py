@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from netlathe.analysis.axes import Pin
+from netlathe.ir.printing import show_node
 from netlathe.passes.prune.candidates import Candidate
 
 
@@ -31,3 +33,10 @@ def query_groups(candidate: Candidate) -> int:
             size = relation.axes["n"].size
             return size if isinstance(size, int) else 1
     return 1
+
+
+def pinned(pin: Pin) -> str:
+    """Why something is pinned, with the operator and module that pin it."""
+    at = f" ({show_node(pin.node)})" if pin.node is not None else ""
+    where = f" in {pin.where}" if pin.where else ""
+    return f"{pin.reason}{at}{where}"

@@ -7,6 +7,9 @@ tensor and not from its neighbour, or another one there, makes the two models di
 
 RMSNormalization and its kin divide by a root mean square over as many positions as there were: what is
 gone counts as zeros there, and as the mean in a LayerNormalization.
+
+Without some tokens of its vocabulary a model computes what it did for ids in which these are replaced by
+those that stand in for them: nothing else changes, and what comes out is compared on what is kept.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from netlathe.analysis.axes import Axes
-from netlathe.analysis.axes.algebra import atoms
+from netlathe.analysis.axes.algebra import Axis, atoms
 from netlathe.analysis.axes.bind import Relation
 from netlathe.analysis.axes.selection import Positions, Selection
 from netlathe.ir import edit, types, weights
@@ -74,6 +77,20 @@ def add_biases(model: ir.Model, arrays: Sequence[Mapping[str, Array]]) -> None:
                 model.graph.outputs[list(model.graph.outputs).index(value)] = add.outputs[0]
             add.outputs[0].name = value.name
             value.name = edit.unique_name(model.graph, f"{value.name}/without", taken)
+
+
+def stand_in(model: ir.Model, axes: Axes, stand_ins: Mapping[Axis, Positions]) -> None:
+    """Let whatever is looked up along an atom be looked up by the ids that stand in for those given."""
+    taken = edit.names_in(model.graph)
+    for atom, array in stand_ins.items():
+        replaced = edit.constant(model.graph, array, "prune/stand_ins", taken)
+        for relation, letter in axes.letters[atom]:
+            for index in (at for at, read in relation.signature.reads.items() if read == letter):
+                ids = relation.node.inputs[index]
+                name = edit.unique_name(model.graph, "prune/ids", taken)
+                made = edit.node("Gather", [replaced, ids], name=name, dtype=ir.DataType.INT64)
+                model.graph.insert_before(relation.node, made)
+                relation.node.replace_input_with(index, made.outputs[0])
 
 
 def unmasked(relation: Relation, letter: str) -> str:
@@ -359,7 +376,17 @@ _RULES: Mapping[str, Callable[[_Masking, ir.Node], None]] = {
 }
 
 
+_PRODUCTS = frozenset({"Attention", "Conv", "ConvTranspose", "Einsum", "Gemm", "MatMul"})
 _SIZES = frozenset({"Shape", "Size"})  # what tells a size looks at no position
+
+
+def mixes(relation: Relation, letter: str) -> bool:
+    """Whether positions of a letter meet in a node: in a sum, a norm, a softmax or a choice over them."""
+    op = relation.node.op_type
+    if op in _SIZES or letter in relation.signature.reads.values():
+        return False
+    comes_out = any(slot.output for slot in relation.slots.get(letter, ()))
+    return not comes_out or (op in _RULES and op not in _PRODUCTS)
 
 
 def no_reference(axes: Axes, group_atom: Any) -> str:

@@ -3,7 +3,8 @@
 Weights alone give ``l1``, ``l2``, ``group_norm``, ``fpgm``, ``bn_gamma``; the activation that a position is
 summed over in gives ``wanda``, ``flap`` and ``cfsp``; the gradient of a loss at that activation gives
 ``taylor`` and ``obd``; runs with one position masked give ``optin``. Activations and gradients are those of
-the model as it is before the pass, all from one sweep. All sums are in float64.
+the model as it is before the pass, all from one sweep. All sums are in float64. Of tokens the calibration
+data itself gives ``frequency``.
 
 Notation: j is a position, x_j the activation of it (over all rows of the calibration data), W_j the rows
 of the weights that sum over it (its *readers*), V_j those that make it (its *writers*). Of several readers
@@ -24,6 +25,7 @@ from netlathe.analysis.branches import residual_branches
 from netlathe.diagnostics import Diagnostic, PassError, missing_extra
 from netlathe.ir import edit, weights
 from netlathe.passes.prune.candidates import Candidate, Part, Scores
+from netlathe.passes.prune.vocabulary import counts, vocabularies
 from netlathe.pipeline.pass_ import Context
 
 if TYPE_CHECKING:
@@ -74,7 +76,12 @@ def measure(
 
 
 def speaks_about(name: str, candidate: Candidate) -> bool:
-    """Whether a score that looks at what a position is summed over in finds that: of experts it does not."""
+    """Whether a score that looks at what a position is summed over in finds that: of experts it does not.
+
+    How often ids occur says something about tokens alone.
+    """
+    if name == "frequency":
+        return candidate.scope == "vocab"
     return not SCORES[name].needs_data or bool(_read_once(candidate))
 
 
@@ -171,6 +178,31 @@ def _by_position(candidate: Candidate, index: npt.NDArray[np.int64], of: Float64
 
 def _each(score: Callable[[Candidate], Scores]) -> Score:
     return Score(lambda candidates, model, ctx: [score(candidate) for candidate in candidates])
+
+
+# -- from ids -------------------------------------------------------------------------------------------
+
+
+def _frequency(candidates: Sequence[Candidate], model: ir.Model, ctx: Context) -> list[Scores]:
+    """How often a token occurs in the calibration data; of equal ones the larger l2 norm of V_j counts.
+
+    Padding that the data has counts as what it is padded with.
+    """
+    for candidate in candidates:
+        if not speaks_about("frequency", candidate):
+            raise _says_nothing("frequency", candidate, "its positions are no tokens")
+    occurrences = {
+        candidate: counts(vocabulary, ctx.calibration)
+        for vocabulary in vocabularies(candidates)[0]
+        for candidate in vocabulary.candidates
+    }
+    norm = _norm(2)
+    found = []
+    for candidate in candidates:
+        norms = norm(candidate)
+        # Less than one occurrence.
+        found.append(occurrences[candidate] + norms / (2 * max(norms.max(), _TINY)))
+    return found
 
 
 # -- from activations -------------------------------------------------------------------------------------
@@ -436,5 +468,6 @@ SCORES: Mapping[str, Score] = {
     "taylor": Score(_taylor, needs_data=True),
     "obd": Score(_obd, needs_data=True),
     "optin": Score(_optin, needs_data=True),
+    "frequency": Score(_frequency, needs_data=True),
     "random": Score(_random),
 }

@@ -7,6 +7,8 @@ positions are renumbered, and every value is typed anew. What stays computes wha
   those that went counted as zeros: the scale is multiplied by sqrt(d / d'), epsilon by d / d'
   (x / sqrt(S/d + e) = sqrt(d/d') x / sqrt(S/d' + e d/d') for a sum of squares S).
 * The scale of an Attention is written out in normal form and stays.
+* Ids that the caller gives stay what they were: a map of them to the positions that are left stands in
+  front of what is looked up by them.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from netlathe.analysis.axes.algebra import Axis
+from netlathe.analysis.axes.algebra import Axis, find
 from netlathe.analysis.axes.bind import Relation
 from netlathe.analysis.axes.groups import Axes, Group
 from netlathe.analysis.axes.relate import Edit, Use
@@ -32,15 +34,24 @@ from netlathe.ir import edit, types, weights
 Array = npt.NDArray[Any]
 
 
-def delete(axes: Axes, positions: Mapping[Group, Sequence[int]]) -> None:
+def delete(
+    axes: Axes,
+    positions: Mapping[Group, Sequence[int]],
+    stand_ins: Mapping[Group, Positions] | None = None,
+) -> None:
     """Remove positions of groups from the model that was analysed; ``axes`` is stale afterwards.
+
+    Groups whose positions the caller numbers, in ids that he gives and outputs that he gets, lose some
+    only with ``stand_ins``: for every position the one that is looked up for it, itself where it stays.
+    He goes on giving the ids there were; what comes out is numbered anew.
 
     Raises:
         PassError: a group is pinned, or a dim would be left without a position.
     """
     kept: dict[Group, Positions] = {}
+    stand_ins = stand_ins or {}
     for group, removed in positions.items():
-        _check_allowed(group, "delete")
+        _check_allowed(group, "delete", by_caller=group in stand_ins)
         keep = np.setdiff1d(np.arange(group.size), np.asarray(removed, np.int64))
         if len(keep) + len(set(removed)) != group.size:
             raise ValueError(f"{group.name} has no such position among {sorted(set(removed))}")
@@ -55,6 +66,7 @@ def delete(axes: Axes, positions: Mapping[Group, Sequence[int]]) -> None:
             )
         if len(keep) < group.size:
             kept[group] = keep
+    _map_ids(axes, kept, stand_ins)
     _select(axes, kept)
 
 
@@ -71,8 +83,9 @@ def permute(axes: Axes, order: Mapping[Group, Sequence[int]]) -> None:
     _select(axes, {group: np.asarray(wanted, np.int64) for group, wanted in order.items()})
 
 
-def _check_allowed(group: Group, kind: Edit) -> None:
-    if pins := group.forbidding(kind):
+def _check_allowed(group: Group, kind: Edit, *, by_caller: bool = False) -> None:
+    pins = [pin for pin in group.forbidding(kind) if not (pin.caller and by_caller)]
+    if pins:
         raise PassError(
             Diagnostic(
                 "axes.pinned",
@@ -261,6 +274,35 @@ def _renumber(
     column = held.ndim == 2  # GatherND lists its positions one a row
     shape = (-1, 1) if column else (() if held.ndim == 0 else (-1,))
     _replace(node, operand, _constant_like(value, moved[flat].astype(held.dtype).reshape(shape)))
+
+
+def _map_ids(
+    axes: Axes, kept: Mapping[Group, Positions], stand_ins: Mapping[Group, Positions]
+) -> None:
+    """Let lookups of groups read ids through a map: old position to the new one of its stand-in."""
+    maps: dict[bytes, ir.Value] = {}
+    mapped: dict[tuple[ir.Value, ir.Value], ir.Value] = {}
+    for lookup in axes.related.lookups:
+        group = axes.by_atom.get(find(lookup.axis))
+        if group is None or group not in kept:
+            continue
+        new = np.full(group.size, -1, np.int64)
+        new[kept[group]] = np.arange(len(kept[group]))
+        array = new[stand_ins[group]]
+        if array.min() < 0:
+            raise ValueError(f"a position of {group.name} that is removed stands in for another")
+        node, ids = lookup.node, lookup.node.inputs[1]
+        assert ids is not None
+        if (key := array.tobytes()) not in maps:
+            maps[key] = edit.constant(_graph(node), array, f"{lookup.ids.name}/map")
+        if (at := (maps[key], ids)) not in mapped:
+            name = edit.unique_name(_graph(node), f"{ids.name}/mapped")
+            made = edit.node(
+                "Gather", at, name=name, dtype=ir.DataType.INT64, shape=ids.shape, like=node
+            )
+            _graph(node).insert_before(node, made)
+            mapped[at] = made.outputs[0]
+        node.replace_input_with(1, mapped[at])
 
 
 def _graph(node: ir.Node) -> ir.Graph:

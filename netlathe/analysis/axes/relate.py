@@ -43,6 +43,7 @@ class Pin:
     edits: frozenset[Edit]  # what is forbidden
     reason: str  # "Conv slides a window along it"
     node: ir.Node | None = None
+    caller: bool = False  # it is only that the caller numbers the positions
 
     @property
     def where(self) -> str:
@@ -69,6 +70,15 @@ class Listing:
     order: Axis
 
 
+@dataclass(frozen=True)
+class Lookup:
+    """A Gather that looks positions of ``axis`` up by integers that the caller gives (input 1)."""
+
+    node: ir.Node
+    axis: Axis
+    ids: ir.Value  # the graph input
+
+
 @dataclass
 class Related:
     """The axes of a model, before they are sorted into groups."""
@@ -79,6 +89,7 @@ class Related:
     relations: list[Relation] = field(default_factory=list)
     uses: list[Use] = field(default_factory=list)
     listings: list[Listing] = field(default_factory=list)
+    lookups: list[Lookup] = field(default_factory=list)
     pins: list[tuple[Axis, Pin]] = field(default_factory=list)
     least: list[tuple[Axis, int]] = field(default_factory=list)
     positions: dict[ir.Value, Axis] = field(default_factory=dict)  # integers that index an axis
@@ -125,7 +136,7 @@ class _Walk:
         self.node = None
         for value in self.graph.outputs if self.boundary else ():
             if value not in state:
-                self._pin_value(value, f"graph output {value.name} has it")
+                self._pin_value(value, f"graph output {value.name} has it", caller=True)
             if value in self.found.positions:
                 self._pin(self.found.positions[value], f"graph output {value.name} holds positions")
         self._find_data()
@@ -146,8 +157,10 @@ class _Walk:
 
     # -- pins -------------------------------------------------------------------------------------
 
-    def _pin(self, axis: Axis, reason: str, edits: frozenset[Edit] = EVERY) -> None:
-        self.found.pins.append((axis, Pin(edits, reason, self.node)))
+    def _pin(
+        self, axis: Axis, reason: str, edits: frozenset[Edit] = EVERY, *, caller: bool = False
+    ) -> None:
+        self.found.pins.append((axis, Pin(edits, reason, self.node, caller)))
 
     def _misfit(self, axis: Axis) -> None:
         assert self.node is not None
@@ -157,9 +170,9 @@ class _Walk:
         assert self.node is not None
         self._pin(axis, f"{_op(self.node)} sees it as one row of several")
 
-    def _pin_value(self, value: ir.Value, reason: str) -> None:
+    def _pin_value(self, value: ir.Value, reason: str, *, caller: bool = False) -> None:
         for axis in self._axes(value) or ():
-            self._pin(axis, reason)
+            self._pin(axis, reason, caller=caller)
 
     def _pin_node(self, reason: str) -> None:
         """Pin everything that a node reads, makes, or whose positions it holds."""
@@ -264,7 +277,12 @@ class _Walk:
             if value in known:
                 self.space.join(known[value], axis)
             elif index not in signature.lists:
-                self._pin(axis, f"{_op(node)} looks up positions that {source_of(value)}")
+                source = _source(value)
+                given = source.is_graph_input() and node.op_type == "Gather"
+                if given:
+                    self.found.lookups.append(Lookup(node, axis, source))
+                reason = f"{_op(node)} looks up positions that {source_of(value)}"
+                self._pin(axis, reason, caller=given)
         held = [value for index in moved if (value := node.inputs[index]) in known]
         if held and len(held) == len(moved):
             first = known[held[0]]
@@ -366,14 +384,21 @@ def caches(graph: ir.Graph) -> Iterator[tuple[ir.Value, ir.Value]]:
 
 def source_of(value: ir.Value) -> str:
     """Where a value comes from, to complete "positions that ..."."""
+    value = _source(value)
+    node = value.producer()
+    if node is None:
+        kind = "graph input" if value.is_graph_input() else "constant"
+        return f"{kind} {value.name} holds"
+    return f"{_op(node)} computes ({value.name})"
+
+
+def _source(value: ir.Value) -> ir.Value:
+    """The value whose elements these are, perhaps moved about."""
     while True:
         node = value.producer()
-        if node is None:
-            kind = "graph input" if value.is_graph_input() else "constant"
-            return f"{kind} {value.name} holds"
-        keeps = node.domain == "" and node.op_type in _KEEP_ELEMENTS
-        if not keeps or node.inputs[0] is None:
-            return f"{_op(node)} computes ({value.name})"
+        keeps = node is not None and node.domain == "" and node.op_type in _KEEP_ELEMENTS
+        if node is None or not keeps or node.inputs[0] is None:
+            return value
         value = node.inputs[0]
 
 
