@@ -465,7 +465,8 @@ class _Work:
             if site.shift.any():
                 width = linear.num_outputs(weight)
                 if weight.node.op_type == "MatMul" and linear.bias_of(weight.node, width):
-                    self._rename(weight.node.outputs[0], "unshifted")  # the sum behind it is as it was
+                    # The sum behind it is as it was.
+                    self._rename(weight.node.outputs[0], "unshifted")
                 linear.add_to_output(
                     self.graph,
                     weight.node,

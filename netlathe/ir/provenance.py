@@ -10,7 +10,8 @@ import onnx_ir as ir
 MODULE = "netlathe.module"
 SOURCE = "netlathe.source"
 CREATED_BY = "netlathe.created_by"
-STORED = "netlathe.stored"  # the constant that this node widens is stored so on purpose: do not fold it
+# The constant that this node widens is stored so on purpose: do not fold it.
+STORED = "netlathe.stored"
 
 # An ONNX file exported by TorchScript names nodes like "/encoder/layer.0/attention/self/MatMul".
 _SCOPED_NAME = re.compile(r"^/(?P<path>.+)/[^/]+$")

@@ -103,9 +103,7 @@ def test_another_request_is_another_result(
     assert fresh.code == 0 and written(tmp_path / "b") == written(tmp_path / "c")
 
 
-def test_strict_holds_for_what_comes_from_the_cache(
-    run: Run, model: Path, tmp_path: Path
-) -> None:
+def test_strict_holds_for_what_comes_from_the_cache(run: Run, model: Path, tmp_path: Path) -> None:
     words = ("compile", model, "--passes", "fold_batch_norm, fold_norms")
     assert run(*words, "-o", tmp_path / "a").code == 0
     done = run(*words, "--strict", "-o", tmp_path / "b")

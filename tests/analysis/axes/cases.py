@@ -245,7 +245,8 @@ def _attention() -> list[Case]:
             "RotaryEmbedding of a table",
             "y = RotaryEmbedding(x, c, s, i)",
             {"x": "b n s 2*p", "c": "m p", "s": "m p", "i": ints("b s", high="m")},
-            sizes={"m": 4},  # ONNX Runtime wants a table of at least s rows, whatever the positions are
+            # ONNX Runtime wants a table of at least s rows, whatever the positions are.
+            sizes={"m": 4},
         ),
     ]
 
