@@ -175,6 +175,7 @@ def test_data_is_needed() -> None:
 
 
 def test_options() -> None:
+    wrong: dict[str, Any]
     for wrong in ({"kind": "mlp"}, {"count": -1}, {"score": "angle"}, {"layers": 3}):
         with pytest.raises(OptionError):
             Drop(**wrong)
