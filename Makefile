@@ -32,8 +32,10 @@ test: $(STAMP)   ## run the test suite (minutes)
 test-all: $(STAMP)   ## run the tests with the long sweeps: all models, all node tests, all mutants
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
-bench: $(STAMP)  ## run every benchmark; each prints its table and its bar
-	@set -e; for file in benchmarks/bench_*.py; do echo "== $$file"; $(BIN)/python $$file; done
+# The others want a model, a GPU or the peers: see the first lines of each.
+bench: $(STAMP)  ## run the benchmarks that need nothing else; each prints its table and its bar
+	@set -e; for name in parity verification memory mutants axes tvm; do \
+	  echo "== $$name"; $(BIN)/python benchmarks/bench_$$name.py; done
 
 examples: $(STAMP)   ## run every example, and test the example plug-in as installed
 	@set -e; for file in examples/*.py; do echo "== $$file"; $(BIN)/python $$file; done

@@ -66,7 +66,7 @@ SETS = {
 
 def main() -> None:
     """Print the table, row by row."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("model", type=Path, help="a Hugging Face directory, or an ONNX file")
     parser.add_argument("calibration", type=Path, help="text, text.xz or ids.npy")
     parser.add_argument("validation", type=Path, help="text, text.xz or ids.npy")

@@ -148,7 +148,7 @@ def build(name: str, folder: Path) -> float:
 
     if (folder / "tvm").exists():
         return 0.0
-    settings = {"cache": True} if name == "llama" else {}
+    settings: dict[str, Any] = {"cache": True} if name == "llama" else {}
     captured = netlathe.capture(directory(name, folder), **settings)
     compiled = netlathe.compile(captured, "cleanup, fold_batch_norm")
     if not (folder / "onnx").exists():
@@ -230,13 +230,13 @@ def compiled_by_torch(
         ids = tensors["input_ids"]
         keys = [tensors[key] for key in cached]
 
-        def call() -> Any:
+        def step() -> Any:
             cache = hf.DynamicCache()
             for layer in range(len(keys) // 2):
                 cache.update(keys[2 * layer], keys[2 * layer + 1], layer)
             return model(input_ids=ids, past_key_values=cache, use_cache=True)
 
-        tensors = {}
+        call, tensors = step, {}
     elif name == "llama":
         tensors = {"input_ids": tensors["input_ids"]}
     optimized = torch.compile(call)

@@ -79,7 +79,7 @@ class Accumulator(abc.ABC):
 
     def forget(self) -> None:
         """Give the sum back: nothing is asked of it any more."""
-        self.__dict__.clear()
+        vars(self).clear()
 
 
 def chunks(rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
