@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import operator
 import re
+from collections.abc import Callable
 from typing import Any
 
 import onnx_ir as ir
@@ -37,6 +38,22 @@ def to_fx(model: ir.Model) -> torch.fx.GraphModule:
     return _Emitter({}).emit(program, names=program.output_names).eval()
 
 
+def weights_of(model: ir.Model) -> dict[str, ir.TensorProtocol]:
+    """Every name in the ``state_dict`` of :func:`to_fx`'s module, with the tensor of the IR behind it.
+
+    No weight is read. A tensor that several bodies read has several names.
+
+    Raises:
+        LowerError: with every node that has no row in the table.
+    """
+    program = plan(model)
+    emitter = _Emitter({}, load=_without_contents)
+    module = emitter.emit(program, names=program.output_names)
+    read = {id(emitter.tensors[key]): tensor for key, tensor in emitter.read.items()}
+    state = module.state_dict(keep_vars=True)
+    return {name: read[id(tensor)] for name, tensor in state.items()}
+
+
 def argument_name(name: str) -> str:
     """The argument for the graph input ``name``: what Python cannot spell becomes ``_``."""
     text = re.sub(r"\W", "_", name)
@@ -44,10 +61,20 @@ def argument_name(name: str) -> str:
 
 
 class _Emitter:
-    """Emits one program; ``tensors`` holds the weights emitted so far, bodies included."""
+    """Emits one program; ``tensors`` holds the weights emitted so far, bodies included.
 
-    def __init__(self, tensors: dict[int, torch.Tensor]) -> None:
+    ``load`` makes them of the IR's tensors; ``read`` are those, under the same keys.
+    """
+
+    def __init__(
+        self,
+        tensors: dict[int, torch.Tensor],
+        load: Callable[[ir.TensorProtocol], torch.Tensor] = storage.load,
+        read: dict[int, ir.TensorProtocol] | None = None,
+    ) -> None:
         self.tensors = tensors
+        self.load = load
+        self.read = {} if read is None else read
         self.root = nn.Module()
         self.graph = torch.fx.Graph()
         self.nodes: dict[Slot, torch.fx.Node] = {}
@@ -94,7 +121,8 @@ class _Emitter:
         if isinstance(arg, Program):
             name = f"body_{self.bodies}"
             self.bodies += 1
-            self.root.add_module(name, _Emitter(self.tensors).emit(arg))
+            body = _Emitter(self.tensors, self.load, self.read)
+            self.root.add_module(name, body.emit(arg))
             return self.graph.get_attr(name)
         return arg
 
@@ -103,8 +131,9 @@ class _Emitter:
         if slot not in self.nodes:
             tensor = program.weights[slot]
             if id(tensor) not in self.tensors:
+                self.read[id(tensor)] = tensor
                 self.tensors[id(tensor)] = _weight(
-                    storage.load(tensor), trained=slot.trained and slot not in fixed
+                    self.load(tensor), trained=slot.trained and slot not in fixed
                 )
             target = _attach(self.root, slot.name, self.tensors[id(tensor)])
             self.nodes[slot] = self.graph.get_attr(target)
@@ -119,6 +148,11 @@ def fixed(program: Program) -> set[Slot]:
         for position in _NOT_TRAINED.get(step.node.op_type, ())
         if position < len(step.args) and isinstance(step.args[position], Slot)
     }
+
+
+def _without_contents(tensor: ir.TensorProtocol) -> torch.Tensor:
+    shape = tensor.shape.numpy()
+    return torch.empty(shape, dtype=storage.TORCH_DTYPE[tensor.dtype], device="meta")
 
 
 def _weight(tensor: torch.Tensor, trained: bool) -> torch.Tensor:

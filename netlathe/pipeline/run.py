@@ -15,7 +15,7 @@ import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, get_args
+from typing import TYPE_CHECKING, Any, Protocol, get_args
 
 import onnx_ir as ir
 
@@ -33,6 +33,9 @@ from netlathe.pipeline.loss import Loss, Metric, Scale, Subject
 from netlathe.pipeline.pass_ import ChoosingPass, Context, Lossy, Pass, Result
 from netlathe.pipeline.step import Step
 from netlathe.pipeline.verification import Bench, Check, Outcome, blamed
+
+if TYPE_CHECKING:  # an extra
+    import torch
 
 if sys.platform != "win32":
     import resource
@@ -54,6 +57,36 @@ class Compiled:
     def dense(self) -> ir.Model:
         """The model as captured."""
         return self.captured.model
+
+    def module(self) -> torch.fx.GraphModule:
+        """The model as a PyTorch module to fine-tune; it has copies of the weights.
+
+        Its inputs go by the model's names, its outputs are a dict. Weights in floating point are parameters;
+        the rest are buffers, the running statistics of a batch norm among them: modules of NetLathe compute
+        as in inference, in training mode too.
+
+        Raises:
+            LowerError: with every node that torch has no function for.
+        """
+        from netlathe.execute.fx import to_fx  # torch is not needed to run passes
+
+        return to_fx(self.model)
+
+    def with_weights(self, tuned: torch.nn.Module | Mapping[str, torch.Tensor]) -> Compiled:
+        """The model with other weights: those of :meth:`module`, trained, or of its ``state_dict``.
+
+        It is a capture of its own, to save or to compile on from its ``captured``: losses are measured to
+        it from then on. Its manifest holds the compilation so far, and of every weight that changed the
+        digests. It is compared with the module in ONNX Runtime at two sizes. ``self`` stays as it is.
+
+        Raises:
+            InputError: a weight is unknown, missing, of another shape or dtype, or not finite; an integer
+                or a constant has changed; names of a tied weight differ.
+            VerifyError, CaptureError: the model is not well formed, or differs from the module.
+        """
+        from netlathe.frontends.tuned import with_weights  # torch is not needed to run passes
+
+        return with_weights(self, tuned)
 
     def save(
         self,
