@@ -1,6 +1,6 @@
 """What pipelines of passes cost a language model: parameters, perplexity, KL and top-1 agreement.
 
-    python benchmarks/bench_language.py MODEL CALIBRATION VALIDATION [--set drop] [--setting "drop(count=2)"]
+    python benchmarks/bench_language.py MODEL CALIBRATION VALIDATION [--set NAME] [--setting "drop(count=2)"]
 
 MODEL is a Hugging Face directory or an ONNX file of a language model; see ``language.py`` for the texts and
 the protocol. One row a pipeline; the first is the dense model. ``--windows N`` is a quick look: N windows
@@ -11,13 +11,16 @@ from __future__ import annotations
 
 import argparse
 import resource
+import tempfile
 import time
 from pathlib import Path
 
-from language import Judge, feeds, texts
+import onnx_ir as ir
+from language import Ids, Judge, feeds, texts
 
 from netlathe.analysis.cost import cost
 from netlathe.api import capture
+from netlathe.diagnostics import NetLatheError
 from netlathe.ir import normal, verify
 from netlathe.pipeline.pass_ import Context
 from netlathe.pipeline.text import parse
@@ -26,6 +29,13 @@ FOLD = "fold_norms(untie=True)"
 DROP = "drop(kind='joint', params={}, score='kl', search='greedy')"
 SLICE = "slice(parameters={}, basis='loss', refit=True)"
 PRUNE = "prune(scope=('ffn', 'heads'), params={})"
+# Both tables in float16, as most tools leave them; one of them; both in int8.
+HALF = "{'weights': 'float16', 'group_size': 0, 'symmetric': True}"
+BYTE = "{'weights': 'int8', 'group_size': 0, 'symmetric': True}"
+TABLES = f"overrides={{'embed_tokens': {HALF}, 'lm_head': {HALF}}}"
+EMBEDDING = f"overrides={{'embed_tokens': {HALF}}}"
+BYTES = f"overrides={{'embed_tokens': {BYTE}, 'lm_head': {BYTE}}}"
+SOLVED = "scales='float16', clip='mse', solver='gptq', sweeps=3"
 SETS = {
     # One step of a kind each, and two or three steps that each take their part of the same budget.
     "compose": [
@@ -61,6 +71,63 @@ SETS = {
         "drop(kind='joint', params=0.9, score='kl')",
         "drop(kind='joint', params=0.9, score='kl', search='greedy')",
     ],
+    # The parameters that the peers' settings leave, and the scores and allocations at one of them.
+    "prune": [
+        "prune(scope=('ffn',), params=22.34e6)",
+        "prune(scope=('ffn',), params=21.59e6)",
+        "prune(scope=('ffn',), params=20.92e6)",
+        "prune(scope=('ffn',), params=19.78e6)",
+        "prune(scope=('ffn', 'heads', 'kv_groups'), params=21.59e6)",
+        "prune(scope=('ffn', 'heads', 'kv_groups'), params=19.78e6)",
+        *(
+            f"prune(scope=('ffn',), params=22.34e6, {rest})"
+            for rest in (
+                "score='random', compensate='none'",
+                "score='l2', compensate='none'",
+                "score='group_norm', compensate='none'",
+                "score='fpgm', compensate='none'",
+                "score='wanda', compensate='none'",
+                "score='cfsp', compensate='none'",
+                "score='cfsp', allocation='cfsp', compensate='none'",
+                "score='flap', allocation='flap', compensate='bias'",
+                "score='taylor', allocation='uniform', compensate='none'",
+                "score='taylor', compensate='none'",
+                "score='obd', allocation='uniform', compensate='none'",
+                "score='obd', allocation='layer_adaptive', compensate='none'",
+                "score='obd', compensate='none'",
+                "score='obd', compensate='bias'",
+            )
+        ),
+    ],
+    "quantize": [
+        f"quantize(weights='int8', scales='float16', {EMBEDDING})",
+        f"quantize(weights='int4', group_size=64, scales='float16', {TABLES})",
+        f"quantize(weights='int4', group_size=64, scales='float16', clip='mse', {TABLES})",
+        f"quantize(weights='int4', group_size=64, scales='float16', clip='mse', solver='gptq', {TABLES})",
+        f"quantize(weights='int4', group_size=64, {SOLVED}, {TABLES})",
+        f"quantize(weights='int4', group_size=32, {SOLVED}, {TABLES})",
+        f"quantize(weights='int4', group_size=128, {SOLVED}, {TABLES})",
+        f"quantize(weights='int4', group_size=64, symmetric=False, {SOLVED}, {TABLES})",
+        f"quantize(weights='int4', group_size=32, symmetric=False, {SOLVED}, {TABLES})",
+        f"quantize(weights='int4', group_size=64, {SOLVED}, {EMBEDDING})",
+        f"quantize(weights='int3', group_size=64, symmetric=False, {SOLVED}, {TABLES})",
+        f"quantize(weights='int2', group_size=32, symmetric=False, {SOLVED}, {TABLES})",
+        f"quantize(weights='int6', group_size=64, {SOLVED}, {BYTES})",
+        f"quantize(weights='int5', group_size=64, {SOLVED}, {BYTES})",
+        f"quantize(weights='int4', group_size=32, {SOLVED}, {BYTES})",
+        "quantize(weights='int8', activations='int8', activation_scales='token')",
+        "quantize(weights='int8', activations='int8')",
+    ],
+    # SliceGPT (arXiv 2401.15024) at its ratios, and one basis at as many parameters or fewer.
+    "slice": [
+        *(f"{FOLD}, slice(ratio={r}, adapters=True, full='head')" for r in (0.1, 0.2, 0.25, 0.3)),
+        *(
+            f"{FOLD}, slice(parameters={share}, basis='{basis}', refit={refit})"
+            for share in (0.05, 0.09, 0.135, 0.201)
+            for basis in ("pca", "loss")
+            for refit in (False, True)
+        ),
+    ],
 }
 
 
@@ -79,22 +146,40 @@ def main() -> None:
     dense = capture(args.model).model
     judge = Judge(dense, validation, args.device)
     print(f"{len(calibration)} calibration and {len(validation)} validation windows")
-    print("| pipeline | params | ppl | KL | top-1 | s | peak RSS MiB |")
-    print("|---|---|---|---|---|---|---|")
+    print("| pipeline | params | MB on disk | ppl | KL | top-1 | s | peak RSS MiB |")
+    print("|---|---|---|---|---|---|---|---|")
     for setting in ["", *(args.setting or SETS[args.set])]:
-        model, start = dense.clone(), time.perf_counter()
-        for pass_ in parse(setting) if setting else ():
-            ctx = Context(calibration=feeds(model, calibration), device=args.device)
-            pass_.run(model, ctx)
-            normal.normalize(model)
-            verify.check(model)
+        start = time.perf_counter()
+        try:
+            model = made(dense, setting, calibration, args.device)
+        except NetLatheError as error:
+            print(f"| `{setting}` | refused: {error.diagnostics[0].message} | | | | | | |")
+            continue
         seconds = time.perf_counter() - start
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         print(
-            f"| `{setting or 'dense'}` | {cost(model).params / 1e6:.2f}M | {judge.of(model)}"
-            f" | {seconds:.1f} | {peak:.0f} |",
+            f"| `{setting or 'dense'}` | {cost(model).params / 1e6:.2f}M | {size(model) / 1e6:.2f}"
+            f" | {judge.of(model)} | {seconds:.1f} | {peak:.0f} |",
             flush=True,
         )
+
+
+def made(dense: ir.Model, setting: str, calibration: Ids, device: str) -> ir.Model:
+    """What a pipeline makes of a model; each pass is calibrated on what those before it made."""
+    model = dense.clone()
+    for pass_ in parse(setting) if setting else ():
+        pass_.run(model, Context(calibration=feeds(model, calibration), device=device))
+        normal.normalize(model)
+        verify.check(model)
+    return model
+
+
+def size(model: ir.Model) -> int:
+    """Bytes of a model in one ONNX file."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.onnx"
+        ir.save(model.clone(), path)
+        return path.stat().st_size
 
 
 if __name__ == "__main__":
