@@ -21,7 +21,7 @@ from netlathe.execute.fx import to_fx, weights_of
 from netlathe.execute.torch_ops import storage
 from netlathe.frontends.compare import Arrays, Original, check_same
 from netlathe.frontends.finite import check_finite
-from netlathe.ir import weights
+from netlathe.ir import interface, weights
 from netlathe.ir.verify import verify
 from netlathe.pipeline import manifest
 from netlathe.pipeline.fingerprint import weights_digest
@@ -48,9 +48,11 @@ def with_weights(compiled: Compiled, tuned: nn.Module | State) -> Compiled:
     entries.append(_origin(compiled, model, len(changed)))
     known = {value.name for value in _inputs(model)}
     source = compiled.captured
+    interface.start_over(model)
 
     def fitting(feeds: Feeds) -> Feeds:
-        return {n: array for n, array in inputs_of(model, feeds).items() if n in known}
+        fit = inputs_of(compiled.model, feeds)
+        return {name: array for name, array in fit.items() if name in known}
 
     def sample(sizes: Mapping[str, int], seed: int) -> Feeds:
         return fitting(source.sample(sizes, seed))

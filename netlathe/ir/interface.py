@@ -35,6 +35,11 @@ def narrow(model: ir.Model, name: str, dim: int, positions: npt.NDArray[np.int64
     model.metadata_props[_KEY] = json.dumps(record, sort_keys=True)
 
 
+def start_over(model: ir.Model) -> None:
+    """Let ``model`` be the first model: data is made for it as it is now."""
+    model.metadata_props.pop(_KEY, None)
+
+
 def fit(array: Array, name: str, to: Mapping[str, Mapping[int, list[int]]], of: Kept) -> Array:
     """An input or output of a model that has ``of`` left, narrowed to what another has left (``to``).
 

@@ -18,6 +18,7 @@ import netlathe
 from netlathe.diagnostics import InputError
 from netlathe.execute import ort
 from netlathe.execute.fx import to_fx, weights_of
+from netlathe.ir import interface
 from netlathe.pipeline.fingerprint import graph_digest, weights_digest
 from netlathe.pipeline.interfaces import Captured
 from netlathe.pipeline.run import Compiled
@@ -242,3 +243,19 @@ def test_the_names_of_a_tied_weight_must_agree() -> None:
     with pytest.raises(InputError) as caught:
         Compiled(captured, model, []).with_weights({**tuned, "body_1.w": state["w"]})
     assert [d.code for d in caught.value.diagnostics] == ["tuned.tie"]
+
+
+def test_a_narrowed_input_is_the_first_of_its_capture() -> None:
+    source = "g (float[2, {}] past) => (float[2, 3] z) {{ z = MatMul(past, w) }}"
+    dense = text.model(source.format(4), {"w": text.normal(4, 3)})
+    model = text.model(source.format(2), {"w": text.normal(4, 3)[[0, 2]]})
+    for made in (dense, model):
+        made.graph.opset_imports[""] = 25
+    interface.narrow(model, "past", 1, np.asarray([0, 2]))
+    past = text.normal(2, 4, seed=1)
+    captured = Captured(dense, "made here", "text", {}, lambda sizes, seed: {"past": past})
+    back = Compiled(captured, model, []).with_weights({"w": torch.ones(2, 3)})
+    np.testing.assert_array_equal(back.captured.sample({}, 0)["past"], past[:, [0, 2]])
+    # Positions are numbered anew: a later pass that narrows it speaks of two, not of four.
+    assert interface.kept(model) == {"past": {1: [0, 2]}}
+    assert interface.kept(back.model) == {}
