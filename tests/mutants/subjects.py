@@ -114,12 +114,10 @@ def subjects() -> list[Subject]:
         _subject(FoldNorms(), "gpt2"),
         _subject(FoldNorms(untie=True), "qwen2"),
         _subject(FoldNorms(), "vit"),
-        _subject(
-            Drop(kind="attention", count=1), "attentions with caches", _caches, calibrated=True
-        ),
-        _subject(Drop(kind="attention", count=1), "llama", calibrated=True),
-        _subject(Drop(kind="ffn", count=1), "gpt2", calibrated=True),
-        _subject(Drop(kind="block", count=1), "phi", calibrated=True),
+        _subject(Drop(kind="attention"), "attentions with caches", _caches, calibrated=True),
+        _subject(Drop(kind="attention"), "llama", calibrated=True),
+        _subject(Drop(kind="ffn"), "gpt2", calibrated=True),
+        _subject(Drop(kind="block"), "phi", calibrated=True),
         _subject(Convert(dtype="float16"), "llama"),
         _subject(Convert(dtype="float16"), "resnet"),
         _subject(Convert(dtype="bfloat16"), "gpt2"),
