@@ -35,7 +35,7 @@ from netlathe.passes.prune import Prune
 from netlathe.pipeline.text import parse
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+    from matplotlib.axes import Axes  # pyright: ignore[reportMissingImports]
 
 BATCH = 64
 HELD_OUT = 1 / 3
@@ -291,8 +291,9 @@ def table(panels: Mapping[str, Mapping[str, Curve]]) -> str:
 
 def plot(found: Mapping[str, Mapping[str, Mapping[str, Curve]]], file: Path) -> None:
     """A row of panels for each network, as an SVG that has the same bytes each time."""
-    import matplotlib  # with the extra bench; the tables do without
-    from matplotlib.figure import Figure
+    # With the extra bench; the tables do without.
+    import matplotlib  # pyright: ignore[reportMissingImports]
+    from matplotlib.figure import Figure  # pyright: ignore[reportMissingImports]
 
     matplotlib.rcParams.update(
         {"svg.hashsalt": "netlathe", "svg.fonttype": "none", "font.sans-serif": ["DejaVu Sans"]}
