@@ -25,6 +25,7 @@ from typing import Any, Literal, get_args
 from netlathe.diagnostics import Diagnostic, InputError, OptionError
 from netlathe.pipeline import cache_file
 from netlathe.pipeline.cache_file import Damaged, Reader, Writer
+from netlathe.pipeline.output import sync
 
 Kind = Literal["capture", "step", "piece", "artifact"]
 Material = Mapping[str, Any]  # JSON data
@@ -132,7 +133,7 @@ class Cache:
                 with self._explaining():
                     path.parent.mkdir(parents=True, exist_ok=True)
                     cache_file.put(part, path)
-                    _sync(path.parent)
+                    sync(path.parent)
         except _TooLargeError:
             part.unlink(missing_ok=True)
             limit = show(self.limit)
@@ -341,14 +342,3 @@ def _explained(folder: Path, error: OSError) -> InputError:
     return InputError(
         Diagnostic(code, f"the cache cannot be used: {reason}", at=str(folder), help=way_out)
     )
-
-
-def _sync(folder: Path) -> None:
-    """Have the names in a folder on disk."""
-    if sys.platform == "win32":  # folders have no handle to flush there
-        return
-    held = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(held)
-    finally:
-        os.close(held)

@@ -96,7 +96,7 @@ def write_whole(
         _flush(part)
         _put(part, wanted)
         made.clear()
-        _sync(wanted.parent)
+        sync(wanted.parent)
     except BaseException as error:
         full = part is not None and _no_room(part)
         if part is not None:
@@ -313,10 +313,11 @@ def _flush(folder: Path) -> None:
                 os.fsync(held)
             finally:
                 os.close(held)
-        _sync(Path(place))
+        sync(Path(place))
 
 
-def _sync(folder: Path) -> None:
+def sync(folder: Path) -> None:
+    """Have the names in a folder on disk."""
     if sys.platform == "win32":  # folders have no handle to flush there
         return
     held = os.open(folder, os.O_RDONLY)

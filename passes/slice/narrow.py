@@ -8,6 +8,7 @@ what :func:`netlathe.analysis.axes.delete` does for d - k positions of the chann
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,8 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from netlathe.analysis.axes import Stretch, delete
-from netlathe.analysis.axes.algebra import Axis, Product, find, parts
+from netlathe.analysis.axes.algebra import Axis, find
+from netlathe.analysis.axes.basis import along
 from netlathe.ir import weights
 from netlathe.passes.slice.bases import Basis
 from netlathe.passes.slice.segments import Layout
@@ -58,34 +60,16 @@ def _recipe(turns: Sequence[Turn], dtype: ir.DataType, device: str) -> Callable[
             return _on_device(array, turns, device)
         wide = array.astype(np.float64)
         for dim, axis, atom, basis in turns:
-            wide = _along(wide, dim, axis, atom, basis)
+            wide = along(wide, dim, axis, atom, partial(_contracted, basis=basis))
         return wide.astype(dtype.numpy())
 
     return change
 
 
-def _along(array: Array, dim: int, axis: Axis, atom: Axis, basis: Basis) -> Array:
-    """Contract every appearance of an atom in a dim with a basis."""
-    axis = find(axis)
-    if axis is atom:
-        turned = np.moveaxis(array, dim, -1) @ basis.astype(np.float64)
-        return np.moveaxis(turned, -1, dim)
-    if axis.form is None:
-        return array
-    if isinstance(axis.form, Product):
-        shape = array.shape
-        sizes = [int(factor.size) for factor in axis.form.factors]
-        array = array.reshape(*shape[:dim], *sizes, *shape[dim + 1 :])
-        for index, factor in enumerate(axis.form.factors):
-            array = _along(array, dim + index, factor, atom, basis)
-        return array.reshape(*shape[:dim], -1, *shape[dim + 1 :])
-    pieces, start = [], 0
-    for part in parts(axis):
-        end = start + int(part.size)
-        piece = np.take(array, range(start, end), axis=dim)
-        pieces.append(_along(piece, dim, part, atom, basis))
-        start = end
-    return np.concatenate(pieces, axis=dim)
+def _contracted(array: Array, dim: int, basis: Basis) -> Array:
+    """A dim with a basis."""
+    turned = np.moveaxis(array, dim, -1) @ basis.astype(np.float64)
+    return np.moveaxis(turned, -1, dim)
 
 
 def _on_device(array: Array, turns: Sequence[Turn], device: str) -> Array:

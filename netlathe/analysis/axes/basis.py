@@ -116,17 +116,17 @@ def _change(axes: Axes, stretch: Stretch, apply: Callable[[Array, int, int], Arr
 
         def change(array: Array, axis: Axis = axis, dim: int = dim, n: int = exponent) -> Array:
             wide = array.astype(np.float64)
-            changed = _along(wide, dim, axis, stretch.group.atom, lambda a, at: apply(a, at, n))
+            changed = along(wide, dim, axis, stretch.group.atom, lambda a, at: apply(a, at, n))
             return changed.astype(array.dtype)
 
         shape = base.shape.numpy()
         value.const_value = weights.derived(base, change, base.dtype, shape, value.name or "")
 
 
-def _along(
+def along(
     array: Array, dim: int, axis: Axis, atom: Axis, apply: Callable[[Array, int], Array]
 ) -> Array:
-    """Apply a function along every appearance of an atom in a dim."""
+    """Apply a function, which may change the size, along every appearance of an atom in a dim."""
     axis = find(axis)
     if axis is atom:
         return apply(array, dim)
@@ -137,13 +137,13 @@ def _along(
         sizes = [int(factor.size) for factor in axis.form.factors]
         array = array.reshape(*shape[:dim], *sizes, *shape[dim + 1 :])
         for index, factor in enumerate(axis.form.factors):
-            array = _along(array, dim + index, factor, atom, apply)
-        return array.reshape(shape)
+            array = along(array, dim + index, factor, atom, apply)
+        return array.reshape(*shape[:dim], -1, *shape[dim + 1 :])
     pieces, start = [], 0
     for part in parts(axis):
         end = start + int(part.size)
         piece = np.take(array, range(start, end), axis=dim)
-        pieces.append(_along(piece, dim, part, atom, apply))
+        pieces.append(along(piece, dim, part, atom, apply))
         start = end
     return np.concatenate(pieces, axis=dim)
 
