@@ -11,17 +11,20 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
+import transformers
 
 from netlathe.backends.onnx_file import OnnxBackend
 from netlathe.backends.torch_fx import TorchBackend
 from netlathe.backends.tvm import runtime
 from netlathe.backends.tvm.backend import TvmBackend
 from netlathe.execute.fx import argument_name
+from netlathe.frontends.huggingface import HuggingFaceDirectory
 from netlathe.frontends.onnx_file import OnnxFile
 from netlathe.frontends.torch_fx import TorchFx
 from netlathe.frontends.torch_module import TorchModule
 from netlathe.pipeline.pass_ import Feeds
 from netlathe.testing import Case, backend_cases, frontend_cases, models
+from tests import zoo
 
 Run = Callable[[Feeds], Mapping[str, Any]]
 
@@ -122,5 +125,21 @@ def test_the_frontend_of_onnx_files(tmp_path: Path) -> None:
     file = tmp_path / "encoder.onnx"
     ir.save(captured.model, file)
     cases = frontend_cases(OnnxFile(), file, onnx_runtime(file), dynamic=["batch", "sequence"])
+    for case in cases:
+        case.check()
+
+
+def test_the_frontend_of_hugging_face_directories() -> None:
+    folder = zoo.minilm_folder()
+    model = transformers.AutoModel.from_pretrained(folder).eval()
+
+    def run(feeds: Feeds) -> Mapping[str, Any]:
+        with torch.no_grad():
+            tensors = {name: torch.from_numpy(array) for name, array in feeds.items()}
+            states, mask = model(**tensors)[0], tensors["attention_mask"][..., None]
+            mean = (states * mask).sum(1) / mask.sum(1)
+        return {"sentence_embedding": torch.nn.functional.normalize(mean).numpy()}
+
+    cases = frontend_cases(HuggingFaceDirectory(), folder, run, dynamic=["batch", "sequence"])
     for case in cases:
         case.check()
