@@ -7,8 +7,6 @@ a measured table: it is that of each candidate at its width, added up.
 
 from __future__ import annotations
 
-import csv
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +14,10 @@ from typing import Literal
 
 import numpy as np
 
+from netlathe.analysis import latency
 from netlathe.analysis.axes import Axes
 from netlathe.analysis.cost import Meter
 from netlathe.diagnostics import Diagnostic, PassError
-from netlathe.ir.provenance import matches
 from netlathe.passes.prune.allocation import Allocation
 from netlathe.passes.prune.candidates import Candidate, Widths
 
@@ -77,50 +75,29 @@ def by_table(path: Path, candidates: Sequence[Candidate], limit: float) -> Budge
 def read_table(
     path: Path, candidates: Sequence[Candidate]
 ) -> dict[Candidate, tuple[list[float], list[float]]]:
-    """Widths and times of every candidate, from a table of rows ``candidate, width, ms``.
+    """Widths and times of every candidate, from a table (:mod:`netlathe.analysis.latency`).
 
-    CSV with these names in its first line, or JSON: a list of objects. ``candidate`` is a candidate's
-    name or a pattern of its module path. Between two widths times are interpolated.
+    Between two widths times are interpolated.
 
     Raises:
         PassError: it is no such table, or tells too little about some candidate.
     """
-    rows = _rows(path)
+    table = latency.read(path, "prune.table")
     curves: dict[Candidate, tuple[list[float], list[float]]] = {}
     problems = []
     for candidate in candidates:
-        own = sorted(
-            (width, ms)
-            for name, width, ms in rows
-            if name == candidate.name or any(matches(path, name) for path in candidate.modules)
-        )
-        widths = [width for width, _ in own]
-        if len(own) < 2 or widths[0] > candidate.widths()[0] or widths[-1] < candidate.size:
-            known = f"has widths {widths[0]:g} to {widths[-1]:g} of it" if own else "lacks it"
-            message = f"the table {known}; widths {candidate.widths()[0]} to {candidate.size} occur"
+        widths, times = table.of(candidate.name, candidate.modules)
+        least = candidate.widths()[0]
+        if len(widths) < 2 or widths[0] > least or widths[-1] < candidate.size:
+            known = f"has widths {widths[0]:g} to {widths[-1]:g} of it" if widths else "lacks it"
+            message = f"the table {known}; widths {least} to {candidate.size} occur"
             problems.append(
                 Diagnostic("prune.table", message, at=candidate.name, where=candidate.where)
             )
-        curves[candidate] = widths, [ms for _, ms in own]
+        curves[candidate] = widths, times
     if problems:
         raise PassError(problems)
     return curves
-
-
-def _rows(path: Path) -> list[tuple[str, float, float]]:
-    try:
-        text = path.read_text("utf-8")
-        listed = json.loads(text) if path.suffix == ".json" else csv.DictReader(text.splitlines())
-        return [(str(r["candidate"]), float(r["width"]), float(r["ms"])) for r in listed]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise PassError(
-            Diagnostic(
-                "prune.table",
-                f"no table of latencies: {type(error).__name__}: {error}",
-                at=str(path),
-                help="CSV (or a JSON list of objects) with the columns candidate, width, ms",
-            )
-        ) from error
 
 
 # -- solving ----------------------------------------------------------------------------------------
