@@ -51,13 +51,21 @@ class Stretch:
         return [place for place in self.exponents if weights.is_weight(place[0])]
 
 
-def to_scale(axes: Axes, group: Group, value: ir.Value, dim: int | None = None) -> Stretch:
-    """What must change for a value to be scaled along a group.
+def to_scale(
+    axes: Axes,
+    group: Group,
+    value: ir.Value,
+    dim: int | None = None,
+    *,
+    keep: Sequence[ir.Value] = (),
+) -> Stretch:
+    """What must change for a value to be scaled along a group, while the values of ``keep`` stay.
 
     Raises:
         PassError: the stretch runs into something that is not linear, or leaves the model.
     """
-    return _Scaling(_Laws(axes, group)).stretch(_place(axes, group, value, dim))
+    kept = {place: 0 for held in keep for place in _places(axes, group, held)}
+    return _Scaling(_Laws(axes, group)).stretch(_place(axes, group, value, dim), kept)
 
 
 def to_rotate(axes: Axes, group: Group, value: ir.Value, dim: int | None = None) -> Stretch:
@@ -99,12 +107,17 @@ def rotate(axes: Axes, stretch: Stretch, matrix: Array) -> None:
 def _place(axes: Axes, group: Group, value: ir.Value, dim: int | None) -> Place:
     if value not in axes.related.axes:
         raise PassError(Diagnostic("axes.basis", f"{value.name} is a constant that others share"))
-    dims = [at for at in range(len(axes.related.axes[value])) if group in axes.of(value, at)]
+    dims = [at for _, at in _places(axes, group, value)]
     if dim is None and len(dims) == 1:
         return value, dims[0]
     if dim not in dims:
         raise ValueError(f"{value.name} has {group.name} in the dims {dims}")
     return value, dim
+
+
+def _places(axes: Axes, group: Group, value: ir.Value) -> list[Place]:
+    dims = range(len(axes.related.axes.get(value, ())))
+    return [(value, dim) for dim in dims if group in axes.of(value, dim)]
 
 
 def _change(axes: Axes, stretch: Stretch, apply: Callable[[Array, int, int], Array]) -> None:
@@ -272,10 +285,10 @@ class _Scaling:
     def __init__(self, laws: _Laws) -> None:
         self.laws = laws
 
-    def stretch(self, start: Place) -> Stretch:
-        """The stretch in which ``start`` has the exponent 1."""
+    def stretch(self, start: Place, kept: Mapping[Place, int]) -> Stretch:
+        """The stretch in which ``start`` has the exponent 1, and ``kept`` what it is given."""
         try:
-            found = self._extend({}, [(start, 1)])
+            found = self._extend({}, [*kept.items(), (start, 1)])
         except Blocked as why:
             raise _failure(self.laws.group, "scaled", why) from None
         exponents = {place: exponent for place, exponent in found.items() if exponent}
