@@ -42,10 +42,11 @@ _WEIGHT_SIZE = 4096
 
 _IR_VERSION = 10  # of the ONNX format; enough for every dtype, known to every runtime
 
-_NEVER = frozenset(
-    {"Bernoulli", "BitShift", "Constant", "DequantizeLinear", "Dropout", "Identity", "Multinomial"}
+_DRAWN = frozenset(
+    {"Bernoulli", "Multinomial"}
     | {"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike"}
 )
+_NEVER = _DRAWN | {"BitShift", "Constant", "DequantizeLinear", "Dropout", "Identity"}
 # Results of these are at most as big as what they read, even where no type is known.
 _NOT_BIGGER = frozenset(
     {"Cast", "Concat", "Gather", "Neg", "Reshape", "Shape", "Size", "Slice", "Squeeze"}
@@ -213,6 +214,35 @@ def _become(
 
 
 # -- evaluation -----------------------------------------------------------------------------------
+
+
+def evaluate(value: ir.Value) -> Array | None:
+    """What nodes make of constants alone, such as a dequantized weight; None of anything else.
+
+    Nothing is folded: the model stays as it is.
+    """
+    nodes: dict[ir.Node, None] = {}
+    stack = [value.producer()]
+    while stack:
+        node = stack.pop()
+        if node is None or node.op_type in _DRAWN:
+            return None
+        if node in nodes:
+            continue
+        nodes[node] = None
+        reads = [v for v in node.inputs if v is not None and not weights.is_weight(v)]
+        stack += [v.producer() for v in reads]
+    graph = value.graph
+    if not nodes or not isinstance(graph, ir.Graph):
+        return None
+    order = [node for node in graph if node in nodes]
+    if len(order) < len(nodes):
+        return None  # partly made in another graph
+    proto = _proto(order, [value], {})
+    try:
+        return _by_onnxruntime(proto)[0]
+    except Exception:  # ONNX Runtime lacks a kernel
+        return _by_reference(proto)[0]
 
 
 def _evaluate_all(nodes: Sequence[ir.Node], work: Work) -> None:

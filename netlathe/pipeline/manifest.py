@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import netlathe
-from netlathe.ir import weights
+from netlathe.ir import sparsity, weights
 from netlathe.pipeline import text
 from netlathe.pipeline.fingerprint import graph_digest, weights_digest
 from netlathe.pipeline.inputs import describe_calibration, describe_pass, describe_target
@@ -64,7 +64,10 @@ def build(
         **inputs(compiled.captured, passes, compiled.context, target, tools),
         "capture": [entry.to_json() for entry in compiled.captured.entries],
         "steps": [_step(step) for step in compiled.steps],
-        "result": {"graph": graph_digest(compiled.model)},
+        "result": {
+            "graph": graph_digest(compiled.model),
+            "sparsity": sparsity.table(compiled.model),
+        },
     }
     return {
         "format": FORMAT,

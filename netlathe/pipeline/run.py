@@ -23,7 +23,7 @@ from netlathe.analysis.cost import Cost, cost
 from netlathe.diagnostics import Diagnostic, GateError, NetLatheError, PassError, VerifyError
 from netlathe.execute import ort
 from netlathe.execute.compare import inputs_of
-from netlathe.ir import interface, normal, verify, weights
+from netlathe.ir import interface, normal, sparsity, verify, weights
 from netlathe.pipeline.cache import Cache
 from netlathe.pipeline.cache_steps import Steps
 from netlathe.pipeline.fingerprint import Guard
@@ -264,6 +264,7 @@ def _step(
         raise GateError(problems)
     if result.changed:
         _settle(pass_, model)
+        sparsity.carry(before, model, result.renamed)
     weights.give_back(before)  # what was read to choose
     checking = time.perf_counter()
     step.seconds = checking - start

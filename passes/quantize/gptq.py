@@ -49,11 +49,13 @@ def solve(
     damping: float,
     act_order: bool,
     sweeps: int,
+    kept: Array | None = None,
     device: str = "cpu",
 ) -> Solution:
     """Codes for ``matrix`` [rows, columns], with ``scale`` and ``zero`` [rows, groups].
 
-    A column that is never fed counts as one that is fed little, and is rounded to nearest.
+    A column that is never fed counts as one that is fed little, and is rounded to nearest. Elements
+    where ``kept`` [rows, columns] is False get the code of zero.
     """
     wide = dict(dtype=torch.float64, device=device)
     w, h = torch.tensor(matrix, **wide), torch.tensor(second_moment, **wide)  # type: ignore[arg-type]
@@ -61,15 +63,18 @@ def solve(
     s = torch.tensor(scale, **wide).repeat_interleave(per, 1)  # type: ignore[arg-type]
     z = torch.tensor(zero, **wide).repeat_interleave(per, 1)  # type: ignore[arg-type]
     rounder = _Rounder(scheme, device)
+    mask = torch.ones_like(w, dtype=torch.bool)
+    if kept is not None:
+        mask = torch.tensor(kept, dtype=torch.bool, device=device)
     order = torch.arange(len(h), device=device)
     if act_order:
         order = torch.argsort(torch.diagonal(h), descending=True, stable=True)
-    upper, used = _factor(h[order][:, order], damping)
-    codes = _walk(w[:, order], upper, s[:, order], z[:, order], rounder)
+    upper, used = factor(h[order][:, order], damping)
+    codes = _walk(w[:, order], upper, s[:, order], z[:, order], mask[:, order], rounder)
     back = torch.argsort(order)
     codes = codes[:, back]
     for _ in range(sweeps):
-        codes = _descend(w, h, codes, s, z, rounder)
+        codes = _descend(w, h, codes, s, z, mask, rounder)
     return Solution(codes.to(torch.int16).cpu().numpy().astype(scheme.code_type), used)
 
 
@@ -80,12 +85,17 @@ class _Rounder:
         self.scheme = scheme
         self.table = torch.tensor(NF4, dtype=torch.float64, device=device)
         self.middles = (self.table[1:] + self.table[:-1]) / 2
+        self.zero = float(NF4.tolist().index(0.0))
 
-    def codes(self, w: torch.Tensor, s: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
-        """The nearest codes, as float64."""
+    def codes(
+        self, w: torch.Tensor, s: torch.Tensor, z: torch.Tensor, kept: torch.Tensor
+    ) -> torch.Tensor:
+        """The nearest codes, as float64; where nothing is kept that of zero."""
         if self.scheme.format.kind == "table":
-            return torch.bucketize((w / s).contiguous(), self.middles).to(w.dtype)
-        return (torch.round(w / s) + z).clamp(self.scheme.lowest, self.scheme.highest)
+            found = torch.bucketize((w / s).contiguous(), self.middles).to(w.dtype)
+            return torch.where(kept, found, self.zero)
+        found = (torch.round(w / s) + z).clamp(self.scheme.lowest, self.scheme.highest)
+        return torch.where(kept, found, z)
 
     def numbers(self, c: torch.Tensor, s: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
         """What codes stand for."""
@@ -93,7 +103,7 @@ class _Rounder:
         return (units * s).to(torch.float32).to(torch.float64)
 
 
-def _factor(h: torch.Tensor, damping: float) -> tuple[torch.Tensor, float]:
+def factor(h: torch.Tensor, damping: float) -> tuple[torch.Tensor, float]:
     """The upper Cholesky factor of the inverse of the damped H; more damping where it is singular."""
     mean = torch.diagonal(h).mean().clamp(min=torch.finfo(h.dtype).tiny)
     share = damping
@@ -111,7 +121,12 @@ def _factor(h: torch.Tensor, damping: float) -> tuple[torch.Tensor, float]:
 
 
 def _walk(
-    w: torch.Tensor, upper: torch.Tensor, s: torch.Tensor, z: torch.Tensor, rounder: _Rounder
+    w: torch.Tensor,
+    upper: torch.Tensor,
+    s: torch.Tensor,
+    z: torch.Tensor,
+    kept: torch.Tensor,
+    rounder: _Rounder,
 ) -> torch.Tensor:
     w, codes = w.clone(), torch.empty_like(w)
     for start in range(0, w.shape[1], _BLOCK):
@@ -119,7 +134,7 @@ def _walk(
         errors = torch.empty_like(w[:, start:stop])
         for j in range(start, stop):
             at = slice(j, j + 1)
-            codes[:, at] = rounder.codes(w[:, at], s[:, at], z[:, at])
+            codes[:, at] = rounder.codes(w[:, at], s[:, at], z[:, at], kept[:, at])
             made = rounder.numbers(codes[:, at], s[:, at], z[:, at])
             error = (w[:, at] - made) / upper[j, j]
             w[:, j + 1 : stop] -= error * upper[j, j + 1 : stop]
@@ -134,6 +149,7 @@ def _descend(
     codes: torch.Tensor,
     s: torch.Tensor,
     z: torch.Tensor,
+    kept: torch.Tensor,
     rounder: _Rounder,
 ) -> torch.Tensor:
     codes, made = codes.clone(), rounder.numbers(codes, s, z)
@@ -145,7 +161,7 @@ def _descend(
             if h[j, j] <= 0:
                 continue
             wanted = made[:, at] + pull[:, j - start : j - start + 1] / h[j, j]
-            codes[:, at] = rounder.codes(wanted, s[:, at], z[:, at])
+            codes[:, at] = rounder.codes(wanted, s[:, at], z[:, at], kept[:, at])
             now = rounder.numbers(codes[:, at], s[:, at], z[:, at])
             pull -= (now - made[:, at]) * h[j, start:stop]
             made[:, at] = now

@@ -2,7 +2,8 @@
 
 Weights that are rounded without data are put in first. Then, in the order in which a model reads them, each
 of the others is solved with the second moment of what it is really fed: the calibration data, run through
-all the weights before it as they are now. The data goes through the model once.
+all the weights before it as they are now. The data goes through the model once. The zeros of a sparse
+weight stay.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from netlathe.ir import weights
+from netlathe.ir.sparsity import sparsity_of
 from netlathe.passes.quantize import ledger, rounding
 from netlathe.passes.quantize.candidates import Candidate
 from netlathe.passes.quantize.layout import Layout
@@ -102,7 +104,8 @@ def solve(
             return moments[wanted]
 
         array = weights.array(candidate.value)
-        piece = functools.partial(_gptq, settings, entry, array, moment, ctx.device)
+        sparse = sparsity_of(candidate.value) is not None
+        piece = functools.partial(_gptq, settings, entry, array, moment, sparse, ctx.device)
         solved = ctx.once(f"{candidate.name}/gptq", piece)
         loss, damping = (float(solved[key]) for key in ("loss", "damping"))
         detail = {**entry.detail, "solver": "gptq", "damping": damping, "error": loss}
@@ -116,7 +119,12 @@ def solve(
 
 
 def _gptq(
-    settings: Settings, entry: Entry, array: Array, second: Callable[[], Array], device: str
+    settings: Settings,
+    entry: Entry,
+    array: Array,
+    second: Callable[[], Array],
+    sparse: bool,
+    device: str,
 ) -> dict[str, Array]:
     from netlathe.passes.quantize import gptq
 
@@ -136,6 +144,7 @@ def _gptq(
         damping=settings.damping,
         act_order=settings.act_order,
         sweeps=settings.sweeps,
+        kept=matrix != 0 if sparse else None,
         device=device,
     )
     codes = np.empty(own.stored, scheme.code_type)
