@@ -7,6 +7,7 @@ Runtime, with optimizations off and on, against the IR. The same model gives the
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import os
 import shutil
@@ -24,6 +25,7 @@ import onnx_ir as ir
 import onnxruntime
 
 from netlathe.backends import opset as opsets
+from netlathe.backends import ort_dialect
 from netlathe.diagnostics import Diagnostic, LowerError, OptionError, VerifyError
 from netlathe.execute import ort, samples
 from netlathe.execute.compare import relative_error
@@ -34,6 +36,7 @@ from netlathe.pipeline.pass_ import Feeds
 
 MODEL_FILE = "model.onnx"
 DATA_FILE = "model.onnx.data"
+DIALECT = "onnx-ort"
 MANIFEST_KEY = "netlathe.manifest"  # in metadata_props: SHA-256 of the manifest the file came with
 
 # From 25 on ONNX Runtime 1.32 has no kernel for Attention and expands it, all weights dequantized before the
@@ -63,20 +66,29 @@ class OnnxBackend(Backend):
     """Writes the IR as a standard ONNX model.
 
     Target settings: ``opset`` (17 to 25) and ``external_over`` (bytes of weights above which they
-    are written to ``model.onnx.data``).
+    are written to ``model.onnx.data``). The target ``onnx-ort`` has ONNX Runtime's own operators for
+    quantized weights as well, and ``accuracy_level`` says how these round what they multiply with.
     """
 
     name = "onnx"
 
     @classmethod
     def targets(cls) -> Sequence[Target]:
-        """``onnx``, opset 24 unless another is set."""
+        """``onnx``, opset 24 unless another is set, and ``onnx-ort``."""
+        settings = {"opset": DEFAULT_OPSET, "external_over": EXTERNAL_OVER}
         return (
             Target(
                 name="onnx",
                 backend=cls.name,
                 help="standard ONNX, run in ONNX Runtime; settings: opset=17..25, external_over",
-                settings={"opset": DEFAULT_OPSET, "external_over": EXTERNAL_OVER},
+                settings=settings,
+            ),
+            Target(
+                name=DIALECT,
+                backend=cls.name,
+                help="ONNX with ONNX Runtime's operators for quantized weights (MatMulNBits); settings:"
+                " opset, external_over, accuracy_level=0 or 1 (products in float32), 4 (in int8)",
+                settings={**settings, "accuracy_level": 4},
             ),
         )
 
@@ -105,20 +117,26 @@ class OnnxBackend(Backend):
         """
         settings = _settings(target)
         lowered = model.clone()
+        written = None
+        if settings.accuracy_level is not None:
+            written = ort_dialect.rewrite(lowered, settings.accuracy_level)
         opsets.lower(lowered, settings.opset)
         lowered.producer_name = "netlathe"
         lowered.producer_version = metadata.version("netlathe")
-        return OnnxArtifact(lowered, model.clone(), settings)
+        return OnnxArtifact(lowered, model.clone(), settings, written)
 
 
 @dataclass(frozen=True)
 class _Settings:
     opset: int
     external_over: int
+    accuracy_level: int | None = None  # of the dialect only
 
 
 def _settings(target: Target) -> _Settings:
     defaults = {"opset": DEFAULT_OPSET, "external_over": EXTERNAL_OVER}
+    if target.name == DIALECT:
+        defaults["accuracy_level"] = 4
     if unknown := sorted(set(target.settings) - set(defaults)):
         raise OptionError(
             Diagnostic(
@@ -150,6 +168,14 @@ def _settings(target: Target) -> _Settings:
                 help=f"choose a number of bytes from 0 to {_MOST_INLINE}",
             )
         )
+    if values.get("accuracy_level", 0) not in ort_dialect.ACCURACY_LEVELS:
+        raise OptionError(
+            Diagnostic(
+                "target.setting",
+                f"accuracy_level {values['accuracy_level']} is none that the CPU provider has",
+                help="choose 0 or 1 (products in float32) or 4 (inputs rounded to 8 bits by block)",
+            )
+        )
     return _Settings(**values)
 
 
@@ -160,8 +186,15 @@ class OnnxArtifact(Artifact):
     without, they are synthesized.
     """
 
-    def __init__(self, model: ir.Model, source: ir.Model, settings: _Settings) -> None:
+    def __init__(
+        self,
+        model: ir.Model,
+        source: ir.Model,
+        settings: _Settings,
+        written: ort_dialect.Written | None = None,
+    ) -> None:
         self.model = model
+        self._written = written
         self.sample: Feeds | None = None
         self._source = source  # the IR, which the written file must equal
         self._settings = settings
@@ -191,12 +224,17 @@ class OnnxArtifact(Artifact):
         ``error_default_settings`` and ``cosine_default_settings`` tell how far a session with default
         settings is off, which rounds activations to 8 bits as well. Where the CPU provider lacks a kernel,
         ``not_run`` says which; the file is then read back and run in the way of
-        :mod:`netlathe.execute.ort`, with ``error_read_back``.
+        :mod:`netlathe.execute.ort`, with ``error_read_back``. Of ``onnx-ort``, ``dialect`` counts the
+        operators that were written and names the quantized weights that were left in standard form, with
+        the reason; errors with optimizations are those at accuracy level 1, and with default
+        settings those of the file as it is.
         """
+        dialect = {} if self._written is None else {"dialect": dataclasses.asdict(self._written)}
         return {
             "opset": self._settings.opset,
             "ir_version": self.model.ir_version,
             "nodes": sum(1 for _ in self.model.graph.all_nodes()),
+            **dialect,
             **self._report,
         }
 
@@ -229,6 +267,13 @@ class OnnxArtifact(Artifact):
         }
         return files
 
+    def _judged(self, file: Path, feeds: Feeds, optimize: bool) -> dict[str, npt.NDArray[Any]]:
+        """What the file computes where nothing is rounded that need not be."""
+        level = self._settings.accuracy_level
+        if not optimize or not level or level == 1:
+            return run_file(file, feeds, optimize=optimize)
+        return ort.run(ort_dialect.at_level(ir.load(file), 1), feeds, optimize=True)
+
     def _compare(self, file: Path) -> dict[str, Any]:
         feeds = self.sample
         if feeds is None:
@@ -244,7 +289,7 @@ class OnnxArtifact(Artifact):
         for way in ("optimizations_off", "optimizations_on"):
             optimize = way == "optimizations_on"
             try:
-                actual = run_file(file, feeds, optimize=optimize)
+                actual = self._judged(file, feeds, optimize)
             except ort.RuntimeFailure as error:
                 if not lacks_kernel(error):
                     raise _failed(file, way, error) from error

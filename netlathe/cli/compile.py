@@ -173,11 +173,20 @@ def _judged(artifact: Artifact) -> list[str]:
         if (error := report.get(f"error_{way}")) is not None:
             bound = report[f"bound_{way}"]
             lines.append(f"run with {way.replace('_', ' ')}: {error:.1e} of at most {bound:.1e}")
+    dialect = report.get("dialect")
+    if dialect is not None:
+        counts = ", ".join(f"{n} {op}" for op, n in dialect["operators"].items()) or "none"
+        lines.append(f"operators of ONNX Runtime's own: {counts}")
+        lines += [f"{name} stays standard ONNX: {why}" for name, why in dialect["left"].items()]
     if (error := report.get("error_default_settings")) is not None:
+        hint = (
+            "the target's setting accuracy_level=1 keeps"
+            if dialect is not None
+            else "the session option session.qdq_matmulnbits_accuracy_level=1 keeps"
+        )
         lines.append(
             f"run with default settings: {error:.1e} (cosine {report['cosine_default_settings']:.5f}),"
-            " as ONNX Runtime then rounds activations to 8 bits too; the session option"
-            " session.qdq_matmulnbits_accuracy_level=1 keeps them in float32"
+            f" as ONNX Runtime then rounds activations to 8 bits too; {hint} them in float32"
         )
     if reason := report.get("not_run"):
         lines.append(f"note: ONNX Runtime's CPU kernels cannot run it: {reason}")

@@ -46,7 +46,7 @@ def test_near_names() -> None:
 
 
 def test_targets_and_their_settings() -> None:
-    assert [target.name for target in registry.targets()] == ["onnx", "torch", "tvm-x86"]
+    assert [target.name for target in registry.targets()] == ["onnx", "onnx-ort", "torch", "tvm-x86"]
     backend, target = registry.find_target("onnx", opset=18)
     assert backend.name == "onnx" and target.settings["opset"] == 18
     assert registry.find_target("onnx")[1].settings["opset"] == 24
@@ -213,7 +213,7 @@ from netlathe.diagnostics import MissingExtraError
 from netlathe.pipeline import registry
 
 assert sorted(registry.frontends()) == ["onnx_file"], registry.frontends()
-assert [target.name for target in registry.targets()] == ["onnx", "tvm-x86"]  # asks when used
+assert [target.name for target in registry.targets()] == ["onnx", "onnx-ort", "tvm-x86"]  # asks when used
 assert registry.find_frontend("model.onnx").name == "onnx_file"
 for ask in (
     lambda: registry.find_target("torch"),
