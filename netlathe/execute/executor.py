@@ -20,7 +20,7 @@ import onnx_ir as ir
 import torch
 
 from netlathe.diagnostics import Diagnostic, InputError, NetLatheError
-from netlathe.execute import plan
+from netlathe.execute import plan, reading
 from netlathe.execute.fx import fixed, to_fx
 from netlathe.execute.plan import Program, Slot, Step
 from netlathe.execute.torch_ops import storage
@@ -59,6 +59,8 @@ class Executor:
     ) -> None:
         self.model = model
         self.device = torch.device(device)
+        if self.device.type == "cuda" and self.device.index is None:  # "the current one" is a thread's
+            self.device = torch.device("cuda", torch.cuda.current_device())
         self._program = plan.plan(model)
         self._keep = keep_weights
         self._kept: dict[Slot, torch.Tensor] = {}
@@ -179,6 +181,8 @@ class Executor:
         self, program: Program, values: dict[Slot, Any], wanted: tuple[Slot, ...]
     ) -> None:
         schedule = self._schedule(program, wanted)
+        if self._keep:
+            self._hold(program, schedule, values)
         for step, done in zip(schedule.steps, schedule.done, strict=True):
             args = [self._value(program, values, arg) for arg in step.args]
             kwargs = {k: self._value(program, values, arg) for k, arg in step.kwargs.items()}
@@ -205,6 +209,14 @@ class Executor:
         else:
             values[arg] = weight
         return weight
+
+    def _hold(self, program: Program, schedule: _Schedule, values: Mapping[Slot, Any]) -> None:
+        """Read what will be kept anyway, several weights at a time."""
+        read = dict.fromkeys(slot for step in schedule.steps for slot in step.reads())
+        there = self._kept.keys() | values.keys()
+        slots = [slot for slot in read if slot in program.weights and slot not in there]
+        tensors = [program.weights[slot] for slot in slots]
+        self._kept.update(zip(slots, reading.ahead(tensors, self._load), strict=True))
 
     def _differentiable(self, program: Program, slot: Slot, weight: torch.Tensor) -> torch.Tensor:
         """The weight, which takes gradients where torch records them and training changes it."""

@@ -26,6 +26,7 @@ import onnx_ir as ir
 import onnxruntime
 
 from netlathe.diagnostics import Diagnostic, InputError, NetLatheError
+from netlathe.execute import reading
 from netlathe.ir import weights
 from netlathe.ir.printing import show_node
 from netlathe.ir.provenance import module_path
@@ -327,7 +328,7 @@ class Session:
                 edge = self._edge(name)
                 graph.input.append(onnx.helper.make_tensor_value_info(edge, element, None))
         graph.output.extend(onnx.ValueInfoProto(name=self._edge(n)) for n in segment.outputs)
-        given: dict[str, onnxruntime.OrtValue] = {}
+        outside: dict[str, ir.TensorProtocol] = {}
         for name, value in sorted(read.items()):
             tensor = value.const_value
             if tensor is None or not _is_weight(value):
@@ -342,15 +343,17 @@ class Session:
                     inline.raw_data = tensor.tobytes()
                 graph.initializer.append(inline)
                 continue
-            # On the CPU the value shares the array's memory; it keeps the array alive.
-            given[name] = _to_ort(tensor.numpy())
+            outside[name] = tensor
             if not self._optimize:
                 element = tensor.dtype.value
                 graph.input.append(onnx.helper.make_tensor_value_info(name, element, dims))
                 continue
-            outside = graph.initializer.add(name=name, data_type=tensor.dtype.value, dims=dims)
-            outside.data_location = onnx.TensorProto.EXTERNAL
-            outside.external_data.add(key="location", value="memory")
+            told = graph.initializer.add(name=name, data_type=tensor.dtype.value, dims=dims)
+            told.data_location = onnx.TensorProto.EXTERNAL
+            told.external_data.add(key="location", value="memory")
+        # On the CPU a value shares the memory of an array, and keeps the array alive.
+        values = reading.ahead(list(outside.values()), lambda tensor: _to_ort(tensor.numpy()))
+        given = dict(zip(outside, values, strict=True))
         versions = dict(self._graph.opset_imports)
         if segment.opset is not None:
             versions[""] = segment.opset
