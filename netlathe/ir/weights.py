@@ -19,6 +19,8 @@ import onnx_ir as ir
 
 Array = npt.NDArray[Any]
 
+_TILE = 128  # rows and columns; of 64 to 256 all are about as fast
+
 # Keys in a lazy tensor's ``meta``.
 _BASES = "netlathe.bases"  # the tensors that a recipe reads
 _TRANSPOSE = "netlathe.transpose"  # (tensor, perm) it was made from
@@ -71,11 +73,27 @@ def _recipe(
         array = make()
         if array.shape != tuple(shape):
             raise ValueError(f"{name}: recipe gave shape {array.shape}, promised {tuple(shape)}")
-        array = np.ascontiguousarray(array).reshape(shape)  # a scalar stays one
+        array = _laid_out(array).reshape(shape)  # a scalar stays one
         return ir.Tensor(array, dtype=dtype, name=name)
 
     made = ir.LazyTensor(evaluate, dtype=dtype, shape=ir.Shape(shape), cache=False, name=name)
     made.meta[_BASES] = tuple(bases)
+    return made
+
+
+def _laid_out(array: Array) -> Array:
+    """``array`` in C order; a transposed matrix tile by tile, which takes a third of the time.
+
+    Along a row of it numpy would touch a line of memory for every element, and none would stay in cache.
+    """
+    if array.ndim != 2 or array.flags.c_contiguous or not array.flags.f_contiguous:
+        return np.ascontiguousarray(array)
+    made = np.empty_like(array, order="C")
+    rows, columns = array.shape
+    for row in range(0, rows, _TILE):
+        for column in range(0, columns, _TILE):
+            tile = np.s_[row : row + _TILE, column : column + _TILE]
+            made[tile] = array[tile]
     return made
 
 
