@@ -16,10 +16,22 @@ import abc
 import dataclasses
 import functools
 import inspect
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar, dataclass_transform
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    Any,
+    ClassVar,
+    Literal,
+    Protocol,
+    TypeVar,
+    dataclass_transform,
+    get_args,
+    get_origin,
+)
 
 import numpy as np
 import numpy.typing as npt
@@ -212,8 +224,10 @@ C = TypeVar("C", bound=type)
 def options(cls: C) -> C:
     """Class decorator that turns annotated fields into validated, keyword-only, frozen options.
 
-    Making such a pass with an unknown, missing or impossible option raises OptionError.
+    Making such a pass with an unknown, missing or impossible option raises OptionError. Where names are
+    taken, a ``tuple[str, ...]`` or one of literals, a single one may be given as it is.
     """
+    _take_single_names(cls)
     config = pydantic.ConfigDict(extra="forbid", strict=False)
     made: Any = pydantic.dataclasses.dataclass(frozen=True, kw_only=True, config=config)(cls)
     validate = made.__init__
@@ -230,6 +244,31 @@ def options(cls: C) -> C:
 
     made.__init__ = __init__
     return made  # type: ignore[no-any-return]  # pydantic's decorator loses the class type
+
+
+def _take_single_names(cls: type) -> None:
+    """Let options that are tuples of names take a name as a tuple of one."""
+    hints = inspect.get_annotations(cls)
+    for name, hint in hints.items():
+        if not isinstance(cls.__dict__.get(name), pydantic.fields.FieldInfo):
+            continue  # no option
+        if isinstance(hint, str):
+            hint = eval(hint, vars(sys.modules[cls.__module__]), dict(vars(cls)))
+        item, *rest = get_args(hint) or (None,)
+        names = item is str or (
+            get_origin(item) is Literal and all(isinstance(one, str) for one in get_args(item))
+        )
+        if get_origin(hint) is tuple and rest == [...] and names:
+            single = pydantic.BeforeValidator(_several, json_schema_input_type=hint | item)
+            hints[name] = Annotated[hint, single]
+    cls.__annotations__ = hints
+
+
+def _several(given: Any) -> Any:
+    """A tuple of what is given; JSON, which is taken strictly, has lists for tuples."""
+    if isinstance(given, str):
+        return (given,)
+    return tuple(given) if isinstance(given, list) else given
 
 
 # -- the protocol ---------------------------------------------------------------------------------

@@ -60,7 +60,9 @@ def option_schemas(pass_type: type[Pass]) -> dict[str, dict[str, Any]]:
 
 
 def takes(spec: Mapping[str, Any]) -> str:
-    """What an option takes: ``'attention' | 'ffn'``, ``integer >= 0``."""
+    """What an option takes: ``'attention' | 'ffn'``, ``integer >= 0``, ``one or several of string``."""
+    if (several := _several(spec)) is not None:
+        return f"one or several of {takes(several)}"
     if "anyOf" in spec:
         return " | ".join(takes(choice) for choice in spec["anyOf"])
     if "enum" in spec:
@@ -72,6 +74,13 @@ def takes(spec: Mapping[str, Any]) -> str:
         text += f" of {takes(spec['items'])}"
     limits = [f"{sign} {spec[key]}" for key, sign in _LIMITS.items() if key in spec]
     return f"{text} {' and '.join(limits)}".rstrip()
+
+
+def _several(spec: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """What an option takes one of, or an array."""
+    choices = spec.get("anyOf", ())
+    items = [choice["items"] for choice in choices if "items" in choice]
+    return next((one for one in items if one in choices and len(choices) == 2), None)
 
 
 def _distinct(errors: list[Any]) -> Iterator[Any]:
@@ -105,8 +114,9 @@ def _explain(
     given = error["input"]
     if not option:  # the options contradict each other
         return Diagnostic("option.value", f"{name}: {says}", at=place(option))
-    if isinstance(given, str) and "enum" in spec:
-        help_ = f"{did_you_mean(given, spec['enum'])} ({help_})"
+    choices = (_several(spec) or spec).get("enum")
+    if isinstance(given, str) and choices:
+        help_ = f"{did_you_mean(given, choices)} ({help_})"
     element = "".join(f"[{i}]" for i in inner if isinstance(i, int))
     message = f"{name}: {option}{element} {says}, got {given!r}"
     return Diagnostic("option.value", message, at=place(option), help=help_)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from netlathe.diagnostics import OptionError
+from netlathe.passes.prune import Prune
 from netlathe.pipeline import registry, text
 from netlathe.pipeline.pass_ import Pass
 from tests.pipeline.plugin import install
@@ -154,3 +156,14 @@ def test_a_plugin_can_be_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     install(tmp_path, monkeypatch)
     assert text.render(text.parse("polish(strokes=3), cut")) == "polish(strokes=3), cut"
     assert "strokes must be less than or equal to 9" in shown("polish(strokes=10)")[0]
+
+
+@pytest.mark.parametrize("one_or_more", ["'ffn'", "('ffn',)", "['ffn']"])
+def test_one_name_may_be_given_as_it_is(one_or_more: str) -> None:
+    made = Prune(ratio=0.5, scope=("ffn",), ignore=("layers.0",))
+    assert text.parse(f"prune(ratio=0.5, scope={one_or_more}, ignore='layers.0')") == [made]
+    assert Prune(ratio=0.5, scope=ast.literal_eval(one_or_more), ignore="layers.0") == made  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    with pytest.raises(OptionError, match="did you mean ffn"):
+        text.parse("prune(ratio=0.5, scope='fnn')")
+    with pytest.raises(OptionError, match=r"scope\[1\] must be"):
+        text.parse("prune(ratio=0.5, scope=('ffn', 3))")
