@@ -108,8 +108,8 @@ class Slice(ChoosingPass):
         before = sizes(layout, {}, {}) - sum(segment.size**2 for segment in _adapter_groups(layout))
         after = sizes(layout, kept, _stretches(named))
         self._check_net(kept, named, before, after)
-        solved, rows = self._solve(layout, named, kept, ctx)
-        fits, left = self._fit(layout, named, kept, solved, ctx)
+        solved, rows = self._solve(model, named, kept, ctx)
+        fits, left = self._fit(model, named, kept, solved, ctx)
         entries = []
         for name, segment in named.items():
             entry = self._entry(name, segment, layout, kept[name], solved[name], rows)
@@ -155,7 +155,7 @@ class Slice(ChoosingPass):
 
     def _fit(
         self,
-        layout: Layout,
+        model: ir.Model,
         named: Mapping[str, Segment],
         kept: Mapping[str, int],
         solved: Mapping[str, Matrix],
@@ -167,14 +167,14 @@ class Slice(ChoosingPass):
             return {}, {}
         from netlathe.passes.slice import refit
 
-        makers = {node.outputs[0].name: node for node in layout.model.graph}
+        makers = {node.outputs[0].name: node for node in model.graph}
         found = {norm: refit.readers(makers[norm]) for s in named.values() for norm in s.norms}
         norms = [norm for norm, layers in found.items() if not isinstance(layers, str)]
         projections = {}
         for name in cut:
             basis = solved[name][:, : kept[name]].astype(np.float64)
             projections.update(dict.fromkeys(named[name].points, basis @ basis.T))
-        fits = refit.fit(layout.model, projections, norms, ctx, str(self))
+        fits = refit.fit(model, projections, norms, ctx, str(self))
         return fits, {norm: why for norm, why in found.items() if isinstance(why, str)}
 
     def _widths(
@@ -248,7 +248,7 @@ class Slice(ChoosingPass):
 
     def _solve(
         self,
-        layout: Layout,
+        model: ir.Model,
         named: Mapping[str, Segment],
         kept: Mapping[str, int],
         ctx: Context,
@@ -273,9 +273,9 @@ class Slice(ChoosingPass):
 
         if self.basis == "pca":
             places = {name: segment.points for name, segment in named.items()}
-            solved = statistics.solve(layout.model, places, ctx, principal, kept, str(self))
+            solved = statistics.solve(model, places, ctx, principal, kept, str(self))
             return solved, min(rows, default=None)
-        return statistics.solve_by_loss(layout.model, named, ctx, kept, str(self))
+        return statistics.solve_by_loss(model, named, ctx, kept, str(self))
 
     # -- editing ----------------------------------------------------------------------------------
 
