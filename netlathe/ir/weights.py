@@ -162,6 +162,35 @@ def known_recipe(
     return None
 
 
+def as_held(tensor: ir.TensorProtocol) -> tuple[ir.TensorProtocol, tuple[int, ...]]:
+    """The tensor that holds the numbers of ``tensor``, and the order in which its axes must be put.
+
+    Transposes and conversions to a wider type change no number: they are looked through, so that a weight is
+    read where it lies and as narrow as it is.
+    """
+    perm = tuple(range(len(tensor.shape)))
+    while (known := known_recipe(tensor)) is not None:
+        kind, first, bases = known
+        if kind == "transpose":
+            perm = tuple(first[axis] for axis in perm)
+        elif kind != "convert" or bases[0].dtype not in _WIDENED.get(tensor.dtype, ()):
+            break
+        tensor = bases[0]
+    return tensor, perm
+
+
+_WIDENED = {
+    ir.DataType.FLOAT: (ir.DataType.FLOAT16, ir.DataType.BFLOAT16),
+    ir.DataType.DOUBLE: (ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.FLOAT),
+}
+
+
+def numbers(tensor: ir.TensorProtocol) -> Array:
+    """The contents of a tensor in its shape, perhaps of a narrower type and strided: read, not copied."""
+    held, perm = as_held(tensor)
+    return np.transpose(held.numpy(), perm)
+
+
 def held_by(tensor: ir.TensorProtocol, holder: object) -> None:
     """Let ``holder``, which keeps the file of a tensor in its place, live as long as the tensor."""
     tensor.meta[_HOLDER] = holder
@@ -197,6 +226,16 @@ def files(model: ir.Model) -> set[Path]:
                     if isinstance(t, ir.ExternalTensor) and _HOLDER not in t.meta
                 }
     return found
+
+
+def give_back_array(array: Array) -> None:
+    """Give back the memory that an array mapped from a file takes by having been read; else do nothing."""
+    base: Any = array
+    while isinstance(base, np.ndarray):
+        base = base.base
+    mapped = base.obj if isinstance(base, memoryview) else base
+    if isinstance(mapped, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+        mapped.madvise(mmap.MADV_DONTNEED)
 
 
 def give_back(model: ir.Model) -> None:

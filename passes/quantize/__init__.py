@@ -34,6 +34,7 @@ from netlathe.diagnostics import Diagnostic, GateError, OptionError, PassError, 
 from netlathe.ir import types, weights
 from netlathe.ir.provenance import module_path
 from netlathe.passes.quantize import (
+    activations,
     candidates,
     in_order,
     integer,
@@ -117,14 +118,25 @@ class Quantize(ChoosingPass):
         help='other settings by module path or weight: {"lm_head": {"weights": "int8"}}; the last match'
         " counts",
     )
-    activations: Literal["float32", "int8"] = option(
-        default="float32",
-        help='"int8": products with int8 weights are computed in integers',
+    activations: activations.NumberName = option(
+        default="float32", help="the number type of what products with quantized weights read"
     )
-    activation_scales: Literal["static", "token"] = option(
+    activation_scales: activations.Scales = option(
         default="static",
-        help="one scale for all data, from calibration, and integers from product to product; or one per"
-        " token, found as it comes (matrix products only)",
+        help="one scale for all data, from calibration; one per token, found as it comes (matrix products"
+        " only); or one per tensor, found as it comes (uint8)",
+    )
+    activation_form: activations.Form = option(
+        default="integer",
+        help='"integer": products with int8 weights are computed in integers, with static scales from'
+        ' product to product; "qdq": QuantizeLinear and DequantizeLinear in pairs',
+    )
+    activation_range: activations.How = option(
+        default="minmax",
+        help="static scales: over all that was seen, a percentile of it, or with the least squared error",
+    )
+    activation_percentile: float = option(
+        default=99.99, gt=50, le=100, help='the upper percentile of activation_range="percentile"'
     )
     embeddings: bool = option(default=True, help="quantize tables that are looked up as well")
     min_size: int = option(default=1024, ge=0, help="leave weights with fewer elements as they are")
@@ -158,10 +170,9 @@ class Quantize(ChoosingPass):
                 self.clip, self.percentile, self.damping, self.act_order, self.sweeps
             )
             entries = in_order.solve(settings, model, found, entries, ctx)
-        if self.activations == "int8" and self.activation_scales == "token":
-            entries += self._tokens(model, entries)
-        elif self.activations == "int8":
-            entries += self._activations(model, entries, ctx)
+        if self.activations != "float32":
+            needed_by = f"{self.name} with activations={self.activations!r}"
+            entries += activations.choose(self._of_activations(), model, entries, ctx, needed_by)
         return entries
 
     def edit(self, model: ir.Model, chosen: Sequence[Entry], ctx: Context) -> Result:
@@ -171,9 +182,11 @@ class Quantize(ChoosingPass):
         applied = [entry for entry in chosen if entry.status == "applied"]
         before = weights.num_bytes(model)
         held = 0
-        plan, grids = integer.plan(model, _integer_weights(applied)), _grids(applied)
-        if not grids:
-            plan = integer.Plan()
+        activations.rewrite_pairs(model, applied, ledger.scales_beside_biases(model, applied))
+        grids = activations.integer_grids(applied)
+        plan = integer.Plan()
+        if grids:
+            plan = integer.plan(model, activations.integer_weights(applied))
         inside = {layer.weight.name for layer in plan.layers.values()}
         by_token = token.products(model, ledger.weights_of_tokens(applied))
         inside |= {node.inputs[1].name for node in by_token if node.inputs[1] is not None}
@@ -184,21 +197,23 @@ class Quantize(ChoosingPass):
             base = value.const_value
             assert base is not None
             own, scheme = ledger.layout_of(entry), ledger.scheme_of(entry)
-            scale, zero = ledger.parameters(base.numpy(), own, scheme, entry.arrays)
+            numbers = weights.numbers(base)
+            scale, zero = ledger.parameters(numbers, own, scheme, entry.arrays)
             make = functools.partial(
                 rounding.codes, layout=own, scheme=scheme, scale=scale, zero=zero
             )
             solved = entry.arrays.get("codes")
             if solved is None and held + base.size <= HELD_BYTES:
                 held += base.size
-                solved = make(base.numpy())
+                solved = make(numbers)
             codes = as_codes(base, make if solved is None else solved, own, scheme)
             if value.name in inside:
                 integers[value.name or ""] = integer.Held(codes, own.scales(scale))
             else:
                 editor.replace(value, codes, own.scales(scale), own.scales(zero), own, scheme)
         integer.Rewriter(model, plan, grids, integers).run()
-        token.rewrite(model, by_token, {n: (h.codes, h.scales) for n, h in integers.items()})
+        codes_of = {n: (h.codes, h.scales) for n, h in integers.items()}
+        token.rewrite(model, by_token, codes_of, ledger.scales_of_tokens(applied))
         types.annotate(model)
         saved = before - weights.num_bytes(model)
         statistics: dict[str, float] = {}
@@ -228,6 +243,8 @@ class Quantize(ChoosingPass):
 
     def _check_schemes(self, found: Sequence[Candidate]) -> None:
         problems = dict.fromkeys(problem for c in found if (problem := self._scheme(c).problem()))
+        if problem := self._of_activations().problem():
+            problems[problem] = None
         if problems:
             raise OptionError(Diagnostic("quantize.scheme", text) for text in problems)
 
@@ -247,6 +264,15 @@ class Quantize(ChoosingPass):
                 notes=tuple(f"{e.candidate} is {e.status}: {e.reason}" for e in left[:10]),
                 help="change the scheme for these weights with overrides, or lower min_coverage",
             )
+        )
+
+    def _of_activations(self) -> activations.Settings:
+        return activations.Settings(
+            self.activations,
+            self.activation_scales,
+            self.activation_form,
+            self.activation_range,
+            self.activation_percentile,
         )
 
     def _scheme(self, candidate: Candidate) -> Scheme:
@@ -304,51 +330,6 @@ class Quantize(ChoosingPass):
             return f"a table{', tied to a product' if tied else ''}, and embeddings=False"
         return ""
 
-    # -- activations ------------------------------------------------------------------------------
-
-    def _activations(self, model: ir.Model, chosen: Sequence[Entry], ctx: Context) -> list[Entry]:
-        """An entry for every activation that becomes an integer, with its scale."""
-        from netlathe.execute.statistics import MinMax  # torch is an extra
-
-        plan = integer.plan(model, _integer_weights(chosen))
-        values = plan.measured()
-        if not values:
-            reason = "no product with a symmetric int8 weight, by channel or tensor, reads one"
-            return [Entry("(activations)", "skipped", reason)]
-        axes = [1 if value.shape is not None and len(value.shape) == 4 else -1 for value in values]
-        wanted = [MinMax(value.name or "", axis) for value, axis in zip(values, axes, strict=True)]
-        found = ctx.collect(model, wanted, needed_by=f"{self.name} with activations='int8'")
-        entries = []
-        for value, result in zip(values, found, strict=True):
-            grid = integer.grid_of(float(result.array[0].min()), float(result.array[1].max()))
-            reason = f"int8, scale {grid.scale:.3g}, zero point {grid.zero}"
-            detail = {"activation": value.name, "scale": grid.scale, "zero": grid.zero}
-            entries.append(Entry(value.name or "", "applied", reason, module_path(value), detail))
-        return entries
-
-    def _tokens(self, model: ir.Model, chosen: Sequence[Entry]) -> list[Entry]:
-        """An entry for every activation that becomes int8 token by token."""
-        readers: dict[str, tuple[ir.Value, list[str]]] = {}
-        for node in token.products(model, _integer_weights(chosen)):
-            x, weight = node.inputs
-            assert x is not None and weight is not None
-            readers.setdefault(x.name or "", (x, []))[1].append(weight.name or "")
-        if not readers:
-            reason = (
-                "no matrix product with a symmetric int8 weight, by channel or tensor, reads one"
-            )
-            return [Entry("(activations)", "skipped", reason)]
-        return [
-            Entry(
-                name,
-                "applied",
-                "int8, one scale per token",
-                module_path(x),
-                {"token": name, "weights": read},
-            )
-            for name, (x, read) in readers.items()
-        ]
-
     # -- solving ----------------------------------------------------------------------------------
 
     def _solve(
@@ -365,23 +346,6 @@ class Quantize(ChoosingPass):
             return {"scales": scale, "zeros": zero}
 
         return ctx.once(candidate.name, search)
-
-
-def _integer_weights(chosen: Sequence[Entry]) -> list[str]:
-    """Weights that integer products can take as they are."""
-    return [
-        entry.detail["value"]
-        for entry in chosen
-        if entry.status == "applied"
-        and entry.detail.get("weights") == "int8"
-        and entry.detail["symmetric"]
-        and not entry.detail["block_size"]
-    ]
-
-
-def _grids(chosen: Sequence[Entry]) -> dict[str, integer.Grid]:
-    details = [entry.detail for entry in chosen if "activation" in entry.detail]
-    return {d["activation"]: integer.Grid(d["scale"], d["zero"]) for d in details}
 
 
 # -- entries --------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ Array = npt.NDArray[Any]
 FLOATS = frozenset(
     {ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.FLOAT16, ir.DataType.BFLOAT16}
 )
-AT_ONCE = 4 << 20  # elements of a weight that are held in float64 at a time
+AT_ONCE = 1 << 18  # elements of a weight that are looked at at a time
 # With magnitudes up to here, neither a scale nor its multiples leave the range of float32.
 LARGEST_WEIGHT = 2.0**127
 
@@ -149,16 +149,32 @@ def refusal(candidate: Candidate) -> str:
 
 def unfit(value: ir.Value, largest: float = LARGEST_WEIGHT) -> str:
     """Why the contents of a weight cannot be quantized; reads it."""
-    most = 0.0
-    for part in _parts(weights.array(value)):
-        most = max(most, float(np.max(np.abs(part), initial=0.0)))  # NaN stays NaN in np.max
-        if not np.isfinite(part).all():
-            return "it holds NaN or infinity"
+    assert value.const_value is not None
+    array = weights.numbers(value.const_value)
+    most = max(map(largest_magnitude, _parts(array)), default=0.0)
+    if not math.isfinite(most):
+        return "it holds NaN or infinity"
     return "" if most <= largest else f"it holds {most:.2g}, too much for its scale"
 
 
+def largest_magnitude(array: Array) -> float:
+    """The largest magnitude in an array of a floating-point type; infinity where it holds that or NaN.
+
+    Without its sign, the bits of such a number order as the number does, infinity and NaN at the end.
+    """
+    if not array.size:
+        return 0.0
+    bits = array.view(f"u{array.dtype.itemsize}")
+    sign = bits.dtype.type(1 << (8 * array.dtype.itemsize - 1))
+    top = np.max(bits & ~sign).reshape(1)
+    found = float(top.view(array.dtype)[0])
+    return found if math.isfinite(found) else math.inf
+
+
 def _parts(array: Array) -> Iterator[Array]:
-    """The array in float64, some slices of its first axis at a time."""
+    """The array, some slices of its longest-strided axis at a time."""
+    first = int(np.argmax(array.strides))
+    array = np.moveaxis(array, first, 0)
     rows = max(1, AT_ONCE // max(1, math.prod(array.shape[1:])))
     for start in range(0, array.shape[0], rows):
-        yield array[start : start + rows].astype(np.float64)
+        yield array[start : start + rows]

@@ -345,7 +345,7 @@ def as_codes(
     layout: Layout,
     scheme: Scheme,
 ) -> ir.TensorProtocol:
-    """The tensor that is stored for ``codes``, or for what that function makes of ``base``, lazily."""
+    """The tensor that is stored for ``codes``, or for what that function makes of ``base``: lazily."""
     form = scheme.format
     name = f"{base.name}_{scheme.weights}"
 
@@ -357,12 +357,24 @@ def as_codes(
     dtype = ir.DataType.UINT8
     if form.dtype is not None:
         dtype = form.unsigned if scheme.asymmetric and form.unsigned else form.dtype
-    if not callable(codes):
-        return ir.Tensor(np.ascontiguousarray(stored(codes)), dtype=dtype, name=name)
     dims: Sequence[int] = layout.stored
     if form.dtype is None:
         dims = (form.bits, -(-math.prod(dims) // 8), 1)
-    return weights.derived(base, lambda array: stored(codes(array)), dtype, dims, name)
+    if callable(codes):
+        held, perm = weights.as_held(base)
+        return weights.derived(
+            held, lambda array: stored(codes(np.transpose(array, perm))), dtype, dims, name
+        )
+
+    if form.bits == 8 and codes.flags.owndata:
+        return ir.Tensor(np.ascontiguousarray(stored(codes)), dtype=dtype, name=name)
+
+    def read(array: Array) -> Array:
+        made = np.array(stored(array))
+        weights.give_back_array(codes)  # they may be mapped, and more than fit into memory
+        return made
+
+    return weights.derived(ir.Tensor(codes, name=name), read, dtype, dims, name)
 
 
 def _inside(node: ir.Node) -> Iterator[ir.Node]:

@@ -9,7 +9,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
 
 import numpy as np
@@ -28,7 +30,7 @@ from netlathe.passes.quantize.scheme import (
 Array = npt.NDArray[Any]
 Clip = Literal["none", "percentile", "mse"]
 
-AT_ONCE = 1 << 15  # elements of groups handled at a time: float64 copies stay in the cache
+AT_ONCE = 1 << 16  # elements of groups handled at a time: float64 copies stay in the cache
 _STEPS = tuple(1 - step / 100 for step in range(61))  # shrunk to 40 % of the range at most
 _TURNS = 4
 
@@ -48,7 +50,8 @@ def ranges(
     """
     view = layout.view(array)
     scale, zero = np.empty(layout.groups), np.empty(layout.groups)
-    for part, own in _parts(view, layout):
+
+    def search(part: slice, own: slice) -> None:
         groups = view[part].reshape(-1, layout.size).astype(np.float64)
         weight = None if importance is None else _of_groups(importance, own, layout)
         match clip:
@@ -59,6 +62,8 @@ def ranges(
             case "mse":
                 found = least_error(groups, scheme, weight)
         scale[own], zero[own] = found
+
+    _in_parts(view, layout, search)
     return scale, zero
 
 
@@ -67,10 +72,13 @@ def codes(array: Array, layout: Layout, scheme: Scheme, scale: Float64, zero: Fl
     view = layout.view(array)
     made = np.empty(layout.stored, scheme.code_type)
     into = layout.view(made)
-    for part, own in _parts(view, layout):
+
+    def round_(part: slice, own: slice) -> None:
         groups = view[part].reshape(-1, layout.size).astype(np.float64)
         found = encode(groups, scale[own, None], zero[own, None], scheme)
         into[part] = found.reshape(view[part].shape)
+
+    _in_parts(view, layout, round_)
     return made
 
 
@@ -81,20 +89,43 @@ def numbers(
     view = layout.view(made)
     result = np.empty(layout.stored, dtype)
     into = layout.view(result)
-    for part, own in _parts(view, layout):
+
+    def read(part: slice, own: slice) -> None:
         groups = view[part].reshape(-1, layout.size)
         found = decode(groups, scale[own, None], zero[own, None], scheme)
         into[part] = found.reshape(view[part].shape)
+
+    _in_parts(view, layout, read)
     return result.reshape(layout.dims)
 
 
-def _parts(view: Array, layout: Layout) -> Iterator[tuple[slice, slice]]:
-    """Slices of a layout's view that fit the cache, each with the groups that are in it."""
+def _in_parts(view: Array, layout: Layout, work: Callable[[slice, slice], None]) -> None:
+    """Do ``work`` on slices of a layout's view that fit the cache, each with the groups that are in it.
+
+    Several at a time: parts do not overlap, and numpy leaves the interpreter while it computes.
+    """
     first = max(1, view.shape[0])
     step, per = max(1, AT_ONCE * first // max(1, view.size)), layout.groups // first
-    for start in range(0, first, step):
+    starts = range(0, first, step)
+    threads = min(len(starts), num_threads())
+
+    def one(start: int) -> None:
         stop = min(start + step, first)
-        yield slice(start, stop), slice(start * per, stop * per)
+        work(slice(start, stop), slice(start * per, stop * per))
+
+    if threads < 2:
+        for start in starts:
+            one(start)
+        return
+    with ThreadPoolExecutor(threads) as pool:
+        for _ in pool.map(one, starts):
+            pass
+
+
+def num_threads() -> int:
+    """What OMP_NUM_THREADS says, as for other libraries; else the number of cores."""
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    return int(asked) if asked.isdigit() and int(asked) else os.cpu_count() or 1
 
 
 def _of_groups(importance: Float64, part: slice, layout: Layout) -> Float64:

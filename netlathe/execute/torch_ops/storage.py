@@ -24,6 +24,8 @@ import numpy.typing as npt
 import onnx_ir as ir
 import torch
 
+from netlathe.ir import weights
+
 TORCH_DTYPE: dict[ir.DataType, torch.dtype] = {
     ir.DataType.FLOAT: torch.float32,
     ir.DataType.DOUBLE: torch.float64,
@@ -130,8 +132,16 @@ def to_numpy(tensor: torch.Tensor, dtype: ir.DataType | None = None) -> npt.NDAr
 
 
 def load(tensor: ir.TensorProtocol, device: torch.device | str = "cpu") -> torch.Tensor:
-    """The contents of an IR tensor on ``device``; nothing else keeps them alive."""
-    return from_numpy(tensor.numpy(), device)
+    """The contents of an IR tensor on ``device``; nothing else keeps them alive.
+
+    They cross over as they are held, and are widened and transposed there.
+    """
+    device = torch.device(device)
+    if device.type == "cpu" or not weights.is_recipe(tensor):
+        return from_numpy(tensor.numpy(), device)
+    held, perm = weights.as_held(tensor)
+    moved = from_numpy(held.numpy(), device).permute(perm)
+    return moved.to(TORCH_DTYPE[tensor.dtype]).contiguous()
 
 
 def widened(function: Callable[..., Any]) -> Callable[..., Any]:
