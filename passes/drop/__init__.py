@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -20,7 +21,14 @@ from netlathe.analysis.cost import cost
 from netlathe.diagnostics import Diagnostic, PassError, did_you_mean
 from netlathe.ir import edit
 from netlathe.ir.provenance import matches
-from netlathe.passes.drop.candidates import Candidate, Choice, Kind, find_candidates, go_together
+from netlathe.passes.drop.candidates import (
+    Candidate,
+    Choice,
+    Kind,
+    find_candidates,
+    go_together,
+    times,
+)
 from netlathe.passes.drop.editing import remove_caches, take_out
 from netlathe.passes.drop.scores import ByOutput, by_stream
 from netlathe.passes.drop.search import Goal, cheapest, evenly, greedy
@@ -59,6 +67,14 @@ class Drop(ChoosingPass):
     params: float | None = option(
         default=None, gt=0, help="parameters to end with; up to 1 a share of those there are"
     )
+    latency: float | None = option(
+        default=None, gt=0, help="milliseconds to end with, as the table tells them"
+    )
+    table: str = option(
+        default="",
+        help="CSV or JSON file of measured times: candidate, width (1 with it, 0 without), ms (with"
+        " latency)",
+    )
     score: Literal["cosine", "angular", "kl", "mse", "perplexity", "uniform"] = option(
         default="cosine",
         help="what makes one important: how far it turns the stream (cosine: LLM-Drop; angular), or"
@@ -80,18 +96,26 @@ class Drop(ChoosingPass):
 
     @pydantic.model_validator(mode="after")
     def _fit(self) -> Drop:
-        if self.count is not None and self.params is not None:
-            raise ValueError("give one of count and params, not both")
+        given = [name for name in _GOALS if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ValueError(f"give one of {', '.join(_GOALS)}, not {' and '.join(given)}")
+        if bool(self.table) != (self.latency is not None):
+            raise ValueError("latency and table go together")
         if self.search == "greedy" and self.score not in _OUTPUT_SCORES:
             raise ValueError(f"greedy needs a score of the output: {', '.join(_OUTPUT_SCORES)}")
         return self
+
+    def files(self) -> Sequence[Path]:
+        """The table of latencies."""
+        return (Path(self.table),) if self.table else ()
 
     def choose(self, model: ir.Model, ctx: Context) -> list[Entry]:
         """Score every candidate and mark the least important ones as applied, as the goal asks for.
 
         Raises:
             PassError: the goal is out of reach; a pattern of ``ignore`` matches none; there is no
-                calibration data, or the score cannot be had from this model.
+                calibration data, or the score cannot be had from this model; the table lacks a
+                candidate.
         """
         candidates = find_candidates(model, self.kind)
         if not candidates:
@@ -101,6 +125,7 @@ class Drop(ChoosingPass):
         removable = [c for c in candidates if not c.reason]
         free = [c for c in removable if c not in ignored]
         goal = self._goal(model, candidates, free)
+        free = goal.towards(free)
         nothing = goal.met_by(())
         scores, chosen = ({}, []) if nothing else self._choose(model, removable, free, goal, ctx)
         choice = go_together(model, chosen, len(chosen) if goal.count is None else goal.count)
@@ -110,6 +135,9 @@ class Drop(ChoosingPass):
         for candidate in candidates:
             detail = candidate.detail(scores.get(candidate), choice.leaving)
             status, reason = _decision(candidate, choice, scores)
+            if self.latency is not None and not candidate.reason:
+                detail["ms"] = goal.saved[candidate]
+                reason += f"; it takes {goal.saved[candidate]:.4g} ms"
             if candidate in ignored:
                 status, reason = "skipped", f"ignored: it matches {ignored[candidate]!r}"
             left_out = status == "skipped"  # by goal or ignore
@@ -131,6 +159,8 @@ class Drop(ChoosingPass):
         renamed = {name: replaced.get(name) for name in sorted(before - after)}
         parameters = sum(entry.detail["parameters"] for entry in applied)
         statistics = {"removed": float(len(applied)), "parameters": float(parameters)}
+        if self.latency is not None:
+            statistics["ms"] = sum(entry.detail["ms"] for entry in applied)
         return Result(True, list(chosen), renamed, statistics)
 
     def simulate(self, before: ir.Model, chosen: Sequence[Entry]) -> Reference:
@@ -180,12 +210,17 @@ class Drop(ChoosingPass):
         self, model: ir.Model, candidates: Sequence[Candidate], free: Sequence[Candidate]
     ) -> Goal:
         """The goal, which can be met by some of ``free``: that is known before any data is needed."""
-        if self.params is None:
-            goal = Goal(1 if self.count is None else self.count)
-        else:
+        if self.latency is not None:
+            whole, saved = times(Path(self.table), candidates)
+            goal = Goal(None, max(0.0, whole - self.latency), saved)
+        elif self.params is not None:
             total = cost(model).params
             left = self.params * total if self.params <= 1 else self.params
-            goal = Goal(None, max(0, math.ceil(total - left)))
+            saved = {candidate: float(candidate.parameters) for candidate in candidates}
+            goal = Goal(None, max(0, math.ceil(total - left)), saved)
+        else:
+            goal = Goal(1 if self.count is None else self.count)
+        free = goal.towards(free)
         choice = go_together(model, free, len(free) if goal.count is None else goal.count)
         if not goal.met_by(choice.chosen):
             raise self._unreachable(candidates, choice, goal)
@@ -201,12 +236,19 @@ class Drop(ChoosingPass):
                 f"cannot remove {goal.count} of {len(candidates)} {self.kind} candidates:"
                 f" {possible} can go"
             )
+        elif self.latency is not None:
+            least = self.latency + goal.amount - goal.total(choice.chosen)
+            code, help_ = "drop.latency", f"give latency={_up(least)} or more, or another kind"
+            message = (
+                f"latency cannot go down to {self.latency:g} ms: {_up(least)} ms is the least, without"
+                f" all {possible} {self.kind} candidates that can go"
+            )
         else:
-            most = sum(c.parameters for c in choice.chosen)
+            most = goal.total(choice.chosen)
             code, help_ = "drop.params", "give a larger params, or another kind"
             message = (
-                f"cannot remove {goal.parameters} parameters: all {possible} {self.kind}"
-                f" candidates that can go have {most}"
+                f"cannot remove {goal.amount} parameters: all {possible} {self.kind}"
+                f" candidates that can go have {most:.0f}"
             )
         notes = tuple(
             f"{c.where or c.name}: {reason}"
@@ -240,10 +282,16 @@ class Drop(ChoosingPass):
         ranked = sorted(free, key=scores.__getitem__)  # stable: ties by order
         if goal.count is not None:
             return scores, ranked
-        return scores, cheapest(model, [(c, scores[c]) for c in ranked], goal.parameters)
+        return scores, cheapest(model, [(c, scores[c]) for c in ranked], goal)
 
 
+_GOALS = ("count", "params", "latency")
 _OUTPUT_SCORES = ("kl", "mse", "perplexity")
+
+
+def _up(ms: float) -> str:
+    """Rounded up, so that it can be reached."""
+    return f"{math.ceil(ms * 1e4) / 1e4:.4f}"
 
 
 def _check_finite(scores: Mapping[Candidate, float]) -> None:

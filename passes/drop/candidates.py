@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import onnx_ir as ir
 
+from netlathe.analysis import latency
 from netlathe.analysis.blocks import blocks
 from netlathe.analysis.branches import Branch, removal, residual_branches
 from netlathe.analysis.cost import is_parameter
+from netlathe.diagnostics import Diagnostic, PassError
+from netlathe.ir.provenance import matches
 from netlathe.passes.drop.editing import Place
 from netlathe.pipeline.ledger import Status
 
@@ -79,6 +83,43 @@ def find_candidates(model: ir.Model, kind: Kind) -> list[Candidate]:
 def _parameters(model: ir.Model, branches: Sequence[Branch]) -> int:
     gone = removal(model, branches).weights
     return sum(v.const_value.size for v in gone if v.const_value is not None and is_parameter(v))
+
+
+def times(path: Path, candidates: Sequence[Candidate]) -> tuple[float, dict[Candidate, float]]:
+    """Milliseconds of the model by a table, and what goes with each candidate (0 where it cannot go).
+
+    The table has the model with each candidate (width 1) and without it (width 0); see
+    :mod:`netlathe.analysis.latency`.
+
+    Raises:
+        PassError: it is no such table, lacks a candidate, or has others.
+    """
+    table = latency.read(path, "drop.table")
+    whole, saved, problems = 0.0, dict[Candidate, float](), list[Diagnostic]()
+    strange = {row for row, _, _ in table.rows}
+    for candidate in candidates:
+        widths, ms = table.of(candidate.name, [candidate.where])
+        strange -= {n for n in strange if n == candidate.name or matches(candidate.where, n)}
+        wanted = [1.0] if candidate.reason else [0.0, 1.0]
+        if [width for width in widths if width in wanted] != wanted:
+            known = (
+                f"has the widths {', '.join(f'{w:g}' for w in widths)} of it"
+                if widths
+                else "lacks it"
+            )
+            message = f"the table {known}, not 1 (with it) and 0 (without)"
+            where = candidate.where
+            problems.append(Diagnostic("drop.table", message, at=candidate.name, where=where))
+            continue
+        whole += ms[widths.index(1.0)]
+        saved[candidate] = 0.0 if candidate.reason else ms[widths.index(1.0)] - ms[0]
+    for row in sorted(strange):
+        message = "the table has what is no candidate here, so its rows do not add up to the model"
+        help_ = "measure one for this kind: benchmarks/latency_table.py --drop KIND"
+        problems.append(Diagnostic("drop.table", message, at=row, help=help_))
+    if problems:
+        raise PassError(problems)
+    return whole, saved
 
 
 # -- together -------------------------------------------------------------------------------------

@@ -180,7 +180,7 @@ def test_options() -> None:
         with pytest.raises(OptionError):
             Drop(**wrong)
     assert str(Drop(kind="ffn", count=2)) == "drop(kind='ffn', count=2)"
-    with pytest.raises(OptionError, match="one of count and params"):
+    with pytest.raises(OptionError, match="not count and params"):
         Drop(count=1, params=0.5)
     with pytest.raises(
         OptionError, match="greedy needs a score of the output: kl, mse, perplexity"
