@@ -43,6 +43,7 @@ from netlathe.passes.quantize import (
     rounding,
     token,
 )
+from netlathe.passes.quantize.activations import Form, How, NumberName, Scales, Settings
 from netlathe.passes.quantize.candidates import Candidate
 from netlathe.passes.quantize.graph import Editor, as_codes
 from netlathe.passes.quantize.layout import Layout, Unfit, layout
@@ -118,20 +119,20 @@ class Quantize(ChoosingPass):
         help='other settings by module path or weight: {"lm_head": {"weights": "int8"}}; the last match'
         " counts",
     )
-    activations: activations.NumberName = option(
+    activations: NumberName = option(
         default="float32", help="the number type of what products with quantized weights read"
     )
-    activation_scales: activations.Scales = option(
+    activation_scales: Scales = option(
         default="static",
         help="one scale for all data, from calibration; one per token, found as it comes (matrix products"
         " only); or one per tensor, found as it comes (uint8)",
     )
-    activation_form: activations.Form = option(
+    activation_form: Form = option(
         default="integer",
         help='"integer": products with int8 weights are computed in integers, with static scales from'
         ' product to product; "qdq": QuantizeLinear and DequantizeLinear in pairs',
     )
-    activation_range: activations.How = option(
+    activation_range: How = option(
         default="minmax",
         help="static scales: over all that was seen, a percentile of it, or with the least squared error",
     )
@@ -266,8 +267,8 @@ class Quantize(ChoosingPass):
             )
         )
 
-    def _of_activations(self) -> activations.Settings:
-        return activations.Settings(
+    def _of_activations(self) -> Settings:
+        return Settings(
             self.activations,
             self.activation_scales,
             self.activation_form,

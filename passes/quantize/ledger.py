@@ -8,7 +8,9 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import onnx_ir as ir
 
+from netlathe.ir import weights
 from netlathe.passes.quantize import rounding
 from netlathe.passes.quantize.layout import Layout
 from netlathe.passes.quantize.scheme import Scheme
@@ -50,6 +52,23 @@ def weights_of_tokens(chosen: Sequence[Entry]) -> list[str]:
     """The weights that are multiplied with activations which get a scale per token."""
     entries = [entry for entry in chosen if "token" in entry.detail]
     return [name for entry in entries for name in entry.detail["weights"]]
+
+
+def scales_of_tokens(chosen: Sequence[Entry]) -> str:
+    """What those scales are for: a "token", or the whole "tensor"."""
+    return next((e.detail["scales"] for e in chosen if "token" in e.detail), "token")
+
+
+def scales_beside_biases(model: ir.Model, chosen: Sequence[Entry]) -> dict[str, Array]:
+    """The scales of the weights whose biases become integers."""
+    wanted = {entry.detail["weight"] for entry in chosen if "bias" in entry.detail}
+    found = {}
+    for entry in chosen:
+        if entry.detail.get("value") in wanted:
+            name, own, scheme = entry.detail["value"], layout_of(entry), scheme_of(entry)
+            array = weights.array(model.graph.initializers[name])
+            found[name] = parameters(array, own, scheme, entry.arrays)[0]
+    return found
 
 
 def parameters(

@@ -14,7 +14,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from netlathe.ir import weights
-from netlathe.passes.quantize import integer, token
+from netlathe.passes.quantize import integer, qdq_reference, token
 from netlathe.passes.quantize.integer_reference import Emulator
 from netlathe.pipeline.ledger import Entry
 from netlathe.pipeline.pass_ import Reference
@@ -52,6 +52,15 @@ def build(before: ir.Model, chosen: Sequence[Entry]) -> Reference:
     by_token = token.products(before, listed)
     inside |= set(listed)
     held = {}
+    beside = {e.detail["weight"] for e in applied if "bias" in e.detail}
+    scales = {}
+    for name in beside:
+        tensor = found[name].const_value
+        assert tensor is not None
+        _, scales[name] = _codes_and_scales(
+            tensor.numpy(), stored[name].detail, stored[name].arrays
+        )
+    qdq_reference.emulate(before, applied, scales)
     for name, entry in stored.items():
         value = found[name]
         base = value.const_value
@@ -64,7 +73,8 @@ def build(before: ir.Model, chosen: Sequence[Entry]) -> Reference:
             base, made, base.dtype, base.shape.numpy(), base.name or ""
         )
     Emulator(before, plan, grids, held).run()
-    token.emulate(before, by_token, held)
+    per = next((e.detail["scales"] for e in applied if "token" in e.detail), "token")
+    token.emulate(before, by_token, held, per)
     return Reference(before, TOLERANCE)
 
 

@@ -1,15 +1,17 @@
-"""Activations that get their scale when they are there: int8, one scale per token, for matrix products.
+"""Activations that get their scale when they are there, for matrix products: int8, one scale per token,
 
     s = max |x| / 127 along the last axis        q = round(x / s)
     y = (q w_q) s s_w                            q w_q in int32: MatMulInteger
 
-A product of n terms is exact in int32 up to n = 2^31 / 127^2 = 133152. No calibration data is needed. A token
-of zeros has the smallest scale.
+or uint8, one scale and zero point per tensor: DynamicQuantizeLinear, and y = ((q - z) w_q) (s s_w).
+
+A product of n terms is exact in int32 up to n = 2^31 / 127^2 = 133152 (2^31 / (255 * 127) = 66311 of uint8).
+No calibration data is needed. A token of zeros has the smallest scale.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,7 +23,8 @@ from netlathe.ir import edit
 Array = npt.NDArray[Any]
 CREATED_BY = "quantize"
 SMALLEST = np.float32(2.0**-120)  # 127 of it is a normal number
-MOST_TERMS = 133152
+MOST_TERMS = 66311
+_WHOLE: dict[str, Any] = {"keepdims": 0, "noop_with_empty_axes": 0}
 
 
 def products(model: ir.Model, names: Iterable[str]) -> list[ir.Node]:
@@ -72,10 +75,17 @@ def rewrite(
     model: ir.Model,
     nodes: Iterable[ir.Node],
     held: Mapping[str, tuple[ir.TensorProtocol, Array]],
+    per: str = "token",
 ) -> None:
-    """Let products take int8 operands; ``held`` gives codes and scales by the weights' names."""
+    """Let products take 8-bit operands; ``held`` gives codes and scales by the weights' names.
+
+    ``per`` is "token", or "tensor" for one scale and zero point for all.
+    """
     graph, taken = model.graph, edit.names_in(model.graph)
     operands: dict[ir.Value, tuple[ir.Value, ir.Value]] = {}
+    if per == "tensor":
+        _by_tensor(graph, nodes, held, taken)
+        return
     for node in nodes:
         add = _Nodes(graph, taken)
         x, weight, output = node.inputs[0], node.inputs[1], node.outputs[0]
@@ -97,11 +107,47 @@ def rewrite(
         edit.replace(node, add.made, {output: result}, CREATED_BY)
 
 
+def _by_tensor(
+    graph: ir.Graph,
+    nodes: Iterable[ir.Node],
+    held: Mapping[str, tuple[ir.TensorProtocol, Array]],
+    taken: set[str],
+) -> None:
+    """In the order of operators that ONNX Runtime fuses into DynamicQuantizeMatMul."""
+    operands: dict[ir.Value, Sequence[ir.Value]] = {}
+    for node in nodes:
+        add = _Nodes(graph, taken)
+        x, weight, output = node.inputs[0], node.inputs[1], node.outputs[0]
+        assert x is not None and weight is not None
+        stem, name = x.name or "x", output.name or "y"
+        if x not in operands:
+            made = ir.node("DynamicQuantizeLinear", [x], num_outputs=3)
+            for value, what in zip(made.outputs, ("uint8", "scale", "zero_point"), strict=True):
+                value.name = edit.unique_name(graph, f"{stem}_{what}", taken)
+            add.made.append(made)
+            operands[x] = made.outputs
+        codes, scale, zero = operands[x]
+        tensor, scales = held[weight.name or ""]
+        w = edit.constant(graph, tensor, f"{weight.name}_int8", taken)
+        acc = add("MatMulInteger", codes, w, zero, name=f"{name}_sums")
+        wide = add.cast(acc, ir.DataType.FLOAT, f"{name}_wide")
+        step = add("Mul", scale, scales.astype(np.float32), name=f"{name}_step")
+        edit.replace(
+            node, add.made, {output: add("Mul", wide, step, name=f"{name}_value")}, CREATED_BY
+        )
+
+
 def emulate(
-    model: ir.Model, nodes: Iterable[ir.Node], held: Mapping[str, tuple[Array, Array]]
+    model: ir.Model,
+    nodes: Iterable[ir.Node],
+    held: Mapping[str, tuple[Array, Array]],
+    per: str = "token",
 ) -> None:
     """What :func:`rewrite` must give, with sums in float64: the reference."""
     graph, taken = model.graph, edit.names_in(model.graph)
+    if per == "tensor":
+        _emulate_by_tensor(graph, nodes, held, taken)
+        return
     for node in nodes:
         add = _Nodes(graph, taken)
         x, weight, output = node.inputs[0], node.inputs[1], node.outputs[0]
@@ -117,4 +163,33 @@ def emulate(
         sums = add("MatMul", q, codes.astype(np.float64), name="sums")
         y = add("Mul", add.cast(sums, ir.DataType.FLOAT, "single"), s, name="by_token")
         y = add("Mul", y, scales.astype(np.float32), name="value")
+        edit.replace(node, add.made, {output: y}, CREATED_BY)
+
+
+def _emulate_by_tensor(
+    graph: ir.Graph,
+    nodes: Iterable[ir.Node],
+    held: Mapping[str, tuple[Array, Array]],
+    taken: set[str],
+) -> None:
+    for node in nodes:
+        add = _Nodes(graph, taken)
+        x, weight, output = node.inputs[0], node.inputs[1], node.outputs[0]
+        assert x is not None and weight is not None
+        codes, scales = held[weight.name or ""]
+        none, most = np.array(0, np.float32), np.array(255, np.float32)
+        high = add("Max", add("ReduceMax", x, name="high", **_WHOLE), none, name="top")
+        low = add("Min", add("ReduceMin", x, name="low", **_WHOLE), none, name="bottom")
+        span = add("Sub", high, low, name="span")
+        share = add("Div", span, most, name="share")
+        one = np.array(1, np.float32)
+        s = add("Where", add("Equal", share, none, name="flat"), one, share, name="s")
+        opposite = add("Div", add("Neg", low, name="opposite"), s, name="offset")
+        z = add("Round", add("Clip", opposite, none, most, name="near"), name="zero")
+        nearest = add("Round", add("Div", x, s, name="ratio"), name="nearest")
+        q = add("Clip", add("Add", nearest, z, name="moved"), none, most, name="q")
+        units = add.cast(add("Sub", q, z, name="units"), ir.DataType.DOUBLE, "wide")
+        sums = add("MatMul", units, codes.astype(np.float64), name="sums")
+        step = add("Mul", s, scales.astype(np.float32), name="step")
+        y = add("Mul", add.cast(sums, ir.DataType.FLOAT, "single"), step, name="value")
         edit.replace(node, add.made, {output: y}, CREATED_BY)
