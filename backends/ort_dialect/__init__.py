@@ -5,7 +5,8 @@
 
 Both read the codes as they are stored, 2, 4 or 8 bits each. The numbers stay what they were; how x is
 rounded is the product's ``accuracy_level``. What has no such form stays standard ONNX, and
-:class:`Written` says why.
+:class:`Written` says why. Activations in QuantizeLinear pairs stay standard too, as uint8: these are what
+its optimizer turns into integer kernels.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import onnx_ir as ir
 
 from netlathe.ir import edit, types
 
-from . import lookups, products, stored
+from . import lookups, pairs, products, stored
 
 DOMAIN = "com.microsoft"
 ACCURACY_LEVELS = (0, 1, 4)  # as the operator's schema numbers them: unset, float32, int8
@@ -24,9 +25,13 @@ ACCURACY_LEVELS = (0, 1, 4)  # as the operator's schema numbers them: unset, flo
 
 @dataclass
 class Written:
-    """How many operators of each kind were written, and the weights that stayed as they were."""
+    """How many operators of each kind were written, and the weights that stayed as they were.
+
+    ``unsigned`` counts the pairs of int8 activations that became uint8.
+    """
 
     operators: dict[str, int] = field(default_factory=dict)
+    unsigned: int = 0
     left: dict[str, str] = field(default_factory=dict)  # weight -> why
 
 
@@ -34,6 +39,7 @@ def rewrite(model: ir.Model, accuracy_level: int) -> Written:
     """Rewrite ``model``, in the IR's opset and normal form, in place; weights stay recipes."""
     written = Written()
     taken = edit.names_in(model.graph)
+    written.unsigned = pairs.unsign(model.graph, taken)
     for weight in stored.find(model.graph):
         reason = weight.problem or products.problem(weight, accuracy_level)
         reason = reason or lookups.problem(weight)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+import onnxruntime
 import pytest
 
 from netlathe.backends import ort_dialect
@@ -88,7 +90,7 @@ def test_packed_weights_are_the_numbers_of_the_reference(scheme: dict[str, Any])
     after, reference = quantized(before, **scheme)
     made = after.clone()
     written = ort_dialect.rewrite(made, 4)
-    assert written == ort_dialect.Written({"MatMulNBits": 1}, {})
+    assert written == ort_dialect.Written({"MatMulNBits": 1})
     assert not {"MatMul", "Add", "DequantizeLinear"} & set(ops(made)), "the bias went in as well"
     wanted = weights.array(reference.graph.initializers["w"])
     assert np.array_equal(unpacked(made, "MatMulNBits").T, wanted)
@@ -152,6 +154,60 @@ def test_a_tied_table_is_stored_once(symmetric: bool) -> None:
     for optimize in (False, True):
         actual = ort.run(made, fed, optimize=optimize)["y"]
         assert np.abs(actual - expected).max() <= 1e-5 * np.abs(expected).max()
+
+
+# -- activations --------------------------------------------------------------------------------------
+
+
+def executed(file: Path, fed: dict[str, Array]) -> Counter[str]:
+    """The operators that ONNX Runtime runs with default settings, from its own profile."""
+    settings = onnxruntime.SessionOptions()
+    settings.enable_profiling, settings.profile_file_prefix = True, str(file.parent / "profile")
+    session = onnxruntime.InferenceSession(file, settings, providers=["CPUExecutionProvider"])
+    session.run(None, fed)
+    events = json.loads(Path(session.end_profiling()).read_text())
+    kernels = [e for e in events if e.get("cat") == "Node" and e["name"].endswith("_kernel_time")]
+    return Counter(e["args"]["op_name"] for e in kernels)
+
+
+@pytest.mark.parametrize("number", ["int8", "uint8"])
+def test_pairs_become_integer_kernels(tmp_path: Path, number: Any) -> None:
+    body = (
+        "a = Conv <pads=[1,1,1,1]> (x, w, c) r = Relu (a) d = Conv (r, u) e = Conv (r, v)"
+        " s = Add (d, e) y = GlobalAveragePool (s)"
+    )
+    before = settled(
+        "float[b,3,8,8] x",
+        body,
+        w=matrix(8, 3, 3, 3),
+        c=matrix(8),
+        u=matrix(8, 8, 1, 1, seed=1),
+        v=matrix(8, 8, 1, 1, seed=2),
+    )
+    fed = feeds(before, {"b": 2})
+    ctx, after = Context(calibration=[fed]), before.clone()
+    pass_ = Quantize(min_size=0, activations=number, activation_form="qdq")
+    chosen = pass_.choose(before, ctx)
+    pass_.edit(after, chosen, ctx)
+    normal.normalize(after)
+    artifact = OnnxBackend().compile(after, TARGET)
+    artifact.save(tmp_path)
+    assert artifact.report()["dialect"]["unsigned"] == (6 if number == "int8" else 0)
+    ran = executed(tmp_path / "model.onnx", fed)
+    assert (ran["QLinearConv"], ran["QLinearAdd"], ran["Conv"], ran["Add"]) == (3, 1, 0, 0)
+    reference = pass_.simulate(before.clone(), chosen).model
+    assert np.array_equal(
+        ort.run(ir.load(tmp_path / "model.onnx"), fed)["y"], ort.run(reference, fed)["y"]
+    )
+
+
+def test_dynamic_activations_become_one_kernel(tmp_path: Path) -> None:
+    before = settled("float[b,s,64] x", "y = MatMul (x, w)", w=matrix(64, 32))
+    options: Any = {"activations": "uint8", "activation_scales": "tensor"}
+    after, _ = quantized(before, **options)
+    OnnxBackend().compile(after, TARGET).save(tmp_path)
+    ran = executed(tmp_path / "model.onnx", feeds(before, {"b": 2, "s": 5}))
+    assert ran == {"DynamicQuantizeMatMul": 1}
 
 
 # -- what stays standard ------------------------------------------------------------------------------
