@@ -19,9 +19,10 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from netlathe.analysis.layers import Layer
 from netlathe.analysis.products import uses_of
 from netlathe.ir import weights
-from netlathe.passes.equalize.candidates import Candidate, Product
+from netlathe.passes.equalize.candidates import Candidate
 from netlathe.passes.quantize import rounding
 from netlathe.passes.quantize.layout import Layout, Unfit, layout
 from netlathe.passes.quantize.scheme import Scheme
@@ -173,7 +174,7 @@ def search(
 
 def _error_of(
     candidate: Candidate,
-    product: Product,
+    product: Layer,
     scaled: Scaled,
     moment: Vector,
     scheme: Scheme,
@@ -205,7 +206,7 @@ def rounded_to(array: Vector, own: Layout, scheme: Scheme) -> Vector:
     return np.asarray(rounding.numbers(codes, own, scheme, scale, zero, np.float64))
 
 
-def _sums(product: Product) -> frozenset[int]:
+def _sums(product: Layer) -> frozenset[int]:
     """The axes of its weight that a product sums over; none if something stands between."""
     held = [use.sums for use in uses_of(product.weight) if use.node is product.node]
     return held[0] if held else frozenset()
