@@ -1,0 +1,217 @@
+"""COMPUTE: the array of multipliers, its accumulators, and the scratchpad of sums.
+
+A cycle takes a row of activations and a row of weights; k is the inner loop, so a sum stays in a
+register until it is complete. Stages, counted from the cycle that addresses the scratchpads:
+
+    1 read    2 operands    3 selected (sparse, dense slice, single vector)    4 products
+    4 + log2(rows) dot products     5 + log2(rows) accumulators, written to sums in the same cycle
+"""
+
+from __future__ import annotations
+
+from amaranth.hdl import Cat, Const, Elaboratable, Module, Mux, Signal, Value, signed
+
+from netlathe.backends.fpga import isa
+from netlathe.backends.fpga.core.parts import Delay, Head, Nest, Scratchpad, log2
+from netlathe.backends.fpga.spec import Pattern, Spec
+
+
+def last_stage(spec: Spec) -> int:
+    """In which stage sums are written."""
+    return 5 + log2(spec.rows)
+
+
+class Compute(Elaboratable):
+    """The unit; it reads what LOAD wrote and ``hidden``, and owns two copies of the sums.
+
+    One copy is read to accumulate, the other by the requantizer.
+    """
+
+    def __init__(self, spec: Spec) -> None:
+        self.spec = spec
+        self.head = Head("compute")
+        self.done = Signal(len(self.head.pushes))
+        self.idle = Signal()
+        wide = 8 * spec.wide_bytes
+        self.activation_row = Signal(range(max(spec.input_vectors, spec.hidden_vectors)))
+        self.input_data, self.hidden_data = Signal(wide), Signal(wide)
+        self.weight_row = Signal(range(spec.weight_rows))
+        self.weight_data = Signal(8 * spec.rows * spec.columns)
+        self.index_data = Signal(8 * spec.beat_bytes * spec.index_beats)
+        self.sums = [Scratchpad(f"sums{i}", spec.sum_rows, 1, 32 * spec.columns) for i in range(2)]
+
+    def elaborate(self, platform: object) -> Module:
+        m, spec = Module(), self.spec
+        m.submodules.head = head = self.head
+        m.submodules.to_add, m.submodules.to_requantize = self.sums
+        f, last = head.field, last_stage(spec)
+        m.submodules.nest = nest = Nest("nest", (12, 8, 8, 12, 12), {"input": 18})
+        for i, name in enumerate(("k0", "k1", "k2", "m0", "m1")):
+            m.d.comb += [
+                nest.counts[i].eq(f[name]),
+                nest.deltas["input"][i].eq(f[f"delta_{name}"]),
+            ]
+        m.d.comb += nest.bases["input"].eq(f["input"])
+
+        keys = ("what", "accumulate", "source", "pattern", "factor")
+        now = {key: Signal.like(f[key], name=f"now_{key}") for key in keys}
+        weights, base, row = Signal(14), Signal(14), Signal(14)
+        pushes, issue = Signal(len(head.pushes)), Signal()
+        first, final, end = nest.first[2], nest.last[2], nest.last[4]
+        with m.FSM():
+            with m.State("IDLE"):
+                m.d.comb += self.idle.eq(~head.valid)
+                with m.If(head.ready):
+                    m.d.comb += [head.take.eq(1), nest.start.eq(1)]
+                    m.d.sync += [now[key].eq(f[key]) for key in keys]
+                    m.d.sync += [
+                        weights.eq(f["weights"]),
+                        base.eq(f["weights"]),
+                        row.eq(f["sums"]),
+                        pushes.eq(head.pushes),
+                    ]
+                    m.next = "START"
+            with m.State(
+                "START"
+            ):  # sums of the instruction before are written by the time these are read
+                m.next = "RUN"
+            with m.State("RUN"):
+                m.d.comb += [issue.eq(1), nest.step.eq(1)]
+                m.d.sync += weights.eq(Mux(final, base, weights + 1))
+                with m.If(final):
+                    m.d.sync += row.eq(row + 1)
+                with m.If(end):
+                    m.next = "IDLE"
+        vector = nest.address["input"]
+        slot = log2(spec.wide_vectors)
+        m.d.comb += [self.activation_row.eq(vector[slot:]), self.weight_row.eq(weights)]
+
+        def late(name: str, value: Value, cycles: int) -> list[Signal]:
+            delay = Delay(name, len(value), cycles)
+            m.submodules[f"late_{name}"] = delay
+            m.d.comb += delay.input.eq(value)
+            return delay.taps
+
+        valid, begins = late("valid", issue, last), late("begins", first, last)
+        ends, rows = late("ends", issue & final, last), late("rows", row, last)
+        given = late("given", Mux(issue & end, pushes, 0), last)
+        select = late("select", vector[:slot] if slot else Const(0, 1), 2)
+        # Settings travel with the data: the next instruction may start while this one is in flight.
+        keep = now["accumulate"]
+        afresh, maximum = late("afresh", ~keep, last), late("max", now["what"] == isa.MAXIMUM, last)
+        lanes = late("lanes", now["what"] != isa.DOT, 3)
+        pattern, source = late("pattern", now["pattern"], 2), late("source", now["source"], 1)
+        factor = late("factor", now["factor"], 2)
+
+        # -- stage 2: what the scratchpads gave
+        activations = Signal(8 * spec.wide_bytes)
+        kernel = Signal(8 * spec.rows * spec.columns)
+        indices = Signal(len(self.index_data))
+        m.d.sync += [
+            activations.eq(Mux(source[1], self.hidden_data, self.input_data)),
+            kernel.eq(self.weight_data),
+            indices.eq(self.index_data),
+        ]
+        # -- stages 3 and 4: operands and products
+        products = [
+            [Signal(signed(25 if p == 0 else 16), name=f"product{o}_{p}") for p in range(spec.rows)]
+            for o in range(spec.columns)
+        ]
+        dense = self._dense(m, activations, select[2])
+        single = self._single(m, activations, select[2])
+        for o in range(spec.columns):
+            for p in range(spec.rows):
+                place = o * spec.rows + p
+                a = Signal(signed(8), name=f"a{o}_{p}")
+                w = Signal(signed(17 if p == 0 else 8), name=f"w{o}_{p}")
+                weight = kernel[8 * place : 8 * place + 8].as_signed()
+                chosen = self._selected(m, activations, indices, pattern[2], dense, o, p)
+                if p == 0:
+                    m.d.sync += [
+                        a.eq(Mux(lanes[2], single[o], chosen)),
+                        w.eq(Mux(lanes[2], factor[2], weight)),
+                    ]
+                else:
+                    m.d.sync += [a.eq(chosen), w.eq(Mux(lanes[2], 0, weight))]
+                m.d.sync += products[o][p].eq(a * w)
+        # -- the tree, and the accumulators
+        write = Cat()
+        for o in range(spec.columns):
+            level = products[o]
+            while len(level) > 1:
+                made = []
+                for left, right in zip(level[::2], level[1::2], strict=True):
+                    total = Signal(signed(max(len(left), len(right)) + 1))
+                    m.d.sync += total.eq(left + right)
+                    made.append(total)
+                level = made
+            dot = level[0]
+            held = Signal(signed(32), name=f"held{o}")
+            earlier = self.sums[0].read_data[32 * o : 32 * o + 32].as_signed()
+            onto = Signal(signed(32), name=f"onto{o}")
+            new = begins[last - 1] & afresh[last - 1]
+            m.d.comb += onto.eq(Mux(begins[last - 1], earlier, held))
+            with m.If(valid[last - 1]):
+                with m.If(new):
+                    m.d.sync += held.eq(dot)
+                with m.Elif(maximum[last - 1]):
+                    m.d.sync += held.eq(Mux(dot > onto, dot, onto))
+                with m.Else():
+                    m.d.sync += held.eq(onto + dot)
+            write = Cat(write, held)
+        m.d.comb += self.sums[0].read_row.eq(rows[last - 2])
+        for pad in self.sums:
+            m.d.comb += [
+                pad.write.eq(ends[last]),
+                pad.write_row.eq(rows[last]),
+                pad.write_data.eq(write),
+            ]
+        m.d.comb += self.done.eq(given[last])
+        return m
+
+    # -- which activation a multiplier sees ---------------------------------------------------------
+
+    def _dense(self, m: Module, row: Signal, select: Signal) -> list[Value]:
+        """One byte a multiplier: the slice of a wide row that is addressed."""
+        spec = self.spec
+        if spec.expansion == 1:
+            return [row[8 * p : 8 * p + 8] for p in range(spec.rows)]
+        which = select[log2(spec.rows // spec.columns) :]
+        made = Signal(8 * spec.rows, name="dense")
+        m.d.comb += made.eq(row.word_select(which, 8 * spec.rows))
+        return [made[8 * p : 8 * p + 8] for p in range(spec.rows)]
+
+    def _single(self, m: Module, row: Signal, select: Signal) -> list[Value]:
+        """One byte a column: the vector that is addressed."""
+        spec = self.spec
+        made = Signal(8 * spec.columns, name="single")
+        m.d.comb += made.eq(
+            row if spec.wide_vectors == 1 else row.word_select(select, 8 * spec.columns)
+        )
+        return [made[8 * o : 8 * o + 8].as_signed() for o in range(spec.columns)]
+
+    def _selected(
+        self,
+        m: Module,
+        row: Signal,
+        indices: Signal,
+        mode: Signal,
+        dense: list[Value],
+        o: int,
+        p: int,
+    ) -> Value:
+        """Of the group that multiplier p belongs to, the activation that its index names."""
+        spec = self.spec
+        chosen: Value = dense[p].as_signed()
+        width = spec.index_bits
+        for number, pattern in enumerate(spec.kept):
+            index = indices[(o * spec.rows + p) * width :][: log2(pattern.group)]
+            group = _group(row, pattern, p)
+            chosen = Mux(mode == number + 1, group.word_select(index, 8).as_signed(), chosen)
+        return chosen
+
+
+def _group(row: Signal, pattern: Pattern, p: int) -> Value:
+    """The activations that multiplier p chooses from."""
+    start = p // pattern.kept * pattern.group
+    return row[8 * start : 8 * (start + pattern.group)]

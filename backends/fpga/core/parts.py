@@ -1,0 +1,166 @@
+"""What the units are made of: scratchpads in banks, loop nests, delays, and the end of a queue."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from amaranth.hdl import Cat, Elaboratable, Module, Mux, Signal, Value, signed
+from amaranth.lib.memory import Memory
+
+from netlathe.backends.fpga import isa
+
+
+def log2(size: int) -> int:
+    """Of a power of two."""
+    return size.bit_length() - 1
+
+
+class Scratchpad(Elaboratable):
+    """``rows`` of ``banks`` words of ``width`` bits: a word is written at a time, a row is read.
+
+    ``write`` marks the banks that are written in this cycle, each with its part of ``data``; what is read
+    follows ``read_row`` by a cycle.
+    """
+
+    def __init__(self, name: str, rows: int, banks: int, width: int) -> None:
+        self.name, self.rows, self.banks, self.width = name, rows, banks, width
+        self.write = Signal(banks, name=f"{name}_write")
+        self.write_row = Signal(range(rows), name=f"{name}_write_row")
+        self.write_data = Signal(banks * width, name=f"{name}_write_data")
+        self.read_row = Signal(range(rows), name=f"{name}_read_row")
+        self.read_enable = Signal(init=1, name=f"{name}_read_enable")
+        self.read_data = Signal(banks * width, name=f"{name}_read_data")
+
+    def elaborate(self, platform: object) -> Module:
+        m = Module()
+        for bank in range(self.banks):
+            part = slice(bank * self.width, (bank + 1) * self.width)
+            memory = Memory(shape=self.width, depth=self.rows, init=[])
+            m.submodules[f"bank{bank}"] = memory
+            write, read = memory.write_port(), memory.read_port()
+            m.d.comb += [
+                write.addr.eq(self.write_row),
+                write.data.eq(self.write_data[part]),
+                write.en.eq(self.write[bank]),
+                read.addr.eq(self.read_row),
+                read.en.eq(self.read_enable),
+                self.read_data[part].eq(read.data),
+            ]
+        return m
+
+
+class Nest(Elaboratable):
+    """Counters of a loop nest, the innermost first, and the addresses that they move.
+
+    ``start`` takes over counts, deltas and bases; every ``step`` moves on. ``last`` says for each loop
+    whether it and the loops inside it stand at their end.
+    """
+
+    def __init__(self, name: str, counts: Sequence[int], addresses: Mapping[str, int]) -> None:
+        self.name = name
+        self.start, self.step = Signal(name=f"{name}_start"), Signal(name=f"{name}_step")
+        self.counts = [Signal(w, name=f"{name}_count{i}") for i, w in enumerate(counts)]
+        self.bases = {n: Signal(w, name=f"{name}_{n}_base") for n, w in addresses.items()}
+        self.deltas = {
+            n: [Signal(signed(w), name=f"{name}_{n}_delta{i}") for i in range(len(counts))]
+            for n, w in addresses.items()
+        }
+        self.address = {n: Signal(w, name=f"{name}_{n}") for n, w in addresses.items()}
+        self.first = Signal(len(counts), name=f"{name}_first")
+        self.last = Signal(len(counts), name=f"{name}_last")
+
+    def elaborate(self, platform: object) -> Module:
+        m = Module()
+        depth = len(self.counts)
+        at = [Signal.like(count, name=f"at{i}") for i, count in enumerate(self.counts)]
+        # Flags are kept beside the counters: compared a cycle ahead, they are not on the adders' path.
+        zero = [Signal(name=f"zero{i}") for i in range(depth)]
+        end = [Signal(name=f"end{i}") for i in range(depth)]
+        limits = [Signal.like(count, name=f"limit{i}") for i, count in enumerate(self.counts)]
+        moves = {
+            n: [Signal(signed(len(d)), name=f"{n}_move{i}") for i, d in enumerate(ds)]
+            for n, ds in self.deltas.items()
+        }
+        carry: Value = self.step
+        for i in range(depth):
+            m.d.comb += [
+                self.first[i].eq(Cat(*zero[: i + 1]).all()),
+                self.last[i].eq(Cat(*end[: i + 1]).all()),
+            ]
+            with m.If(carry):
+                m.d.sync += [
+                    at[i].eq(Mux(end[i], 0, at[i] + 1)),
+                    zero[i].eq(end[i]),
+                    end[i].eq(Mux(end[i], limits[i] == 0, at[i] + 1 == limits[i])),
+                ]
+            carry = carry & end[i]
+        with m.If(self.step):
+            for name, address in self.address.items():
+                move = moves[name][depth - 1]
+                for i in reversed(range(depth - 1)):
+                    move = Mux(end[i], move, moves[name][i])
+                m.d.sync += address.eq(address + move)
+        with m.If(self.start):
+            for i in range(depth):
+                m.d.sync += [
+                    at[i].eq(0),
+                    zero[i].eq(1),
+                    limits[i].eq(self.counts[i] - 1),
+                    end[i].eq(self.counts[i] == 1),
+                ]
+            for name, address in self.address.items():
+                m.d.sync += address.eq(self.bases[name])
+                m.d.sync += [
+                    move.eq(delta)
+                    for move, delta in zip(moves[name], self.deltas[name], strict=True)
+                ]
+        return m
+
+
+class Delay(Elaboratable):
+    """A signal, 0 to ``cycles`` cycles late: ``taps[n]`` is n cycles behind ``input``."""
+
+    def __init__(self, name: str, like: int, cycles: int) -> None:
+        self.input = Signal(like, name=f"{name}_0")
+        self.taps = [self.input] + [Signal(like, name=f"{name}_{i + 1}") for i in range(cycles)]
+
+    def elaborate(self, platform: object) -> Module:
+        m = Module()
+        for earlier, later in zip(self.taps, self.taps[1:], strict=False):
+            m.d.sync += later.eq(earlier)
+        return m
+
+
+class Head(Elaboratable):
+    """The instruction at the head of a unit's queue, taken apart, and whether it may start.
+
+    ``ready``: there is one and the tokens it waits for are there. ``take`` removes both. The bits in
+    ``pushes`` say which units get a token when it is done.
+    """
+
+    def __init__(self, unit: isa.Unit) -> None:
+        self.unit = unit
+        self.valid, self.word = Signal(name="valid"), Signal(isa.bits(unit), name="word")
+        self.tokens = {other: Signal(name=f"has_{other}") for other in isa.WAITS[unit]}
+        self.used = {other: Signal(name=f"use_{other}") for other in isa.WAITS[unit]}
+        self.ready, self.take = Signal(name="ready"), Signal(name="take")
+        self.pushes = Signal(len(isa.GIVES[unit]), name="pushes")
+        self.field: dict[str, Signal] = {
+            name: Signal(signed(-width) if width < 0 else width, name=name)
+            for name, width in isa.FIELDS[unit].items()
+        }
+
+    def elaborate(self, platform: object) -> Module:
+        m = Module()
+        waits = [~self.word[2 + i] | has for i, has in enumerate(self.tokens.values())]
+        m.d.comb += [
+            self.ready.eq(self.valid & Cat(*waits).all()),
+            self.pushes.eq(self.word[5 : 5 + len(self.pushes)]),
+        ]
+        for i, used in enumerate(self.used.values()):
+            m.d.comb += used.eq(self.take & self.word[2 + i])
+        at = sum(isa.HEADER.values())
+        for name, width in isa.FIELDS[self.unit].items():
+            m.d.comb += self.field[name].eq(self.word[at : at + abs(width)])
+            at += abs(width)
+        return m

@@ -1,0 +1,173 @@
+"""REQUANTIZE: 32-bit sums become bytes, by a multiplier and a shift per column, and a table if asked for.
+
+Stages, counted from the cycle that addresses the sums: 1 read; 2 held; 3 bias added; 4, 5 two products
+of 17 and 16 bits by the multiplier; 6 their sum; 7, 8 shifted; 9 rounded and bounded; 10 zero point and
+saturation; 11 looked up; 12 written. The product in two halves is what keeps the clock above 100 MHz.
+"""
+
+from __future__ import annotations
+
+from amaranth.hdl import Cat, Elaboratable, Module, Mux, Signal, Value, signed
+from amaranth.lib.memory import Memory
+
+from netlathe.backends.fpga.core.parts import Delay, Head, Nest, Scratchpad, log2
+from netlathe.backends.fpga.spec import Spec
+
+STAGES = 12
+LOW = 17  # bits of a sum that the first product takes
+
+
+class Requantize(Elaboratable):
+    """The unit; it owns what it writes: ``output`` and ``hidden``."""
+
+    def __init__(self, spec: Spec) -> None:
+        self.spec = spec
+        self.head = Head("requantize")
+        self.done = Signal(len(self.head.pushes))
+        self.idle = Signal()
+        self.sum_row = Signal(range(spec.sum_rows))
+        self.sum_data = Signal(32 * spec.columns)
+        self.parameter_word = Signal(range(spec.parameter_words))
+        self.parameter_data = Signal(64)
+        self.table_write, self.table_at = Signal(), Signal(range(spec.table_entries))
+        self.table_data = Signal(8)
+        vector = 8 * spec.columns
+        self.output = Scratchpad("output", spec.output_vectors, 1, vector)
+        rows = spec.hidden_vectors // spec.wide_vectors
+        self.hidden = Scratchpad("hidden", rows, spec.wide_vectors, vector)
+
+    def elaborate(self, platform: object) -> Module:
+        m, spec = Module(), self.spec
+        m.submodules.head = head = self.head
+        m.submodules.output, m.submodules.hidden = self.output, self.hidden
+        f = head.field
+        m.submodules.nest = nest = Nest("nest", (2, 12, 12), {"hidden": 18})
+        m.d.comb += [
+            nest.counts[0].eq(Mux(f["raw"], 0, 1)),  # 0 stands for four: of a sum's bytes
+            nest.counts[1].eq(f["n0"]),
+            nest.counts[2].eq(f["n1"]),
+            nest.bases["hidden"].eq(f["hidden"]),
+            nest.deltas["hidden"][0].eq(0),
+            nest.deltas["hidden"][1].eq(f["delta_0"]),
+            nest.deltas["hidden"][2].eq(f["delta_1"]),
+        ]
+        keys = ("raw", "table", "to_output", "to_hidden", "tables", "zero")
+        now = {key: Signal.like(f[key], name=f"now_{key}") for key in keys}
+        pushes, issue, byte = Signal(len(head.pushes)), Signal(), Signal(2)
+        row, place = Signal(14), Signal(14)
+        column, word = Signal(range(spec.columns + 1)), Signal(14)
+        flight = Signal(range(STAGES + 1))
+        parameters = [Signal(64, name=f"parameters{o}") for o in range(spec.columns)]
+        m.d.comb += self.parameter_word.eq(word)
+        with m.FSM():
+            with m.State("IDLE"):
+                m.d.comb += self.idle.eq(~head.valid)
+                with m.If(head.ready):
+                    m.d.comb += [head.take.eq(1), nest.start.eq(1)]
+                    m.d.sync += [now[key].eq(f[key]) for key in keys]
+                    m.d.sync += [
+                        row.eq(f["sums"]),
+                        place.eq(f["output"]),
+                        word.eq(f["parameters"]),
+                        pushes.eq(head.pushes),
+                        column.eq(0),
+                        byte.eq(0),
+                    ]
+                    m.next = "PARAMETERS"
+            with m.State("PARAMETERS"):  # one word a cycle; what is read follows by one
+                m.d.sync += [word.eq(word + 1), column.eq(column + 1)]
+                for o in range(spec.columns):
+                    with m.If((column != 0) & (column == o + 1)):
+                        m.d.sync += parameters[o].eq(self.parameter_data)
+                with m.If(column == spec.columns):
+                    m.next = "RUN"
+            with m.State("RUN"):
+                m.d.comb += [issue.eq(1), nest.step.eq(1)]
+                m.d.sync += [byte.eq(byte + now["raw"]), place.eq(place + now["to_output"])]
+                with m.If(nest.last[0]):
+                    m.d.sync += row.eq(row + 1)
+                with m.If(nest.last[2]):
+                    m.d.sync += flight.eq(STAGES)
+                    m.next = "DRAIN"
+            with m.State("DRAIN"):  # the parameters are in use until all is written
+                m.d.sync += flight.eq(flight - 1)
+                with m.If(flight == 1):
+                    m.d.comb += self.done.eq(pushes)
+                    m.next = "IDLE"
+        m.d.comb += self.sum_row.eq(row)
+
+        def late(name: str, value: Value, cycles: int = STAGES) -> list[Signal]:
+            delay = Delay(name, len(value), cycles)
+            m.submodules[f"late_{name}"] = delay
+            m.d.comb += delay.input.eq(value)
+            return delay.taps
+
+        valid, places = late("valid", issue), late("places", place)
+        hidden, bytes_ = late("hidden", nest.address["hidden"]), late("bytes", byte, 3)
+
+        results = Cat()
+        for o in range(spec.columns):
+            results = Cat(results, self._lane(m, o, parameters[o], now, bytes_[3]))
+        slot = log2(spec.wide_vectors)
+        at = hidden[STAGES]
+        m.d.comb += [
+            self.output.write.eq(valid[STAGES] & now["to_output"]),
+            self.output.write_row.eq(places[STAGES]),
+            self.output.write_data.eq(results),
+            self.hidden.write_row.eq(at[slot:]),
+        ]
+        for i in range(spec.wide_vectors):
+            own = (at[:slot] == i) if slot else 1
+            part = slice(i * 8 * spec.columns, (i + 1) * 8 * spec.columns)
+            m.d.comb += [
+                self.hidden.write[i].eq(valid[STAGES] & now["to_hidden"] & own),
+                self.hidden.write_data[part].eq(results),
+            ]
+        return m
+
+    def _lane(
+        self, m: Module, o: int, parameters: Signal, now: dict[str, Signal], byte: Signal
+    ) -> Signal:
+        """The pipeline of one column; its result is there in stage 12."""
+        bias = parameters[:32].as_signed()
+        multiplier, shift = parameters[32:48], parameters[48:54]
+
+        def stage(name: str, width: int, value: Value, *, sign: bool = True) -> Signal:
+            made = Signal(signed(width) if sign else width, name=f"{name}{o}")
+            m.d.sync += made.eq(value)
+            return made
+
+        held = stage("held", 32, self.sum_data[32 * o : 32 * o + 32].as_signed())
+        biased = stage("biased", 33, held + bias)
+        low = stage("low", LOW + 16, biased[:LOW] * multiplier, sign=False)
+        high = stage("high", 33 - LOW + 16, biased[LOW:].as_signed() * multiplier)
+        low2, high2 = stage("low_2", LOW + 16, low, sign=False), stage("high_2", 49 - LOW, high)
+        # Only bits from LOW on are added.
+        upper = stage("upper", 50 - LOW, high2 + low2[LOW:])
+        under = stage("under", LOW, low2[:LOW], sign=False)
+        product = Cat(under, upper).as_signed()
+        coarse = stage("coarse", 50, product >> (shift & 0x38))
+        fine = stage("fine", 50, coarse >> shift[:3])
+        rounded = Signal(signed(50), name=f"rounded{o}")
+        m.d.comb += rounded.eq((fine + 1) >> 1)
+        # Beyond ten bits no zero point brings it back into eight.
+        bounded = stage("bounded", 10, Mux(rounded > 511, 511, Mux(rounded < -512, -512, rounded)))
+        moved = Signal(signed(11), name=f"moved{o}")
+        m.d.comb += moved.eq(bounded + now["zero"])
+        final = stage("final", 8, Mux(moved > 127, 127, Mux(moved < -128, -128, moved)))
+        # The bytes of a sum overtake nothing: they wait as long as the rest takes.
+        plain = stage("plain4", 8, biased.word_select(byte, 8), sign=False)
+        for number in range(5, 11):
+            plain = stage(f"plain{number}", 8, plain, sign=False)
+
+        memory = Memory(shape=8, depth=self.spec.table_entries, init=[])
+        m.submodules[f"table{o}"] = memory
+        write, read = memory.write_port(), memory.read_port()
+        result = stage("result", 8, Mux(now["raw"], plain, final), sign=False)
+        m.d.comb += [
+            write.en.eq(self.table_write),
+            write.addr.eq(self.table_at),
+            write.data.eq(self.table_data),
+            read.addr.eq(now["tables"] + (final.as_unsigned() ^ 0x80)),
+        ]
+        return stage("written", 8, Mux(now["table"], read.data, result), sign=False)
