@@ -20,7 +20,7 @@ import onnx_ir as ir
 from netlathe.analysis.axes import Axes, Stretch, analyse, to_rotate
 from netlathe.analysis.layers import find_layers
 from netlathe.diagnostics import PassError, missing_extra
-from netlathe.ir import edit, types
+from netlathe.ir import types
 from netlathe.ir.provenance import module_path
 from netlathe.passes.rotate import online
 from netlathe.passes.rotate.hadamard import Basis, random_hadamard, random_orthogonal
@@ -104,11 +104,11 @@ class Rotate(ChoosingPass):
         ]
         changed = {str(v.name) for stretch, _ in turns for v, _ in stretch.exponents}
         narrow(Layout(model, axes, edges), turns, ctx.device)
-        taken = edit.names_in(model.graph)
+        transforms = online.Transforms(model.graph)
         for entry in by_kind["online"]:
             found = online.site(*sites[entry.candidate])
             assert not isinstance(found, str)  # as it was chosen
-            online.turn(model.graph, found, taken)
+            transforms.add(found)
         types.annotate(model)
         renamed: dict[str, str | None] = dict.fromkeys(sorted(changed & values.keys()))
         return Result(True, list(chosen), renamed)

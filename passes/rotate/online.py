@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -62,75 +63,91 @@ def site(x: ir.Value, readers: Sequence[ir.Node]) -> Site | str:
     return Site(x, tuple(layers), orders)
 
 
-def turn(graph: ir.Graph, at: Site, taken: set[str]) -> None:
-    """Put the transform in front of the products of a site, and undo it in their weights."""
-    x, (a, b) = at.x, at.orders
-    dims, dtype = list(x.shape or ()), x.dtype
-    assert dtype is not None
-    stem, first = x.name or "x", at.layers[0].node
+class Transforms:
+    """Puts transforms into a graph; those of one order share their signs."""
 
-    def add(op: str, inputs: Sequence[ir.Value], shape: Sequence[object], part: str) -> ir.Value:
-        made = edit.node(
-            op,
-            inputs,
-            {"allowzero": 0} if op == "Reshape" else {},
-            name=edit.unique_name(graph, f"{stem}_{part}", taken),
-            dtype=dtype,
-            shape=ir.Shape(shape),  # type: ignore[arg-type]  # dims as they come from a shape
-            like=first,
-            created_by=CREATED_BY,
-        )
-        nodes.append(made)
-        return made.outputs[0]
+    def __init__(self, graph: ir.Graph) -> None:
+        self._graph, self._taken = graph, edit.names_in(graph)
+        self._signs: dict[tuple[int, bool, ir.DataType], ir.Value] = {}
 
-    def signs(order: int, part: str, *, transposed: bool = False) -> ir.Value:
-        held = hadamard(order)
-        assert held is not None  # factors() saw to it
-        array = np.ascontiguousarray(held.T if transposed else held)
-        stored = edit.constant(graph, array, f"{stem}_{part}", taken)
-        cast = edit.node(
-            "Cast",
-            [stored],
-            {"to": int(dtype), "saturate": 1, "round_mode": "up"},
-            name=edit.unique_name(graph, f"{stem}_{part}_wide", taken),
-            dtype=dtype,
-            shape=ir.Shape([order, order]),
-            like=first,
-            created_by=CREATED_BY,
-        )
-        cast.metadata_props[provenance.STORED] = "int8"
-        nodes.append(cast)
-        return cast.outputs[0]
+    def add(self, at: Site) -> None:
+        """Put one in front of the products of a site, and undo it in their weights."""
+        value = self._turned(at)
+        matrix = kron(at)
+        for layer in at.layers:
+            layer.node.replace_input_with(0, value)
 
-    def sizes(last: Sequence[int], part: str) -> ir.Value:
-        array = np.array([0] * (len(dims) - 1) + list(last), np.int64)
-        return edit.constant(graph, array, f"{stem}_{part}", taken)
+            def undo(array: Array, axis: int) -> Array:
+                return np.moveaxis(np.tensordot(matrix, array, axes=(0, axis)), 0, axis)
 
-    nodes: list[ir.Node] = []
-    by = np.array(1 / math.sqrt(at.width), dtype.numpy())
-    scale = edit.constant(graph, by, f"{stem}_turned_by", taken)
-    value = add("Mul", [x, scale], dims, "unit")
-    if a == 1:
-        value = add("MatMul", [value, signs(b, "signs")], dims, "turned")
-    else:
-        split = [*dims[:-1], a, b]
-        value = add("Reshape", [value, sizes([a, b], "split")], split, "matrix")
-        value = add("MatMul", [value, signs(b, "signs")], split, "rows")
-        value = add("MatMul", [signs(a, "signs_left", transposed=True), value], split, "columns")
-        value = add("Reshape", [value, sizes([a * b], "whole")], dims, "turned")
-    maker = x.producer()
-    if maker is not None:
-        graph.insert_after(maker, nodes)
-    else:
-        graph.insert_before(graph[0], nodes)
-    matrix = kron(at)
-    for layer in at.layers:
-        layer.node.replace_input_with(0, value)
+            linear.change(self._graph, layer, undo, f"{layer.value.name}_turned", self._taken)
 
-        def undo(array: Array, axis: int) -> Array:
-            return np.moveaxis(np.tensordot(matrix, array, axes=(0, axis)), 0, axis)
+    def _turned(self, at: Site) -> ir.Value:
+        x, (a, b) = at.x, at.orders
+        dims, dtype = list(x.shape or ()), x.dtype
+        assert dtype is not None
+        nodes: list[ir.Node] = []
 
-        linear.change(graph, layer, undo, f"{layer.value.name}_turned", taken)
+        def node(op: str, inputs: Sequence[ir.Value], shape: Sequence[Any], part: str) -> ir.Value:
+            made = edit.node(
+                op,
+                inputs,
+                {"allowzero": 0} if op == "Reshape" else {},
+                name=edit.unique_name(self._graph, f"{x.name}_{part}", self._taken),
+                dtype=dtype,
+                shape=ir.Shape(shape),
+                like=at.layers[0].node,
+                created_by=CREATED_BY,
+            )
+            nodes.append(made)
+            return made.outputs[0]
+
+        def constant(array: npt.NDArray[Any], part: str) -> ir.Value:
+            return edit.constant(self._graph, array, f"{x.name}_{part}", self._taken)
+
+        same = [0] * (len(dims) - 1)  # a Reshape copies these dims
+        by = constant(np.array(1 / math.sqrt(at.width), dtype.numpy()), "turned_by")
+        value = node("Mul", [x, by], dims, "unit")
+        if a == 1:
+            value = node("MatMul", [value, self._held(b, dtype)], dims, "turned")
+        else:
+            split = [*dims[:-1], a, b]
+            sizes = constant(np.array([*same, a, b], np.int64), "split")
+            value = node("Reshape", [value, sizes], split, "matrix")
+            value = node("MatMul", [value, self._held(b, dtype)], split, "rows")
+            left = self._held(a, dtype, transposed=True)
+            value = node("MatMul", [left, value], split, "columns")
+            sizes = constant(np.array([*same, a * b], np.int64), "whole")
+            value = node("Reshape", [value, sizes], dims, "turned")
+        maker = x.producer()
+        if maker is not None:
+            self._graph.insert_after(maker, nodes)
+        else:
+            self._graph.insert_before(at.layers[0].node, nodes)
+        return value
+
+    def _held(self, order: int, dtype: ir.DataType, *, transposed: bool = False) -> ir.Value:
+        """The signs of an order as numbers of a type; the Cast stands at the head of the graph."""
+        signs = hadamard(order)
+        assert signs is not None  # factors() saw to it
+        key = order, transposed and not np.array_equal(signs, signs.T), dtype
+        if key not in self._signs:
+            array = np.ascontiguousarray(signs.T) if key[1] else signs
+            name = f"hadamard_{order}{'_transposed' if key[1] else ''}"
+            stored = edit.constant(self._graph, array, f"{name}_signs", self._taken)
+            cast = edit.node(
+                "Cast",
+                [stored],
+                {"to": int(dtype), "saturate": 1, "round_mode": "up"},
+                name=edit.unique_name(self._graph, name, self._taken),
+                dtype=dtype,
+                shape=ir.Shape([order, order]),
+                created_by=CREATED_BY,
+            )
+            cast.metadata_props[provenance.STORED] = "int8"
+            self._graph.insert_before(self._graph[0], cast)
+            self._signs[key] = cast.outputs[0]
+        return self._signs[key]
 
 
 def kron(at: Site) -> npt.NDArray[np.float64]:

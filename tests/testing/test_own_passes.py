@@ -12,7 +12,7 @@ from netlathe.passes.fold_norms import FoldNorms
 from netlathe.pipeline import text
 from netlathe.testing import Case, models, pass_cases
 
-SLICE = "slice(ratio=0.25, round_to=4)"
+SLICE, ROTATE = "slice(ratio=0.25, round_to=4)", "rotate(online=True)"
 QUICK = (
     "cleanup",
     "fold_batch_norm",
@@ -20,6 +20,8 @@ QUICK = (
     "convert",
     'drop(kind="ffn")',
     "quantize(min_size=0)",
+    "tie_blocks",
+    'equalize(method="range")',
 )
 SLOW = (
     "fold_norms(untie=True)",
@@ -29,11 +31,14 @@ SLOW = (
     "quantize(min_size=0, embeddings=False)",
     "prune(ratio=0.25, round_to=2)",
     SLICE,
+    "equalize",
+    'equalize(method="awq")',
+    ROTATE,
 )
 
 
 def folded() -> list[Captured]:
-    """Models whose norms have no scales of their own, which slicing asks for."""
+    """Models whose norms have no scales of their own, as slicing and rotating ask for."""
     found = [captured for captured in models() if captured.source in ("encoder", "decoder")]
     for captured in found:
         FoldNorms(untie=True).run(captured.model, Context())
@@ -44,7 +49,7 @@ def cases(pipeline: str) -> list[Any]:
     """The laws, one test each; those that start a process are slow but for one pass."""
     (pass_,) = text.parse(pipeline)
     found = []
-    for case in pass_cases(pass_, folded() if pipeline == SLICE else None):
+    for case in pass_cases(pass_, folded() if pipeline in (SLICE, ROTATE) else None):
         slow = pipeline in SLOW or (str(case) == "process" and pipeline != "fold_batch_norm")
         marks = [pytest.mark.slow] if slow else []
         found.append(pytest.param(case, id=f"{pipeline}-{case}", marks=marks))
