@@ -4,11 +4,12 @@ The graph is cut into consecutive ranges of nodes whose weights fit ``max_bytes`
 session, fed with what the ranges before it left. A model below that size is one session. Weights of
 a session are handed over where they lie (mapped files stay mapped): as inputs, because ONNX Runtime
 copies initializers, unless optimizations are on, which look at constants.
-Optimizations are off unless asked for, so that what runs is what stands in the graph, but for three
+Optimizations are off unless asked for, so that what runs is what stands in the graph, but for four
 things that ONNX Runtime has no CPU kernel for: Swish (opset 25) runs as Sigmoid and Mul, RoiAlign as the
-same operator of opset 21, and arithmetic in half precision as float32 arithmetic that is rounded after
-every node. (ONNX Runtime by itself computes float16 in float32 as well, but leaves the roundings out
-between nodes; with optimizations on, it may.)
+same operator of opset 21, constants of float4e2m1 and float8e8m0 as those of a wider type, and
+arithmetic in half precision as float32 arithmetic that is rounded after every node. (ONNX Runtime by
+itself computes float16 in float32 as well, but leaves the roundings out between nodes; with
+optimizations on, it may.)
 """
 
 from __future__ import annotations
@@ -67,6 +68,12 @@ _AS_BITS: dict[ir.DataType, type[np.unsignedinteger[Any]]] = {
     ir.DataType.FLOAT8E4M3FNUZ: np.uint8,
     ir.DataType.FLOAT8E5M2: np.uint8,
     ir.DataType.FLOAT8E5M2FNUZ: np.uint8,
+}
+# ONNX Runtime's CPU provider computes with neither of these: constants are handed over in a type that holds
+# the same numbers.
+_WIDER: dict[ir.DataType, ir.DataType] = {
+    ir.DataType.FLOAT4E2M1: ir.DataType.FLOAT8E4M3FN,
+    ir.DataType.FLOAT8E8M0: ir.DataType.FLOAT,
 }
 # Integers of less than a byte live inside a session only: at its edge they are Cast to and from these.
 _WIDENED: dict[ir.DataType, ir.DataType] = {
@@ -333,6 +340,8 @@ class Session:
             tensor = value.const_value
             if tensor is None or not _is_weight(value):
                 continue
+            if tensor.dtype in _WIDER:
+                tensor = weights.converted(tensor, _WIDER[tensor.dtype], name)
             dims = tensor.shape.numpy()
             whole = tensor.dtype in _NUMPY_DTYPES or tensor.dtype in _AS_BITS
             if tensor.nbytes <= _INLINE_BYTES or not whole:

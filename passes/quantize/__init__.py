@@ -46,9 +46,9 @@ from netlathe.passes.quantize import (
 from netlathe.passes.quantize.activations import Form, How, NumberName, Scales, Settings
 from netlathe.passes.quantize.candidates import Candidate
 from netlathe.passes.quantize.graph import Editor, as_codes
-from netlathe.passes.quantize.layout import Layout, Unfit, layout
+from netlathe.passes.quantize.layout import Layout, Ragged, Unfit, layout
 from netlathe.passes.quantize.rounding import Clip
-from netlathe.passes.quantize.scheme import FormatName, ScaleType, Scheme
+from netlathe.passes.quantize.scheme import FormatName, ScaleType, Scheme, for_weight
 from netlathe.pipeline.ledger import Entry
 from netlathe.pipeline.pass_ import (
     ChoosingPass,
@@ -308,6 +308,7 @@ class Quantize(ChoosingPass):
             return Entry(name, "refused", str(why), where)
         if reason := candidates.unfit(value, scheme.largest_weight):  # reads the weight: comes last
             return Entry(name, "refused", reason, where)
+        scheme = for_weight(scheme, weights.array(value)) if scheme.format.group else scheme
         arrays = self._solve(candidate, own, scheme, ctx)
         return Entry(
             name,
@@ -355,7 +356,12 @@ class Quantize(ChoosingPass):
 def _layout_for(use: Use, dims: Sequence[int], scheme: Scheme) -> Layout:
     if scheme.format.kind == "cast":
         return Layout(tuple(dims), None)
-    return layout(dims, use.sums, scheme.group_size, scheme.per_tensor)
+    try:
+        return layout(dims, use.sums, scheme.group, scheme.per_tensor)
+    except Ragged as why:
+        if scheme.format.group:
+            raise Unfit(f"{str(why).split(';')[0]}; {scheme.weights} has no others") from why
+        raise
 
 
 def _words(candidate: Candidate, own: Layout, scheme: Scheme) -> str:

@@ -3,6 +3,8 @@
     integers, float8    DequantizeLinear(codes, scales[, zero points])
     nf4                 Gather(table, Cast(DequantizeLinear(codes))) * scales, by blocks
     float16, bfloat16   Cast(codes)
+    mxfp4               DequantizeLinear(codes, scales in float8e8m0, output_dtype=FLOAT)
+    nvfp4               DequantizeLinear(codes, DequantizeLinear(scales in float8e4m3fn, tensor scale))
     bit planes          codes that ONNX has no type for: bit i of 8 codes in a row is one byte of plane i
 
         p: u8[3,m,1] -> BitShift right by 0..7, BitwiseAnd 1 -> u8[3,m,8] -> BitShift left by 0, 1, 2
@@ -127,7 +129,8 @@ class _Numbers:
         self.zero: ir.Value | None = None
         kind = scheme.format.kind
         if kind != "cast":
-            held = scales.astype(scheme.scale_type.numpy())
+            units = scales / scheme.tensor_scale if scheme.tensor_scale else scales
+            held = units.astype(scheme.scale_type.numpy())
             self.scale = editor.constant(home, held, f"{self.name}_scale")
         if scheme.asymmetric:
             held = zeros.astype(scheme.zero_type.numpy())
@@ -305,16 +308,30 @@ class _Numbers:
     ) -> list[ir.Node]:
         """DequantizeLinear to float32, whatever the type of the scales; the last node is the result."""
         nodes: list[ir.Node] = []
-        if self.scheme.scales != "float32":
+        to = 0
+        if self.scheme.weights == "mxfp4":  # a scale without a mantissa is no type for a result
+            to = ir.DataType.FLOAT.value
+        elif self.scheme.tensor_scale:
+            whole = np.array(self.scheme.tensor_scale, np.float32)
+            of_all = self.editor.constant(self.home, whole, f"{self.name}_tensor_scale")
+            name = f"{self.name}_scales"
+            nodes.append(self._scaled(scale, of_all, name=name, axis=None, block=0))
+            nodes[0].metadata_props[provenance.STORED] = self.scheme.weights
+            scale = nodes[0].outputs[0]
+        elif self.scheme.scales != "float32":
             # Not output_dtype: ONNX Runtime's fusion into MatMulNBits does not look at it.
             make = self._widened if weights.is_weight(scale) else self._cast
             nodes.append(make(scale, ir.DataType.FLOAT))
             scale = nodes[0].outputs[0]
         inputs = [codes, scale] if zero is None else [codes, scale, zero]
-        attributes = {"axis": 1 if axis is None else axis, "block_size": block, "output_dtype": 0}
-        name = f"{codes.name}_{what}"
-        nodes.append(self.editor.node("DequantizeLinear", inputs, name, **attributes))
+        nodes.append(self._scaled(*inputs, name=f"{codes.name}_{what}", axis=axis, block=block, to=to))
         return nodes
+
+    def _scaled(
+        self, *inputs: ir.Value, name: str, axis: int | None, block: int, to: int = 0
+    ) -> ir.Node:
+        attributes = {"axis": 1 if axis is None else axis, "block_size": block, "output_dtype": to}
+        return self.editor.node("DequantizeLinear", inputs, name, **attributes)
 
     def _widened(self, constant: ir.Value, to: ir.DataType) -> ir.Node:
         """A Cast of a constant, which stays as narrow as it is."""
@@ -352,6 +369,8 @@ def as_codes(
     def stored(array: Array) -> Array:
         if form.dtype is None:
             return to_planes(array, form.bits, scheme.lowest)
+        if dtype in (ir.DataType.INT4, ir.DataType.UINT4):
+            return array  # packed as it is stored
         return array.astype(dtype.numpy(), copy=False)
 
     dtype = ir.DataType.UINT8

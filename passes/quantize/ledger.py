@@ -21,6 +21,7 @@ Array = npt.NDArray[Any]
 
 def detail(name: str, own: Layout, scheme: Scheme) -> dict[str, Any]:
     """Scheme and layout as JSON data."""
+    own_scale = {"tensor_scale": scheme.tensor_scale} if scheme.tensor_scale else {}
     return {
         "value": name,
         "weights": scheme.weights,
@@ -32,6 +33,7 @@ def detail(name: str, own: Layout, scheme: Scheme) -> dict[str, Any]:
         "block_size": own.block,
         "flat": own.flat,
         "scales": 0 if scheme.format.kind == "cast" else own.groups,
+        **own_scale,
         "bytes": scheme.num_bytes(math.prod(own.dims), own.groups),
     }
 
@@ -45,7 +47,12 @@ def layout_of(entry: Entry) -> Layout:
 def scheme_of(entry: Entry) -> Scheme:
     """The scheme that :func:`detail` wrote down, its granularity being the layout's."""
     d = entry.detail
-    return Scheme(weights=d["weights"], symmetric=d["symmetric"], scales=d["scale_type"])
+    return Scheme(
+        weights=d["weights"],
+        symmetric=d["symmetric"],
+        scales=d["scale_type"],
+        tensor_scale=d.get("tensor_scale", 0.0),
+    )
 
 
 def weights_of_tokens(chosen: Sequence[Entry]) -> list[str]:

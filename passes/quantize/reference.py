@@ -14,7 +14,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from netlathe.ir import weights
-from netlathe.passes.quantize import integer, qdq_reference, token
+from netlathe.passes.quantize import bias_reference, integer, qdq_reference, token
 from netlathe.passes.quantize.integer_reference import Emulator
 from netlathe.pipeline.ledger import Entry
 from netlathe.pipeline.pass_ import Reference
@@ -27,7 +27,14 @@ Array = npt.NDArray[Any]
 # room for a kernel that adds in another order where its weight is a constant: 4 ulp of float32.
 TOLERANCE = 4 * 2.0**-23
 
-_FLOAT_MAX = {"float8e4m3fn": 448.0, "float8e5m2": 57344.0}
+_FLOAT_MAX = {
+    "float8e4m3fn": 448.0,
+    "float8e5m2": 57344.0,
+    "float4e2m1": 6.0,
+    "mxfp4": 6.0,
+    "nvfp4": 6.0,
+}
+_STORED_AS = {"mxfp4": "float4e2m1", "nvfp4": "float4e2m1"}
 _SCALE_DTYPES = {"float32": np.float32, "float16": np.float16}
 
 
@@ -35,6 +42,7 @@ def build(before: ir.Model, chosen: Sequence[Entry]) -> Reference:
     """``before``, which is consumed, with fake-quantized weights."""
     found = {v.name: v for graph in before.graphs() for v in graph.initializers.values()}
     applied = [entry for entry in chosen if entry.status == "applied"]
+    bias_reference.emulate(before, applied)
     grids = {
         e.detail["activation"]: (e.detail["scale"], e.detail["zero"])
         for e in applied
@@ -155,6 +163,14 @@ def _formula(w: Array, detail: Mapping[str, Any]) -> tuple[Array, Array]:
     elif name.startswith("int"):
         extreme = np.where(top > -bottom, -m, m)
         s = extreme / 2 ** (detail["bits"] - 1)
+    elif name == "mxfp4":  # OCP MX 1.0, sec. 6.3: the exponent of the largest, less that of 6
+        some = np.where(m > 0, m, 1)
+        return np.where(m > 0, 2.0 ** (np.floor(np.log2(some)) - 2), 1), zero
+    elif name == "nvfp4":
+        t, small = detail["tensor_scale"], ir.DataType.FLOAT8E4M3FN.numpy()
+        held = np.minimum(m / 6 / t, 448).astype(small).astype(np.float64)
+        held = np.where(m > 0, np.maximum(held, 2.0**-9), 1)
+        return (held * t).astype(np.float32).astype(np.float64), zero
     else:
         s = m / _FLOAT_MAX.get(name, 1.0)
     return _stored(s, detail), zero
@@ -185,7 +201,7 @@ def _units(w: Array, s: Array, z: Array, detail: Mapping[str, Any]) -> Array:
     if name == "nf4":
         table = np.array(_NF4, np.float32).astype(np.float64)
         return np.asarray(table[np.abs(x[..., None] - table).argmin(-1)])
-    limit, dtype = _FLOAT_MAX[name], ir.DataType[name.upper()].numpy()
+    limit, dtype = _FLOAT_MAX[name], ir.DataType[str(_STORED_AS.get(name, name)).upper()].numpy()
     return np.minimum(np.maximum(x, -limit), limit).astype(dtype).astype(np.float64)
 
 

@@ -7,6 +7,8 @@ that matrix). An element w becomes a code c and is read as
     int2 .. int8, symmetric     w' = c s          c from -2^(b-1) to 2^(b-1) - 1   (int8: from -127 to 127)
     int2 .. int8, asymmetric    w' = (c - z) s    c and z from 0 to 2^b - 1
     float8, float4              w' = c s          c a number of that format
+    mxfp4                       w' = c s          s = 2^n in float8e8m0, one for 32 (OCP MX 1.0, sec. 6.3)
+    nvfp4                       w' = c (s t)      s in float8e4m3fn, one for 16; t in float32, one for all
     nf4                         w' = T[c] s       c from 0 to 15, T of QLoRA (arXiv 2305.14314, app. E)
     float16, bfloat16           w' = c            no scale at all
 
@@ -17,6 +19,7 @@ rounded to their own type before codes are chosen, and w' is rounded once, to fl
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -30,7 +33,7 @@ Float64 = npt.NDArray[np.float64]
 Kind = Literal["integer", "float", "table", "cast"]
 FormatName = Literal[
     "int8", "int6", "int5", "int4", "int3", "int2", "nf4", "float8e4m3fn", "float8e5m2",
-    "float16", "bfloat16",
+    "float4e2m1", "mxfp4", "nvfp4", "float16", "bfloat16",
 ]  # fmt: skip
 ScaleType = Literal["float32", "float16", "bfloat16"]
 
@@ -50,7 +53,8 @@ NF4 = np.array(
 class Format:
     """One stored number: its bits, its kind, and the ONNX type that holds it.
 
-    ``dtype`` is None where ONNX has no such type: codes are then stored as bit planes.
+    ``dtype`` is None where ONNX has no such type: codes are then stored as bit planes. ``group`` and
+    ``scale`` are how many elements share a scale, and its type, where the format says so.
     """
 
     name: str
@@ -58,6 +62,8 @@ class Format:
     kind: Kind
     dtype: ir.DataType | None
     unsigned: ir.DataType | None = None  # of asymmetric codes
+    group: int = 0
+    scale: ir.DataType | None = None
 
 
 FORMATS = {
@@ -72,6 +78,13 @@ FORMATS = {
         Format("nf4", 4, "table", ir.DataType.UINT4),
         Format("float8e4m3fn", 8, "float", ir.DataType.FLOAT8E4M3FN),
         Format("float8e5m2", 8, "float", ir.DataType.FLOAT8E5M2),
+        Format("float4e2m1", 4, "float", ir.DataType.FLOAT4E2M1),
+        Format(
+            "mxfp4", 4, "float", ir.DataType.FLOAT4E2M1, group=32, scale=ir.DataType.FLOAT8E8M0
+        ),
+        Format(
+            "nvfp4", 4, "float", ir.DataType.FLOAT4E2M1, group=16, scale=ir.DataType.FLOAT8E4M3FN
+        ),
         Format("float16", 16, "cast", ir.DataType.FLOAT16),
         Format("bfloat16", 16, "cast", ir.DataType.BFLOAT16),
     )
@@ -80,13 +93,22 @@ FORMATS = {
 
 @dataclass(frozen=True)
 class Scheme:
-    """A format with its granularity: ``group`` elements share a scale, 0 stands for a whole row."""
+    """A format with its granularity: ``group_size`` elements share a scale, 0 stands for a whole row.
+
+    ``tensor_scale`` is t of nvfp4, known once a weight is looked at (:func:`for_weight`).
+    """
 
     weights: FormatName = "int8"
     symmetric: bool = True
     group_size: int = 0
     per_tensor: bool = False
     scales: ScaleType = "float32"
+    tensor_scale: float = 0.0
+
+    @property
+    def group(self) -> int:
+        """How many elements share a scale, if not a whole row: as the format says, or as asked for."""
+        return self.format.group or self.group_size
 
     @property
     def format(self) -> Format:
@@ -101,6 +123,8 @@ class Scheme:
     @property
     def scale_type(self) -> ir.DataType:
         """The ONNX type of the scales."""
+        if self.format.scale is not None:
+            return self.format.scale
         return ir.DataType[{"float32": "FLOAT"}.get(self.scales, self.scales.upper())]
 
     @property
@@ -135,6 +159,8 @@ class Scheme:
     @property
     def largest_weight(self) -> float:
         """The largest magnitude of a weight whose scale, and its multiples, stay in their ranges."""
+        if self.format.scale is not None:
+            return 2.0**126
         return min(2.0**127, float(_finfo(self.scale_type.numpy()).max))
 
     def problem(self) -> str:
@@ -142,6 +168,15 @@ class Scheme:
         kind = self.format.kind
         if kind != "integer" and not self.symmetric:
             return f"{self.weights} has no zero points: symmetric=False is for integers"
+        if self.format.group and (
+            self.group_size not in (0, self.format.group)
+            or self.per_tensor
+            or self.scales != "float32"
+        ):
+            return (
+                f"{self.weights} has a {self.scale_type.name.lower()} scale for {self.format.group}"
+                " elements: leave group_size, per_tensor and scales out"
+            )
         if kind == "cast" and (self.group_size or self.per_tensor):
             return f"{self.weights} has no scales: leave group_size and per_tensor out"
         if self.group_size and self.per_tensor:
@@ -159,7 +194,8 @@ class Scheme:
         zeros = -(-groups * self.zero_type.bitwidth // 8) if self.asymmetric else 0
         width = self.format.bits
         codes = -(-elements * width // 8) if self.format.dtype else width * -(-elements // 8)
-        return codes + groups * self.scale_type.bitwidth // 8 + zeros
+        whole = 4 if self.weights == "nvfp4" else 0
+        return codes + groups * self.scale_type.bitwidth // 8 + zeros + whole
 
     def __str__(self) -> str:
         if self.format.kind == "cast":
@@ -170,6 +206,20 @@ class Scheme:
 def _finfo(dtype: Any) -> Any:
     return ml_dtypes.finfo(dtype)  # type: ignore[no-untyped-call]
 
+
+def for_weight(scheme: Scheme, array: Array) -> Scheme:
+    """``scheme`` with what it has to know of a whole weight: the scale of nvfp4's scales.
+
+    With it the largest magnitude is the largest code times the largest scale (NVIDIA's recipe).
+    """
+    if scheme.weights != "nvfp4":
+        return scheme
+    most = float(np.max(np.abs(array.astype(np.float32)), initial=0.0))
+    scale = float(np.float32(most / (_E2M1_MAX * _E4M3_MAX)))
+    return dataclasses.replace(scheme, tensor_scale=max(scale, 2.0**-100) if most else 1.0)
+
+
+_E2M1_MAX, _E4M3_MAX = 6.0, 448.0
 
 # -- scales and zero points from a range --------------------------------------------------------------
 
@@ -193,6 +243,9 @@ def scales_for(groups: Float64, scheme: Scheme, shrink: float = 1.0) -> tuple[Fl
             scale = round_scales(most / scheme.highest, scheme)
         case "table":
             scale = round_scales(most, scheme)
+        case "float" if scheme.weights == "mxfp4":
+            _, exponent = np.frexp(most)  # most < 2^exponent, and 6 = 1.5 2^2 is the largest number
+            scale = round_scales(np.where(most > 0, np.exp2(exponent - 3.0), 0.0), scheme)
         case "float":
             assert scheme.format.dtype is not None
             scale = round_scales(most / float(_finfo(scheme.format.dtype.numpy()).max), scheme)
@@ -205,8 +258,16 @@ def round_scales(scale: Float64, scheme: Scheme) -> Float64:
     """``scale`` as its type holds it; 0 becomes 1.
 
     Kernels may take subnormal float32 numbers for 0, so scales are kept above these. Those of float16
-    are normal numbers once they are widened.
+    are normal numbers once they are widened. Of mxfp4 scales are powers of two, of nvfp4 what the product
+    with the scale of the tensor gives.
     """
+    if scheme.weights == "mxfp4":
+        nearest = np.exp2(np.clip(np.rint(np.log2(np.where(scale > 0, scale, 1.0))), -126, 127))
+        return np.asarray(nearest)
+    if scheme.weights == "nvfp4":
+        held = to_float(scale / scheme.tensor_scale, ir.DataType.FLOAT8E4M3FN).astype(np.float64)
+        held = np.where(scale == 0, 1.0, np.maximum(held, 2.0**-9))  # the smallest above 0
+        return np.asarray((held * scheme.tensor_scale).astype(np.float32).astype(np.float64))
     dtype = scheme.scale_type.numpy()
     info = _finfo(dtype)
     least = float(info.smallest_subnormal if scheme.scales == "float16" else info.tiny)

@@ -8,6 +8,7 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+import onnx.reference
 import onnx_ir as ir
 import pytest
 
@@ -143,6 +144,48 @@ def test_small_floats_are_the_nearest(name: Any, largest: float, group: int) -> 
     )
 
 
+def e2m1(x: Array) -> Array:
+    """The nearest of the numbers that a sign, two bits of exponent and one of mantissa make; ties to even."""
+    table = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+    distance = np.abs(np.abs(x)[..., None] - table)
+    tie = distance == distance.min(-1, keepdims=True)
+    even = tie & (np.arange(8) % 2 == 0)  # the last bit of the code
+    at = np.where(even.any(-1), even.argmax(-1), tie.argmax(-1))
+    return np.asarray(np.copysign(table[at], x))
+
+
+@pytest.mark.parametrize("name, group", [("float4e2m1", 32), ("mxfp4", 0), ("nvfp4", 0)])
+def test_four_bit_floats(name: Any, group: int) -> None:
+    w = matrix(64, 6) * np.float32(0.3)
+    w[:32, 0] = 0  # a group of zeros
+    w[0, 1] = 2.0**3  # a power of two at the top
+    after, _ = checked(product(w), Quantize(min_size=0, weights=name, group_size=group))
+    size = {"mxfp4": 32, "nvfp4": 16}.get(name, group)
+    wide = groups_of(w, size)
+    most = np.abs(wide).max(-1, keepdims=True)
+    if name == "mxfp4":
+        scale = np.array([2.0 ** (math.floor(math.log2(m)) - 2) if m else 1.0 for m in most.flat])
+        scale = scale.reshape(most.shape)
+    elif name == "nvfp4":
+        whole = np.float32(np.abs(w).max() / (6 * 448))
+        small = (most / 6 / whole).astype(ml_dtypes.float8_e4m3fn).astype(np.float64)
+        scale = np.where(most > 0, small * whole, 1.0).astype(np.float32)
+    else:
+        scale = np.where(most > 0, most / 6, 1.0).astype(np.float32)
+    clipped = np.clip(wide / scale, -6, 6)
+    made = groups_of(read(after), size)
+    assert np.array_equal(made, (e2m1(clipped) * scale).astype(np.float32))
+    # The form that is exchanged, judged by ONNX: its reference evaluator reads the same weight.
+    fed = feeds(after, SIZES[0])
+    proto = ir.to_proto(after)
+    (judged,) = onnx.reference.ReferenceEvaluator(proto).run(["w"], fed)
+    assert np.array_equal(np.asarray(judged), read(after))
+    stored = {v.dtype for v in after.graph.initializers.values()}
+    assert ir.DataType.FLOAT4E2M1 in stored
+    assert (ir.DataType.FLOAT8E8M0 in stored) == (name == "mxfp4")
+    assert (ir.DataType.FLOAT8E4M3FN in stored) == (name == "nvfp4")
+
+
 @pytest.mark.parametrize("name", ["float16", "bfloat16"])
 def test_half_formats_are_casts(name: Any) -> None:
     w = matrix(64, 6)
@@ -153,7 +196,7 @@ def test_half_formats_are_casts(name: Any) -> None:
 
 
 @pytest.mark.parametrize("clip", ["percentile", "mse"])
-@pytest.mark.parametrize("name", ["int8", "int4", "int2", "nf4", "float8e4m3fn"])
+@pytest.mark.parametrize("name", ["int8", "int4", "int2", "nf4", "float8e4m3fn", "float4e2m1"])
 def test_clipped_ranges(name: str, clip: str) -> None:
     w = matrix(64, 6).astype(np.float64) ** 3
     made = {}
@@ -198,19 +241,22 @@ SCHEMES = [
     {"weights": "float8e4m3fn", "scales": "bfloat16"},
     {"weights": "float8e5m2", "group_size": 16},
     {"weights": "bfloat16"},
+    {"weights": "float4e2m1", "group_size": 16, "scales": "float16"},
+    {"weights": "mxfp4"},
+    {"weights": "nvfp4"},
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
 def test_schemes_reach_every_reader(scheme: dict[str, Any]) -> None:
     pass_ = Quantize(min_size=0, **scheme)
-    checked(settled("float[b,16,s] x", "y = MatMul (w, x)", w=matrix(6, 16)), pass_)
-    checked(settled("float[b,3,s,16] x", "y = MatMul (x, w)", w=matrix(3, 16, 6)), pass_)
+    checked(settled("float[b,32,s] x", "y = MatMul (w, x)", w=matrix(6, 32)), pass_)
+    checked(settled("float[b,3,s,32] x", "y = MatMul (x, w)", w=matrix(3, 32, 6)), pass_)
     checked(settled("float[b,4,9,s] x", "y = Conv (x, w)", w=matrix(6, 4, 4, 4)), pass_)
     for ids in ("int64[b,s]", "int64[b]", "int64"):
-        checked(settled(f"{ids} i", "y = Gather (w, i)", w=matrix(9, 16)), pass_)
+        checked(settled(f"{ids} i", "y = Gather (w, i)", w=matrix(9, 32)), pass_)
     body = "e = Gather (w, i) n = Neg (e) t = Transpose <perm=[1,0]> (w) y = MatMul (n, t)"
-    _, (entry,) = checked(settled("int64[b,s] i", body, w=matrix(9, 16)), pass_)
+    _, (entry,) = checked(settled("int64[b,s] i", body, w=matrix(9, 32)), pass_)
     assert entry.status == "applied"
 
 
@@ -219,12 +265,22 @@ def test_bytes_are_the_arithmetic(scheme: dict[str, Any]) -> None:
     w = matrix(128, 48)
     pass_ = Quantize(min_size=0, **scheme)
     after, (entry,) = checked(product(w), pass_)
-    bits = {"nf4": 4, "float8e4m3fn": 8, "float8e5m2": 8, "bfloat16": 16}.get(scheme["weights"])
-    bits = bits or int(scheme["weights"][3:])
-    groups = 1 if scheme.get("per_tensor") else 48 * 128 // scheme.get("group_size", 128)
-    one = 0 if bits == 16 else 2 if scheme.get("scales", "")[-2:] == "16" else 4
+    name = scheme["weights"]
+    bits = {"float8e4m3fn": 8, "float8e5m2": 8, "bfloat16": 16}.get(name, 4)
+    bits = int(name[3:]) if name.startswith("int") else bits
+    size: int = {"mxfp4": 32, "nvfp4": 16}.get(name) or scheme.get("group_size", 128)
+    groups = 1 if scheme.get("per_tensor") else 48 * 128 // size
+    one = (
+        1
+        if name in ("mxfp4", "nvfp4")
+        else 0
+        if bits == 16
+        else 2
+        if scheme.get("scales", "")[-2:] == "16"
+        else 4
+    )
     zeros = 0 if scheme.get("symmetric", True) else math.ceil(groups * (4 if bits <= 4 else 8) / 8)
-    wanted = 128 * 48 * bits // 8 + groups * one + zeros
+    wanted = 128 * 48 * bits // 8 + groups * one + zeros + 4 * (name == "nvfp4")
     assert entry.detail["bytes"] == wanted
     # What stands beside it (shapes, the table of nf4, the positions of bits) does not grow with it.
     assert 0 <= weights.num_bytes(after) - wanted <= 128
@@ -250,8 +306,12 @@ def test_every_opset(scheme: dict[str, Any], opset: int) -> None:
     expected = ort.run(after, fed)["y"]
     lowered = after.clone()
     if opsets.gaps(after, opset):
-        packed_zeros = scheme["weights"] == "int3" and not scheme.get("symmetric", True)
-        assert opset < 21 and ("float8" in scheme["weights"] or packed_zeros), "types came later"
+        name = scheme["weights"]
+        packed_zeros = name == "int3" and not scheme.get("symmetric", True)
+        since = {"float4e2m1": 23, "nvfp4": 23, "mxfp4": 24}.get(name, 21)
+        assert opset < since and ("float8" in name or "4" in name or packed_zeros), (
+            "types came later"
+        )
         return
     opsets.lower(lowered, opset)
     assert np.abs(ort.run(lowered, fed)["y"] - expected).max() <= 1e-5 * np.abs(expected).max()
@@ -279,6 +339,8 @@ def test_groups_that_do_not_divide_are_refused_with_an_offer() -> None:
         product(matrix(9, 4)), Context()
     )
     assert entry.reason.endswith("no power of 2 does")
+    (entry,) = Quantize(min_size=0, weights="mxfp4").choose(product(matrix(48, 4)), Context())
+    assert entry.reason.endswith("48 elements that are summed over; mxfp4 has no others")
 
 
 def test_coverage_that_is_asked_for() -> None:
@@ -304,6 +366,8 @@ def test_coverage_that_is_asked_for() -> None:
         ({"weights": "int4", "group_size": 32, "per_tensor": True}, "has no groups"),
         ({"weights": "int4", "group_size": 20}, "no multiple of 8"),
         ({"weights": "nf4", "scales": "float16"}, "multiplies in float32"),
+        ({"weights": "mxfp4", "group_size": 64}, "a float8e8m0 scale for 32 elements"),
+        ({"weights": "nvfp4", "scales": "float16"}, "a float8e4m3fn scale for 16 elements"),
         ({"overrides": {"w": {"weights": "nf4", "symmetric": False}}}, "nf4 has no zero points"),
     ],
 )
