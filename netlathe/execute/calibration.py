@@ -84,9 +84,8 @@ def sweep(
         executor.feed(sample)
     held: list[Held] = [{} for _ in feeds]
     sizes = Sizes(model, found, feeds[0])
-    if stage_bytes is None:
-        stage_bytes = STAGE_BYTES if executor.device.type == "cpu" else _DEVICE_STAGE_BYTES
-    parts = stages(executor, watched, sizes, stage_bytes, at_watches=settle is not None)
+    most = stage_bytes_on(executor.device) if stage_bytes is None else stage_bytes
+    parts = stages(executor, watched, sizes, most, at_watches=settle is not None)
     home = _home(executor.device, parts, sizes, len(feeds))
     work = ((stage, number) for stage in parts for number in range(len(feeds)))
     for stage, number in progress.track(work, "calibrating", len(parts) * len(feeds)):
@@ -99,6 +98,11 @@ def sweep(
                 settle(result(watch))
                 watch.sums.forget()
     return [] if settle is not None else [result(watched[statistic]) for statistic in wanted]
+
+
+def stage_bytes_on(device: torch.device) -> int:
+    """How many bytes of weights are held at a time there."""
+    return STAGE_BYTES if device.type == "cpu" else _DEVICE_STAGE_BYTES
 
 
 # -- what is watched ------------------------------------------------------------------------------
@@ -280,7 +284,7 @@ def _cut(
     ends, start = [], 0
     held = widths(steps, due, sizes)
     while start < len(steps):
-        end = _furthest(program, steps, start, stage_bytes)
+        end = furthest(program, steps, start, stage_bytes)
         last = min((at + 1 for at in due if start <= at < end), default=end) if at_watches else end
         if last < end:
             end = last
@@ -291,7 +295,7 @@ def _cut(
     return _Plan(steps, tuple(ends or [0]), due)
 
 
-def _furthest(program: Program, steps: Sequence[Step], start: int, stage_bytes: int) -> int:
+def furthest(program: Program, steps: Sequence[Step], start: int, stage_bytes: int) -> int:
     """The end of the longest stage from ``start`` whose weights are few enough; at least one step."""
     total, seen = 0, set[int]()
     for at in range(start, len(steps)):
@@ -461,16 +465,18 @@ def rows_of(
     axis = watch.statistic.channel_axis
     last = tensor.movedim(axis, -1)  # [*rows, channels]
     flat = last.reshape(-1, last.shape[-1])
-    if watch.mask is not None and watch.mask.name in sample:
-        counts = _counts(watch.mask, sample, tensor, axis)
-        flat = flat[counts.to(flat.device)]
+    if (kept := counts(watch, sample, tensor)) is not None:
+        flat = flat[kept.to(flat.device)]
     if not bool(torch.isfinite(flat).all()):
         raise PassError(_not_finite(value, flat, number))
     return flat
 
 
-def _counts(mask: _Mask, sample: Feeds, tensor: torch.Tensor, channel_axis: int) -> torch.Tensor:
-    """Which of the flattened rows count."""
+def counts(watch: Watch, sample: Feeds, tensor: torch.Tensor) -> torch.Tensor | None:
+    """Which of the flattened rows of a watched tensor count; None: all do."""
+    mask, channel_axis = watch.mask, watch.statistic.channel_axis
+    if mask is None or mask.name not in sample:
+        return None
     kept = torch.from_numpy(np.asarray(sample[mask.name]) != 0)  # [b, t]
     if mask.axes is None:
         return kept.reshape(-1)
@@ -494,10 +500,19 @@ def _not_finite(value: ir.Value, rows: torch.Tensor, number: int) -> Diagnostic:
     )
 
 
-def result(watch: Watch) -> StatisticResult:
+def summed_up(watch: Watch) -> torch.Tensor:
+    """What the rows of all samples give, in float64 and where it was summed up.
+
+    Raises:
+        PassError: no row counts.
+    """
     if not watch.sums.count:
         name = watch.values[0].name
         message = f"no row of {name} counts: all of the calibration data is padding or empty"
         raise PassError(_about(watch.values[0], "calibration.empty", message))
-    array = watch.sums.result().cpu().numpy()
+    return watch.sums.result()
+
+
+def result(watch: Watch) -> StatisticResult:
+    array = summed_up(watch).cpu().numpy()
     return StatisticResult(watch.statistic, array, watch.sums.count)

@@ -27,6 +27,7 @@ from netlathe.execute.torch_ops import storage
 from netlathe.execute.torch_ops.host import to_tensor
 from netlathe.ir.printing import show_node
 from netlathe.ir.provenance import location
+from netlathe.pipeline.pass_ import LABELS
 
 Feed = npt.NDArray[Any] | torch.Tensor
 
@@ -59,7 +60,9 @@ class Executor:
     ) -> None:
         self.model = model
         self.device = torch.device(device)
-        if self.device.type == "cuda" and self.device.index is None:  # "the current one" is a thread's
+        if (
+            self.device.type == "cuda" and self.device.index is None
+        ):  # "the current one" is a thread's
             self.device = torch.device("cuda", torch.cuda.current_device())
         self._program = plan.plan(model)
         self._keep = keep_weights
@@ -134,7 +137,7 @@ class Executor:
         self._kept.clear()
 
     def feed(self, feeds: Mapping[str, Feed]) -> dict[Slot, torch.Tensor]:
-        """``feeds`` on the device, by slot.
+        """``feeds`` on the device, by slot; labels that no input takes are left out.
 
         Raises:
             InputError: a feed is missing, unknown or of another dtype or rank.
@@ -144,6 +147,8 @@ class Executor:
         recorded = {value.name: value for value in self.model.graph.inputs}
         values: dict[Slot, torch.Tensor] = {}
         for name, feed in feeds.items():
+            if name not in inputs and name == LABELS:
+                continue
             if name not in inputs:
                 problems.append(f"there is no input named {name!r}")
                 continue

@@ -5,17 +5,19 @@
 A *gate* multiplies one position of an activation, such as one channel or one head, by m = 1; the position
 is removed where m = 0. With g the gradient of the loss with respect to the activation x, the gradient with
 respect to the gate is the sum of x g over the elements of its position; by the chain rule it equals the sum
-of w dL/dw over the weights w that multiply the position. All sums are kept in float64, over all rows.
+of w dL/dw over the weights w that multiply the position. All sums are kept in float64, over all labels, and
+divided by their number: of every value, whatever rows it has, they are in units of the loss of one label.
 
 What the loss is (:class:`Objective`):
 
-* ``DATA``: cross-entropy of the next token, for a graph that reads integer ids ``[b, t]`` and gives
-  logits ``[b, t, v]`` over the very vocabulary that the ids are looked up in. First-order terms need it: of
-  any distance to the model's own output the gradient is zero.
+* ``DATA``: cross-entropy. The labels are the array ``labels`` of the feeds, of the shape of the output's
+  rows, where there is one (``[b]`` for a classifier's logits ``[b, classes]``); else the next token, for a
+  graph that reads integer ids ``[b, t]`` and gives logits ``[b, t, v]`` over the very vocabulary that the ids
+  are looked up in. First-order terms need it: of any distance to the model's own output the gradient is zero.
 * ``CURVATURE``: the distance to the model's own output. Its gradient is zero and its Hessian is the Fisher
   information, E[g g^T] with labels drawn from the model itself (Martens, arXiv 1412.1193, sections 5 and
-  9.2): logits ask for a class drawn from their softmax; any other output y, taken as the mean of a normal
-  distribution as wide as its RMS, for a normal residual over that RMS. No labels are needed.
+  9.2). g is drawn with that covariance: of logits, J^T (diag(p) - p p^T) J; of any other output y, taken as
+  the mean of a normal distribution as wide as its RMS, J^T J / RMS^2. No labels are needed.
 
 Samples go through one at a time, forwards and then backwards. Of the forward way only what crosses the
 boundaries of stages is held; each stage is computed again on the way back, so that the activations of
@@ -25,26 +27,34 @@ one stage are held at a time. Weights are read once.
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import onnx_ir as ir
 import torch
 
+from netlathe.analysis import axes as axis_analysis
+from netlathe.analysis.axes import Axes, algebra
+from netlathe.analysis.axes.algebra import Axis
 from netlathe.analysis.language import next_token
 from netlathe.diagnostics import Diagnostic, PassError
 from netlathe.execute import calibration
 from netlathe.execute.executor import Executor
 from netlathe.execute.plan import Slot
-from netlathe.execute.statistics import Accumulator, Statistic, StatisticResult, chunks
+from netlathe.execute.statistics import Accumulator, Statistic, StatisticResult
 from netlathe.ir import types
 from netlathe.pipeline.loss import Kind, kind_of
-from netlathe.pipeline.pass_ import Feeds, Progress
+from netlathe.pipeline.pass_ import LABELS, Array, Feeds, Progress
 
 # Weights of one stage: about a block of a small transformer, one layer of a large one.
 STAGE_BYTES = 8 << 20
+_TINY = float(np.finfo(np.float32).tiny)
+_AT_ONCE = 1 << 22  # elements of an activation that are held in float64
+# Drawn from the output itself; the elements of the ids one further; or an array beside the inputs.
+Labels = Literal["drawn", "next", "given"]
 
 
 class Objective(enum.Enum):
@@ -58,14 +68,15 @@ class Objective(enum.Enum):
 
 
 @dataclass(frozen=True)
-class GradientStatistic(Statistic):
-    """Sums over an activation and the loss' gradient with respect to it.
+class GateGradient(Statistic):
+    """A gate's gradient, summed over all rows and divided by the number of labels: ``[positions]``.
 
-    ``add`` of its accumulator is given the rows of both.
+    ``index`` says which position a channel is in; channels with index -1 are in none.
     """
 
     value: str
     axis: int = -1
+    index: tuple[int, ...] = ()
 
     @property
     def values(self) -> tuple[str, ...]:
@@ -77,49 +88,46 @@ class GradientStatistic(Statistic):
         """As declared."""
         return self.axis
 
-
-@dataclass(frozen=True)
-class GateGradient(GradientStatistic):
-    """Mean over rows of a gate's gradient, ``[positions]``: ``index`` says which position a channel is in.
-
-    Channels with index -1 are in none.
-    """
-
-    index: tuple[int, ...] = ()
-
-    def start(self) -> Accumulator:
+    def start(self) -> Gates:
         """An empty sum."""
-        return _Gates(self.index, squared=False)
+        return Gates(self.index, torch.Tensor.sum)
 
 
 @dataclass(frozen=True)
 class GateFisher(GateGradient):
-    """Mean over rows of the square of a gate's gradient, ``[positions]``.
+    """The square of a gate's gradient, summed over labels and divided by their number: ``[positions]``.
 
-    Rows count as independent: of the exact Fisher information of a gate that all rows of a sample share it
-    leaves out the products of different rows, whose expectation is small and whose noise is not.
+    A gate's gradient for one label is the sum over all rows that belong to it: the pixels of an image that
+    has one label, the windows and patches it is cut into. With labels drawn from the model that is the
+    Fisher information of the gate, as products of different labels have expectation zero.
+
+    Where rows have labels of their own (tokens of a language model), rows stand for their labels: of what the
+    row of one label does to another the square counts, and products of rows do not.
     """
 
-    def start(self) -> Accumulator:
+    def start(self) -> Gates:
         """An empty sum."""
-        return _Gates(self.index, squared=True)
+        return Gates(self.index, lambda gates, dim: gates.square().sum(dim))
 
 
-class _Gates(Accumulator):
-    def __init__(self, index: tuple[int, ...], *, squared: bool) -> None:
+class Gates(Accumulator):
+    """Sums over labels of what ``of`` makes of each label's gate gradients."""
+
+    def __init__(
+        self, index: tuple[int, ...], of: Callable[[torch.Tensor, int], torch.Tensor]
+    ) -> None:
         self._index = torch.tensor(index)
-        self._squared = squared
+        self._of = of
         self._size = max(index) + 1
         self._sum: torch.Tensor | None = None
 
     def add(self, *rows: torch.Tensor) -> None:
-        x, g = rows
+        """Take in ``[labels, channels]``: the sums of x g over the rows of each label, in float64."""
+        (products,) = rows
         inside = self._index >= 0
-        product = (x * g)[:, inside.to(x.device)]
-        gates = self._by_position(product, self._index[inside].to(x.device))
-        total = (gates.square() if self._squared else gates).sum(0)
+        gates = self._by_position(products[:, inside], self._index[inside].to(products.device))
+        total = self._of(gates, 0)
         self._sum = total if self._sum is None else self._sum + total
-        self.count += len(x)
 
     def _by_position(self, product: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
         if len(set(index.tolist())) == len(index) == self._size:  # a channel is a position
@@ -129,8 +137,72 @@ class _Gates(Accumulator):
         return product @ ones.to(torch.float64)
 
     def result(self) -> torch.Tensor:
+        """Divided by the number of labels, which is ``count``."""
         assert self._sum is not None
         return self._sum / self.count
+
+
+# -- which rows belong to a label -----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How rows of a value belong to labels: for each dim, the runs of factors it is a product of.
+
+    A run is ``(label, size)``: whether the factors are dims of the labels too, and their size, None where
+    only data decides. At most one run of a dim has None.
+    """
+
+    dims: tuple[tuple[tuple[bool, int | None], ...], ...]
+
+    def by_label(self, tensor: torch.Tensor, channel_axis: int) -> torch.Tensor:
+        """``tensor`` as ``[labels, rows of a label, channels]``."""
+        channel_axis %= tensor.dim()
+        shape, labels, rest, channels = list[int](), list[int](), list[int](), 0
+        for dim, runs in enumerate(self.dims):
+            if dim == channel_axis:
+                channels = len(shape)
+                shape.append(tensor.shape[dim])
+                continue
+            known = math.prod(size for _, size in runs if size is not None)
+            for label, size in runs:
+                (labels if label else rest).append(len(shape))
+                shape.append(tensor.shape[dim] // known if size is None else size)
+        split = tensor.reshape(shape).permute(*labels, *rest, channels)
+        return split.reshape(
+            math.prod(split.shape[: len(labels)]),
+            math.prod(split.shape[len(labels) : -1]),
+            split.shape[-1],
+        )
+
+
+def layout(axes: Axes, value: ir.Value, output: ir.Value) -> Layout:
+    """Which rows of ``value`` belong to one row of ``output``, as far as the graph's axes tell.
+
+    Rows that nothing tells apart count as one label's: the Fisher information is the same, only its noise
+    is larger.
+    """
+    known = axes.related.axes
+    labels = {f for axis in known.get(output, ())[:-1] for f in algebra.factors(axis)}
+    assert value.shape is not None
+    if value not in known:
+        return Layout(tuple(((False, None),) for _ in value.shape))
+    return Layout(tuple(_runs(axis, labels) for axis in known[value]))
+
+
+def _runs(axis: Axis, labels: set[Axis]) -> tuple[tuple[bool, int | None], ...]:
+    """The runs of a dim; what it has of ``labels`` is taken out of them."""
+    runs: list[tuple[bool, int | None]] = []
+    for factor in algebra.factors(axis):
+        label, size = factor in labels, factor.size if isinstance(factor.size, int) else None
+        labels.discard(factor)
+        if runs and runs[-1][0] == label:
+            before = runs.pop()[1]
+            size = None if size is None or before is None else size * before
+        runs.append((label, size))
+    if sum(size is None for _, size in runs) > 1:
+        return ((False, None),)
+    return tuple(runs)
 
 
 # -- the loss -----------------------------------------------------------------------------------------
@@ -138,49 +210,85 @@ class _Gates(Accumulator):
 
 @dataclass(frozen=True)
 class _Loss:
-    """Which output is differentiated, and how its gradient is made."""
+    """Which output is differentiated, and what it should have been."""
 
     output: ir.Value
     kind: Kind
-    labels: str = ""  # the input whose next elements are the classes; empty: drawn from the output
+    labels: Labels = "drawn"
+    ids: str = ""  # of "next": the input whose next elements are the classes
 
     def gradient(
         self, output: torch.Tensor, sample: Feeds, rng: np.random.Generator
-    ) -> torch.Tensor:
-        """The gradient of the loss, summed over rows, with respect to the output."""
+    ) -> tuple[torch.Tensor, int]:
+        """The gradient of the loss, summed over labels, with respect to the output; how many count.
+
+        Raises:
+            PassError: the labels given are not those of this output.
+        """
+        rows = tuple(output.shape[:-1])
         if self.kind == "values":
-            rms = output.double().square().mean().sqrt().clamp(min=torch.finfo(torch.float64).tiny)
+            counts = _counted(sample, torch.ones(rows, dtype=torch.bool), shift=0)
+            counted = output.double()[counts.to(output.device)]
+            rms = counted.square().mean().sqrt().clamp(min=_TINY)
             noise = torch.from_numpy(rng.standard_normal(tuple(output.shape)))
-            return (noise.to(output.device) / rms).to(output.dtype)
+            noise *= counts[..., None]
+            gradient = noise.to(output.device) / rms
+            return gradient.to(output.dtype), int(counts.sum())
         scores = output.double()
         probabilities = scores if self.kind == "probabilities" else scores.softmax(-1)
-        if self.labels:
-            ids = torch.from_numpy(np.asarray(sample[self.labels])).long()
-            labels = torch.cat((ids[:, 1:], ids[:, :1]), 1)  # the last one has none: see below
-            counts = torch.ones(ids.shape, dtype=torch.bool)
+        counts = torch.ones(rows, dtype=torch.bool)
+        if self.labels == "next":
+            ids = torch.from_numpy(np.asarray(sample[self.ids])).long()
+            labels = torch.cat((ids[:, 1:], ids[:, :1]), 1)  # the last one has none:
             counts[:, -1] = False
+            gradient = self._of_labels(probabilities, labels)
+        elif self.labels == "given":
+            labels = self._given(np.asarray(sample[LABELS]), rows, output.shape[-1])
+            gradient = self._of_labels(probabilities, labels)
         else:
-            labels = _draw(probabilities, rng)
-            counts = torch.ones(labels.shape, dtype=torch.bool)
-        counts &= _counted(sample, counts, shift=1 if self.labels else 0)
-        labels = labels.to(output.device)[..., None]
-        if self.kind == "probabilities":  # of -log p
-            tiny = torch.finfo(output.dtype).tiny
-            grown = -1.0 / probabilities.gather(-1, labels).clamp(min=tiny)
-            gradient = torch.zeros_like(probabilities).scatter_(-1, labels, grown)
-        else:  # of -log softmax(z)
-            gradient = probabilities.scatter_add(
-                -1, labels, -torch.ones_like(labels, dtype=torch.float64)
-            )
+            gradient = self._like_drawn(probabilities, rng)
+        counts &= _counted(sample, counts, shift=1 if self.labels == "next" else 0)
         gradient *= counts.to(output.device)[..., None]
-        return gradient.to(output.dtype)
+        return gradient.to(output.dtype), int(counts.sum())
 
+    def _of_labels(self, p: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Of -log p[label], with respect to p or to the logits."""
+        at = labels.to(p.device)[..., None]
+        if self.kind == "probabilities":
+            grown = -1.0 / p.gather(-1, at).clamp(min=_TINY)
+            return torch.zeros_like(p).scatter_(-1, at, grown)
+        return p.scatter_add(-1, at, -torch.ones_like(at, dtype=torch.float64))
 
-def _draw(probabilities: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
-    """A class for each row, on the host: the same on every device up to rounding of probabilities."""
-    sums = probabilities.cpu().cumsum(-1)
-    at = torch.from_numpy(rng.random(tuple(sums.shape[:-1]))) * sums[..., -1]
-    return torch.searchsorted(sums, at[..., None]).clamp(max=sums.shape[-1] - 1)[..., 0]
+    def _like_drawn(self, p: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
+        """Random, with the mean 0 and the covariance of the gradient for a class drawn from p.
+
+        With respect to logits that is diag(p) - p p^T = B B^T for B = diag(sqrt p) - p sqrt(p)^T. B times
+        random signs has it too, and varies far less: of a model that is certain, another class is hardly ever
+        drawn, and then decides alone.
+        """
+        signs = 2 * rng.integers(0, 2, tuple(p.shape), np.int8) - 1
+        each = torch.from_numpy(signs).to(p.device) * p.sqrt()
+        if self.kind == "probabilities":
+            return each / p.clamp(min=_TINY)  # B, through a softmax
+        return each - p * each.sum(-1, keepdim=True)
+
+    def _given(self, labels: Array, rows: tuple[int, ...], classes: int) -> torch.Tensor:
+        """Labels of the shape of the output's rows, each a class."""
+        problem = ""
+        if labels.shape != rows:
+            problem = f"of shape {list(labels.shape)}, rows of the output are {list(rows)}"
+        elif labels.size and not 0 <= labels.min() <= labels.max() < classes:
+            problem = f"from {labels.min()} to {labels.max()}, classes from 0 to {classes - 1}"
+        if problem:
+            name = self.output.name
+            raise PassError(
+                Diagnostic(
+                    "gradients.labels",
+                    f"array {LABELS!r} does not fit the output {name!r}: it is {problem}",
+                    help="give the class of each row of the output, as an integer from 0",
+                )
+            )
+        return torch.from_numpy(labels.astype(np.int64))
 
 
 def _counted(sample: Feeds, like: torch.Tensor, shift: int) -> torch.Tensor:
@@ -192,12 +300,12 @@ def _counted(sample: Feeds, like: torch.Tensor, shift: int) -> torch.Tensor:
     return kept & torch.roll(kept, -shift, 1)
 
 
-def loss_of(model: ir.Model, objective: Objective) -> _Loss:
-    """The loss of a model, read off its graph.
+def loss_of(model: ir.Model, objective: Objective, sample: Feeds) -> _Loss:
+    """The loss of a model, read off its graph and off what ``sample`` holds.
 
     Raises:
-        PassError: the graph has no floating-point output; or DATA is asked for and nothing in the graph
-            says what the next token is.
+        PassError: the graph has no floating-point output; or DATA is asked for and nothing says what it
+            should have been.
     """
     outputs = [
         v for v in model.graph.outputs if v.dtype is not None and v.dtype.is_floating_point()
@@ -210,16 +318,25 @@ def loss_of(model: ir.Model, objective: Objective) -> _Loss:
         )
     if objective is Objective.CURVATURE:
         return _Loss(outputs[0], kind_of(outputs[0]))
-    if (found := next_token(model)) is not None:
+    given = LABELS in sample and all(value.name != LABELS for value in model.graph.inputs)
+    kinds: list[tuple[ir.Value, Kind]] = [(value, kind_of(value)) for value in outputs]
+    classes = [pair for pair in kinds if pair[1] != "values"]
+    if given and classes:
+        return _Loss(*classes[0], "given")
+    if not given and (found := next_token(model)) is not None:
         output, ids = found
         kind: Kind = "probabilities" if kind_of(output) == "probabilities" else "logits"
-        return _Loss(output, kind, ids.name or "")
+        return _Loss(output, kind, "next", ids.name or "")
+    message = "nothing says what the model should have answered: it is no language model with ids"
+    message += f" [b, t] and logits [b, t, v] over the same vocabulary, and there are no {LABELS!r}"
+    if given:
+        message = f"array {LABELS!r} is given, and no output of the model is logits of classes"
     raise PassError(
         Diagnostic(
             "gradients.labels",
-            "nothing says what the model should have answered: it is no language model with ids"
-            " [b, t] and logits [b, t, v] over the same vocabulary",
-            help="choose a score that needs no labels, such as obd",
+            message,
+            help=f"give a classifier's classes as the array {LABELS!r} of the calibration data (.npz,"
+            " or from Python), or choose a score that needs none, such as obd",
         )
     )
 
@@ -245,7 +362,7 @@ class _Watched(Statistic):
 
     def start(self) -> Accumulator:
         """Never asked for a result."""
-        return _Gates((0,), squared=False)
+        return Gates((0,), torch.Tensor.sum)
 
 
 def sweep(
@@ -268,33 +385,38 @@ def sweep(
         InputError: a feed does not fit the model.
         LowerError: with every node that the executor cannot run.
     """
-    loss = loss_of(model, objective)
+    if not feeds:
+        raise PassError(Diagnostic("calibration.empty", "there are no calibration samples"))
+    loss = loss_of(model, objective, feeds[0])
     probe = _Watched(loss.output.name or "")
     found = types.infer(model)
     watches = calibration.watches(model, [*wanted, probe], found)
     executor = Executor(model, device, keep_weights=True)
-    if not feeds:
-        raise PassError(Diagnostic("calibration.empty", "there are no calibration samples"))
     for sample in feeds:
         executor.feed(sample)
     sizes = calibration.Sizes(model, found, feeds[0])
     stages = calibration.stages(executor, watches, sizes, stage_bytes)
-    numbered = list(enumerate(feeds))
+    known = axis_analysis.analyse(model)
+    layouts = {w.values[0]: layout(known, w.values[0], loss.output) for w in watches.values()}
+    numbered, labels = list(enumerate(feeds)), 0
     for number, sample in progress.track(numbered, "differentiating", len(numbered)):
         rng = np.random.default_rng(np.random.SeedSequence([seed, number]))
-        _differentiate(executor, stages, sample, number, loss, rng)
+        labels += _differentiate(executor, stages, layouts, sample, number, loss, rng)
+    for watch in watches.values():
+        watch.sums.count = labels
     return [calibration.result(watches[statistic]) for statistic in wanted]
 
 
 def _differentiate(
     executor: Executor,
     stages: Sequence[calibration.Stage],
+    layouts: Mapping[ir.Value, Layout],
     sample: Feeds,
     number: int,
     loss: _Loss,
     rng: np.random.Generator,
-) -> None:
-    """Take one sample forwards and backwards through all stages."""
+) -> int:
+    """Take one sample forwards and backwards through all stages; how many labels it has."""
     fed = executor.feed(sample)
     before: list[dict[Slot, Any]] = []  # what each stage reads
     held: dict[Slot, Any] = {}
@@ -305,6 +427,7 @@ def _differentiate(
         executor.run_part(stage.part, values)
         held = {slot: v for slot, v in {**held, **values}.items() if slot in stage.keeps}
     gradients: dict[Slot, torch.Tensor] = {}
+    labels = 0
     for stage in reversed(stages):
         leaves = {slot: _leaf(value) for slot, value in before.pop().items()}
         # Inputs take gradients too: then all does that depends on an input or a weight.
@@ -314,12 +437,14 @@ def _differentiate(
         for watch, slots in stage.watches:
             if isinstance(watch.statistic, _Watched):
                 (slot,) = slots
-                gradients[slot] = loss.gradient(values[slot].detach(), sample, rng)
-        _backwards(stage, leaves, values, gradients, sample, number)
+                gradients[slot], labels = loss.gradient(values[slot].detach(), sample, rng)
+        _backwards(stage, layouts, leaves, values, gradients, sample, number)
+    return labels
 
 
 def _backwards(
     stage: calibration.Stage,
+    layouts: Mapping[ir.Value, Layout],
     leaves: Mapping[Slot, Any],
     values: Mapping[Slot, Any],
     gradients: dict[Slot, torch.Tensor],
@@ -348,9 +473,8 @@ def _backwards(
     for (watch, _), source in zip(asked, sources, strict=True):
         gradient = found.get(id(source))
         read = source.detach()
-        _add(
-            watch, (read, torch.zeros_like(read) if gradient is None else gradient), sample, number
-        )
+        pair = read, torch.zeros_like(read) if gradient is None else gradient
+        _add(watch, layouts[watch.values[0]], pair, sample, number)
 
 
 def _leaf(value: Any) -> Any:
@@ -362,11 +486,26 @@ def _differentiable(value: Any) -> bool:
 
 
 def _add(
-    watch: calibration.Watch, tensors: Sequence[torch.Tensor], sample: Feeds, number: int
+    watch: calibration.Watch,
+    rows: Layout,
+    tensors: Sequence[torch.Tensor],
+    sample: Feeds,
+    number: int,
 ) -> None:
-    """Let the rows of one sample that count flow into the running sum."""
-    (value,) = watch.values
-    rows = [calibration.rows_of(watch, value, tensor, sample, number) for tensor in tensors]
-    for piece in zip(*map(chunks, rows), strict=True):
-        if piece[0].shape[0]:
-            watch.sums.add(*(x.to(torch.float64) for x in piece))
+    """Let what one sample gives for each label flow into the running sum."""
+    (value,), axis = watch.values, watch.statistic.channel_axis
+    for tensor in tensors:
+        calibration.rows_of(watch, value, tensor, sample, number)  # finite where it counts
+    counts = calibration.counts(watch, sample, tensors[0])
+    if counts is not None:
+        shape = list(tensors[0].shape)
+        shape[axis] = 1
+        padding = ~counts.to(tensors[0].device).reshape(shape)
+        tensors = [tensor.masked_fill(padding, 0.0) for tensor in tensors]
+    x, g = (rows.by_label(tensor, axis) for tensor in tensors)
+    most = max(1, _AT_ONCE // max(1, x.shape[2]))  # rows
+    step = max(1, most // max(1, x.shape[1]))  # labels
+    for some in zip(x.split(step), g.split(step), strict=True):
+        pieces = zip(*(tensor.split(most, 1) for tensor in some), strict=True)
+        sums = [(a.to(torch.float64) * b.to(torch.float64)).sum(1) for a, b in pieces]
+        watch.sums.add(torch.stack(sums).sum(0))

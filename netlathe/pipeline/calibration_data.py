@@ -1,7 +1,8 @@
 """Reads calibration data: ``.npz`` with an array per graph input, or ``.txt`` with a text a line.
 
 The first axis of an array counts samples: arrays are cut into feeds of a few samples each, or of as
-many as the model's batch holds where that is fixed. Everything about a file is checked before
+many as the model's batch holds where that is fixed. Beside them ``labels`` may tell what the model should
+have answered, an integer a row of its output. Everything about a file is checked before
 anything runs on it; arrays of Python objects are refused, since loading one can run any code.
 """
 
@@ -20,7 +21,7 @@ import onnx_ir as ir
 from netlathe.diagnostics import Diagnostic, InputError, did_you_mean
 from netlathe.execute import samples
 from netlathe.pipeline.interfaces import Captured
-from netlathe.pipeline.pass_ import Feeds
+from netlathe.pipeline.pass_ import LABELS, Feeds
 
 Arrays = dict[str, npt.NDArray[Any]]
 
@@ -160,6 +161,8 @@ def _cut(arrays: Arrays, model: ir.Model, path: Path) -> list[Feeds]:
     """Check ``arrays`` against the model's inputs and cut them into feeds along the first axis."""
     _check(arrays, model, path)
     batch = _batch(model)
+    if batch and LABELS in arrays:
+        batch.setdefault(LABELS, next(iter(batch.values())))
     rows = {name: len(arrays[name]) for name in batch}
     if batch and not min(rows.values()):
         raise _empty(path, f"no sample: array {min(rows, key=lambda n: rows[n])!r} is empty")
@@ -217,7 +220,7 @@ def _check(given: Feeds, model: ir.Model, path: Path) -> None:
 def _names(given: Feeds, model: ir.Model, path: Path) -> Iterator[Diagnostic]:
     known = [v.name for v in model.graph.inputs if v.name]
     for name in given:
-        if name not in known:
+        if name not in known and name != LABELS:
             yield Diagnostic(
                 "calibration.input",
                 f"the model has no input {name!r}",
@@ -235,7 +238,17 @@ def _names(given: Feeds, model: ir.Model, path: Path) -> Iterator[Diagnostic]:
 
 
 def _types(given: Feeds, model: ir.Model, path: Path) -> Iterator[Diagnostic]:
-    """Another dtype or rank than the input's, and numbers that are not finite."""
+    """Another dtype or rank than the input's, and numbers that are not finite; labels are integers."""
+    if (labels := given.get(LABELS)) is not None and (
+        labels.dtype.kind not in "iu" or not labels.ndim
+    ):
+        if all(value.name != LABELS for value in model.graph.inputs):
+            yield Diagnostic(
+                "calibration.dtype",
+                f"array {LABELS!r} is {labels.dtype} of shape {list(labels.shape)}, not integers",
+                at=str(path),
+                help="labels are the class of each row of the output, counted from 0",
+            )
     for value in model.graph.inputs:
         array = given.get(value.name or "")
         if array is None:

@@ -49,7 +49,10 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 Array = npt.NDArray[Any]
-Feeds = Mapping[str, Array]  # graph input name -> array
+# Graph input name -> array. Beside them may be, under a name that no input has, what the model should
+# have answered: integers of the shape of its output's rows, such as a classifier's [b].
+Feeds = Mapping[str, Array]
+LABELS = "labels"
 
 
 # -- what a pass promises -------------------------------------------------------------------------

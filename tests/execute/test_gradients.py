@@ -10,6 +10,7 @@ import onnx_ir as ir
 import pytest
 import torch
 
+from netlathe.analysis import axes as axis_analysis
 from netlathe.diagnostics import PassError
 from netlathe.execute import gradients
 from netlathe.execute.executor import Executor
@@ -20,7 +21,9 @@ from netlathe.execute.gradients import (
 )
 from netlathe.execute.statistics import Statistic, StatisticResult
 from netlathe.ir import normal
+from netlathe.passes.prune.candidates import find_candidates
 from netlathe.pipeline.pass_ import SilentProgress
+from tests import zoo_ir
 from tests.execute import text
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -119,11 +122,13 @@ def test_next_token_gradients_are_those_of_torch(stage_bytes: int) -> None:
     per_channel = a * g
     at = np.asarray(index)
     gates = np.stack([per_channel[:, at == p].sum(1) for p in range(4)], 1)
+    labels = sum(f["ids"][:, 1:].size for f in feeds)
     for found, expected in (
-        (gate, gates.mean(0)),
-        (fisher, np.square(gates).mean(0)),
-        (channel, np.square(per_channel).mean(0)),
+        (gate, gates.sum(0) / labels),
+        (fisher, np.square(gates).sum(0) / labels),
+        (channel, np.square(per_channel).sum(0) / labels),
     ):
+        assert found.count == labels
         np.testing.assert_allclose(
             found.array, expected, rtol=0, atol=CLOSE * np.abs(expected).max()
         )
@@ -153,7 +158,7 @@ def test_a_gate_of_a_product_is_what_its_weights_sum_to() -> None:
         assert found.array[channel] * found.count == pytest.approx(slope, abs=2e-3)
 
 
-def test_drawn_labels_give_the_fisher_information() -> None:
+def test_random_gradients_give_the_fisher_information() -> None:
     """E over labels of (x g)^2 for one gate is x^2 w^T (diag(p) - p p^T) w: many draws come close."""
     model = made(
         "agraph (float[b, 2] x) => (float[b, 3] logits)  { h = Relu (x)  logits = MatMul (h, w) }",
@@ -183,7 +188,7 @@ def test_values_have_the_curvature_of_a_squared_error() -> None:
     (found,) = sweep(model, feeds, GateFisher("h", -1, (0, 1)), objective=Objective.CURVATURE)
     weight = np.array([[1.0, 2.0, -1.0, 0.5], [0.1, 0.0, 0.4, 0.3]])
     rms2 = np.square(row @ weight).mean()
-    exact = row**2 * np.square(weight).sum(1) / rms2
+    exact = row**2 * np.square(weight).sum(1) / rms2 / 4  # of one of four rows
     np.testing.assert_allclose(found.array, exact, rtol=10 / np.sqrt(count))
 
 
@@ -202,11 +207,11 @@ def test_padding_does_not_count() -> None:
     wanted = GateFisher("a", -1, tuple(range(INNER)))
     (alone,) = sweep(plain, [{"ids": ids}], wanted)
     (with_padding,) = sweep(model, [padded], wanted)
-    assert with_padding.count == alone.count == 4
+    assert with_padding.count == alone.count == 3  # the last token has no next one
     np.testing.assert_allclose(with_padding.array, alone.array, rtol=1e-5)
 
 
-def test_the_same_seed_draws_the_same_labels() -> None:
+def test_the_same_seed_draws_the_same_gradients() -> None:
     model, feeds = language_model(), tokens()
     wanted = GateFisher("a", -1, tuple(range(INNER)))
     first, second = (
@@ -231,9 +236,143 @@ def test_batch_statistics_take_no_gradient() -> None:
     (found,) = sweep(model, [{"x": x}], GateFisher("h", 1, (0, 1)), objective=Objective.CURVATURE)
     slope = np.array([2.0, 0.5]) / np.sqrt(np.array([1.0, 4.0]) + 1e-5)
     after = (x - np.array([[[0.1], [0.2]]])) * slope[:, None]
-    exact = np.square(x * slope[:, None]).mean((0, 2)) / np.square(after).mean()
+    # The three positions are of one row [b, 2] of the output, and there are two rows a sample.
+    exact = np.square(x * slope[:, None]).sum(2).mean(0) / np.square(after).mean() / 2
     # 1200 rows of a squared normal times a squared half normal: 5 sqrt(9 * 3 / 1200).
     np.testing.assert_allclose(found.array, exact, rtol=0.75)
+
+
+# -- rows that share a label -------------------------------------------------------------------------------
+
+IMAGES = """
+agraph (float[b, 3, 6, 6] x) => (float[b, 5] logits)
+{
+    h = Conv <kernel_shape = [3, 3]> (x, w1)
+    a = Relu (h)
+    i = Conv <kernel_shape = [2, 2]> (a, w2)
+    c = Tanh (i)
+    p = ReduceMean <keepdims = 0> (c, over)
+    logits = MatMul (p, head)
+}
+"""
+SIZES = {"w1": (4, 3, 3, 3), "w2": (7, 4, 2, 2), "head": (7, 5)}
+
+
+def classifier() -> tuple[ir.Model, dict[str, Array]]:
+    rng = np.random.default_rng(0)
+    weights = {name: rng.normal(0, 0.7, size).astype("f4") for name, size in SIZES.items()}
+    return made(IMAGES, {**weights, "over": np.array([2, 3])}), weights
+
+
+def images(count: int, seed: int = 1) -> dict[str, Array]:
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(count, 3, 6, 6)).astype("f4")
+    return {"x": x, "labels": rng.integers(0, 5, count)}
+
+
+def per_sample(weights: Mapping[str, Array], feeds: Mapping[str, Array]) -> tuple[Array, Array]:
+    """For each image the gradient of its loss with respect to gates on ``a`` and ``p``: torch, float64."""
+    w1, w2, head = (torch.from_numpy(weights[name]).double() for name in SIZES)
+    found: tuple[list[Array], list[Array]] = ([], [])
+    for x, label in zip(torch.from_numpy(feeds["x"]).double(), feeds["labels"], strict=True):
+        gates = torch.ones(4, dtype=torch.float64), torch.ones(7, dtype=torch.float64)
+        m, n = (gate.requires_grad_() for gate in gates)
+        a = torch.relu(torch.nn.functional.conv2d(x[None], w1)) * m[:, None, None]
+        c = torch.tanh(torch.nn.functional.conv2d(a, w2))
+        logits = (c.mean((2, 3)) * n) @ head
+        loss = torch.nn.functional.cross_entropy(logits, torch.tensor([label]))
+        for into, gradient in zip(found, torch.autograd.grad(loss, (m, n)), strict=True):
+            into.append(gradient.numpy())
+    return np.stack(found[0]), np.stack(found[1])
+
+
+@pytest.mark.parametrize("stage_bytes", [1, 1 << 20])
+def test_pixels_of_an_image_are_summed_before_they_are_squared(stage_bytes: int) -> None:
+    """The Fisher information of a classifier's gates: squares of torch's per-sample gradients."""
+    model, weights = classifier()
+    feeds = [images(5), images(3, seed=2)]
+    channels, features = tuple(range(4)), tuple(range(7))
+    wanted = [kind("a", 1, channels) for kind in (GateGradient, GateFisher)]
+    wanted += [kind("p", -1, features) for kind in (GateGradient, GateFisher)]
+    found = sweep(model, feeds, *wanted, stage_bytes=stage_bytes)
+    each = [per_sample(weights, sample) for sample in feeds]
+    for gates, (gradient, fisher) in zip(
+        (np.concatenate(part) for part in zip(*each, strict=True)),
+        (found[:2], found[2:]),
+        strict=True,
+    ):
+        assert gradient.count == fisher.count == 8
+        squares, small = np.square(gates).mean(0), CLOSE * float(np.square(gates).mean())
+        np.testing.assert_allclose(gradient.array, gates.mean(0), rtol=CLOSE, atol=small)
+        np.testing.assert_allclose(fisher.array, squares, rtol=CLOSE, atol=small)
+
+
+IN_QUICK = ("swin", "vit")
+SLOW = ("mobilenet_v2", "resnet", "efficientnet", "convnext")
+
+
+@pytest.mark.parametrize(
+    "name", [*IN_QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
+)
+def test_a_batch_gives_what_its_samples_give_alone(name: str) -> None:
+    """Windows, patches and pixels are found to be of their image in all that is summed over.
+
+    Of a model with a label for each image, a gate's Fisher information is the mean of its squared gradients.
+    """
+    model = zoo_ir.captured(name)
+    (feeds,) = [f for f in zoo_ir.feeds(name) if len(next(iter(f.values()))) > 1][:1]
+    logits = Executor(model).run(feeds)[model.graph.outputs[0].name or ""]
+    count = len(logits)
+    labels = np.arange(count) % logits.shape[1]
+    axes = axis_analysis.analyse(model)
+    wanted = dict.fromkeys(
+        (part.activation.name or "", part.axis, tuple(c.index(part.activation, part.axis).tolist()))
+        for c in find_candidates(axes)
+        for part in c.readers
+        if part.activation is not None
+    )
+    alone = [
+        sweep(
+            model,
+            [{k: v[i : i + 1] for k, v in feeds.items()} | {"labels": labels[i : i + 1]}],
+            *(GateGradient(*place) for place in wanted),
+            stage_bytes=1 << 30,
+        )
+        for i in range(count)
+    ]
+    batch = sweep(
+        model,
+        [{**feeds, "labels": labels}],
+        *(GateFisher(*place) for place in wanted),
+        stage_bytes=1 << 30,
+    )
+    for fisher, *each in zip(batch, *alone, strict=True):
+        expected = np.mean([np.square(one.array) for one in each], 0)
+        np.testing.assert_allclose(fisher.array, expected, rtol=1e-3, atol=1e-4 * expected.max())
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (np.zeros((2, 1), np.int64), r"of shape \[2, 1\], rows of the output are \[2\]"),
+        (np.array([0, 5]), "from 0 to 5, classes from 0 to 4"),
+        (np.array([-1, 2]), "from -1 to 2, classes from 0 to 4"),
+    ],
+)
+def test_labels_that_do_not_fit_are_refused(labels: Array, message: str) -> None:
+    model, _ = classifier()
+    with pytest.raises(PassError, match=message):
+        sweep(model, [{**images(2), "labels": labels}], GateGradient("p", -1, tuple(range(7))))
+
+
+def test_labels_of_no_classes_are_refused() -> None:
+    model = made(
+        "agraph (float[b, 2] x) => (float[b, 3] hidden)  { h = Relu (x)  hidden = MatMul (h, w) }",
+        {"w": np.ones((2, 3), "f4")},
+    )
+    feeds = {"x": np.ones((1, 2), "f4"), "labels": np.zeros(1, np.int64)}
+    with pytest.raises(PassError, match="no output of the model is logits of classes"):
+        sweep(model, [feeds], GateGradient("h", -1, (0, 1)))
 
 
 def test_no_labels_is_said() -> None:

@@ -106,6 +106,14 @@ def test_a_dim_may_be_an_expression(tmp_path: Path) -> None:
         load(saved(tmp_path, **good), made)
 
 
+@pytest.mark.parametrize("batch", ["batch", "2"])
+def test_labels_are_cut_with_the_samples(batch: str, tmp_path: Path) -> None:
+    labels = np.arange(10) % 3
+    feeds = load(saved(tmp_path, **data(10, labels=labels)), tower(batch))
+    assert [len(feed["labels"]) for feed in feeds] == [len(feed["x"]) for feed in feeds]
+    np.testing.assert_array_equal(joined(feeds, "labels"), labels)
+
+
 # -- arrays that are refused ----------------------------------------------------------------------
 
 
@@ -134,6 +142,9 @@ def planted(number: float) -> np.ndarray:
         (data(3, x=matrix(3, 5)), "shape", "[3, 5] does not fit"),
         (data(3, x=np.float32(1)), "shape", "[] does not fit"),
         (data(3, x=matrix(4, 4)), "shape", "'x' has 4, 'ids' has 3"),
+        (data(3, labels=np.zeros(4, int)), "shape", "'labels' has 4"),
+        (data(3, labels=np.zeros(3)), "dtype", "'labels' is float64 of shape [3], not integers"),
+        (data(3, labels=np.int64(0)), "dtype", "'labels' is int64 of shape [], not integers"),
         (data(3, x=planted(np.nan)), "finite", "holds nan at [17, 2] (1 such"),
         (data(3, x=planted(-np.inf)), "finite", "holds -inf at [17, 2]"),
     ],
