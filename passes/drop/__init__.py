@@ -251,7 +251,7 @@ class Drop(ChoosingPass):
                 f" candidates that can go have {most:.0f}"
             )
         notes = tuple(
-            f"{c.where or c.name}: {reason}"
+            f"{c.shown}: {reason}"
             for c in candidates
             if (reason := c.reason or choice.set_aside.get(c, ("", ""))[1])
         )
@@ -272,7 +272,7 @@ class Drop(ChoosingPass):
             found = by_stream(model, removable, self.score, ctx, str(self))
             scores = dict(zip(removable, found, strict=True))
         else:
-            outputs = ByOutput(model, self.score, ctx, self.samples, str(self))
+            outputs = ByOutput(model, self.score, ctx, self.samples, self)
             if self.search == "greedy":
                 chosen, scores = greedy(model, free, outputs.without, goal)
                 _check_finite(scores)
@@ -297,7 +297,7 @@ def _up(ms: float) -> str:
 def _check_finite(scores: Mapping[Candidate, float]) -> None:
     for candidate, score in scores.items():
         if not math.isfinite(score):
-            message = f"the score of {candidate.where or candidate.name} is {score}"
+            message = f"the score of {candidate.shown} is {score}"
             raise PassError(Diagnostic("drop.score", message, where=candidate.where))
 
 

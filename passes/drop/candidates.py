@@ -33,6 +33,11 @@ class Candidate:
     reason: str  # why it cannot be removed
 
     @property
+    def shown(self) -> str:
+        """What a reader knows it by."""
+        return self.where or self.name
+
+    @property
     def places(self) -> list[Place]:
         """The operands that are taken out."""
         return [(b.join.outputs[0].name or "", b.term.position) for b in self.branches]
@@ -155,7 +160,7 @@ def beside(
 ) -> tuple[Status, str] | None:
     """Why a candidate cannot go with those that were chosen; None where it can."""
     if other := next((c for c in chosen if _overlap(candidate, c)), None):
-        return "skipped", f"it overlaps with {other.where or other.name}, which is removed"
+        return "skipped", f"it overlaps with {other.shown}, which is removed"
     branches = [branch for c in (*chosen, candidate) for branch in c.branches]
     if not any(b.cache_inputs for b in branches):  # only caches tie branches to each other
         return None

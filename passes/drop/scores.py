@@ -19,7 +19,7 @@ Output scores run the model without the candidate beside the whole one, and comp
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -32,13 +32,14 @@ from netlathe.ir import edit, types
 from netlathe.passes.drop.candidates import Candidate
 from netlathe.passes.drop.editing import take_out
 from netlathe.pipeline.loss import kind_of
-from netlathe.pipeline.pass_ import Context
+from netlathe.pipeline.pass_ import Context, Pass
 
 if TYPE_CHECKING:
     from netlathe.execute.statistics import Statistic
 
 StreamScore = Literal["cosine", "angular"]
 OutputScore = Literal["kl", "mse", "perplexity"]
+Change = Callable[[ir.Graph], object]
 # Variants of the model that run beside each other: bounds the outputs that are held of one sample.
 _AT_ONCE = 6
 _END = (1 << 63) - 1
@@ -96,20 +97,21 @@ def _streams(model: ir.Model, candidates: Sequence[Candidate]) -> Iterator[tuple
 
 
 class ByOutput:
-    """Compares the outputs of a model with those it has without some candidates.
+    """Compares the outputs of a model with those it has after some change.
 
-    ``samples`` of the calibration data are looked at, spread evenly; 0 means all.
+    ``samples`` of the calibration data are looked at, spread evenly; 0 means all. ``pass_`` asks for it, and
+    is named in errors.
 
     Raises:
         PassError: there is no calibration data; the model has no output that the score is about.
     """
 
     def __init__(
-        self, model: ir.Model, score: OutputScore, ctx: Context, samples: int, needed_by: str
+        self, model: ir.Model, score: OutputScore, ctx: Context, samples: int, pass_: Pass
     ) -> None:
         self._model = model.clone()
         self._score = score
-        self._needed_by = needed_by
+        self._needed_by = str(pass_)
         count = len(ctx.calibration)
         if samples and samples < count:
             at = np.linspace(0, count - 1, samples).round().astype(int)
@@ -118,25 +120,34 @@ class ByOutput:
         if score == "perplexity":
             self._outputs = [_next_token_loss(self._model)]
         else:
-            self._outputs = _outputs(self._model, logits=score == "kl")
+            self._outputs = _outputs(self._model, score, pass_.name)
 
     def without(self, sets: Sequence[Sequence[Candidate]]) -> list[float]:
         """The score of the model without each of the sets, in order."""
-        batches = [sets[at : at + _AT_ONCE] for at in range(0, len(sets), _AT_ONCE)]
-        batches = list(self._ctx.progress.track(batches, f"{self._score} without", len(batches)))
+
+        def change(candidates: Sequence[Candidate]) -> Change:
+            places = [place for candidate in candidates for place in candidate.places]
+            return lambda graph: take_out(graph, places)
+
+        return self.after([change(candidates) for candidates in sets], "without")
+
+    def after(self, changes: Sequence[Change], how: str) -> list[float]:
+        """The score of the model after each of the changes, each of which is made on a copy."""
+        batches = [changes[at : at + _AT_ONCE] for at in range(0, len(changes), _AT_ONCE)]
+        batches = list(self._ctx.progress.track(batches, f"{self._score} {how}", len(batches)))
         return [score for batch in batches for score in self._batch(batch)]
 
-    def _batch(self, sets: Sequence[Sequence[Candidate]]) -> list[float]:
+    def _batch(self, changes: Sequence[Change]) -> list[float]:
         variants = []
-        for candidates in sets:
+        for change in changes:
             variant = self._model.clone()
-            take_out(variant.graph, [place for c in candidates for place in c.places])
+            change(variant.graph)
             variants.append(variant)
         combined, names = overlay(self._model, variants)
         wanted = [s for renamed in names for s in self._statistics(renamed)]
         found = self._ctx.collect(combined, wanted, needed_by=self._needed_by)
         results = [float(result.array.item()) for result in found]
-        each = len(results) // len(sets)
+        each = len(results) // len(changes)
         scores = (results[at : at + each] for at in range(0, len(results), each))
         if self._score == "perplexity":
             return [without - whole for whole, without in scores]
@@ -159,7 +170,7 @@ class ByOutput:
                 yield RelativeSquaredError(name, other)
 
 
-def _outputs(model: ir.Model, *, logits: bool) -> list[ir.Value]:
+def _outputs(model: ir.Model, score: OutputScore, name: str) -> list[ir.Value]:
     """The outputs to compare: all real ones, or those that stand for distributions."""
     found = [
         value
@@ -168,15 +179,15 @@ def _outputs(model: ir.Model, *, logits: bool) -> list[ir.Value]:
         and value.dtype.is_floating_point()
         and value.shape is not None
         and len(value.shape) > 0
-        and (not logits or kind_of(value) != "values")
+        and (score != "kl" or kind_of(value) != "values")
     ]
     if not found:
-        what = "logits or probabilities" if logits else "floating-point"
+        what = "logits or probabilities" if score == "kl" else "floating-point"
         raise PassError(
             Diagnostic(
-                "drop.outputs",
-                f"no output of the model is {what}",
-                help="choose score='mse' or score='cosine'" if logits else "choose score='cosine'",
+                f"{name}.outputs",
+                f"no output of the model is {what}, which score={score!r} compares",
+                help="choose another score",
             )
         )
     return found
