@@ -83,9 +83,13 @@ def lay_out(model: ir.Model, *, cut: bool) -> Layout:
         if isinstance(found, str):
             refused.append((first.name or "", found, module_path(first)))
             continue
-        entries, exits = found
+        entries, exits, fixed = found
         edges += [*entries, *exits, *(joins if cut else ())]
-        points += _points(stream, [*exits, *joins])
+        points += [
+            (value.name or "", axis)
+            for value, axis in _points(stream, [*exits, *joins])
+            if value not in fixed
+        ]
     order = {v.name: at for at, v in enumerate(v for n in model.graph for v in n.outputs)}
     points.sort(key=lambda point: order.get(point[0], -1))
     layout = _bind(model, sorted(set(edges)), points)
@@ -200,7 +204,7 @@ def _joins(stream: Stream) -> list[Edge]:
     return found
 
 
-def _points(stream: Stream, edges: Sequence[Edge]) -> Iterator[tuple[str, int]]:
+def _points(stream: Stream, edges: Sequence[Edge]) -> Iterator[tuple[ir.Value, int]]:
     """Values that are read as they are: by norms and by what stands behind an edge."""
     wanted = {(edge.reader, edge.operand) for edge in edges}
     for value, axis in {**stream.members, **stream.writers}.items():
@@ -208,7 +212,7 @@ def _points(stream: Stream, edges: Sequence[Edge]) -> Iterator[tuple[str, int]]:
             by_norm = any(use.node is node and use.value is value for use in stream.norms)
             inside = value in stream.members or by_norm
             if by_norm or (inside and (node.outputs[0].name, index) in wanted):
-                yield value.name or "", axis
+                yield value, axis
                 break
 
 
@@ -224,14 +228,44 @@ def _post_norm(stream: Stream) -> str:
     return ""
 
 
-def _judge(model: ir.Model, stream: Stream) -> tuple[list[Edge], list[Edge]] | str:
-    """The edges into and out of the stream that need adapters, or why it should not turn."""
+def _judge(model: ir.Model, stream: Stream) -> tuple[list[Edge], list[Edge], set[ir.Value]] | str:
+    """The edges into and out of the stream that need adapters, or why it should not turn.
+
+    And the values before an adapter that leads in: a norm that reads one of them keeps all directions.
+    """
     entries, exits, why = _stuck(model, stream)
-    turning = len(stream.norms) - len(exits)
+    fixed = _before(stream, entries)
+    kept = {(node.outputs[0].name, index) for value in fixed for node, index in value.uses()}
+    exits = [edge for edge in exits if (edge.reader, edge.operand) not in kept]
+    leaving = {(edge.reader, edge.operand) for edge in exits}
+    turning = sum(
+        use.value not in fixed and (use.node.outputs[0].name, use.index) not in leaving
+        for use in stream.norms
+    )
     if entries + exits and len(entries) + len(exits) > turning:
         most = len(entries) + len(exits)
         return f"{most} adapters for {turning} norms that turn: {why}; {_FOLD_FIRST}"
-    return entries, exits
+    return entries, exits, fixed
+
+
+def _before(stream: Stream, entries: Sequence[Edge]) -> set[ir.Value]:
+    """What stands before the edges, up to what enters the stream there."""
+    wanted = {(edge.reader, edge.operand) for edge in entries}
+    values = {**stream.members, **stream.writers}
+    todo = [
+        value
+        for value in values
+        for node, index in value.uses()
+        if (node.outputs[0].name, index) in wanted
+    ]
+    found: set[ir.Value] = set()
+    while todo:
+        value = todo.pop()
+        found.add(value)
+        maker = value.producer()
+        if value not in stream.writers and maker is not None:
+            todo += [v for v in maker.inputs if v is not None and v in values]
+    return found
 
 
 def _stuck(model: ir.Model, stream: Stream) -> tuple[list[Edge], list[Edge], str]:

@@ -20,7 +20,8 @@ from netlathe.pipeline import run
 from netlathe.pipeline.pass_ import Context
 from tests import zoo_ir
 from tests.frontends.test_generate import PROMPTS, Families, empty_past, generated
-from tests.passes.slice.test_slice import data, folded, sliced
+from tests.passes.slice.models import data, folded
+from tests.passes.slice.test_slice import sliced
 from tests.pipeline.toy import captured_of
 
 

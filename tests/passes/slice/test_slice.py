@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 import pytest
+import torch
 
 from netlathe.analysis.axes.algebra import Axis
 from netlathe.analysis.cost import cost
@@ -23,39 +23,22 @@ from netlathe.pipeline import registry, run
 from netlathe.pipeline.interfaces import Target
 from netlathe.pipeline.ledger import Entry
 from netlathe.pipeline.pass_ import Context
-from tests import zoo_ir
 from tests.analysis.residual import typed
-from tests.passes.slice.double import in_double
+from tests.passes.folding import in_float64
+from tests.passes.slice.models import PRE_NORM_BERT, captured, data, feeds, folded, wide
 from tests.pipeline.toy import captured_of
 
 PRE_NORM = (
-    "llama", "opt", "gpt2", "phi", "gemma", "falcon", "qwen2", "vit", "whisper", "t5", "mixtral"
+    "llama", "opt", "gpt2", "phi", "gemma", "falcon", "qwen2", "vit", "whisper", "t5", "mixtral",
+    PRE_NORM_BERT,
 )  # fmt: skip
-QUICK = ("llama", "phi", "vit", "whisper")
+QUICK = ("llama", "phi", "vit", "whisper", PRE_NORM_BERT)
 SOME = [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in PRE_NORM]
 FEW = [n if n in ("llama", "vit") else pytest.param(n, marks=pytest.mark.slow) for n in PRE_NORM]
 # The bar for rotation alone, as a share of the output's RMS: float32 rounding of every weight and sum
 # stays a tenth below it.
 EXACT = 1e-4
-
-
-@lru_cache(maxsize=4)
-def _folded(name: str) -> ir.Model:
-    model = zoo_ir.captured(name)
-    FoldNorms(untie=True).run(model, Context())
-    normal.normalize(model)
-    return model
-
-
-def folded(name: str) -> ir.Model:
-    """A zoo model with its norms folded."""
-    return _folded(name).clone()
-
-
-def data(name: str) -> Context:
-    """A context with a few samples."""
-    feeds = [feed for seed in (5, 6, 7) for feed in zoo_ir.feeds(name, seed)]
-    return Context(calibration=feeds)
+EXACT_DOUBLE = 1e-10
 
 
 def sliced(
@@ -73,7 +56,7 @@ def sliced(
 def furthest(after: ir.Model, against: ir.Model, name: str) -> float:
     """The largest relative error over outputs and feeds."""
     worst = 0.0
-    for fed in zoo_ir.feeds(name):
+    for fed in feeds(name):
         got, wanted = ort.run(after, fed), ort.run(against, fed)
         worst = max(worst, *(compare.relative_error(got[k], wanted[k]) for k in wanted))
     return worst
@@ -88,19 +71,24 @@ def test_folding_and_rotating_keep_the_outputs(name: str, adapters: bool) -> Non
     pass_ = Slice(ratio=0, basis="hadamard", adapters=adapters)
     after, entries, _ = sliced(folded(name), pass_, Context())
     assert {entry.status for entry in entries} == {"applied"}
-    assert furthest(after, zoo_ir.captured(name), name) <= EXACT
+    assert furthest(after, captured(name), name) <= EXACT
 
 
-@pytest.mark.parametrize("name", ["gpt2", pytest.param("vit", marks=pytest.mark.slow)])
-def test_in_float64_rotation_is_exact_to_rounding(name: str) -> None:
-    model = in_double(folded(name))
-    after, _, _ = sliced(model, Slice(ratio=0, basis="hadamard"), Context())
-    for fed in zoo_ir.feeds(name):
-        fed = {k: v.astype(np.float64) if v.dtype == np.float32 else v for k, v in fed.items()}
-        got, wanted = Executor(after).run(fed), Executor(model).run(fed)
-        for key in wanted:
-            error = compare.relative_error(got[key].numpy(), wanted[key].numpy())
-            assert error <= 1e-10
+@pytest.mark.parametrize("adapters", [False, True])
+@pytest.mark.parametrize("name", SOME)
+def test_in_float64_folding_and_rotating_are_exact_to_rounding(name: str, adapters: bool) -> None:
+    model = in_float64(captured(name))
+    after = model.clone()
+    FoldNorms(untie=True).run(after, Context())
+    normal.normalize(after)
+    pass_, ctx = Slice(ratio=0, basis="hadamard", adapters=adapters), Context()
+    # not verified: RotaryEmbedding takes no float64, but the executor computes it
+    pass_.edit(after, pass_.choose(after, ctx), ctx)
+    for fed in feeds(name):
+        got, wanted = Executor(after).run(wide(fed)), Executor(model).run(wide(fed))
+        for key, expected in wanted.items():
+            assert expected.dtype == torch.float64
+            assert compare.relative_error(got[key].numpy(), expected.numpy()) <= EXACT_DOUBLE
 
 
 # -- sliced is simulated ------------------------------------------------------------------------------
@@ -168,9 +156,9 @@ def test_the_reference_does_not_follow_a_wrong_edit() -> None:
 
 
 def test_the_pipeline_checks_it() -> None:
-    captured = captured_of(zoo_ir.captured("vit"))
+    taken = captured_of(captured("vit"))
     ctx = Context(calibration=data("vit").calibration)
-    compiled = run.run(captured, [FoldNorms(untie=True), Slice(ratio=0.25)], ctx)
+    compiled = run.run(taken, [FoldNorms(untie=True), Slice(ratio=0.25)], ctx)
     assert compiled.steps[1].check.against == "simulated reference"
     assert compiled.steps[1].cost_after.params < compiled.steps[0].cost_after.params
     assert registry.find_pass("slice") is Slice
@@ -273,7 +261,7 @@ def test_the_target_says_what_widths_are_multiples_of() -> None:
 
 
 def test_a_tied_head_stays_tied_under_one_basis() -> None:
-    model = zoo_ir.captured("llama")
+    model = captured("llama")
     FoldNorms().run(model, Context())
     normal.normalize(model)
     tie = model.graph.initializers["model.embed_tokens.weight"]
@@ -298,13 +286,13 @@ def test_a_tied_head_stays_tied_under_one_basis() -> None:
 
 
 def test_post_norm_is_refused_with_what_to_do_instead() -> None:
-    entries = Slice(ratio=0.25).choose(zoo_ir.captured("bert"), Context())
+    entries = Slice(ratio=0.25).choose(captured("bert"), Context())
     assert {entry.status for entry in entries} == {"refused"}
     assert "post-norm" in entries[0].reason and "prune or drop" in entries[0].reason
 
 
 def test_norms_that_were_not_folded_are_refused() -> None:
-    (entry,) = Slice(ratio=0.25).choose(zoo_ir.captured("gpt2"), Context())
+    (entry,) = Slice(ratio=0.25).choose(captured("gpt2"), Context())
     assert entry.status == "refused" and "fold_norms first" in entry.reason
 
 
@@ -318,8 +306,8 @@ def test_a_model_without_a_residual_stream() -> None:
 
 
 def test_too_few_tokens_are_said_and_damped() -> None:
-    feeds = [{k: v[:1, :5] for k, v in zoo_ir.feeds("llama")[0].items()}]
-    (entry,) = Slice(ratio=0.25).choose(folded("llama"), Context(calibration=feeds))
+    few = [{k: v[:1, :5] for k, v in feeds("llama")[0].items()}]
+    (entry,) = Slice(ratio=0.25).choose(folded("llama"), Context(calibration=few))
     assert "only 5 tokens for 64 directions" in entry.reason and entry.detail["rows"] == 5
     assert np.isfinite(entry.arrays["basis"]).all()
 
