@@ -35,6 +35,7 @@ from netlathe.ir import types, weights
 from netlathe.ir.provenance import module_path
 from netlathe.passes.quantize import (
     activations,
+    bias,
     candidates,
     in_order,
     integer,
@@ -139,6 +140,9 @@ class Quantize(ChoosingPass):
     activation_percentile: float = option(
         default=99.99, gt=50, le=100, help='the upper percentile of activation_range="percentile"'
     )
+    correct_bias: bool = option(
+        default=False, help="take what rounding adds to the mean of outputs from biases (needs data)"
+    )
     embeddings: bool = option(default=True, help="quantize tables that are looked up as well")
     min_size: int = option(default=1024, ge=0, help="leave weights with fewer elements as they are")
     ignore: tuple[str, ...] = option(
@@ -171,6 +175,9 @@ class Quantize(ChoosingPass):
                 self.clip, self.percentile, self.damping, self.act_order, self.sweeps
             )
             entries = in_order.solve(settings, model, found, entries, ctx)
+        if self.correct_bias:
+            entries += bias.correct(model, entries, ctx)
+            model = bias.added(model, entries)
         if self.activations != "float32":
             needed_by = f"{self.name} with activations={self.activations!r}"
             entries += activations.choose(self._of_activations(), model, entries, ctx, needed_by)
@@ -182,6 +189,7 @@ class Quantize(ChoosingPass):
         editor = Editor(model)
         applied = [entry for entry in chosen if entry.status == "applied"]
         before = weights.num_bytes(model)
+        bias.add(model, applied)
         held = 0
         activations.rewrite_pairs(model, applied, ledger.scales_beside_biases(model, applied))
         grids = activations.integer_grids(applied)
