@@ -24,6 +24,7 @@ import torch
 Float64 = npt.NDArray[np.float64]
 # Rows handled at once: bounds the float64 copy of an activation to this many elements.
 _AT_ONCE = 1 << 22
+_DEVICE_AT_ONCE = 1 << 27  # elsewhere than on the host
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,8 @@ class Accumulator(abc.ABC):
 
 def chunks(rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """``rows`` in pieces small enough for a float64 copy each."""
-    return torch.split(rows, max(1, _AT_ONCE // max(1, rows.shape[1])))
+    most = _AT_ONCE if rows.device.type == "cpu" else _DEVICE_AT_ONCE
+    return torch.split(rows, max(1, most // max(1, rows.shape[1])))
 
 
 # -- one value ------------------------------------------------------------------------------------

@@ -39,9 +39,19 @@ def derived(
     """The tensor ``function(base)``, computed anew whenever its bytes are read.
 
     ``function`` must be pure: the pipeline may call it several times. What it returns must have
-    ``shape`` and the numpy dtype of ``dtype``; anything else is a ValueError when it is read.
+    ``shape`` and the numpy dtype of ``dtype``; anything else is a ValueError when it is read. Elements of 4
+    bits may also be bytes, one each.
     """
     return _recipe([base], lambda: function(base.numpy()), dtype, shape, name)
+
+
+def packed(array: Array) -> npt.NDArray[np.uint8]:
+    """Two elements of 4 bits to a byte, the first one low, of bytes that hold one each."""
+    flat = array.reshape(-1).view(np.uint8)
+    made = np.zeros(-(-flat.size // 2), np.uint8)
+    np.bitwise_and(flat[0::2], 15, out=made)
+    made[: flat.size // 2] |= flat[1::2] << 4
+    return made
 
 
 def joined(parts: Sequence[ir.TensorProtocol], shape: Sequence[int], name: str) -> ir.LazyTensor:
@@ -74,6 +84,8 @@ def _recipe(
         if array.shape != tuple(shape):
             raise ValueError(f"{name}: recipe gave shape {array.shape}, promised {tuple(shape)}")
         array = _laid_out(array).reshape(shape)  # a scalar stays one
+        if dtype.bitwidth == 4 and array.dtype in (np.int8, np.uint8):
+            return ir.PackedTensor(packed(array), dtype, shape=shape, name=name)
         return ir.Tensor(array, dtype=dtype, name=name)
 
     made = ir.LazyTensor(evaluate, dtype=dtype, shape=ir.Shape(shape), cache=False, name=name)
@@ -243,15 +255,19 @@ def give_back(model: ir.Model) -> None:
 
     They stay as valid as they were: what is read again comes from the file again.
     """
-    if not hasattr(mmap, "MADV_DONTNEED"):  # Windows: the system decides
-        return
     for graph in model.graphs():
         for value in graph.initializers.values():
-            if value.const_value is None:
-                continue
-            for tensor in _read(value.const_value):
-                if isinstance(tensor, ir.ExternalTensor) and tensor.raw is not None:
-                    tensor.raw.madvise(mmap.MADV_DONTNEED)
+            if value.const_value is not None:
+                give_back_tensor(value.const_value)
+
+
+def give_back_tensor(tensor: ir.TensorProtocol) -> None:
+    """The same for one tensor."""
+    if not hasattr(mmap, "MADV_DONTNEED"):  # Windows: the system decides
+        return
+    for held in _read(tensor):
+        if isinstance(held, ir.ExternalTensor) and held.raw is not None:
+            held.raw.madvise(mmap.MADV_DONTNEED)
 
 
 def _read(tensor: ir.TensorProtocol) -> Iterator[ir.TensorProtocol]:

@@ -141,7 +141,8 @@ class Quantize(ChoosingPass):
         default=99.99, gt=50, le=100, help='the upper percentile of activation_range="percentile"'
     )
     correct_bias: bool = option(
-        default=False, help="take what rounding adds to the mean of outputs from biases (needs data)"
+        default=False,
+        help="take what rounding adds to the mean of outputs from biases (needs data)",
     )
     embeddings: bool = option(default=True, help="quantize tables that are looked up as well")
     min_size: int = option(default=1024, ge=0, help="leave weights with fewer elements as they are")
@@ -215,6 +216,7 @@ class Quantize(ChoosingPass):
             if solved is None and held + base.size <= HELD_BYTES:
                 held += base.size
                 solved = make(numbers)
+            weights.give_back_tensor(base)
             codes = as_codes(base, make if solved is None else solved, own, scheme)
             if value.name in inside:
                 integers[value.name or ""] = integer.Held(codes, own.scales(scale))
@@ -223,6 +225,10 @@ class Quantize(ChoosingPass):
         integer.Rewriter(model, plan, grids, integers).run()
         codes_of = {n: (h.codes, h.scales) for n, h in integers.items()}
         token.rewrite(model, by_token, codes_of, ledger.scales_of_tokens(applied))
+        for name in integers:
+            editor.renamed[name] = (
+                f"{name}_int8" if f"{name}_int8" in model.graph.initializers else None
+            )
         types.annotate(model)
         saved = before - weights.num_bytes(model)
         statistics: dict[str, float] = {}

@@ -152,6 +152,7 @@ def unfit(value: ir.Value, largest: float = LARGEST_WEIGHT) -> str:
     assert value.const_value is not None
     array = weights.numbers(value.const_value)
     most = max(map(largest_magnitude, _parts(array)), default=0.0)
+    weights.give_back_tensor(value.const_value)
     if not math.isfinite(most):
         return "it holds NaN or infinity"
     return "" if most <= largest else f"it holds {most:.2g}, too much for its scale"

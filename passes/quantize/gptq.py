@@ -12,11 +12,16 @@ arXiv 2309.01885, eq. 9) then rounds every column once more against all others a
 
     w'_j = q(w'_j + ((W - W') H)_j / H_jj)
 
-All is computed in float64, on the device of the calibration.
+On a CPU all is computed in float64. On a GPU the second moment is summed up in float64, but the factor and
+what follows are float32: damping bounds the condition of H, and a column's error is measured on the
+float32 numbers that codes stand for.
+
+Matrices are held by columns here, [columns, rows]: a step reads and writes some of them, all rows at once.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +29,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from netlathe.passes.quantize.scheme import NF4, Scheme
+from netlathe.passes.quantize.device import Rounder
+from netlathe.passes.quantize.scheme import Scheme
 
 Array = npt.NDArray[Any]
 _BLOCK = 128  # columns whose effect on all later ones is added up before it is applied
@@ -51,128 +57,181 @@ def solve(
     sweeps: int,
     kept: Array | None = None,
     device: str = "cpu",
+    dtype: torch.dtype | None = None,
 ) -> Solution:
     """Codes for ``matrix`` [rows, columns], with ``scale`` and ``zero`` [rows, groups].
 
     A column that is never fed counts as one that is fed little, and is rounded to nearest. Elements
     where ``kept`` [rows, columns] is False get the code of zero.
     """
-    wide = dict(dtype=torch.float64, device=device)
-    w, h = torch.tensor(matrix, **wide), torch.tensor(second_moment, **wide)  # type: ignore[arg-type]
-    per = matrix.shape[1] // scale.shape[1]
-    s = torch.tensor(scale, **wide).repeat_interleave(per, 1)  # type: ignore[arg-type]
-    z = torch.tensor(zero, **wide).repeat_interleave(per, 1)  # type: ignore[arg-type]
-    rounder = _Rounder(scheme, device)
-    mask = torch.ones_like(w, dtype=torch.bool)
-    if kept is not None:
-        mask = torch.tensor(kept, dtype=torch.bool, device=device)
-    order = torch.arange(len(h), device=device)
-    if act_order:
-        order = torch.argsort(torch.diagonal(h), descending=True, stable=True)
-    upper, used = factor(h[order][:, order], damping)
-    codes = _walk(w[:, order], upper, s[:, order], z[:, order], mask[:, order], rounder)
-    back = torch.argsort(order)
-    codes = codes[:, back]
-    for _ in range(sweeps):
-        codes = _descend(w, h, codes, s, z, mask, rounder)
-    return Solution(codes.to(torch.int16).cpu().numpy().astype(scheme.code_type), used)
+    moment = torch.tensor(second_moment, dtype=torch.float64, device=device)
+    inputs = Inputs(moment, damping=damping, act_order=act_order, dtype=dtype)
+    tensors = [torch.tensor(array, device=device) for array in (matrix, scale, zero)]
+    mask = None if kept is None else torch.tensor(kept, device=device)
+    codes = inputs.solve(*tensors, scheme, sweeps=sweeps, kept=mask)
+    return Solution(codes.cpu().numpy(), inputs.damping)
 
 
-class _Rounder:
-    """Codes of numbers, and numbers of codes."""
+class Inputs:
+    """What weights are multiplied with, made ready once for all weights that read the same values.
 
-    def __init__(self, scheme: Scheme, device: str) -> None:
-        self.scheme = scheme
-        self.table = torch.tensor(NF4, dtype=torch.float64, device=device)
-        self.middles = (self.table[1:] + self.table[:-1]) / 2
-        self.zero = float(NF4.tolist().index(0.0))
+    ``dtype`` is that of the arithmetic: float64 on a CPU, float32 elsewhere, where it is not given.
 
-    def codes(
-        self, w: torch.Tensor, s: torch.Tensor, z: torch.Tensor, kept: torch.Tensor
+    Raises:
+        ValueError: the second moment holds NaN, or is far from positive.
+    """
+
+    def __init__(
+        self,
+        second_moment: torch.Tensor,
+        *,
+        damping: float,
+        act_order: bool,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        on_cpu = second_moment.device.type == "cpu"
+        self.dtype = dtype or (torch.float64 if on_cpu else torch.float32)
+        self.importance = torch.diagonal(second_moment).clone()
+        self.moment = second_moment.to(self.dtype)
+        self._diagonal: list[float] = torch.diagonal(self.moment).tolist()
+        h = self.moment
+        self._order: torch.Tensor | None = None
+        if act_order:
+            self._order = torch.argsort(torch.diagonal(second_moment), descending=True, stable=True)
+            h = h[self._order][:, self._order]
+        self._upper, self.damping = factor(h, damping)
+
+    def solve(
+        self,
+        matrix: torch.Tensor,
+        scale: torch.Tensor,
+        zero: torch.Tensor,
+        scheme: Scheme,
+        *,
+        sweeps: int,
+        kept: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """The nearest codes, as float64; where nothing is kept that of zero."""
-        if self.scheme.format.kind == "table":
-            found = torch.bucketize((w / s).contiguous(), self.middles).to(w.dtype)
-            return torch.where(kept, found, self.zero)
-        found = (torch.round(w / s) + z).clamp(self.scheme.lowest, self.scheme.highest)
-        return torch.where(kept, found, z)
+        """Codes for ``matrix``, as bytes; see :func:`solve`."""
+        task = _Task(matrix.to(self.dtype).T.contiguous(), scale, zero, kept, scheme)
+        units = self._walk(task)
+        for _ in range(sweeps):
+            self._descend(task, units)
+        codes = torch.empty_like(units, dtype=torch.uint8 if scheme.lowest >= 0 else torch.int8)
+        for part in _blocks(len(units)):
+            codes[part] = task.rounder.codes(units[part], task.zeros(part))
+        return codes.T.contiguous()
 
-    def numbers(self, c: torch.Tensor, s: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
-        """What codes stand for."""
-        units = self.table[c.long()] if self.scheme.format.kind == "table" else c - z
-        return (units * s).to(torch.float32).to(torch.float64)
+    def _walk(self, task: _Task) -> torch.Tensor:
+        """GPTQ: units [columns, rows], in the matrix' own order."""
+        columns = len(task.w)
+        order = torch.arange(columns, device=task.w.device) if self._order is None else self._order
+        w, units, upper = task.w[order], torch.empty_like(task.w), self._upper
+        diagonal: list[float] = torch.diagonal(upper).tolist()
+        for part in _blocks(columns):
+            own, block = order[part], w[part]
+            s, z, kept = task.scales(own), task.zeros(own), task.kept(own)
+            found, errors = torch.empty_like(block), torch.empty_like(block)
+            for i, j in enumerate(range(part.start, part.stop)):
+                at = _column(i, s, z, kept)
+                found[i] = task.rounder.units(block[i], *at)
+                errors[i] = (block[i] - _numbers(found[i], at[0])) / diagonal[j]
+                block[i + 1 :].addr_(upper[j, j + 1 : part.stop], errors[i], alpha=-1)
+            units[own] = found
+            w[part.stop :].addmm_(upper[part, part.stop :].T, errors, alpha=-1)
+        return units
+
+    def _descend(self, task: _Task, units: torch.Tensor) -> None:
+        """A sweep of coordinate descent over ``units``, in place."""
+        rest = torch.empty_like(task.w)  # what is left of the weight
+        for part in _blocks(len(units)):
+            rest[part] = task.w[part] - _numbers(units[part], task.scales(part))
+        for part in _blocks(len(units)):
+            s, z, kept = task.scales(part), task.zeros(part), task.kept(part)
+            pull = self.moment[part] @ rest  # [block, rows], kept up to date inside the block
+            for i, j in enumerate(range(part.start, part.stop)):
+                if self._diagonal[j] <= 0:
+                    continue
+                at = _column(i, s, z, kept)
+                made = task.w[j] - rest[j]
+                units[j] = task.rounder.units(made + pull[i] / self._diagonal[j], *at)
+                now = _numbers(units[j], at[0])
+                pull.addr_(self.moment[j, part], now - made, alpha=-1)
+                rest[j] = task.w[j] - now
+
+
+class _Task:
+    """A weight by columns, and what belongs to some of its columns: each [columns, rows]."""
+
+    def __init__(
+        self,
+        w: torch.Tensor,
+        scale: torch.Tensor,
+        zero: torch.Tensor,
+        kept: torch.Tensor | None,
+        scheme: Scheme,
+    ) -> None:
+        self.w = w
+        self.rounder = Rounder(scheme, w.dtype, w.device)
+        self._scale, self._zero = (a.to(w.dtype).T.contiguous() for a in (scale, zero))
+        self._kept = None if kept is None else kept.T.contiguous()
+        self._group = torch.arange(len(w), device=w.device) // (len(w) // len(self._scale))
+        self._has_zeros = scheme.asymmetric
+
+    def scales(self, part: torch.Tensor | slice) -> torch.Tensor:
+        return self._scale[self._group[part]]
+
+    def zeros(self, part: torch.Tensor | slice) -> torch.Tensor | None:
+        return self._zero[self._group[part]] if self._has_zeros else None
+
+    def kept(self, part: torch.Tensor | slice) -> torch.Tensor | None:
+        return None if self._kept is None else self._kept[part]
+
+
+def _blocks(columns: int) -> Iterator[slice]:
+    for start in range(0, columns, _BLOCK):
+        yield slice(start, min(start + _BLOCK, columns))
+
+
+def _column(
+    i: int, s: torch.Tensor, z: torch.Tensor | None, kept: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    return s[i], None if z is None else z[i], None if kept is None else kept[i]
+
+
+def _numbers(units: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
+    """What codes stand for: float32, whatever is computed in."""
+    return (units * s).to(torch.float32).to(units.dtype)
 
 
 def factor(h: torch.Tensor, damping: float) -> tuple[torch.Tensor, float]:
-    """The upper Cholesky factor of the inverse of the damped H; more damping where it is singular."""
+    """The upper Cholesky factor U of the inverse of the damped H; more damping where it is singular.
+
+    With J the reversal of rows and J H J = L L^T, U = J L^-1 J: upper, and U^T U = H^-1.
+    """
     mean = torch.diagonal(h).mean().clamp(min=torch.finfo(h.dtype).tiny)
     share = damping
     while True:
-        damped = h + share * mean * torch.eye(len(h), dtype=h.dtype, device=h.device)
+        damped = h.flip(0, 1)
+        torch.diagonal(damped).add_(share * mean)
         lower, failed = torch.linalg.cholesky_ex(damped)
         if not int(failed):
-            inverse = torch.cholesky_inverse(lower)
-            upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
-            if not int(failed):
+            del damped
+            one = torch.eye(len(h), dtype=h.dtype, device=h.device)
+            upper = torch.linalg.solve_triangular(lower, one, upper=False).flip(0, 1)
+            if bool(torch.isfinite(upper).all()):
                 return upper, share
         share = max(10 * share, 1e-6)
         if share > 10 * _MOST_DAMPING:
             raise ValueError("the second moment holds NaN or is far from positive")
 
 
-def _walk(
-    w: torch.Tensor,
-    upper: torch.Tensor,
-    s: torch.Tensor,
-    z: torch.Tensor,
-    kept: torch.Tensor,
-    rounder: _Rounder,
-) -> torch.Tensor:
-    w, codes = w.clone(), torch.empty_like(w)
-    for start in range(0, w.shape[1], _BLOCK):
-        stop = min(start + _BLOCK, w.shape[1])
-        errors = torch.empty_like(w[:, start:stop])
-        for j in range(start, stop):
-            at = slice(j, j + 1)
-            codes[:, at] = rounder.codes(w[:, at], s[:, at], z[:, at], kept[:, at])
-            made = rounder.numbers(codes[:, at], s[:, at], z[:, at])
-            error = (w[:, at] - made) / upper[j, j]
-            w[:, j + 1 : stop] -= error * upper[j, j + 1 : stop]
-            errors[:, at.start - start] = error[:, 0]
-        w[:, stop:] -= errors @ upper[start:stop, stop:]
-    return codes
-
-
-def _descend(
-    w: torch.Tensor,
-    h: torch.Tensor,
-    codes: torch.Tensor,
-    s: torch.Tensor,
-    z: torch.Tensor,
-    kept: torch.Tensor,
-    rounder: _Rounder,
-) -> torch.Tensor:
-    codes, made = codes.clone(), rounder.numbers(codes, s, z)
-    for start in range(0, w.shape[1], _BLOCK):
-        stop = min(start + _BLOCK, w.shape[1])
-        pull = (w - made) @ h[:, start:stop]  # [rows, block], kept up to date inside the block
-        for j in range(start, stop):
-            at = slice(j, j + 1)
-            if h[j, j] <= 0:
-                continue
-            wanted = made[:, at] + pull[:, j - start : j - start + 1] / h[j, j]
-            codes[:, at] = rounder.codes(wanted, s[:, at], z[:, at], kept[:, at])
-            now = rounder.numbers(codes[:, at], s[:, at], z[:, at])
-            pull -= (now - made[:, at]) * h[j, start:stop]
-            made[:, at] = now
-    return codes
+def lost(rest: torch.Tensor, matrix: torch.Tensor, moment: torch.Tensor) -> float:
+    """tr(E H E^T) as a share of tr(W H W^T), E being ``rest``."""
+    of = [float(((m @ moment) * m).sum(dtype=torch.float64)) for m in (rest, matrix)]
+    return of[0] / of[1] if of[1] else 0.0
 
 
 def error(matrix: Array, made: Array, second_moment: Array) -> float:
-    """tr(E H E^T) as a share of tr(W H W^T)."""
-    difference = made - matrix
-    of = [
-        float(np.einsum("rc,cd,rd->", m, second_moment, m, optimize=True))
-        for m in (difference, matrix)
-    ]
-    return of[0] / of[1] if of[1] else 0.0
+    """The same for arrays: what is lost of the output's square by ``made`` in the place of ``matrix``."""
+    wide = [torch.tensor(np.asarray(a, np.float64)) for a in (made - matrix, matrix, second_moment)]
+    return lost(*wide)

@@ -324,7 +324,9 @@ class _Numbers:
             nodes.append(make(scale, ir.DataType.FLOAT))
             scale = nodes[0].outputs[0]
         inputs = [codes, scale] if zero is None else [codes, scale, zero]
-        nodes.append(self._scaled(*inputs, name=f"{codes.name}_{what}", axis=axis, block=block, to=to))
+        nodes.append(
+            self._scaled(*inputs, name=f"{codes.name}_{what}", axis=axis, block=block, to=to)
+        )
         return nodes
 
     def _scaled(

@@ -12,7 +12,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,13 +20,16 @@ import onnx_ir as ir
 
 from netlathe.ir import weights
 from netlathe.ir.sparsity import sparsity_of
-from netlathe.passes.quantize import ledger, rounding
+from netlathe.passes.quantize import ledger
 from netlathe.passes.quantize.candidates import Candidate
 from netlathe.passes.quantize.layout import Layout
 from netlathe.passes.quantize.rounding import Clip
 from netlathe.passes.quantize.scheme import Scheme
 from netlathe.pipeline.ledger import Entry
 from netlathe.pipeline.pass_ import Context
+
+if TYPE_CHECKING:  # an extra
+    from netlathe.passes.quantize import gptq
 
 Array = npt.NDArray[Any]
 
@@ -68,7 +71,9 @@ def solve(
 ) -> list[Entry]:
     """The entries with codes for what data can solve."""
     from netlathe.execute.statistics import Covariance
+    from netlathe.execute.torch_ops import storage
     from netlathe.execute.walk import Walk  # torch is an extra
+    from netlathe.passes.quantize import device, gptq
 
     if not ctx.calibration:
         ctx.collect(model, [], needed_by="quantize with solver='gptq'")
@@ -88,24 +93,23 @@ def solve(
         if fed is not None and is_for(candidate, ledger.layout_of(entry), ledger.scheme_of(entry)):
             jobs.append((walk.position(fed.value.name or ""), index))
         else:
-            array = weights.array(candidate.value)
-            walk.replace(candidate.name, ledger.quantized(array, entry))
+            walk.replace(candidate.name, _rounded(candidate.value, entry))
             done[index] = dataclasses.replace(entry, reason=f"{entry.reason}; to nearest")
-    moments: dict[Covariance, Array] = {}
+    ready: dict[Covariance, gptq.Inputs] = {}
     for _, index in ctx.progress.track(sorted(jobs), "solving", len(jobs)):
         entry, candidate = entries[index], known[entries[index].candidate]
         assert candidate.input is not None
         wanted = Covariance(candidate.input.value.name or "", candidate.input.axis)
 
-        def moment(wanted: Covariance = wanted) -> Array:
-            if wanted not in moments:
-                moments.clear()  # they are big, and those before are not asked for again
-                moments[wanted] = walk.collect([wanted])[0].array
-            return moments[wanted]
+        def inputs(wanted: Covariance = wanted) -> gptq.Inputs:
+            if wanted not in ready:
+                ready.clear()  # they are big, and those before are not asked for again
+                ready[wanted] = gptq.Inputs(
+                    walk.summed_up(wanted), damping=settings.damping, act_order=settings.act_order
+                )
+            return ready[wanted]
 
-        array = weights.array(candidate.value)
-        sparse = sparsity_of(candidate.value) is not None
-        piece = functools.partial(_gptq, settings, entry, array, moment, sparse, ctx.device)
+        piece = functools.partial(_gptq, settings, entry, candidate.value, inputs, ctx.device)
         solved = ctx.once(f"{candidate.name}/gptq", piece)
         loss, damping = (float(solved[key]) for key in ("loss", "damping"))
         detail = {**entry.detail, "solver": "gptq", "damping": damping, "error": loss}
@@ -114,48 +118,62 @@ def solve(
             reason += f", damped by {damping:.2g} as its inputs are singular"
         arrays = {key: solved[key] for key in ("codes", "scales", "zeros")}
         done[index] = dataclasses.replace(entry, reason=reason, detail=detail, arrays=arrays)
-        walk.replace(candidate.name, ledger.quantized(array, done[index]))
+        made = device.numbers(
+            arrays["codes"],
+            ledger.layout_of(entry),
+            ledger.scheme_of(entry),
+            arrays["scales"],
+            arrays["zeros"],
+            ctx.device,
+        )
+        walk.replace(candidate.name, made.to(storage.TORCH_DTYPE[candidate.value.dtype]))
+        for array in arrays.values():
+            weights.give_back_array(array)  # mapped where there is a cache
     return done
+
+
+def _rounded(value: ir.Value, entry: Entry) -> ir.TensorProtocol:
+    """A weight that is rounded without data, made when it is read."""
+    base = value.const_value
+    assert base is not None
+    return weights.derived(
+        base,
+        lambda array: ledger.quantized(array, entry),
+        base.dtype,
+        base.shape.numpy(),
+        value.name or "",
+    )
 
 
 def _gptq(
     settings: Settings,
     entry: Entry,
-    array: Array,
-    second: Callable[[], Array],
-    sparse: bool,
-    device: str,
+    value: ir.Value,
+    needed: Callable[[], gptq.Inputs],
+    on: str,
 ) -> dict[str, Array]:
-    from netlathe.passes.quantize import gptq
+    from netlathe.execute.torch_ops import storage
+    from netlathe.passes.quantize import device, gptq
 
-    moment = second()
+    inputs = needed()
     own, scheme = ledger.layout_of(entry), ledger.scheme_of(entry)
-    columns = len(moment)
-    scale, zero = rounding.ranges(
-        array, own, scheme, settings.clip, settings.percentile, np.diagonal(moment)
+    assert value.const_value is not None
+    matrix = device.to_matrix(storage.load(value.const_value, on), own)
+    weights.give_back_tensor(value.const_value)
+    groups = own.groups // len(matrix)
+    scale, zero = device.ranges(
+        matrix, groups, scheme, settings.clip, settings.percentile, inputs.importance
     )
-    matrix = own.view(array).reshape(-1, columns).astype(np.float64)
-    found = gptq.solve(
-        matrix,
-        moment,
-        scale.reshape(len(matrix), -1),
-        zero.reshape(len(matrix), -1),
-        scheme,
-        damping=settings.damping,
-        act_order=settings.act_order,
-        sweeps=settings.sweeps,
-        kept=matrix != 0 if sparse else None,
-        device=device,
-    )
-    codes = np.empty(own.stored, scheme.code_type)
-    into = own.view(codes)
-    into[...] = found.codes.reshape(into.shape)
-    made = rounding.numbers(codes, own, scheme, scale, zero, np.float64)
-    loss = gptq.error(matrix, own.view(made).reshape(matrix.shape), moment)
+    kept = matrix != 0 if sparsity_of(value) is not None else None
+    found = inputs.solve(matrix, scale, zero, scheme, sweeps=settings.sweeps, kept=kept)
+    codes = device.from_matrix(found, own).cpu().numpy()
+    scales, zeros = (a.reshape(-1).cpu().numpy() for a in (scale, zero))
+    made = device.to_matrix(device.numbers(codes, own, scheme, scales, zeros, on), own)
+    wide = (made - matrix.to(made.dtype)).to(inputs.dtype), matrix.to(inputs.dtype)
     return {
         "codes": codes,
-        "scales": scale,
-        "zeros": zero,
-        "loss": np.asarray(loss),
-        "damping": np.asarray(found.damping),
+        "scales": scales,
+        "zeros": zeros,
+        "loss": np.asarray(gptq.lost(*wide, inputs.moment)),
+        "damping": np.asarray(inputs.damping),
     }

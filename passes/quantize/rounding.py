@@ -31,8 +31,8 @@ Array = npt.NDArray[Any]
 Clip = Literal["none", "percentile", "mse"]
 
 AT_ONCE = 1 << 16  # elements of groups handled at a time: float64 copies stay in the cache
-_STEPS = tuple(1 - step / 100 for step in range(61))  # shrunk to 40 % of the range at most
-_TURNS = 4
+STEPS = tuple(1 - step / 100 for step in range(61))  # shrunk to 40 % of the range at most
+TURNS = 4
 
 
 def ranges(
@@ -152,17 +152,18 @@ def least_error(
         best[better] = error[better]
         best_scale[better], best_zero[better] = scale[better], zero[better]
 
-    for shrink in _STEPS[1:]:
+    for shrink in STEPS[1:]:
         scale, zero = scales_for(groups, scheme, shrink)
         keep(scale, zero)
-        if _signed(scheme):
+        if signed(scheme):
             keep(-scale, zero)
-    for _ in range(_TURNS):
+    for _ in range(TURNS):
         keep(*_fitted(groups, best_scale, best_zero, scheme, weight))
     return best_scale, best_zero
 
 
-def _signed(scheme: Scheme) -> bool:
+def signed(scheme: Scheme) -> bool:
+    """Whether it makes a difference which sign a scale has."""
     return scheme.format.kind == "integer" and scheme.lowest != -scheme.highest and scheme.symmetric
 
 

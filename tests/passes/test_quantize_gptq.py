@@ -157,7 +157,7 @@ def test_the_walk_sees_weights_as_they_have_become() -> None:
     x = np.concatenate([f["x"].reshape(-1, 32) for f in ctx.calibration]).astype(np.float64)
     assert np.allclose(first.array, x.T @ x / len(x), rtol=1e-12)
     other = matrix(32, 48, seed=7)
-    walk.replace("w", other)
+    walk.replace("w", ir.tensor(other))
     (second,) = walk.collect([Covariance("r")])
     r = np.maximum(x @ other, 0)
     # float32 products of 32 terms: a few ulp of the largest.
