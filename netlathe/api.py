@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from netlathe.diagnostics import Diagnostic, OptionError, did_you_mean
-from netlathe.pipeline import cache_capture, calibration_data, registry, run, text
+from netlathe.pipeline import cache_capture, calibration_data, order, registry, run, text
 from netlathe.pipeline.cache import Cache, user_folder
 from netlathe.pipeline.interfaces import Captured, Target
 from netlathe.pipeline.loss import Metric
@@ -80,13 +80,15 @@ def compile(
     ``cache_dir`` is a folder where finished work is kept and found again, such as :func:`user_cache_dir`.
 
     Raises:
-        OptionError: a pass, option or target is unknown, or a value out of range.
+        OptionError: a pass, option or target is unknown, or a value out of range; a pass cannot come
+            behind one before it.
         PassError: a pass could not do what was asked of it.
         VerifyError: a pass broke the model, or changed what it must not change.
         GateError: with ``strict``, a pass did nothing, or skipped what its options do not leave out.
         InputError, CaptureError, MissingExtraError: see :func:`capture`; the cache cannot be used.
     """
     made = text.parse(passes) if isinstance(passes, str) else list(passes)
+    order.check(made)  # before a capture
     chosen = registry.find_target(target)[1] if isinstance(target, str) else target
     cache = None if cache_dir is None else Cache(cache_dir)
     captured = source if isinstance(source, Captured) else capture_with(source, {}, cache)
@@ -114,6 +116,7 @@ def plan(
         As :func:`compile`; with ``strict`` all skipped candidates of all passes are listed.
     """
     made = text.parse(passes) if isinstance(passes, str) else list(passes)
+    order.check(made)  # before a capture
     chosen = registry.find_target(target)[1] if isinstance(target, str) else target
     cache = None if cache_dir is None else Cache(cache_dir)
     captured = source if isinstance(source, Captured) else capture_with(source, {}, cache)

@@ -60,6 +60,12 @@ class FoldNorms(Pass):
         default=False, help="give a tied embedding and head a weight each where one of them changes"
     )
 
+    def cannot_follow(self, earlier: Pass) -> str:
+        """Blocks that share weights have norms of their own, which have to go into weights of their own."""
+        if self.untie and earlier.name == "tie_blocks":
+            return "norms would be folded into a copy of the shared weights for each block"
+        return ""
+
     def run(self, model: ir.Model, ctx: Context) -> Result:
         """Decide about all norms, then centre, then fold."""
         result = Result(changed=False)

@@ -108,10 +108,11 @@ class Request:
         """Read everything, and check what can be checked without the model.
 
         Raises:
-            OptionError: a pass, option, target or setting is unknown or impossible.
+            OptionError: a pass, option, target or setting is unknown or impossible, or a pass cannot come
+                behind one before it.
             InputError: the recipe cannot be read, or there is no such calibration file.
         """
-        from netlathe.pipeline import calibration_data, registry, text
+        from netlathe.pipeline import calibration_data, order, registry, text
         from netlathe.pipeline import recipe as recipes
 
         if (passes is None) == (recipe is None):
@@ -141,6 +142,7 @@ class Request:
         if opset is not None:
             made = dataclasses.replace(made, settings={**made.settings, "opset": opset})
         registry.find_target(made.target, **made.settings)
+        order.check(made.passes)
         if made.calibration is not None:
             calibration_data.check_file(made.calibration)
         return made

@@ -304,6 +304,13 @@ class Pass(ir.passes.InPlacePass):
         """The files that it reads, as its options name them."""
         return ()
 
+    def cannot_follow(self, earlier: Pass) -> str:
+        """Why it cannot come behind ``earlier`` in a pipeline, at once or later; empty where it can.
+
+        It is asked before anything runs, so that a plan refuses what would fail after hours.
+        """
+        return ""
+
     def option_values(self) -> dict[str, Any]:
         """Every option with its value, in field order."""
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}  # type: ignore[arg-type]  # every concrete pass is a dataclass

@@ -23,7 +23,8 @@ from netlathe.analysis.cost import Cost, cost
 from netlathe.diagnostics import Diagnostic, GateError, NetLatheError, PassError, VerifyError
 from netlathe.execute import ort
 from netlathe.execute.compare import inputs_of
-from netlathe.ir import interface, normal, sparsity, verify, weights
+from netlathe.ir import coded, interface, normal, sparsity, verify, weights
+from netlathe.pipeline import order
 from netlathe.pipeline.cache import Cache
 from netlathe.pipeline.cache_steps import Steps
 from netlathe.pipeline.fingerprint import Guard
@@ -149,6 +150,7 @@ def run(
     on: with one only pieces of passes are looked up.
 
     Raises:
+        OptionError: a pass cannot come behind one before it; nothing has run then.
         VerifyError: a pass broke the model, or changed what it must not change. It is named.
         PassError: a pass could not do what was asked, failed, or did not tell the truth.
         GateError: with ``strict``, a pass did nothing, or skipped what its options do not leave out.
@@ -171,6 +173,7 @@ def _run(
     *,
     keep_steps: bool,
 ) -> Compiled:
+    order.check(passes)
     cached = None
     if cache is not None:
         cached = Steps(cache, captured, verify=verify, kept=keep_steps)
@@ -219,6 +222,7 @@ def plan(
     Pieces of passes are taken from ``cache`` and kept there, so that :func:`run` finds them.
 
     Raises:
+        OptionError: a pass cannot come behind one before it; nothing has run then.
         PassError: a pass could not do what was asked, failed, or did not tell the truth.
         VerifyError: a pass left a model that is not well formed.
         GateError: with ``strict``, for what :func:`run` raises it; all passes are listed.
@@ -502,16 +506,20 @@ def _interface_problems(
     removable = isinstance(pass_.exactness, Lossy)
     removed = {name for name, new in result.renamed.items() if new is None and removable}
     narrowed = interface.kept(after) if removable else {}
+    stored = coded.coded(after) if removable else {}
+    beside = {name for how in stored.values() for name in how.names}
     found = []
     for kind, old, new in (
         ("input", before.graph.inputs, after.graph.inputs),
         ("output", before.graph.outputs, after.graph.outputs),
     ):
-        now = {value.name: value for value in new}
+        now = {value.name: value for value in new if value.name not in beside}
         wanted = [value for value in old if value.name in now or value.name not in removed]
         for value in wanted:
             if value.name not in now:
                 found.append(_interface(f"{kind} {value.name!r} is gone"))
+            elif value.name in stored:  # its record says what is in it now
+                continue
             elif _spec(now[value.name], kind) != _spec(value, kind, narrowed.get(value.name or "")):
                 message = f"{kind} {value.name!r} was {_spec(value, kind)}"
                 found.append(_interface(f"{message} and is {_spec(now[value.name], kind)}"))

@@ -38,6 +38,7 @@ from netlathe.pipeline.pass_ import (
     Context,
     Exactness,
     Lossy,
+    Pass,
     Reference,
     Result,
     option,
@@ -108,6 +109,12 @@ class Drop(ChoosingPass):
     def files(self) -> Sequence[Path]:
         """The table of latencies."""
         return (Path(self.table),) if self.table else ()
+
+    def cannot_follow(self, earlier: Pass) -> str:
+        """Behind slicing with adapters every skip is a matrix: what is left of a sum is not the stream."""
+        if earlier.name == "slice" and earlier.option_values()["adapters"]:
+            return "a skip is a matrix by then, so no branch can be left out"
+        return ""
 
     def choose(self, model: ir.Model, ctx: Context) -> list[Entry]:
         """Score every candidate and mark the least important ones as applied, as the goal asks for.

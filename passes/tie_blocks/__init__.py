@@ -32,6 +32,7 @@ from netlathe.pipeline.pass_ import (
     Context,
     Exactness,
     Lossy,
+    Pass,
     Reference,
     Result,
     option,
@@ -110,6 +111,10 @@ class TieBlocks(ChoosingPass):
         if self.search == "greedy" and self.score == "weights":
             raise ValueError("greedy needs a score of the output: mse, kl")
         return self
+
+    def cannot_follow(self, earlier: Pass) -> str:
+        """Codes of two blocks have scales of their own, and integers multipliers."""
+        return "weights are codes by then" if earlier.name == "quantize" else ""
 
     def choose(self, model: ir.Model, ctx: Context) -> list[Entry]:
         """Score every pair of alike blocks that are near each other, and tie those that lose least.
