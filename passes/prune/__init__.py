@@ -44,6 +44,7 @@ from netlathe.pipeline.pass_ import (
     Equivalent,
     Exactness,
     Lossy,
+    Pass,
     Reference,
     Result,
     option,
@@ -151,6 +152,10 @@ class Prune(ChoosingPass):
     def files(self) -> Sequence[Path]:
         """The table of latencies."""
         return (Path(self.table),) if self.table else ()
+
+    def cannot_follow(self, earlier: Pass) -> str:
+        """Of codes no position can go, and nothing can be made up for."""
+        return "weights are codes by then" if earlier.name == "quantize" else ""
 
     def choose(self, model: ir.Model, ctx: Context) -> list[Entry]:
         """Score the positions of every candidate and say which stay.

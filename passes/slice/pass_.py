@@ -24,6 +24,7 @@ from netlathe.pipeline.pass_ import (
     Equivalent,
     Exactness,
     Lossy,
+    Pass,
     Reference,
     Result,
     option,
@@ -87,6 +88,14 @@ class Slice(ChoosingPass):
             problem = "a Hadamard basis has no least important directions: give ratio=0"
         if problem:
             raise OptionError(Diagnostic("slice.options", problem))
+
+    def cannot_follow(self, earlier: Pass) -> str:
+        """Codes do not turn; and where every block has a basis, there is no other to find."""
+        if earlier.name == "quantize":
+            return "weights are codes by then, which take in no basis"
+        if earlier.name == "slice" and earlier.option_values()["adapters"]:
+            return "every block has a basis of its own by then, and every skip a matrix"
+        return ""
 
     # -- choosing ---------------------------------------------------------------------------------
 
