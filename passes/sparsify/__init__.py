@@ -152,14 +152,15 @@ class Sparsify(ChoosingPass):
             base = value.const_value
             assert base is not None
             value.const_value = in_order.tensor(base, entry.arrays)
-        permute.apply(model, [entry for entry in applied if "order_of" in entry.detail])
+        orders = [entry for entry in applied if "order_of" in entry.detail]
+        renamed = permute.apply(model, orders)
         zeros = 0.0
         for entry in ctx.progress.track(stored, "checking zeros", len(stored)):
             value, detail = by_name[entry.detail["value"]], entry.detail
             held = sparsity.record(value, detail["pattern"], detail["axis"], detail["rows"])
             zeros += (1 - held.density) * math.prod(candidates.dims_of(value))
         statistics = {"weights": float(len(stored)), "zeros": zeros} if applied else {}
-        return Result(bool(applied), list(chosen), {}, statistics)
+        return Result(bool(applied), list(chosen), renamed, statistics)
 
     def simulate(self, before: ir.Model, chosen: Sequence[Entry]) -> Reference:
         """The model with zeros in its weights, channels in the order that they were in."""

@@ -25,7 +25,7 @@ import onnx_ir as ir
 
 from netlathe.analysis import axes as axis_analysis
 from netlathe.analysis.axes import Axes, Group, algebra
-from netlathe.ir import sparsity, weights
+from netlathe.ir import edit, sparsity, weights
 from netlathe.ir.provenance import module_path
 from netlathe.ir.sparsity import Pattern
 from netlathe.passes.sparsify.in_order import Job, Settings, fed_by
@@ -63,10 +63,10 @@ def search(
     return entries, [ordered.get(job, job) for job in jobs]
 
 
-def apply(model: ir.Model, chosen: Sequence[Entry]) -> None:
-    """Put channels into the orders that were found."""
+def apply(model: ir.Model, chosen: Sequence[Entry]) -> dict[str, str | None]:
+    """Put channels into the orders that were found; values that have them get other names."""
     if not chosen:
-        return
+        return {}
     axes = axis_analysis.analyse(model)
     values = {value.name: value for value in model.graph.initializers.values()}
     orders = {}
@@ -75,7 +75,22 @@ def apply(model: ir.Model, chosen: Sequence[Entry]) -> None:
         group = _last_factor(axes, values[name], axis)
         assert group is not None
         orders[group] = entry.arrays["order"].tolist()
+    atoms = {group.atom for group in orders}
+    moved = [
+        value
+        for node in model.graph
+        for value in node.outputs
+        if not atoms.isdisjoint(
+            a for x in axes.related.axes.get(value, ()) for a in algebra.atoms(x)
+        )
+    ]
     axis_analysis.permute(axes, orders)
+    taken, renamed = edit.names_in(model.graph), dict[str, str | None]()
+    for value in moved:
+        if value.name and not value.is_graph_output() and value.graph is model.graph:
+            renamed[value.name] = None  # it means something else now
+            value.name = edit.unique_name(model.graph, f"{value.name}_ordered", taken)
+    return renamed
 
 
 def _innermost(axes: Axes, job: Job) -> Group | None:

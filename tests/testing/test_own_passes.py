@@ -22,6 +22,7 @@ QUICK = (
     "quantize(min_size=0)",
     "tie_blocks",
     'equalize(method="range")',
+    "sparsify(min_size=0)",
 )
 SLOW = (
     "fold_norms(untie=True)",
@@ -34,6 +35,8 @@ SLOW = (
     "equalize",
     'equalize(method="awq")',
     ROTATE,
+    'sparsify(score="sparsegpt", permute=True, min_size=0)',
+    'sparsify(pattern="unstructured", score="wanda", refine=True, sweeps=1, min_size=0)',
 )
 
 
