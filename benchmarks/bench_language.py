@@ -21,7 +21,7 @@ from language import Ids, Judge, feeds, texts
 from netlathe.analysis.cost import cost
 from netlathe.api import capture
 from netlathe.diagnostics import NetLatheError
-from netlathe.ir import normal, verify
+from netlathe.ir import normal, verify, weights
 from netlathe.pipeline.pass_ import Context
 from netlathe.pipeline.text import parse
 
@@ -146,19 +146,22 @@ def main() -> None:
     dense = capture(args.model).model
     judge = Judge(dense, validation, args.device)
     print(f"{len(calibration)} calibration and {len(validation)} validation windows")
-    print("| pipeline | params | MB on disk | ppl | KL | top-1 | s | peak RSS MiB |")
-    print("|---|---|---|---|---|---|---|---|")
+    print(
+        "| pipeline | params | MB of weights | MB on disk | ppl | KL | top-1 | s | peak RSS MiB |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|")
     for setting in ["", *(args.setting or SETS[args.set])]:
         start = time.perf_counter()
         try:
             model = made(dense, setting, calibration, args.device)
         except NetLatheError as error:
-            print(f"| `{setting}` | refused: {error.diagnostics[0].message} | | | | | | |")
+            print(f"| `{setting}` | refused: {error.diagnostics[0].message} | | | | | | | |")
             continue
         seconds = time.perf_counter() - start
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         print(
-            f"| `{setting or 'dense'}` | {cost(model).params / 1e6:.2f}M | {size(model) / 1e6:.2f}"
+            f"| `{setting or 'dense'}` | {cost(model).params / 1e6:.2f}M"
+            f" | {weights.num_bytes(model) / 1e6:.2f} | {size(model) / 1e6:.2f}"
             f" | {judge.of(model)} | {seconds:.1f} | {peak:.0f} |",
             flush=True,
         )

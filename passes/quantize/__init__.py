@@ -115,6 +115,9 @@ class Quantize(ChoosingPass):
         ge=0,
         help="gptq: coordinate-descent sweeps after it (QuantEase, arXiv 2309.01885)",
     )
+    vectors: Literal["float32", "float16", "bfloat16"] = option(
+        default="float32", help="the type in which biases and scales of norms are stored"
+    )
     overrides: dict[str, Override] = option(
         default={},
         help='other settings by module path or weight: {"lm_head": {"weights": "int8"}}; the last match'
@@ -171,6 +174,8 @@ class Quantize(ChoosingPass):
         progress = ctx.progress.track(found, "looking at weights", len(found))
         entries = [self._entry(candidate, ctx) for candidate in progress]
         self._check_coverage(found, entries)
+        if self.vectors != "float32":
+            entries += [self._vector(value, self.vectors) for value in candidates.vectors(model)]
         if self.solver == "gptq":
             settings = in_order.Settings(
                 self.clip, self.percentile, self.damping, self.act_order, self.sweeps
@@ -260,6 +265,12 @@ class Quantize(ChoosingPass):
         problems = dict.fromkeys(problem for c in found if (problem := self._scheme(c).problem()))
         if problem := self._of_activations().problem():
             problems[problem] = None
+        reads_biases = self.activations != "float32" and self.activation_scales != "token"
+        if self.vectors != "float32" and (self.correct_bias or reads_biases):
+            problems[
+                f"vectors={self.vectors!r} does not go with correct_bias, nor with activations that take"
+                " biases in: leave it out"
+            ] = None
         if problems:
             raise OptionError(Diagnostic("quantize.scheme", text) for text in problems)
 
@@ -332,6 +343,18 @@ class Quantize(ChoosingPass):
             ledger.detail(name, own, scheme),
             arrays=arrays,
         )
+
+    def _vector(self, value: ir.Value, dtype: FormatName) -> Entry:
+        """The entry of a bias, or of the scales of a normalization."""
+        name, where, scheme = value.name or "", module_path(value), Scheme(weights=dtype)
+        refused = "a graph input: a caller may override it" if not weights.is_weight(value) else ""
+        if reason := refused or candidates.unfit(value, scheme.largest_weight):
+            return Entry(name, "refused", reason, where)
+        array = weights.array(value)
+        moved = int((array.astype(scheme.code_type) != array).sum())
+        reason = f"{dtype}, {moved or 'none'} of {array.size} numbers rounded"
+        own = Layout(array.shape, None)
+        return Entry(name, "applied", reason, where, ledger.detail(name, own, scheme))
 
     def _left_out(self, candidate: Candidate) -> str:
         for pattern in self.ignore:

@@ -82,6 +82,13 @@ def find(model: ir.Model) -> list[Candidate]:
     return [c for c in found if c.uses or is_parameter(c.value)]
 
 
+def vectors(model: ir.Model) -> list[ir.Value]:
+    """Parameters of one dim in float32 or float64: biases, and scales of normalizations."""
+    wide = (ir.DataType.FLOAT, ir.DataType.DOUBLE)
+    held = (v for graph in model.graphs() for v in graph.initializers.values())
+    return [v for v in held if v.dtype in wide and is_parameter(v) and len(dims_of(v)) == 1]
+
+
 def by_name(model: ir.Model) -> dict[str, ir.Value]:
     """All initializers; names are unique across subgraphs."""
     return {v.name or "": v for graph in model.graphs() for v in graph.initializers.values()}

@@ -161,6 +161,9 @@ class Scheme:
         """The largest magnitude of a weight whose scale, and its multiples, stay in their ranges."""
         if self.format.scale is not None:
             return 2.0**126
+        if self.format.kind == "cast":
+            assert self.format.dtype is not None
+            return float(_finfo(self.format.dtype.numpy()).max)
         return min(2.0**127, float(_finfo(self.scale_type.numpy()).max))
 
     def problem(self) -> str:

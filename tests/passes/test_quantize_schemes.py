@@ -395,3 +395,28 @@ def test_overrides() -> None:
         Quantize(overrides={"u": {"weights": "int4"}}).choose(before, Context())
     with pytest.raises(OptionError, match="overrides"):
         text.parse('quantize(overrides={"w": {"weight": "int4"}})')
+
+
+def test_vectors_in_half_precision() -> None:
+    body = (
+        "a = MatMul (x, w) b = Add (a, bias) n = LayerNormalization <axis = -1> (b, scale, shift)"
+    )
+    half = matrix(16, seed=3).astype(np.float16).astype(np.float32)
+    before = settled(
+        "float[b,16] x",
+        body + " y = Identity (n)",
+        w=matrix(16, 16),
+        bias=matrix(16, seed=1),
+        scale=half,
+        shift=np.full(16, 1e5, np.float32),
+    )
+    after, chosen = checked(before, Quantize(min_size=0, vectors="float16"))
+    by_name = {entry.candidate: entry for entry in chosen}
+    assert "none of 16" in by_name["scale"].reason, "it was float16 before"
+    assert by_name["bias"].status == "applied" and "none" not in by_name["bias"].reason
+    assert by_name["shift"].status == "refused" and "too much" in by_name["shift"].reason
+    assert np.array_equal(read(after, "bias"), matrix(16, seed=1).astype(np.float16))
+    held = {v.dtype for n, v in after.graph.initializers.items() if "scale" in n or "bias" in n}
+    assert ir.DataType.FLOAT16 in held
+    with pytest.raises(OptionError, match="leave it out"):
+        Quantize(vectors="float16", correct_bias=True).choose(before, Context())
