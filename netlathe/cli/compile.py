@@ -171,8 +171,9 @@ def _judged(artifact: Artifact) -> list[str]:
     lines = []
     for way in ("optimizations_off", "optimizations_on", "read_back"):
         if (error := report.get(f"error_{way}")) is not None:
-            bound = report[f"bound_{way}"]
-            lines.append(f"run with {way.replace('_', ' ')}: {error:.1e} of at most {bound:.1e}")
+            bound = report.get(f"bound_{way}")
+            limit = f"of at most {bound:.1e}" if bound is not None else "in integer kernels"
+            lines.append(f"run with {way.replace('_', ' ')}: {error:.1e} {limit}")
     dialect = report.get("dialect")
     if dialect is not None:
         counts = ", ".join(f"{n} {op}" for op, n in dialect["operators"].items()) or "none"

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from netlathe.execute import ort
-from netlathe.ir import interface
+from netlathe.ir import coded, interface
 
 _AT_ONCE = 32  # values fetched together: few enough to hold, enough to make a session worth it
 
@@ -116,10 +116,11 @@ def pairs(
 def inputs_of(
     model: ir.Model, feeds: Mapping[str, npt.NDArray[Any]]
 ) -> dict[str, npt.NDArray[Any]]:
-    """Those of ``feeds`` that ``model`` has an input for, narrowed where a pass has narrowed the input.
+    """Those of ``feeds`` that ``model`` has an input for, narrowed or encoded as passes have changed inputs.
 
     Feeds are those of the captured model, or fit ``model`` already.
     """
     known = {value.name for value in model.graph.inputs}
     left = interface.kept(model)
-    return {n: interface.fit(array, n, left, {}) for n, array in feeds.items() if n in known}
+    fit = {n: interface.fit(array, n, left, {}) for n, array in feeds.items() if n in known}
+    return coded.encoded(model, fit)

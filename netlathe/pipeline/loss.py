@@ -12,7 +12,7 @@ import onnx_ir as ir
 
 from netlathe.execute import ort
 from netlathe.execute.compare import inputs_of
-from netlathe.ir import interface, weights
+from netlathe.ir import coded, interface, weights
 from netlathe.pipeline.pass_ import Feeds, Progress
 
 Arrays = dict[str, npt.NDArray[Any]]
@@ -82,7 +82,7 @@ class Subject:
     def run(self, feeds: Feeds) -> Arrays:
         """Run the model; the session is kept until :meth:`rest`."""
         self._session = self._session or ort.Session(self.model)
-        return self._session.run(inputs_of(self.model, feeds))
+        return coded.decoded(self.model, self._session.run(inputs_of(self.model, feeds)))
 
     def measure(self, metric: Metric) -> float:
         """The user's metric, computed once."""

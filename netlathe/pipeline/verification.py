@@ -21,7 +21,7 @@ import onnx_ir as ir
 from netlathe.diagnostics import Diagnostic, VerifyError
 from netlathe.execute import ort
 from netlathe.execute.compare import Difference, differences, inputs_of, pairs, relative_error
-from netlathe.ir import edit, interface, weights
+from netlathe.ir import coded, edit, interface, weights
 from netlathe.ir.printing import show_node
 from netlathe.ir.provenance import location
 from netlathe.pipeline.interfaces import Captured
@@ -141,7 +141,10 @@ class Bench:
             RuntimeFailure: ONNX Runtime cannot run it.
         """
         session = ort.Session(model)
-        outputs = [session.run(inputs_of(model, trial.feeds)) for trial in self.trials]
+        outputs = [
+            coded.decoded(model, session.run(inputs_of(model, trial.feeds)))
+            for trial in self.trials
+        ]
         return Outcome(model, outputs, _small(model, session))
 
     # -- judging ----------------------------------------------------------------------------------
@@ -269,7 +272,8 @@ def _run_at(
 ) -> tuple[Trial, Arrays]:
     label = ", ".join(f"{name}={size}" for name, size in sizes.items()) or "fixed shapes"
     feeds = captured.sample(sizes, seed)
-    return Trial(label, feeds), session.run(inputs_of(captured.model, feeds))
+    outputs = session.run(inputs_of(captured.model, feeds))
+    return Trial(label, feeds), coded.decoded(captured.model, outputs)
 
 
 # -- conditioning ---------------------------------------------------------------------------------

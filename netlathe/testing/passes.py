@@ -8,7 +8,7 @@ import json
 import keyword
 import math
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,7 +22,7 @@ from netlathe.analysis.cost import cost
 from netlathe.diagnostics import NetLatheError, OptionError, VerifyError
 from netlathe.execute import ort
 from netlathe.execute.compare import differences, inputs_of
-from netlathe.ir import normal, verify, weights
+from netlathe.ir import coded, normal, verify, weights
 from netlathe.ir.printing import show_node
 from netlathe.pipeline import manifest, recipe, registry, text, verification
 from netlathe.pipeline.fingerprint import feeds_digest
@@ -403,19 +403,26 @@ def _news(done: Outcome, settled: ir.Model) -> tuple[str, ...]:
 def _interface(attempt: Attempt, done: Outcome) -> Iterator[Breach]:
     gone = {name for name, new in done.result.renamed.items() if new is None}
     removable = gone if isinstance(attempt.pass_.exactness, Lossy) else set()
+    stored = coded.coded(done.model) if isinstance(attempt.pass_.exactness, Lossy) else {}
+    beside = {name for how in stored.values() for name in how.names}
     for kind, old, new in (
         ("inputs", attempt.before.graph.inputs, done.model.graph.inputs),
         ("outputs", attempt.before.graph.outputs, done.model.graph.outputs),
     ):
-        now = [_signature(value) for value in new]
+        now = [_signature(value, stored) for value in new if value.name not in beside]
         named = {value.name for value in new}
-        wanted = [_signature(v) for v in old if v.name in named or v.name not in removable]
+        wanted = [_signature(v, stored) for v in old if v.name in named or v.name not in removable]
         if now != wanted:
             yield Breach(f"the {kind} were {', '.join(wanted)} and are {', '.join(now)}")
 
 
-def _signature(value: ir.Value) -> str:
-    """Name, dtype and the dims that callers rely on: of derived ones only that they are there."""
+def _signature(value: ir.Value, stored: Container[str | None] = ()) -> str:
+    """Name, dtype and the dims that callers rely on: of derived ones only that they are there.
+
+    What holds codes now (``stored``) is what the model's own record says.
+    """
+    if value.name in stored:
+        return f"{value.name}: codes"
     dtype = value.dtype.name.lower() if value.dtype is not None else "?"
     dims = value.shape if value.shape is not None else ()
     if value.is_graph_input():
