@@ -46,7 +46,9 @@ class QuantizeCache(ChoosingPass):
     name = "quantize_cache"
     exactness = Lossy()
 
-    bits: Literal[8, 4] = option(default=8, help="8: symmetric; 4: with zero points, two in a byte")
+    codes: Literal["int8", "int4"] = option(
+        default="int8", help="int8: symmetric; int4: with zero points, two codes in a byte"
+    )
     scales: Literal["float32", "float16"] = option(
         default="float16", help="the type in which scales are stored"
     )
@@ -89,13 +91,14 @@ class QuantizeCache(ChoosingPass):
         output = join.outputs[0].name or ""
         width = value.shape[-1] if value.shape is not None else None
         assert isinstance(width, int)
-        beside = 2 + 2 * (self.scales == "float32") + (self.bits == 4)
-        before, after = 4 * width, width * self.bits // 8 + beside
+        beside = 2 + 2 * (self.scales == "float32") + (self.codes == "int4")
+        bits = 4 if self.codes == "int4" else 8
+        before, after = 4 * width, width * bits // 8 + beside
         reason = (
-            f"int{self.bits}, a {self.scales} scale for {width} elements:"
+            f"{self.codes}, a {self.scales} scale for {width} elements:"
             f" {after} bytes for {before}, here and in {output}"
         )
-        detail = {"input": name, "output": output, "bits": self.bits, "scales": self.scales}
+        detail = {"input": name, "output": output, "codes": self.codes, "scales": self.scales}
         return Entry(name, "applied", reason, where, detail)
 
     def _problem(self, value: ir.Value, join: ir.Node) -> str:
@@ -106,7 +109,7 @@ class QuantizeCache(ChoosingPass):
         width = value.shape[-1] if value.shape is not None else None
         if not isinstance(width, int):
             return "its last dim is not fixed"
-        if self.bits == 4 and width % 2:
+        if self.codes == "int4" and width % 2:
             return f"{width} codes of 4 bits are no whole bytes"
         assert value.shape is not None
         rank = len(value.shape)
@@ -118,7 +121,7 @@ class QuantizeCache(ChoosingPass):
             if node.op_type != "Shape":
                 return f"{node.op_type} {node.outputs[0].name} reads it as well"
             end = node.attributes.get_int("end", rank)
-            if self.bits == 4 and (end > rank - 1 or end == 0):
+            if self.codes == "int4" and (end > rank - 1 or end == 0):
                 return f"{node.outputs[0].name} asks for its width, which halves"
         return ""
 
@@ -162,11 +165,14 @@ class _Rewriter:
 
     def __init__(self, model: ir.Model, past: ir.Value, detail: Any, taken: set[str]) -> None:
         self.model, self.graph, self.past, self.taken = model, model.graph, past, taken
-        self.number: Any = f"int{detail['bits']}"
+        self.number: Any = detail["codes"]
         self.scale_type: Any = detail["scales"]
         join = _join(past)
         assert join is not None and past.shape is not None
         self.join, self.last = join, len(past.shape) - 1
+        width = past.shape[-1]
+        assert isinstance(width, int)
+        self.width = width
         self.nodes: list[ir.Node] = []
 
     def run(self) -> None:
@@ -174,8 +180,6 @@ class _Rewriter:
         past, join = self.past, self.join
         new, present = join.inputs[1], join.outputs[0]
         assert new is not None and past.shape is not None
-        self.width = past.shape[-1]
-        assert isinstance(self.width, int)
         name, output = past.name or "past", present.name or "present"
         axis = join.attributes.get_int("axis", 0)
         parts = self._quantized(new)
@@ -254,7 +258,9 @@ class _Rewriter:
         return [packed, scale, self._cast(zero, UINT8, f"{name}_zero_point")]
 
     def _halves(self, codes: ir.Value, name: str) -> Sequence[ir.Value]:
-        node = ir.node("Split", [codes], {"axis": self.last, "num_outputs": 2}, num_outputs=2)
+        half = self.width // 2
+        sizes = edit.constant(self.graph, np.array([half, half]), f"{name}_sizes", self.taken)
+        node = ir.node("Split", [codes, sizes], {"axis": self.last}, num_outputs=2)
         for value, what in zip(node.outputs, ("low", "high"), strict=True):
             value.name = edit.unique_name(self.graph, f"{name}_{what}_half", self.taken)
         self.nodes.append(node)
@@ -284,7 +290,9 @@ class _Rewriter:
         )  # fmt: skip
 
     def _extreme(self, op_type: str, x: ir.Value, name: str) -> ir.Value:
-        return self(op_type, x, np.array([-1]), name=name, keepdims=1, noop_with_empty_axes=0)
+        return self(
+            op_type, x, np.array([self.last]), name=name, keepdims=1, noop_with_empty_axes=0
+        )
 
     def _cast(self, x: ir.Value, to: ir.DataType, name: str) -> ir.Value:
         return self("Cast", x, name=name, to=to.value, saturate=1, round_mode="up")
@@ -333,7 +341,7 @@ def _emulate(graph: ir.Graph, detail: Any) -> None:
     for position, x in enumerate((past, new)):
         high = add("ReduceMax", x, np.array([-1]), **ends)
         low = add("ReduceMin", x, np.array([-1]), **ends)
-        if detail["bits"] == 8:
+        if detail["codes"] == "int8":
             most = add("Max", high, add("Neg", low))
             s = stored(add("Div", most, np.float32(127)))
             units = add("Clip", add("Round", add("Div", x, s)), np.float32(-128), np.float32(127))

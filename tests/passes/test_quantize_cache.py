@@ -27,6 +27,7 @@ from tests.ir.onnx_text import model
 Array = np.ndarray[Any, np.dtype[Any]]
 BODY = "present = Concat <axis=2> (past, new) y = Neg (present)"
 INPUTS = "float[b,2,p,16] past, float[b,2,s,16] new"
+CODES: Any = {8: "int8", 4: "int4"}
 EVERY = [(bits, scales) for bits in (8, 4) for scales in ("float16", "float32")]
 
 
@@ -88,7 +89,7 @@ def by_hand(x: Array, bits: int, scales: str) -> tuple[list[Array], Array]:
 
 @pytest.mark.parametrize("bits, scales", EVERY)
 def test_codes_are_those_by_hand(bits: Any, scales: Any) -> None:
-    after = edited(settled(), bits=bits, scales=scales)
+    after = edited(settled(), codes=f"int{bits}", scales=scales)
     past, new = data(3, 5)
     (old, _), (fresh, _) = by_hand(past, bits, scales), by_hand(new, bits, scales)
     names = ["past", "past.scale", "past.zero_point"][: len(old)]
@@ -128,7 +129,7 @@ def test_the_manager_checks_it(bits: Any) -> None:
         return {n: rng.standard_normal(s).astype(np.float32) for n, s in shapes.items()}
 
     captured = Captured(made, "made", "text", sizes, sample)
-    done = run(captured, [QuantizeCache(bits=bits)], Context())
+    done = run(captured, [QuantizeCache(codes=CODES[bits])], Context())
     (step,) = done.steps
     assert step.check.error == 0.0 and step.check.against == "simulated reference"
     assert step.changed
@@ -148,10 +149,10 @@ def test_the_manager_checks_it(bits: Any) -> None:
             "no cache",
         ),
         (INPUTS, BODY + " z = Abs (past)", {}, "refused", "Abs z reads it as well"),
-        (INPUTS.replace("16", "15"), BODY, {"bits": 4}, "refused", "no whole bytes"),
+        (INPUTS.replace("16", "15"), BODY, {"codes": "int4"}, "refused", "no whole bytes"),
         (INPUTS, BODY.replace("axis=2", "axis=3"), {}, "refused", "along the axis that shares"),
         (INPUTS.replace("float[", "double["), BODY, {}, "refused", "double: only float32"),
-        (INPUTS, BODY + " z = Shape (past)", {"bits": 4}, "refused", "asks for its width"),
+        (INPUTS, BODY + " z = Shape (past)", {"codes": "int4"}, "refused", "asks for its width"),
     ],
 )
 def test_what_stays_as_it_is(
@@ -166,7 +167,7 @@ def test_what_stays_as_it_is(
 
 
 def test_the_ledger_counts_bytes() -> None:
-    found = {e.candidate: e for e in QuantizeCache(bits=4).choose(settled(), Context())}
+    found = {e.candidate: e for e in QuantizeCache(codes="int4").choose(settled(), Context())}
     assert "11 bytes for 64, here and in present" in found["past"].reason
     assert (found["new"].status, found["new"].left_out) == ("skipped", True)
     with pytest.raises(PassError, match="matches no input"):
@@ -217,7 +218,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Captured:
 @pytest.mark.parametrize("bits, far", [(8, 0.02), (4, 0.3)])
 def test_generation(llama: Captured, tmp_path: Path, bits: Any, far: float) -> None:
     """Text from the file that is written, in ONNX Runtime; it is that of the float reference."""
-    pass_ = QuantizeCache(bits=bits)
+    pass_ = QuantizeCache(codes=CODES[bits])
     done = run(llama, [pass_], Context())
     assert done.steps[0].check.error is not None
     assert {e.status for e in done.steps[0].entries} == {"applied"}

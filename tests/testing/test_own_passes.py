@@ -10,9 +10,10 @@ import pytest
 from netlathe import Captured, Context
 from netlathe.passes.fold_norms import FoldNorms
 from netlathe.pipeline import text
-from netlathe.testing import Case, models, pass_cases
+from netlathe.testing import Case, from_text, models, pass_cases
 
 SLICE, ROTATE = "slice(ratio=0.25, round_to=4)", "rotate(online=True)"
+CACHE = 'quantize_cache(codes="int4")'
 QUICK = (
     "cleanup",
     "fold_batch_norm",
@@ -23,6 +24,7 @@ QUICK = (
     "tie_blocks",
     'equalize(method="range")',
     "sparsify(min_size=0)",
+    CACHE,
 )
 SLOW = (
     "fold_norms(untie=True)",
@@ -48,11 +50,25 @@ def folded() -> list[Captured]:
     return found
 
 
+def cached() -> list[Captured]:
+    """Attention over a cache that comes in and goes out with what is new."""
+    text = """(
+        float[b,2,s,8] q, float[b,2,s,8] k, float[b,2,s,8] v, float[b,2,p,8] past_k,
+        float[b,2,p,8] past_v
+        ) => (float[b,2,s,8] y, float[b,2,t,8] present_k, float[b,2,t,8] present_v) {
+        present_k = Concat<axis = 2>(past_k, k)
+        present_v = Concat<axis = 2>(past_v, v)
+        y = Attention(q, present_k, present_v)
+    }"""
+    return [from_text("cache", text)]
+
+
 def cases(pipeline: str) -> list[Any]:
     """The laws, one test each; those that start a process are slow but for one pass."""
     (pass_,) = text.parse(pipeline)
     found = []
-    for case in pass_cases(pass_, folded() if pipeline in (SLICE, ROTATE) else None):
+    given = cached() if pipeline == CACHE else None
+    for case in pass_cases(pass_, folded() if pipeline in (SLICE, ROTATE) else given):
         slow = pipeline in SLOW or (str(case) == "process" and pipeline != "fold_batch_norm")
         marks = [pytest.mark.slow] if slow else []
         found.append(pytest.param(case, id=f"{pipeline}-{case}", marks=marks))
