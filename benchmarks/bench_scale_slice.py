@@ -263,9 +263,10 @@ def save(model: ir.Model, folder: Path, pieces: Pieces) -> None:
                 base_dir=folder,
             )
             del array
+            weights.give_back_tensor(tensor)  # pages of the checkpoint that were read
             if file.tell() - written > GIB:
                 written = file.tell()
-                weights.give_back(model)  # pages of the checkpoint that were read
+                weights.give_back(model)
                 pieces.give_back()
     ir.save(model, folder / "model.onnx")
 

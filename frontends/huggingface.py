@@ -67,6 +67,7 @@ _MIXTURE = (
 
 
 # Weights that nothing here reads.
+READ_BYTES = 512 << 20  # of a mapped checkpoint that may stay in memory after they were read
 _OTHER_WEIGHTS = frozenset(".bin .ckpt .gguf .h5 .msgpack .onnx .ot .pkl .pt .pth .tflite".split())
 
 
@@ -274,7 +275,7 @@ class _Loaded:
             yield
             self.files.give_back()
             return
-        handles = []
+        handles, read = [], 0
         for path, module in self.model.named_modules():
             own = {
                 name: (parameter, parameter.data, self.stored[f"{path}.{name}" if path else name])
@@ -288,8 +289,13 @@ class _Loaded:
                     parameter.data = stored.to(torch.float32)
 
             def empty(_module: nn.Module, _inputs: Any, _output: Any, own: Any = own) -> None:
-                for parameter, placeholder, _ in own.values():
+                nonlocal read
+                for parameter, placeholder, stored in own.values():
                     parameter.data = placeholder
+                    read += stored.nbytes
+                if read > READ_BYTES:
+                    read = 0
+                    self.files.give_back()
 
             handles.append(module.register_forward_pre_hook(fill))
             handles.append(module.register_forward_hook(empty, always_call=True))
@@ -375,7 +381,7 @@ def _remap(
         **dict(model.named_parameters(remove_duplicate=False)),
         **dict(model.named_buffers(remove_duplicate=False)),
     }
-    for name in model.state_dict():
+    for name in list(model.state_dict()):  # the dict itself would hold on to all that was mapped
         weight, array = weights[name], _numpy(weights[name])
         names = (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}")
         found[name] = places.find(names, ir.DataType.from_numpy(array.dtype), array)
