@@ -262,7 +262,6 @@ class OnnxArtifact(Artifact):
             files.append(folder / DATA_FILE)
             with open(files[1], "xb") as data:
                 _externalize(model, data)
-        weights.give_back(self.model)  # mapped sources, read to be written
         _take_in(model, folder)
         files[0].write_bytes(_serialize(model))
         check_format(files[0])
@@ -438,6 +437,7 @@ def _externalize(model: ir.Model, file: BinaryIO) -> None:
             offset = -(-file.tell() // _ALIGNMENT) * _ALIGNMENT
             file.write(b"\0" * (offset - file.tell()))
             _write(tensor, file)
+            weights.give_back_tensor(tensor)  # mapped sources, read to be written
             value.const_value = ir.ExternalTensor(
                 DATA_FILE,
                 offset,
