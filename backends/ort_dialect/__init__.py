@@ -5,8 +5,8 @@
 
 Both read the codes as they are stored, 2, 4 or 8 bits each. The numbers stay what they were; how x is
 rounded is the product's ``accuracy_level``. What has no such form stays standard ONNX, and
-:class:`Written` says why. Activations in QuantizeLinear pairs stay standard too, as uint8: these are what
-its optimizer turns into integer kernels.
+:class:`Written` says why. Activations of 8 bits stay standard too, as uint8: these are what its optimizer
+turns into integer kernels (`pairs`).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ ACCURACY_LEVELS = (0, 1, 4)  # as the operator's schema numbers them: unset, flo
 class Written:
     """How many operators of each kind were written, and the weights that stayed as they were.
 
-    ``unsigned`` counts the pairs of int8 activations that became uint8.
+    ``unsigned`` counts the int8 activations that became uint8.
     """
 
     operators: dict[str, int] = field(default_factory=dict)

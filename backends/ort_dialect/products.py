@@ -21,12 +21,24 @@ def problem(weight: Weight, accuracy_level: int) -> str:
         x = use.node.inputs[0]
         if x is None or x.shape is None or len(x.shape) < 2:
             return "it is multiplied with a vector, or with something of unknown rank"
+        if weight.bits == 8 and weight.group == weight.dims[weight.summed] and _is_rounded(x):
+            return "what it is multiplied with has 8 bits already: MatMulIntegerToFloat takes both"
     if products and accuracy_level != 4 and weight.bits not in _FAST_IN_FLOAT32:
         return (
             f"{weight.bits} bits run slower than float32 in MatMulNBits at accuracy_level={accuracy_level};"
             " ONNX Runtime's optimizer may fuse them at level 4"
         )
     return ""
+
+
+def _is_rounded(x: ir.Value) -> bool:
+    """Whether ``x`` is dequantized from codes of 8 bits with one scale."""
+    maker = x.producer()
+    if maker is None or maker.op_type != "DequantizeLinear" or maker.domain:
+        return False
+    codes = maker.inputs[0]
+    is_byte = codes is not None and codes.dtype in (ir.DataType.INT8, ir.DataType.UINT8)
+    return is_byte and not maker.attributes.get_int("block_size", 0)
 
 
 def write(packed: Packed, accuracy_level: int) -> list[ir.Node]:

@@ -201,6 +201,43 @@ def test_pairs_become_integer_kernels(tmp_path: Path, number: Any) -> None:
     )
 
 
+@pytest.mark.parametrize("scales", ["static", "token"])
+def test_integer_products_take_uint8(scales: Any) -> None:
+    before = settled(
+        "float[b,s,64] x", "h = MatMul (x, w) y = MatMul (h, v)", w=matrix(64, 32), v=matrix(32, 8)
+    )
+    fed = feeds(before, {"b": 2, "s": 5})
+    after, ctx = before.clone(), Context(calibration=[fed])
+    Quantize(min_size=0, activations="int8", activation_scales=scales).run(after, ctx)
+    normal.normalize(after)
+    made = after.clone()
+    assert ort_dialect.rewrite(made, 4).unsigned == 2
+    products = [n for n in made.graph if n.op_type == "MatMulInteger"]
+    for product in products:
+        assert [v.dtype for v in product.inputs if v] == [
+            ir.DataType.UINT8,
+            ir.DataType.INT8,
+            ir.DataType.UINT8,
+        ]
+    assert len(products) == 2
+    for optimize in (False, True):
+        assert np.array_equal(
+            ort.run(made, fed, optimize=optimize)["y"], ort.run(after, fed, optimize=False)["y"]
+        )
+
+
+def test_static_pairs_of_products_stay(tmp_path: Path) -> None:
+    before = settled("float[b,s,64] x", "y = MatMul (x, w)", w=matrix(64, 32))
+    fed, after = feeds(before, {"b": 2, "s": 5}), before.clone()
+    pass_ = Quantize(min_size=0, activations="int8", activation_form="qdq")
+    pass_.run(after, Context(calibration=[fed]))
+    normal.normalize(after)
+    artifact = OnnxBackend().compile(after, TARGET)
+    artifact.save(tmp_path)
+    assert "8 bits already" in artifact.report()["dialect"]["left"]["w"]
+    assert executed(tmp_path / "model.onnx", fed)["MatMulIntegerToFloat"] == 1
+
+
 def test_dynamic_activations_become_one_kernel(tmp_path: Path) -> None:
     before = settled("float[b,s,64] x", "y = MatMul (x, w)", w=matrix(64, 32))
     options: Any = {"activations": "uint8", "activation_scales": "tensor"}
