@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -35,6 +36,7 @@ LEAST, MOST = 2.0**-10, 2.0**10
 GRID = tuple(step / 20 for step in range(1, 20))  # AWQ's code; 0 is no scale at all
 # Cross-layer equalization ends when a sweep changes no range by more than this share, or after so many.
 SETTLED, SWEEPS = 1e-4, 100
+SMALL = 1 << 20  # elements of a weight that is read once only
 
 
 @dataclass
@@ -43,6 +45,7 @@ class Scaled:
 
     factors: dict[str, Vector] = field(default_factory=dict)
     concerned: dict[ir.Value, list[Candidate]] = field(default_factory=dict)
+    held: dict[ir.Value, npt.NDArray[Any]] = field(default_factory=dict)  # those that are small
 
     @classmethod
     def of(cls, candidates: Iterable[Candidate]) -> Scaled:
@@ -55,7 +58,10 @@ class Scaled:
 
     def array(self, value: ir.Value) -> Vector:
         """A weight in float64."""
-        array = weights.array(value).astype(np.float64)
+        array = self.held[value] if value in self.held else weights.array(value)
+        if value not in self.held and array.size <= SMALL:  # sweeps read them again and again
+            self.held[value] = array
+        array = array.astype(np.float64)
         for candidate in self.concerned.get(value, ()):
             if (by := self.factors.get(candidate.name)) is not None:
                 array = array * candidate.joint.multiplier(value, by)

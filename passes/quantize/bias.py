@@ -63,7 +63,7 @@ def correct(model: ir.Model, chosen: Sequence[Entry], ctx: Context) -> list[Entr
         by = exact[name] - means
         walk.replace(shifts[name], ir.tensor(_shaped(by, layer).astype(_precision(layer))))
         size = float(np.sqrt(np.mean(exact[name] ** 2)))
-        reason = f"mean of {len(by)} outputs corrected by {_share(by, size)} of its RMS"
+        reason = f"mean of {len(by)} outputs corrected by {_share(by, size)} of their RMS"
         found[name] = Entry(
             f"{layer.weight.name}: {name}",
             "applied",
