@@ -19,11 +19,13 @@ baseline of FineQuant, arXiv 2308.09723, and of others).
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 import pydantic
@@ -40,6 +42,7 @@ from netlathe.passes.quantize import (
     in_order,
     integer,
     ledger,
+    low_rank,
     reference,
     rounding,
     token,
@@ -48,6 +51,7 @@ from netlathe.passes.quantize.activations import Form, How, NumberName, Scales, 
 from netlathe.passes.quantize.candidates import Candidate
 from netlathe.passes.quantize.graph import Editor, as_codes
 from netlathe.passes.quantize.layout import Layout, Ragged, Unfit, layout
+from netlathe.passes.quantize.low_rank import Basis, Branch, Stored
 from netlathe.passes.quantize.rounding import Clip
 from netlathe.passes.quantize.scheme import FormatName, ScaleType, Scheme, for_weight
 from netlathe.pipeline.ledger import Entry
@@ -77,6 +81,7 @@ class Override(TypedDict, total=False):
     group_size: int
     per_tensor: bool
     scales: ScaleType
+    low_rank: int
 
 
 @options
@@ -114,6 +119,18 @@ class Quantize(ChoosingPass):
         default=0,
         ge=0,
         help="gptq: coordinate-descent sweeps after it (QuantEase, arXiv 2309.01885)",
+    )
+    low_rank: int = option(
+        default=0,
+        ge=0,
+        help="the rank of two thin matrices beside a product that give back part of the error",
+    )
+    low_rank_basis: Basis = option(
+        default="error",
+        help="low_rank: nearest to the error (LoRC), or to what it does to inputs (EoRA, needs data)",
+    )
+    low_rank_stored: Stored = option(
+        default="float16", help="low_rank: the type of the thin matrices"
     )
     vectors: Literal["float32", "float16", "bfloat16"] = option(
         default="float32", help="the type in which biases and scales of norms are stored"
@@ -176,9 +193,9 @@ class Quantize(ChoosingPass):
         self._check_coverage(found, entries)
         if self.vectors != "float32":
             entries += [self._vector(value, self.vectors) for value in candidates.vectors(model)]
-        if self.solver == "gptq":
+        if self._needs_data(entries):
             settings = in_order.Settings(
-                self.clip, self.percentile, self.damping, self.act_order, self.sweeps
+                self.solver, self.clip, self.percentile, self.damping, self.act_order, self.sweeps
             )
             entries = in_order.solve(settings, model, found, entries, ctx)
         if self.correct_bias:
@@ -196,6 +213,7 @@ class Quantize(ChoosingPass):
         applied = [entry for entry in chosen if entry.status == "applied"]
         before = weights.num_bytes(model)
         bias.add(model, applied)
+        low_rank.add(model, editor, applied)
         held = 0
         activations.rewrite_pairs(model, applied, ledger.scales_beside_biases(model, applied))
         grids = activations.integer_grids(applied)
@@ -271,6 +289,11 @@ class Quantize(ChoosingPass):
                 f"vectors={self.vectors!r} does not go with correct_bias, nor with activations that take"
                 " biases in: leave it out"
             ] = None
+        if self.low_rank and (self.correct_bias or reads_biases):
+            problems[
+                "low_rank does not go with correct_bias, nor with activations that have fixed scales:"
+                " leave it out"
+            ] = None
         if problems:
             raise OptionError(Diagnostic("quantize.scheme", text) for text in problems)
 
@@ -301,18 +324,24 @@ class Quantize(ChoosingPass):
             self.activation_percentile,
         )
 
-    def _scheme(self, candidate: Candidate) -> Scheme:
-        """The scheme of one weight: the options', or those of the last override that matches."""
+    def _settings(self, candidate: Candidate) -> dict[str, Any]:
+        """The options of one weight: the pass', or those of the overrides that match."""
         settings: dict[str, Any] = {
             "weights": self.weights,
             "symmetric": self.symmetric,
             "group_size": self.group_size,
             "per_tensor": self.per_tensor,
             "scales": self.scales,
+            "low_rank": self.low_rank,
         }
         for pattern, override in self.overrides.items():
             if candidate.matches(pattern):
                 settings.update(override)
+        return settings
+
+    def _scheme(self, candidate: Candidate) -> Scheme:
+        settings = self._settings(candidate)
+        del settings["low_rank"]
         return Scheme(**settings)
 
     def _entry(self, candidate: Candidate, ctx: Context) -> Entry:
@@ -334,15 +363,30 @@ class Quantize(ChoosingPass):
         if reason := candidates.unfit(value, scheme.largest_weight):  # reads the weight: comes last
             return Entry(name, "refused", reason, where)
         scheme = for_weight(scheme, weights.array(value)) if scheme.format.group else scheme
-        arrays = self._solve(candidate, own, scheme, ctx)
-        return Entry(
-            name,
-            "applied",
-            _words(candidate, own, scheme),
-            where,
-            ledger.detail(name, own, scheme),
-            arrays=arrays,
-        )
+        found = ledger.detail(name, own, scheme)
+        branch, reason = self._branch(candidate, own, scheme)
+        if branch is not None:
+            found["low_rank"] = low_rank.detail(branch)
+            found["bytes"] += branch.num_bytes(*candidate.dims)
+        entry = Entry(name, "applied", _words(candidate, own, scheme) + reason, where, detail=found)
+        arrays = self._solve(candidate, entry, ctx)
+        return dataclasses.replace(entry, arrays=arrays)
+
+    def _branch(
+        self, candidate: Candidate, own: Layout, scheme: Scheme
+    ) -> tuple[Branch | None, str]:
+        """What is put beside a weight, and the words for it."""
+        rank = self._settings(candidate)["low_rank"]
+        if not rank or scheme.format.kind == "cast":
+            return None, ""
+        reason = low_rank.unfit(candidate, rank)
+        waits = self.solver == "gptq" or self.low_rank_basis == "input"
+        if not reason and waits and not in_order.is_for(candidate, own, scheme):
+            reason = "no branch: data cannot solve it"
+        if reason:
+            return None, f"; {reason}"
+        branch = Branch(rank, self.low_rank_basis, self.low_rank_stored)
+        return branch, f"; {rank} directions of its error in {branch.stored} beside it"
 
     def _vector(self, value: ir.Value, dtype: FormatName) -> Entry:
         """The entry of a bias, or of the scales of a normalization."""
@@ -371,18 +415,33 @@ class Quantize(ChoosingPass):
 
     # -- solving ----------------------------------------------------------------------------------
 
-    def _solve(
-        self, candidate: Candidate, own: Layout, scheme: Scheme, ctx: Context
-    ) -> Mapping[str, Array]:
-        """What has to be searched for: nothing where the formula says it all."""
+    def _needs_data(self, entries: Sequence[Entry]) -> bool:
+        """Whether weights are solved one after the other, on calibration data."""
+        branches = any("low_rank" in entry.detail for entry in entries)
+        return self.solver == "gptq" or (branches and self.low_rank_basis == "input")
+
+    def _solve(self, candidate: Candidate, entry: Entry, ctx: Context) -> Mapping[str, Array]:
+        """What has to be searched for: nothing where the formula says it all, or data will."""
+        own, scheme = ledger.layout_of(entry), ledger.scheme_of(entry)
         waits = self.solver == "gptq" and in_order.is_for(candidate, own, scheme)
-        if self.clip == "none" or scheme.format.kind == "cast" or waits:
+        branch = "low_rank" in entry.detail
+        waits = waits or (branch and self.low_rank_basis == "input")
+        searched = self.clip != "none" and scheme.format.kind != "cast"
+        if waits or not (searched or branch):
             return {}
-        array = weights.array(candidate.value)
+        assert candidate.value.const_value is not None
+        array = weights.numbers(candidate.value.const_value)
 
         def search() -> dict[str, Array]:
-            scale, zero = rounding.ranges(array, own, scheme, self.clip, self.percentile)
-            return {"scales": scale, "zeros": zero}
+            found: dict[str, Array] = {}
+            if searched:
+                found["scales"], found["zeros"] = rounding.ranges(
+                    array, own, scheme, self.clip, self.percentile
+                )
+            if branch:
+                made = ledger.quantized(array, dataclasses.replace(entry, arrays=found))
+                found |= _branch_of_error(array, made, entry.detail["low_rank"]["rank"], ctx.device)
+            return found
 
         return ctx.once(candidate.name, search)
 
@@ -399,6 +458,13 @@ def _layout_for(use: Use, dims: Sequence[int], scheme: Scheme) -> Layout:
         if scheme.format.group:
             raise Unfit(f"{str(why).split(';')[0]}; {scheme.weights} has no others") from why
         raise
+
+
+def _branch_of_error(array: Array, made: Array, rank: int, device: str) -> dict[str, Array]:
+    import torch  # an extra
+
+    whole, left = (torch.tensor(a.astype(np.float64), device=device) for a in (array, made))
+    return low_rank.of_error(whole - left, rank)
 
 
 def _words(candidate: Candidate, own: Layout, scheme: Scheme) -> str:

@@ -111,6 +111,27 @@ def numbers(
     return from_matrix(made, layout).reshape(layout.dims)
 
 
+def nearest(
+    matrix: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, scheme: Scheme
+) -> torch.Tensor:
+    """The nearest codes of a matrix, as bytes."""
+    rounder = Rounder(scheme, torch.float64, matrix.device)
+    rows, columns = matrix.shape
+    made = torch.empty(
+        matrix.shape,
+        dtype=torch.uint8 if scheme.lowest >= 0 else torch.int8,
+        device=matrix.device,
+    )
+    step = max(1, _at_once(matrix) // columns)
+    for start in range(0, rows, step):
+        part = slice(start, start + step)
+        groups = matrix[part].double().reshape(-1, scale.shape[1], columns // scale.shape[1])
+        s, z = scale[part, :, None], zero[part, :, None]
+        codes = rounder.codes(rounder.units(groups, s, z), z)
+        made[part] = codes.reshape(-1, columns)
+    return made
+
+
 def _at_once(tensor: torch.Tensor) -> int:
     return _AT_ONCE["cpu" if tensor.device.type == "cpu" else "cuda"]
 

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +20,7 @@ import onnx_ir as ir
 
 from netlathe.ir import weights
 from netlathe.ir.sparsity import sparsity_of
-from netlathe.passes.quantize import ledger
+from netlathe.passes.quantize import ledger, low_rank
 from netlathe.passes.quantize.candidates import Candidate
 from netlathe.passes.quantize.layout import Layout
 from netlathe.passes.quantize.rounding import Clip
@@ -29,6 +29,8 @@ from netlathe.pipeline.ledger import Entry
 from netlathe.pipeline.pass_ import Context
 
 if TYPE_CHECKING:  # an extra
+    import torch
+
     from netlathe.passes.quantize import gptq
 
 Array = npt.NDArray[Any]
@@ -36,13 +38,19 @@ Array = npt.NDArray[Any]
 
 @dataclass(frozen=True)
 class Settings:
-    """How GPTQ finds ranges and codes; see the options of the pass."""
+    """How ranges and codes are found; see the options of the pass."""
 
+    solver: Literal["rtn", "gptq"]
     clip: Clip
     percentile: float
     damping: float
     act_order: bool
     sweeps: int
+
+    @property
+    def words(self) -> str:
+        """What needs data."""
+        return "solver='gptq'" if self.solver == "gptq" else "low_rank_basis='input'"
 
 
 def is_for(candidate: Candidate, own: Layout, scheme: Scheme) -> bool:
@@ -76,7 +84,7 @@ def solve(
     from netlathe.passes.quantize import device, gptq
 
     if not ctx.calibration:
-        ctx.collect(model, [], needed_by="quantize with solver='gptq'")
+        ctx.collect(model, [], needed_by=f"quantize with {settings.words}")
     walk = Walk(model, ctx.calibration, device=ctx.device, progress=ctx.progress)
     known = {candidate.name: candidate for candidate in found}
     done = list(entries)
@@ -112,20 +120,14 @@ def solve(
         piece = functools.partial(_gptq, settings, entry, candidate.value, inputs, ctx.device)
         solved = ctx.once(f"{candidate.name}/gptq", piece)
         loss, damping = (float(solved[key]) for key in ("loss", "damping"))
-        detail = {**entry.detail, "solver": "gptq", "damping": damping, "error": loss}
-        reason = f"{entry.reason}; gptq, {loss:.2g} of the output's square lost"
+        detail = {**entry.detail, "solver": settings.solver, "damping": damping, "error": loss}
+        how = "gptq" if settings.solver == "gptq" else "to nearest"
+        reason = f"{entry.reason}; {how}, {loss:.2g} of the output's square lost"
         if damping > settings.damping:
             reason += f", damped by {damping:.2g} as its inputs are singular"
-        arrays = {key: solved[key] for key in ("codes", "scales", "zeros")}
+        arrays = {key: a for key, a in solved.items() if key not in ("loss", "damping")}
         done[index] = dataclasses.replace(entry, reason=reason, detail=detail, arrays=arrays)
-        made = device.numbers(
-            arrays["codes"],
-            ledger.layout_of(entry),
-            ledger.scheme_of(entry),
-            arrays["scales"],
-            arrays["zeros"],
-            ctx.device,
-        )
+        made = _effective(done[index], arrays, ctx.device)
         walk.replace(candidate.name, made.to(storage.TORCH_DTYPE[candidate.value.dtype]))
         for array in arrays.values():
             weights.give_back_array(array)  # mapped where there is a cache
@@ -164,16 +166,31 @@ def _gptq(
     scale, zero = device.ranges(
         matrix, groups, scheme, settings.clip, settings.percentile, inputs.importance
     )
-    kept = matrix != 0 if sparsity_of(value) is not None else None
-    found = inputs.solve(matrix, scale, zero, scheme, sweeps=settings.sweeps, kept=kept)
-    codes = device.from_matrix(found, own).cpu().numpy()
-    scales, zeros = (a.reshape(-1).cpu().numpy() for a in (scale, zero))
-    made = device.to_matrix(device.numbers(codes, own, scheme, scales, zeros, on), own)
-    wide = (made - matrix.to(made.dtype)).to(inputs.dtype), matrix.to(inputs.dtype)
-    return {
-        "codes": codes,
-        "scales": scales,
-        "zeros": zeros,
-        "loss": np.asarray(gptq.lost(*wide, inputs.moment)),
-        "damping": np.asarray(inputs.damping),
+    if settings.solver == "gptq":
+        kept = matrix != 0 if sparsity_of(value) is not None else None
+        found = inputs.solve(matrix, scale, zero, scheme, sweeps=settings.sweeps, kept=kept)
+    else:
+        found = device.nearest(matrix, scale, zero, scheme)
+    arrays = {
+        "codes": device.from_matrix(found, own).cpu().numpy(),
+        "scales": scale.reshape(-1).cpu().numpy(),
+        "zeros": zero.reshape(-1).cpu().numpy(),
     }
+    rest = matrix.double() - device.to_matrix(_effective(entry, arrays, on), own)
+    if (branch := low_rank.branch_of(entry)) is not None:
+        moment = inputs.moment if branch.basis == "input" else None
+        arrays |= low_rank.of_error(rest.T, branch.rank, moment)
+        rest = matrix.double() - device.to_matrix(_effective(entry, arrays, on), own)
+    loss = gptq.lost(rest.to(inputs.dtype), matrix.to(inputs.dtype), inputs.moment)
+    return {**arrays, "loss": np.asarray(loss), "damping": np.asarray(inputs.damping)}
+
+
+def _effective(entry: Entry, arrays: Mapping[str, Array], on: str) -> torch.Tensor:
+    """What a weight does with what stands beside it, in float32 in its own dims; on the device."""
+    from netlathe.passes.quantize import device
+
+    own, scheme = ledger.layout_of(entry), ledger.scheme_of(entry)
+    made = device.numbers(arrays["codes"], own, scheme, arrays["scales"], arrays["zeros"], on)
+    if "a" in arrays:
+        made = made + low_rank.product(entry, arrays, on)
+    return made

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from netlathe.ir import weights
+from netlathe.ir import edit, weights
 from netlathe.passes.quantize import bias_reference, integer, qdq_reference, token
 from netlathe.passes.quantize.integer_reference import Emulator
 from netlathe.pipeline.ledger import Entry
@@ -43,6 +43,9 @@ def build(before: ir.Model, chosen: Sequence[Entry]) -> Reference:
     found = {v.name: v for graph in before.graphs() for v in graph.initializers.values()}
     applied = [entry for entry in chosen if entry.status == "applied"]
     bias_reference.emulate(before, applied)
+    for entry in applied:
+        if "low_rank" in entry.detail:
+            _put_beside(before, found[entry.detail["value"]], entry)
     grids = {
         e.detail["activation"]: (e.detail["scale"], e.detail["zero"])
         for e in applied
@@ -86,6 +89,33 @@ def build(before: ir.Model, chosen: Sequence[Entry]) -> Reference:
     return Reference(before, TOLERANCE)
 
 
+def _put_beside(before: ir.Model, weight: ir.Value, entry: Entry) -> None:
+    """Let products with a weight add those with its two thin matrices, held in float."""
+    taken = edit.names_in(before.graph)
+    thin = []
+    for key in ("a", "b"):
+        array = entry.arrays[key].astype(np.float64)
+        if entry.detail["low_rank"]["stored"] == "float16":
+            array = array.astype(np.float16)
+        else:
+            s = _stored(np.abs(array).max(0, keepdims=True) / 127, {"scale_type": "float16"})
+            array = np.around(array / s) * s
+        thin.append(edit.constant(before.graph, array.astype(np.float32), f"thin_{key}", taken))
+    for node in [user for user, _ in weight.uses()]:
+        output, inputs = node.outputs[0], (node.inputs[0], thin[0])
+        whole = edit.node(
+            "MatMul", node.inputs, {}, name=edit.unique_name(before.graph, "whole", taken)
+        )
+        first = edit.node("MatMul", inputs, {}, name=edit.unique_name(before.graph, "first", taken))
+        inputs = first.outputs[0], thin[1]
+        second = edit.node(
+            "MatMul", inputs, {}, name=edit.unique_name(before.graph, "second", taken)
+        )
+        both = whole.outputs[0], second.outputs[0]
+        total = edit.node("Add", both, {}, name=edit.unique_name(before.graph, "total", taken))
+        edit.replace(node, [whole, first, second, total], {output: total.outputs[0]}, "reference")
+
+
 def _codes_and_scales(
     array: Array, detail: Mapping[str, Any], solved: Mapping[str, Array]
 ) -> tuple[Array, Array]:
@@ -94,9 +124,11 @@ def _codes_and_scales(
     w = wide.astype(np.float64)
     s, z = (
         (solved[key].reshape(-1, 1) for key in ("scales", "zeros"))
-        if solved
+        if "scales" in solved
         else _formula(w, detail)
     )
+    if "codes" in solved:
+        return solved["codes"].reshape(array.shape).astype(np.float64), s.reshape(-1)
     return back(_units(w, s, z, detail)), s.reshape(-1)
 
 
