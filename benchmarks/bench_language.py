@@ -36,6 +36,15 @@ TABLES = f"overrides={{'embed_tokens': {HALF}, 'lm_head': {HALF}}}"
 EMBEDDING = f"overrides={{'embed_tokens': {HALF}}}"
 BYTES = f"overrides={{'embed_tokens': {BYTE}, 'lm_head': {BYTE}}}"
 SOLVED = "scales='float16', clip='mse', solver='gptq', sweeps=3"
+SPARSE = (
+    "",
+    "score='wanda', ",
+    "score='wanda', refine=True, ",
+    "score='sparsegpt', ",
+    "score='sparsegpt', sweeps=5, ",
+    "score='wanda', sweeps=20, ",
+)
+ORDERED = ("score='wanda', permute=True, ", "score='sparsegpt', sweeps=5, permute=True, ")
 SETS = {
     # One step of a kind each, and two or three steps that each take their part of the same budget.
     "compose": [
@@ -117,6 +126,30 @@ SETS = {
         f"quantize(weights='int4', group_size=32, {SOLVED}, {BYTES})",
         "quantize(weights='int8', activations='int8', activation_scales='token')",
         "quantize(weights='int8', activations='int8')",
+    ],
+    # Zeros in all layers but the head, by each way to choose them; then with quantization behind.
+    "sparsify": [
+        f"sparsify({pattern}{way}ignore=('lm_head',))"
+        for pattern, ways in (
+            ("", (*SPARSE, *ORDERED)),
+            ("pattern='unstructured', ", SPARSE),
+            ("pattern='4:8', ", (*SPARSE[1:5], *ORDERED[:1])),
+            ("pattern='1:4', ", (*SPARSE[1:5], *ORDERED[:1])),
+        )
+        for way in ways
+    ]
+    + [
+        f"sparsify(score='sparsegpt', sweeps=5, ignore=('lm_head',)), {quantize}"
+        for quantize in (
+            f"quantize(weights='int8', scales='float16', {TABLES})",
+            f"quantize(weights='int4', group_size=64, scales='float16', clip='mse', {TABLES})",
+            f"quantize(weights='int4', group_size=64, {SOLVED}, {TABLES})",
+        )
+    ]
+    + [
+        f"sparsify(pattern='{tile}', {way}ignore=('lm_head',))"
+        for tile in ("4x4", "1x8")
+        for way in (SPARSE[1], SPARSE[4])
     ],
     # SliceGPT (arXiv 2401.15024) at its ratios, and one basis at as many parameters or fewer.
     "slice": [

@@ -6,6 +6,7 @@ import click
 
 import netlathe
 from netlathe.cli.bench import bench
+from netlathe.cli.bisect import bisect
 from netlathe.cli.cache import cache
 from netlathe.cli.compile import compile_
 from netlathe.cli.diff import diff
@@ -35,6 +36,7 @@ def app() -> None:
     netlathe plan MODEL --passes "..."             what would be done, touching nothing
     netlathe compile MODEL --passes "..." -o DIR   do it, check every step, write the result
     netlathe bench MODEL DIR                       what that gained
+    netlathe bisect MODEL --passes "..."           which layers cost most quality
 
     MODEL is an ONNX file, a local Hugging Face directory (config.json and safetensors), or a folder
     that `netlathe compile` wrote.
@@ -44,5 +46,5 @@ def app() -> None:
     """
 
 
-for command in (compile_, plan, inspect, verify, diff, bench, passes, targets, cache):
+for command in (compile_, plan, inspect, verify, diff, bench, bisect, passes, targets, cache):
     app.add_command(command)

@@ -234,6 +234,27 @@ def plan(
     return steps
 
 
+def walk(
+    captured: Captured, passes: Sequence[Pass], ctx: Context, *, cache: Cache | None = None
+) -> Iterator[tuple[ir.Model, Step, ir.Model, Context]]:
+    """Run ``passes`` without comparing outputs: of each the model before it, what it did, and to what.
+
+    The context is the one that it ran with. Pieces of passes are taken from ``cache`` and kept there.
+
+    Raises:
+        PassError, VerifyError: as :func:`run`.
+    """
+    cached = None if cache is None else Steps(cache, captured, verify=False, kept=False)
+    model, costs, given = captured.model, cost(captured.model, captured.dynamic), ctx
+    for pass_ in passes:
+        at_work = given if cached is None else cached.start(pass_, given)
+        after, step = _step(pass_, model, at_work, captured, costs, None, False)
+        if cached is not None:
+            cached.keep(pass_, after, step)
+        yield model, step, after, given
+        model, costs, given = after, step.cost_after, _fitting(ctx, after)
+
+
 def _fitting(ctx: Context, model: ir.Model) -> Context:
     """``ctx`` with data for the inputs that ``model`` still has (a cache may be gone, or narrower)."""
     data = [inputs_of(model, feeds) for feeds in ctx.calibration]

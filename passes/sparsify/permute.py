@@ -33,8 +33,8 @@ from netlathe.pipeline.ledger import Entry
 from netlathe.pipeline.pass_ import Context
 
 Array = npt.NDArray[Any]
-_MOST_ROWS = 1 << 13  # of all weights together, spread evenly: what a search looks at
-_MOST_ROUNDS = 40
+_MOST_ROWS = 1 << 11  # of all weights together, spread evenly: what a search looks at
+_MOST_ROUNDS = 20
 _LEAST_GAIN = 1e-4  # of what is kept, in a round that is followed by another
 
 
@@ -183,6 +183,7 @@ def _entry(
     found = ctx.once(name, find)
     before, after = (float(share) for share in found["kept"])
     detail = {
+        "exact": True,  # an order loses nothing by itself
         "order_of": [first.candidate.name, first.form.axis],
         "weights": [job.candidate.name for job in jobs],
         "kept_before": before,

@@ -12,7 +12,7 @@ The mask is chosen as the columns come, from weights as they have become: for 12
 rows share the threshold), N:M group by group. Coordinate descent then solves for what stays, as its mask
 is known: each of its steps is exact, w'_j = w'_j + ((W - W') H)_j / H_jj, so no sweep loses more.
 
-All is computed in float64, on the device of the calibration.
+All is computed in float64, on the device of the calibration; matrices are held by columns there.
 """
 
 from __future__ import annotations
@@ -41,28 +41,27 @@ def solve(
 ) -> tuple[Array, Array, float]:
     """The weights ``[rows, columns]``, which of them stay, and the damping: a share of H's mean diagonal."""
     wide: Any = dict(dtype=torch.float64, device=device)
-    w = torch.tensor(matrix, **wide)
+    w = torch.tensor(matrix, **wide).T.contiguous()
     upper, used = factor(torch.tensor(second_moment, **wide), damping)
     diagonal = torch.diagonal(upper)
     kept = torch.ones_like(w, dtype=torch.bool)
     step = pattern.m if pattern.kind == "n:m" else _step(pattern)
     block = max(step, _BLOCK // step * step)
-    for start in range(0, w.shape[1], block):
-        stop = min(start + block, w.shape[1])
-        errors = torch.empty_like(w[:, start:stop])
+    for start in range(0, len(w), block):
+        stop = min(start + block, len(w))
+        errors = torch.empty_like(w[start:stop])
         for j in range(start, stop):
             if (j - start) % step == 0:
                 end = min(j + step, stop)
-                cost = (w[:, j:end] / diagonal[j:end]).square().cpu().numpy()
+                cost = (w[j:end] / diagonal[j:end, None]).square().T.cpu().numpy()
                 chosen = masks.select(cost, pattern, ratio, "layer")
-                kept[:, j:end] = torch.from_numpy(chosen).to(w.device)
-            made = w[:, j] * kept[:, j]
-            error = (w[:, j] - made) / diagonal[j]
-            w[:, j] = made
-            w[:, j + 1 : stop] -= error[:, None] * upper[j, j + 1 : stop]
-            errors[:, j - start] = error
-        w[:, stop:] -= errors @ upper[start:stop, stop:]
-    return w.cpu().numpy(), kept.cpu().numpy(), used
+                kept[j:end] = torch.from_numpy(chosen.T).to(w.device)
+            made = w[j] * kept[j]
+            errors[j - start] = (w[j] - made) / diagonal[j]
+            w[j] = made
+            w[j + 1 : stop].addr_(upper[j, j + 1 : stop], errors[j - start], alpha=-1)
+        w[stop:] -= upper[start:stop, stop:].T @ errors
+    return w.T.cpu().numpy(), kept.T.cpu().numpy(), used
 
 
 def _step(pattern: Pattern) -> int:
@@ -82,18 +81,20 @@ def descend(
 ) -> Array:
     """``made``, after so many sweeps over its columns, with zeros where ``kept`` is False."""
     wide: Any = dict(dtype=torch.float64, device=device)
-    w, h = torch.tensor(matrix, **wide), torch.tensor(second_moment, **wide)
-    now, mask = torch.tensor(made, **wide), torch.tensor(kept, device=device)
+    w, h = torch.tensor(matrix, **wide).T.contiguous(), torch.tensor(second_moment, **wide)
+    now, mask = torch.tensor(made, **wide).T.contiguous(), torch.tensor(kept, device=device).T
+    mask = mask.contiguous()
     h = h + damping * torch.diagonal(h).mean() * torch.eye(len(h), **wide)
+    diagonal = torch.diagonal(h).tolist()
     for _ in range(sweeps):
-        for start in range(0, w.shape[1], _BLOCK):
-            stop = min(start + _BLOCK, w.shape[1])
-            pull = (w - now) @ h[:, start:stop]  # kept up to date inside the block
+        for start in range(0, len(w), _BLOCK):
+            stop = min(start + _BLOCK, len(w))
+            pull = h[start:stop] @ (w - now)  # kept up to date inside the block
             for j in range(start, stop):
-                if h[j, j] <= 0:
+                if diagonal[j] <= 0:
                     continue
-                moved = torch.where(mask[:, j], pull[:, j - start] / h[j, j], 0.0)
-                now[:, j] += moved
-                pull -= moved[:, None] * h[j, start:stop]
-    result: Array = now.cpu().numpy()
+                moved = torch.where(mask[j], pull[j - start] / diagonal[j], 0.0)
+                now[j] += moved
+                pull.addr_(h[start:stop, j], moved, alpha=-1)
+    result: Array = now.T.cpu().numpy()
     return result
