@@ -49,7 +49,8 @@ def _sum(
 ) -> ir.Value:
     array = by.astype(np.float64)
     if held is not None:
-        array = weights.array(held).astype(np.float64) + by.reshape(held.shape or (-1,))
+        array = weights.array(held).astype(np.float64)
+        array = array + by.reshape(array.shape)
     array = array.astype(dtype)
     name = f"{(held.name if held is not None else '') or 'bias'}/corrected"
     while name in model.graph.initializers:

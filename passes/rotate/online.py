@@ -154,4 +154,4 @@ def kron(at: Site) -> npt.NDArray[np.float64]:
     """The orthogonal matrix of a site: a row x becomes x times it."""
     left, right = (hadamard(order) for order in at.orders)
     assert left is not None and right is not None
-    return np.asarray(np.kron(left.astype(np.float64), right) / math.sqrt(at.width))
+    return np.asarray(np.kron(left.astype(np.float64), right) / math.sqrt(at.width), np.float64)

@@ -19,7 +19,7 @@ from netlathe.pipeline.ledger import Entry
 from netlathe.pipeline.pass_ import Context, Result
 from tests import zoo_ir
 from tests.ir.onnx_text import matrix, model
-from tests.passes.slice.double import in_double
+from tests.passes.folding import in_float64
 
 Array = npt.NDArray[Any]
 NAMES = (
@@ -85,7 +85,7 @@ def test_outputs_stay(name: str, pass_: Equalize) -> None:
 
 @pytest.mark.parametrize("name", ["opt", pytest.param("resnet", marks=pytest.mark.slow)])
 def test_in_float64_outputs_stay_to_rounding(name: str) -> None:
-    made = in_double(zoo_ir.captured(name))
+    made = in_float64(zoo_ir.captured(name))
     before = made.clone()
     feeds = [
         {k: v.astype(np.float64) if v.dtype == np.float32 else v for k, v in fed.items()}

@@ -26,7 +26,7 @@ from netlathe.passes.rotate.hadamard import (
 from netlathe.pipeline.pass_ import Context, Result
 from tests import zoo_ir
 from tests.ir.onnx_text import matrix, model, ops
-from tests.passes.slice.double import in_double
+from tests.passes.folding import in_float64
 
 Array = npt.NDArray[Any]
 NAMES = (
@@ -93,7 +93,7 @@ def test_outputs_stay(name: str, pass_: Rotate) -> None:
 
 @pytest.mark.parametrize("name", ["opt", pytest.param("vit", marks=pytest.mark.slow)])
 def test_in_float64_outputs_stay_to_rounding(name: str) -> None:
-    made = in_double(folded(name))
+    made = in_float64(folded(name))
     before = made.clone()
     result = rotated(made, ALL)
     assert turned(result, "stream") and turned(result, "head") and turned(result, "online")

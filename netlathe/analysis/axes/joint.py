@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -143,7 +144,7 @@ def scale_jointly(joint: Joint, factors: Vector) -> None:
         base, multiplier = value.const_value, joint.multiplier(value, by)
         assert base is not None
 
-        def change(array: npt.NDArray[np.generic], by: Vector = multiplier) -> Vector:
+        def change(array: npt.NDArray[Any], by: Vector = multiplier) -> npt.NDArray[Any]:
             return np.asarray((array.astype(np.float64) * by).astype(array.dtype))
 
         shape = base.shape.numpy()
