@@ -32,10 +32,8 @@ def unsign(graph: ir.Graph, taken: set[str]) -> int:
             continue
         if node.op_type == "QuantizeLinear" and _has_constant_zero(node):
             moved.raise_zero(node)
-        elif (
-            node.op_type == "Cast" and node.metadata_props.get(provenance.CREATED_BY) == "quantize"
-        ):
-            _raise(node, taken)  # its codes are known to be in the range of int8
+        elif _is_own(node) and any(r.op_type != "DequantizeLinear" for r, _ in codes.uses()):
+            _raise(node, taken)
         else:
             continue
         codes.type = ir.TensorType(UINT8)
@@ -66,6 +64,11 @@ class _Zeros:
         node.replace_input_with(2, self.made[old])
         if old is not None:
             edit.drop_if_unread(old)
+
+
+def _is_own(node: ir.Node) -> bool:
+    """Whether a Cast was written by `quantize`, whose codes are known to be in the range of int8."""
+    return node.op_type == "Cast" and node.metadata_props.get(provenance.CREATED_BY) == "quantize"
 
 
 def _takes(reader: ir.Node, index: int) -> bool:

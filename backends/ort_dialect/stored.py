@@ -111,10 +111,12 @@ def find(graph: ir.Graph) -> Iterator[Weight]:
     """Every dequantized constant of the main graph, in order."""
     for node in list(graph):
         if node.op_type == "DequantizeLinear" and not node.domain:
-            codes = node.inputs[0]
-            if weights.is_weight(codes):
+            if weights.is_weight(node.inputs[0]):
                 uses = tuple(_uses(node.outputs[0]))
                 yield Weight(node, uses, _problem(node, uses))
+            elif _is_unpacked(node.inputs[0]):
+                why = "its codes are bit planes, which ONNX Runtime takes apart and fuses by itself"
+                yield Weight(node, (), why)
 
 
 def _uses(value: ir.Value, transposed: bool = False) -> Iterator[Use]:
@@ -126,6 +128,15 @@ def _uses(value: ir.Value, transposed: bool = False) -> Iterator[Use]:
             yield Use(node, position, transposed)
     if value.is_graph_output():
         raise ValueError(f"{value.name} is an output")  # not of a constant in normal form
+
+
+def _is_unpacked(value: ir.Value | None) -> bool:
+    """Whether codes are made of constants alone, by bit operations."""
+    while value is not None and (maker := value.producer()) is not None:
+        if maker.op_type == "BitwiseOr":
+            return True
+        value = maker.inputs[0]
+    return False
 
 
 def _problem(node: ir.Node, uses: tuple[Use, ...]) -> str:

@@ -1,0 +1,192 @@
+"""Which engine reads which scheme, and that all that do read the same weights, bit for bit.
+
+One model holds a weight in every scheme; the table in docs/quantized-inference.md is held against what runs.
+"""
+
+from __future__ import annotations
+
+import re
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx.reference
+import onnx_ir as ir
+import onnxruntime
+import pytest
+
+from netlathe.backends import opset as opsets
+from netlathe.execute import ort
+from netlathe.execute.executor import Executor
+from netlathe.ir import normal, weights
+from netlathe.passes.quantize import Quantize
+from netlathe.pipeline.pass_ import Context
+from tests.ir.onnx_text import matrix, model
+
+Array = np.ndarray[Any, np.dtype[Any]]
+DOCS = Path(__file__).parents[2] / "docs" / "quantized-inference.md"
+
+SCHEMES: dict[str, dict[str, Any]] = {
+    "int8": {"weights": "int8"},
+    "int4": {"weights": "int4"},
+    "int6": {"weights": "int6"},
+    "int5": {"weights": "int5"},
+    "int3": {"weights": "int3"},
+    "int2": {"weights": "int2"},
+    "nf4": {"weights": "nf4"},
+    "float8e4m3fn": {"weights": "float8e4m3fn"},
+    "float8e5m2": {"weights": "float8e5m2"},
+    "float4e2m1": {"weights": "float4e2m1"},
+    "mxfp4": {"weights": "mxfp4"},
+    "nvfp4": {"weights": "nvfp4"},
+    "float16": {"weights": "float16"},
+    "bfloat16": {"weights": "bfloat16"},
+}
+FIXED = ("mxfp4", "nvfp4", "float16", "bfloat16")  # no groups to choose
+ENGINES = ("executor", "ORT", "ORT, optimized", "reference evaluator", "TVM")
+
+
+def variants(name: str) -> list[dict[str, Any]]:
+    """A scheme in every granularity and with zero points, where it has these."""
+    base = SCHEMES[name]
+    if name in FIXED:
+        return [base]
+    made = [base, {**base, "group_size": 16}, {**base, "per_tensor": True}]
+    if name.startswith("int"):
+        made += [{**one, "symmetric": False} for one in made]
+    if name != "nf4":
+        made.append({**base, "group_size": 32, "scales": "float16"})
+    return made
+
+
+@lru_cache
+def quantized(name: str) -> tuple[ir.Model, dict[str, Array]]:
+    """A model whose outputs are the weights as they are read, and what they must be."""
+    settings = variants(name)
+    names = [f"w{i}" for i in range(len(settings))]
+    body = " ".join(f"y{i} = MatMul (x, w{i})" for i in range(len(names)))
+    held = {n: matrix(64, 24, seed=i) for i, n in enumerate(names)}
+    outputs = ", ".join(f"float y{i}" for i in range(len(names)))
+    made = model("float[b,64] x", outputs, body, **held)
+    normal.normalize(made)
+    overrides: Any = {
+        n: {"group_size": 0, "symmetric": True, "per_tensor": False, "scales": "float32", **one}
+        for n, one in zip(names, settings, strict=True)
+    }
+    pass_ = Quantize(min_size=0, overrides=overrides)
+    chosen = pass_.choose(made, Context())
+    reference = pass_.simulate(made.clone(), chosen).model
+    wanted = {n: weights.array(reference.graph.initializers[n]) for n in names}
+    pass_.edit(made, chosen, Context())
+    normal.normalize(made)
+    read = {v.name: v for node in made.graph for v in node.outputs}
+    made.graph.outputs.extend(read[n] for n in names)
+    return made, wanted
+
+
+def feeds() -> dict[str, Array]:
+    return {"x": matrix(2, 64, seed=99)}
+
+
+def read_by(engine: str, made: ir.Model, names: list[str]) -> dict[str, Array]:
+    """The weights as an engine reads them; an exception says that it does not."""
+    fed = feeds()
+    if engine == "executor":
+        return {n: a.numpy() for n, a in Executor(made).run(fed, names).items()}
+    if engine == "reference evaluator":
+        evaluator = onnx.reference.ReferenceEvaluator(ir.to_proto(made))
+        return dict(zip(names, map(np.asarray, evaluator.run(names, fed)), strict=True))
+    if engine == "TVM":
+        pytest.importorskip("tvm", reason="the tvm extra is not installed")
+        from tests.backends.tvm.in_process import InProcess
+
+        found = InProcess(made).run(fed)
+        return {n: np.asarray(found[n]) for n in names}
+    lowered = made.clone()  # the file that is written, in ONNX Runtime as anyone has it
+    opsets.lower(lowered, 24)
+    settings = onnxruntime.SessionOptions()
+    settings.log_severity_level = 4
+    levels = onnxruntime.GraphOptimizationLevel
+    optimize = engine == "ORT, optimized"
+    settings.graph_optimization_level = (
+        levels.ORT_ENABLE_ALL if optimize else levels.ORT_DISABLE_ALL
+    )
+    session = onnxruntime.InferenceSession(
+        ir.to_proto(lowered).SerializeToString(), settings, providers=["CPUExecutionProvider"]
+    )
+    return dict(zip(names, map(np.asarray, session.run(names, fed)), strict=True))
+
+
+def runs(engine: str, name: str) -> bool:
+    """Whether an engine reads the scheme; then what it reads must be right."""
+    made, wanted = quantized(name)
+    try:
+        found = read_by(engine, made, list(wanted))
+    except Exception as error:  # every engine has its own
+        assert re.search(r"NOT_IMPLEMENTED|tvm.unsupported", str(error)), error
+        return False
+    for key, expected in wanted.items():
+        assert np.array_equal(found[key], expected), f"{engine} reads {key} of {name} differently"
+    return True
+
+
+def table() -> dict[str, dict[str, bool]]:
+    """The table of the docs: scheme -> engine -> yes or no."""
+    text = DOCS.read_text().split("<!-- engines -->")[1].split("<!-- end -->")[0]
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    head = [cell.strip() for cell in lines[0].strip("|").split("|")][1:]
+    made: dict[str, dict[str, bool]] = {}
+    for line in lines[2:]:
+        names, *cells = [cell.strip() for cell in line.strip("|").split("|")]
+        for name in re.findall(r"`(\w+)`", names):
+            made[name] = {e: cell.startswith("yes") for e, cell in zip(head, cells, strict=True)}
+    return made
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+@pytest.mark.parametrize("engine", [e for e in ENGINES if e != "TVM"])
+def test_an_engine_reads_what_the_docs_say(engine: str, name: str) -> None:
+    assert runs(engine, name) == table()[name][engine]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SCHEMES)
+def test_tvm_reads_what_the_docs_say(name: str) -> None:
+    assert runs("TVM", name) == table()[name]["TVM"]
+
+
+@pytest.mark.parametrize("name", ["int8", "int4", "int3", "nf4", "float8e4m3fn", "bfloat16"])
+def test_what_default_settings_do_to_products(name: str) -> None:
+    """ONNX Runtime rounds x to 8 bits by block where it meets integers, unless it is told not to."""
+    made, wanted = quantized(name)
+    lowered = made.clone()
+    del lowered.graph.outputs[len(wanted) :]
+    opsets.lower(lowered, 24)
+    x = matrix(8, 64, seed=99)
+    errors = {}
+    for level in ("4", "1"):  # 4 is the default
+        settings = onnxruntime.SessionOptions()
+        if level == "1":
+            settings.add_session_config_entry(ort.ACTIVATIONS, level)
+        session = onnxruntime.InferenceSession(
+            ir.to_proto(lowered).SerializeToString(), settings, providers=["CPUExecutionProvider"]
+        )
+        results = [np.asarray(y) for y in session.run(None, {"x": x})]
+        exact = [x.astype(np.float64) @ w for w in wanted.values()]
+        errors[level] = [
+            float(np.abs(y - e).max() / np.sqrt(np.square(e).mean()))
+            for y, e in zip(results, exact, strict=True)
+        ]
+    assert max(errors["1"]) <= 64 * 2.0**-23  # 64 terms in another order
+    if name.startswith("int"):
+        # A step of x is at most max|x| / 127, half of it off, 0.29 of it RMS; sqrt(64) of them meet weights
+        # as large as those of the exact sum: 0.29 * 4 sigma / 127 of the RMS, 4.5 times for the largest.
+        assert all(1e-3 <= e <= 4.5 * 0.29 * 4 / 127 for e in errors["4"])
+    else:
+        assert errors["4"] == errors["1"]
+
+
+def test_the_table_has_every_scheme() -> None:
+    found = table()
+    assert set(found) == set(SCHEMES) and all(set(row) == set(ENGINES) for row in found.values())
