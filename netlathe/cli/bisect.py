@@ -115,8 +115,9 @@ def bisect(
       netlathe bisect llm/ --of out --calibration texts.txt --data held-out.txt --bound 0.02
 
     "alone" is the loss with that candidate and no other, "without" that with all others, "layer" the
-    share of the layer's own output that is lost, as the ledger says. The exit code is 1 if the bound
-    cannot be met within the budget. Ctrl-C shows what was found so far.
+    share of the square of the layer's own output that is lost, as the ledger says, and "weight" that
+    of its weight. The exit code is 1 if the bound cannot be met within the budget. Ctrl-C shows what
+    was found so far.
     """
     from netlathe.pipeline import run
     from netlathe.pipeline.bisect import Trial
@@ -258,7 +259,7 @@ def _show(
     ranked = found.ranked
     shown = ranked if verbose else ranked[:_SHOWN]
     render.line()
-    columns = ("candidate", "where", f"#{found.metric} alone", "#without", "#layer")
+    columns = ("candidate", "where", f"#{found.metric} alone", "#without", "#layer", "#weight")
     render.table(
         f"{done.pass_}: {found.metric} {_number(found.total)}",
         columns,
@@ -269,6 +270,7 @@ def _show(
                 _number(c.alone),
                 _number(c.without),
                 _number(c.entry.detail.get("error")),
+                _number(c.weight),
             )
             for c in shown
         ),

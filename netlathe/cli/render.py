@@ -143,20 +143,27 @@ def line(text: str = "") -> None:
 
 
 def ledger(step: Step, *, every: bool) -> None:
-    """What a pass decided: every candidate, or some of those applied or refused, and a count."""
+    """What a pass decided: every candidate, or some of those applied or refused, and a count.
+
+    Where a pass says what the outputs of layers lose, those that lose most come first among some.
+    """
     shown = [e for e in step.entries if every or e.status != "skipped"]
+    judged = any("error" in e.detail for e in shown)
     if not every and len(shown) > _MOST_ROWS:
-        shown = shown[:_MOST_ROWS]
+        shown = sorted(shown, key=lambda e: -e.detail.get("error", 0.0))[:_MOST_ROWS]
     line(f"\n{step.pass_}: {counts(step.entries)}")
     if shown:
-        rows = ((Text(e.status, STATUS_STYLE[e.status]), *_entry(e)) for e in shown)
-        table("", ("status", "candidate", "where", "reason"), rows)
+        columns = ["status", "candidate", "where", *(["#lost"] if judged else []), "reason"]
+        rows = ((Text(e.status, STATUS_STYLE[e.status]), *_entry(e, judged)) for e in shown)
+        table("", columns, rows)
     if hidden := len(step.entries) - len(shown):
         line(f"... and {hidden} more (-v shows them)")
 
 
-def _entry(entry: Entry) -> tuple[str, str, str]:
-    return entry.candidate, entry.where, entry.reason
+def _entry(entry: Entry, judged: bool) -> tuple[str, ...]:
+    lost = entry.detail.get("error")
+    share = ("" if lost is None else f"{lost:.2g}",) if judged else ()
+    return entry.candidate, entry.where, *share, entry.reason
 
 
 def steps(dense: Cost, made: Sequence[Step], *, checked: bool) -> None:

@@ -18,10 +18,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 
 from netlathe.diagnostics import Diagnostic, PassError
-from netlathe.ir import normal, weights
+from netlathe.ir import normal, sparsity, weights
 from netlathe.pipeline.ledger import Entry
 from netlathe.pipeline.loss import Scale, Subject
 from netlathe.pipeline.pass_ import ChoosingPass, Context
@@ -35,6 +36,9 @@ class Candidate:
     entry: Entry
     alone: float | None = None  # the loss with it and no other
     without: float | None = None  # the loss with all others
+    weight: float | None = (
+        None  # what is lost of a weight's square, where it is one that stays floating
+    )
 
 
 @dataclass
@@ -71,7 +75,8 @@ class Found:
                     "candidate": c.entry.candidate,
                     "where": c.entry.where,
                     "reason": c.entry.reason,
-                    "error": c.entry.detail.get("error"),
+                    "layer_error": c.entry.detail.get("error"),
+                    "weight_error": c.weight,
                     "alone": c.alone,
                     "without": c.without,
                 }
@@ -109,10 +114,31 @@ class Trial:
             raise PassError(Diagnostic("bisect.nothing", message))
         self.metric = "mse"
 
+    def weight_errors(self) -> list[float | None]:
+        """For every candidate what it loses of its weight's square, |w' - w|^2 / |w|^2."""
+        after = self._edited(self.candidates)
+        made = {v.name: v for g in after.graphs() for n in g for v in n.outputs}
+        made |= {v.name: v for g in after.graphs() for v in g.initializers.values()}
+        held = {v.name: v for g in self._before.graphs() for v in g.initializers.values()}
+        return [
+            _weight_error(held.get(e.detail.get("value")), made.get(e.detail.get("value")))
+            for e in self.candidates
+        ]
+
     def loss(self, chosen: Sequence[Entry]) -> float:
         """What is lost when these candidates are applied and no others."""
         if not chosen:
             return 0.0
+        model = self._edited(chosen)
+        found = self._scale.loss(self._dense, Subject(model))
+        weights.give_back(self._before)
+        if found is None:
+            message = "no floating-point output is there before and after the pass"
+            raise PassError(Diagnostic("bisect.outputs", message))
+        self.metric = "mse" if found.kl is None else "kl"
+        return found.relative_rms**2 if found.kl is None else found.kl
+
+    def _edited(self, chosen: Sequence[Entry]) -> ir.Model:
         wanted = {id(entry) for entry in chosen}
         off = {id(entry) for entry in self.candidates} - wanted
         entries = [
@@ -122,13 +148,18 @@ class Trial:
         model = self._before.clone()
         self.pass_.edit(model, entries, self._ctx)
         normal.normalize(model)
-        found = self._scale.loss(self._dense, Subject(model))
-        weights.give_back(self._before)
-        if found is None:
-            message = "no floating-point output is there before and after the pass"
-            raise PassError(Diagnostic("bisect.outputs", message))
-        self.metric = "mse" if found.kl is None else "kl"
-        return found.relative_rms**2 if found.kl is None else found.kl
+        return model
+
+
+def _weight_error(before: ir.Value | None, after: ir.Value | None) -> float | None:
+    if before is None or after is None or before.const_value is None:
+        return None
+    made, array = sparsity.contents(after), weights.array(before)
+    if made is None or made.shape != array.shape:
+        return None
+    wide = array.astype(np.float64)
+    square = float(np.square(wide).sum())
+    return float(np.square(made.astype(np.float64) - wide).sum()) / square if square else 0.0
 
 
 def bisect(trial: Trial, *, budget: int, bound: float | None = None) -> Iterator[Found]:
@@ -138,7 +169,8 @@ def bisect(trial: Trial, *, budget: int, bound: float | None = None) -> Iterator
     of what the pass loses.
     """
     entries = trial.candidates
-    found = Found("", math.inf, [Candidate(entry) for entry in entries])
+    pairs = zip(entries, trial.weight_errors(), strict=True)
+    found = Found("", math.inf, [Candidate(entry, weight=weight) for entry, weight in pairs])
 
     def measure(chosen: Sequence[Entry]) -> float:
         loss = trial.loss(chosen)

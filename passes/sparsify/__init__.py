@@ -266,8 +266,7 @@ def _entry(job: Job, settings: Settings, solved: in_order.Solved) -> Entry:
     reason = (
         f"{job.pattern}, {1 - density:.1%} zeros by {how}, {lost:.2g} of the {what}'s square lost"
     )
-    if measured:
-        detail["error"] = lost
+    detail["error" if measured else "weight_error"] = lost
     if how != settings.score:
         reason += "; no data says more of what it is multiplied with"
     arrays = {key: solved[key] for key in ("weight", "kept") if key in solved}

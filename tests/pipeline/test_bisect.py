@@ -98,6 +98,25 @@ def test_losses_are_those_of_the_models() -> None:
         assert np.isclose(by_layer[f"layers.{layer}"], alone(layer), rtol=1e-9)
 
 
+def test_weights_and_layers_have_their_own_errors() -> None:
+    captured = stream()
+    of = trial(captured, "sparsify(score='sparsegpt', min_size=0)")
+    found = last(of, 4)
+    after = {str(v.name): v for v in of._edited(of.candidates).graph.initializers.values()}
+    for candidate in found.candidates:
+        name = candidate.entry.candidate
+        before, now = (
+            np.asarray(v.const_value, np.float64)
+            for v in (captured.model.graph.initializers[name], after[name])
+        )
+        assert candidate.weight == np.square(now - before).sum() / np.square(before).sum()
+        assert candidate.entry.detail["error"] > 0
+    row = found.to_json()["candidates"][0]
+    assert row["layer_error"] == next(
+        c.entry.detail["error"] for c in found.candidates if c.entry.candidate == row["candidate"]
+    )
+
+
 def test_the_fewest_that_meet_a_bound_are_left_out() -> None:
     of = trial(stream(), "sparsify(pattern='1:4', min_size=0)")
     found = last(of, 64)
@@ -153,6 +172,18 @@ def test_the_command_names_it(run: Run, file: Path, tmp_path: Path) -> None:  # 
     said = run("bisect", file, "--passes", HURT, "--no-cache", "--json", "--budget", 14).json
     assert said["reverted"] == ["w7"] and said["complete"] and said["measured"] <= 14
     assert said["loss_without_reverted"] <= said["bound"] < said["loss"]
+
+
+def test_compile_shows_the_layers_that_lose_most(run: Run, file: Path, tmp_path: Path) -> None:  # noqa: F811
+    np.savez(tmp_path / "data.npz", x=matrix(64, 16, seed=3))
+    words = ("compile", file, "--passes", "sparsify(score='wanda', min_size=0)", "--no-cache")
+    done = run(*words, "--calibration", tmp_path / "data.npz", "-o", tmp_path / "out")
+    assert done.code == 0
+    at = next(n for n, line in enumerate(done.out.splitlines()) if line.startswith("status"))
+    rows = [line.split() for line in done.out.splitlines()[at : at + 13]]
+    assert rows[0] == ["status", "candidate", "where", "lost", "reason"]
+    lost = [float(row[3]) for row in rows[1:] if row[1] != "head"]  # which has no module path
+    assert len(lost) >= 11 and lost == sorted(lost, reverse=True)
 
 
 def test_the_command_takes_the_passes_of_a_folder(run: Run, file: Path, tmp_path: Path) -> None:  # noqa: F811
