@@ -76,17 +76,32 @@ class Flow:
 
     @cached_property
     def _dominators(self) -> dict[ir.Node | ir.Value, ir.Node | ir.Value | None]:
-        root: ir.Node | ir.Value = ir.Value(name="root")
-        graph: nx.DiGraph[ir.Node | ir.Value] = nx.DiGraph()
-        graph.add_node(root)
+        # By number: values that PyTorch's exporter has made do not compare as others do.
+        root, numbers = 0, dict[int, int]()
+        vertices: list[ir.Node | ir.Value | None] = [None]
+
+        def number(vertex: ir.Node | ir.Value) -> int:
+            if id(vertex) not in numbers:
+                numbers[id(vertex)] = len(vertices)
+                vertices.append(vertex)
+            return numbers[id(vertex)]
+
+        graph: nx.DiGraph[int] = nx.DiGraph()
         for node in self.nodes:
             sources = list(_activations(self.reads[node]))
-            graph.add_edges_from((value.producer() or value, node) for value in sources)
-            graph.add_edges_from((root, value) for value in sources if value.producer() is None)
+            made_by = [number(value.producer() or value) for value in sources]
+            graph.add_edges_from((source, number(node)) for source in made_by)
+            outside = [value for value in sources if value.producer() is None]
+            graph.add_edges_from((root, number(value)) for value in outside)
             if not sources:
-                graph.add_edge(root, node)
+                graph.add_edge(root, number(node))
+        graph.add_node(root)
         found = nx.immediate_dominators(graph, root)
-        return {vertex: None if by is root else by for vertex, by in found.items()}
+        return {
+            vertex: None if by is None else vertices[by]
+            for at, by in found.items()
+            if (vertex := vertices[at]) is not None
+        }
 
 
 def _activations(values: tuple[ir.Value, ...]) -> Iterator[ir.Value]:
