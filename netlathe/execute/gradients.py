@@ -68,8 +68,13 @@ class Objective(enum.Enum):
 
 
 @dataclass(frozen=True)
-class GateGradient(Statistic):
-    """A gate's gradient, summed over all rows and divided by the number of labels: ``[positions]``.
+class GateStatistic(Statistic):
+    """A number for each position of an activation, made of its gates' gradients for each label.
+
+    A gate's gradient for one label is the sum over all rows that belong to it: the pixels of an image that
+    has one label, the windows and patches it is cut into. Where rows have labels of their own (tokens of a
+    language model), rows stand for their labels: what one row does to the label of another counts as its own
+    label's, and products of rows do not count.
 
     ``index`` says which position a channel is in; channels with index -1 are in none.
     """
@@ -88,34 +93,33 @@ class GateGradient(Statistic):
         """As declared."""
         return self.axis
 
+
+@dataclass(frozen=True)
+class GateMagnitude(GateStatistic):
+    """Mean over labels of the magnitude of a gate's gradient: ``[positions]``."""
+
     def start(self) -> Gates:
         """An empty sum."""
-        return Gates(self.index, torch.Tensor.sum)
+        return Gates(self.index, torch.abs)
 
 
 @dataclass(frozen=True)
-class GateFisher(GateGradient):
-    """The square of a gate's gradient, summed over labels and divided by their number: ``[positions]``.
+class GateFisher(GateStatistic):
+    """Mean over labels of the square of a gate's gradient: ``[positions]``.
 
-    A gate's gradient for one label is the sum over all rows that belong to it: the pixels of an image that
-    has one label, the windows and patches it is cut into. With labels drawn from the model that is the
-    Fisher information of the gate, as products of different labels have expectation zero.
-
-    Where rows have labels of their own (tokens of a language model), rows stand for their labels: of what the
-    row of one label does to another the square counts, and products of rows do not.
+    Under ``CURVATURE`` that is the Fisher information of the gate: the gradients of different labels are
+    independent, with mean 0.
     """
 
     def start(self) -> Gates:
         """An empty sum."""
-        return Gates(self.index, lambda gates, dim: gates.square().sum(dim))
+        return Gates(self.index, torch.square)
 
 
 class Gates(Accumulator):
     """Sums over labels of what ``of`` makes of each label's gate gradients."""
 
-    def __init__(
-        self, index: tuple[int, ...], of: Callable[[torch.Tensor, int], torch.Tensor]
-    ) -> None:
+    def __init__(self, index: tuple[int, ...], of: Callable[[torch.Tensor], torch.Tensor]) -> None:
         self._index = torch.tensor(index)
         self._of = of
         self._size = max(index) + 1
@@ -126,7 +130,7 @@ class Gates(Accumulator):
         (products,) = rows
         inside = self._index >= 0
         gates = self._by_position(products[:, inside], self._index[inside].to(products.device))
-        total = self._of(gates, 0)
+        total = self._of(gates).sum(0)
         self._sum = total if self._sum is None else self._sum + total
 
     def _by_position(self, product: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
@@ -362,7 +366,7 @@ class _Watched(Statistic):
 
     def start(self) -> Accumulator:
         """Never asked for a result."""
-        return Gates((0,), torch.Tensor.sum)
+        return Gates((0,), torch.abs)
 
 
 def sweep(

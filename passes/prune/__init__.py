@@ -32,7 +32,7 @@ from netlathe.diagnostics import Diagnostic, PassError, did_you_mean
 from netlathe.ir import edit, interface, provenance
 from netlathe.passes.prune import budget as budgets
 from netlathe.passes.prune import compensation, reference
-from netlathe.passes.prune.allocation import ALLOCATIONS, Allocation, together
+from netlathe.passes.prune.allocation import ALLOCATIONS, Allocation, Spread, together
 from netlathe.passes.prune.candidates import SCOPES, Candidate, Scope, Scores, find_candidates
 from netlathe.passes.prune.choosing import beside, pinned, query_groups
 from netlathe.passes.prune.scores import measure, speaks_about
@@ -179,17 +179,17 @@ class Prune(ChoosingPass):
         words, _ = vocabularies([candidate for candidate in free if candidate.scope == "vocab"])
         named = self._scores(free, ctx)
         scored: dict[Candidate, Scores] = {}
-        spreads: dict[str, list[Allocation]] = defaultdict(list)
+        spreads: dict[str, list[Spread]] = defaultdict(list)
         for score in dict.fromkeys(named.values()):
             some = measure(score, [c for c in free if named[c] == score], model, ctx)
-            spread = self.allocation or ("global" if score in _IN_LOSS else "uniform")
-            spreads[spread].append(ALLOCATIONS[spread](some, model, ctx))
+            name = self.allocation or ("global" if score in _IN_LOSS else "uniform")
+            spreads[name].append(ALLOCATIONS[name](some, model, ctx))
             scored |= some
         for word in words:
             total = np.sum([scored[candidate] for candidate in word.candidates], axis=0)
             scored |= {candidate: total for candidate in word.candidates}
-        allocate = together([each for every in spreads.values() for each in every])
-        allocate = _as_one(allocate, words)
+        spread = together([each for every in spreads.values() for each in every])
+        allocate = _as_one(spread.allocate, words)
         counts = self._counts(axes, allocate, free, settled, "uniform" in spreads)
         for word in words:
             scored[word.candidates[0]][list(self.keep_ids)] = np.inf  # all have this array
@@ -201,13 +201,15 @@ class Prune(ChoosingPass):
         for candidate in found:
             if candidate in settled:
                 status, reason, left_out = settled[candidate]
-                entries.append(_entry(candidate, status, reason, left_out))
+                entry = _entry(candidate, status, reason, left_out)
             elif counts[candidate] == candidate.size:
                 reason = f"{candidate.size} stay: the nearest width to what is asked for"
-                entries.append(_entry(candidate, "skipped", reason, True))
+                entry = _entry(candidate, "skipped", reason, True)
             else:
                 arrays = {"kept": kept[candidate], **read.get(candidate, {})}
-                entries.append(_applied(candidate, named[candidate], arrays, made_up[candidate]))
+                entry = _applied(candidate, named[candidate], arrays, made_up[candidate])
+            detail = {**entry.detail, **spread.evidence.get(candidate, {})}
+            entries.append(dataclasses.replace(entry, detail=detail))
         return entries
 
     def edit(self, model: ir.Model, chosen: Sequence[Entry], ctx: Context) -> Result:

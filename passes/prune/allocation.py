@@ -1,8 +1,8 @@
 """How many positions each candidate keeps: a share of the cost to remove, spread over the candidates.
 
-An allocation maps a share in [0, 1) to a width for every candidate. A larger share never gives a larger
-width. Cost is counted in parameters, those of a position while nothing else is pruned; where widths share
-weights, what is really removed differs, and a budget searches for the share that keeps it.
+An allocation maps a share in [0, 1) to a width for every candidate. A larger share never removes less. Cost
+counted in parameters, those of a position while nothing else is pruned; where widths share weights, what
+is really removed differs, and a budget searches for the share that keeps it.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from typing import TypeAlias
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -20,11 +21,21 @@ from netlathe.analysis.blocks import blocks
 from netlathe.analysis.branches import residual_branches
 from netlathe.diagnostics import missing_extra
 from netlathe.passes.prune.candidates import Candidate, Scores
+from netlathe.passes.prune.distortion import curves
 from netlathe.pipeline.pass_ import Context
 
 Float64 = npt.NDArray[np.float64]
 Scored: TypeAlias = Mapping[Candidate, Scores]
 Allocation: TypeAlias = Callable[[float], dict[Candidate, int]]
+
+
+@dataclass(frozen=True)
+class Spread:
+    """How a share is spread, and for each candidate what that goes by, which the ledger tells."""
+
+    allocate: Allocation
+    evidence: Mapping[Candidate, Mapping[str, Any]] = field(default_factory=dict)
+
 
 _DP_STEPS = 2000  # units that the cost to remove is cut into: half a thousandth of it is the error
 
@@ -115,20 +126,19 @@ def standardized(scored: Scored) -> Allocation:
     return ranked({candidate: standard(candidate) for candidate in scored})
 
 
-def layer_adaptive(scored: Scored) -> Allocation:
+def least_distortion(of: Mapping[Candidate, Float64]) -> Allocation:
     """The widths of the least total distortion that remove the cost, by dynamic programming.
 
-    Joint layer-adaptive pruning (arXiv 2308.10438), section 3: a curve of distortion against width for each
-    layer, distortions that add up, and an exact search over widths. The curves are sums of the scores of what
-    goes. Unlike a ranking it sees that only some widths are legal.
+    Xu et al. (arXiv 2308.10438), section 3: a curve of distortion against width for each layer, distortions
+    that add up, and an exact search over all combinations of widths. ``of`` has a distortion for each of
+    a candidate's widths, ascending.
     """
-    candidates = list(scored)
+    candidates = list(of)
     options = []
     for candidate in candidates:
-        curve = np.concatenate(([0.0], np.cumsum(np.sort(scored[candidate]))))
         widths = np.asarray(candidate.widths()[::-1])  # all, then fewer
         gone = candidate.size - widths
-        options.append((widths, gone * _cost(candidate), curve[gone]))
+        options.append((widths, gone * _cost(candidate), of[candidate][::-1]))
     total = sum(_cost(candidate) * candidate.size for candidate in candidates)
 
     def allocate(share: float) -> dict[Candidate, int]:
@@ -181,7 +191,25 @@ def _cost(candidate: Candidate) -> float:
     return float(max(candidate.parameters, 1))
 
 
-def by_angle(scored: Scored, model: ir.Model, ctx: Context) -> Allocation:
+def layer_adaptive(scored: Scored, model: ir.Model, ctx: Context) -> Spread:
+    """:func:`least_distortion` of measured curves, :func:`netlathe.passes.prune.distortion.curves`."""
+    measured = curves(scored, model, ctx)
+    evidence = {
+        candidate: {
+            "distortion": {
+                str(width): value
+                for width, value in zip(
+                    curve.widths.tolist(), curve.distortions.tolist(), strict=True
+                )
+            }
+        }
+        for candidate, curve in measured.items()
+    }
+    every = {candidate: curve.at(candidate.widths()) for candidate, curve in measured.items()}
+    return Spread(least_distortion(every), evidence)
+
+
+def by_angle(scored: Scored, model: ir.Model, ctx: Context) -> Spread:
     """What each block keeps is proportional to sigmoid(s - mean s), s the angle by which it turns the stream.
 
     CFSP (arXiv 2409.13199), section 3, coarse-grained: s is the angle between the stream before and after a
@@ -197,7 +225,8 @@ def by_angle(scored: Scored, model: ir.Model, ctx: Context) -> Allocation:
     at = {weight: n for n, b in enumerate(found) for each in b.branches for weight in each.weights}
     wanted = [AngularDistance(b.start.name or "", b.end.name or "") for b in found]
     results = ctx.collect(model, wanted, needed_by="prune(allocation='cfsp')")
-    weight = angular_weights(np.array([result.scalar for result in results]))
+    angles = np.array([result.scalar for result in results])
+    weight = angular_weights(angles)
     block = {c: next((at[p.value] for p in c.parts if p.value in at), None) for c in scored}
 
     def allocate(share: float) -> dict[Candidate, int]:
@@ -208,7 +237,12 @@ def by_angle(scored: Scored, model: ir.Model, ctx: Context) -> Allocation:
             counts[candidate] = candidate.fit(left) or candidate.widths()[0]
         return counts
 
-    return allocate
+    evidence = {
+        candidate: {"block": number, "angle": float(angles[number])}
+        for candidate, number in block.items()
+        if number is not None
+    }
+    return Spread(allocate, evidence)
 
 
 def angular_weights(angles: Float64) -> Float64:
@@ -219,20 +253,20 @@ def angular_weights(angles: Float64) -> Float64:
     return np.asarray(gates / gates.mean()) if len(gates) else gates
 
 
-def together(parts: Sequence[Allocation]) -> Allocation:
+def together(parts: Sequence[Spread]) -> Spread:
     """Each of several allocations for its own candidates, of the same share."""
 
     def allocate(share: float) -> dict[Candidate, int]:
-        return {candidate: n for part in parts for candidate, n in part(share).items()}
+        return {candidate: n for part in parts for candidate, n in part.allocate(share).items()}
 
-    return allocate
+    return Spread(allocate, {c: told for part in parts for c, told in part.evidence.items()})
 
 
-ALLOCATIONS: Mapping[str, Callable[[Scored, ir.Model, Context], Allocation]] = {
-    "uniform": lambda scored, model, ctx: uniform(scored),
-    "global": lambda scored, model, ctx: ranked(scored),
-    "isomorphic": lambda scored, model, ctx: isomorphic(scored),
-    "flap": lambda scored, model, ctx: standardized(scored),
+ALLOCATIONS: Mapping[str, Callable[[Scored, ir.Model, Context], Spread]] = {
+    "uniform": lambda scored, model, ctx: Spread(uniform(scored)),
+    "global": lambda scored, model, ctx: Spread(ranked(scored)),
+    "isomorphic": lambda scored, model, ctx: Spread(isomorphic(scored)),
+    "flap": lambda scored, model, ctx: Spread(standardized(scored)),
     "cfsp": by_angle,
-    "layer_adaptive": lambda scored, model, ctx: layer_adaptive(scored),
+    "layer_adaptive": layer_adaptive,
 }

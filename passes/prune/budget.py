@@ -120,18 +120,19 @@ def solve(
     reachable = budget.measure(least)
     if reachable > budget.limit:
         raise _unreachable(budget, reachable, fixed)
-    best, low, high = least, 0.0, 1.0
     if budget.measure({}) <= budget.limit:
         return {candidate: candidate.size for candidate in free}
+    best, low, high = least, 0.0, 1.0
+    wide, narrow = _widths(allocate, low), _widths(allocate, high)
     for _ in range(_STEPS):
+        if wide == narrow:
+            break
         ratio = (low + high) / 2
         counts = _widths(allocate, ratio)
         if budget.measure(counts) <= budget.limit:
-            best, high = counts, ratio
+            best, narrow, high = counts, counts, ratio
         else:
-            low = ratio
-        if _widths(allocate, low) == _widths(allocate, high):
-            break
+            wide, low = counts, ratio
     return best
 
 

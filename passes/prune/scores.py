@@ -29,7 +29,7 @@ from netlathe.passes.prune.vocabulary import counts, vocabularies
 from netlathe.pipeline.pass_ import Context
 
 if TYPE_CHECKING:
-    from netlathe.execute.gradients import GateGradient
+    from netlathe.execute.gradients import GateStatistic
     from netlathe.execute.statistics import Statistic
 
 Float64 = npt.NDArray[np.float64]
@@ -282,13 +282,13 @@ def _from_activations(
 
 
 def _taylor(candidates: Sequence[Candidate], model: ir.Model, ctx: Context) -> list[Scores]:
-    """|E[x_j g_j]|, the first-order change of the loss if x_j becomes 0, g being its gradient.
+    """E|x_j g_j|, the first-order change of the loss if x_j becomes 0, g being its gradient.
 
-    Molchanov et al. (arXiv 1611.06440), section 2.2, equations 7 and 8. It equals |sum of w dL/dw| over
-    W_j. The loss is that of the next token.
+    Molchanov et al. (arXiv 1611.06440), section 2.2, equations 7 and 8: the magnitude is taken for each
+    example and averaged over them. An example is what has a label: an image, a token. A gate's sum is not
+    divided by the number of its pixels. The loss is that of the labels given, or of the next token.
     """
-    found = _from_gradients("taylor", candidates, model, ctx)
-    return [np.abs(total) for total in found]
+    return _from_gradients("taylor", candidates, model, ctx)
 
 
 def _obd(candidates: Sequence[Candidate], model: ir.Model, ctx: Context) -> list[Scores]:
@@ -296,7 +296,8 @@ def _obd(candidates: Sequence[Candidate], model: ir.Model, ctx: Context) -> list
 
     Optimal Brain Damage (LeCun et al., 1990, section 2, equation 5: h u^2 / 2) for the gate of a position,
     u = 1, with the Fisher information of the model's own output for its Hessian h (Kwon et al.,
-    arXiv 2204.09656, section 3.2). It needs no labels, and is in nats per row where the output is logits.
+    arXiv 2204.09656, section 3.2): x_j g_j is summed over all that shares a label, then squared. It needs no
+    labels, and is in nats per label where the output is logits.
     """
     found = _from_gradients("obd", candidates, model, ctx)
     return [total / 2 for total in found]
@@ -309,9 +310,9 @@ def _from_gradients(
         from netlathe.execute import gradients
     except ModuleNotFoundError as error:
         raise missing_extra("torch", "torch", f"prune(score={name!r})") from error
-    kind = gradients.GateGradient if name == "taylor" else gradients.GateFisher
+    kind = gradients.GateMagnitude if name == "taylor" else gradients.GateFisher
     objective = gradients.Objective.DATA if name == "taylor" else gradients.Objective.CURVATURE
-    wanted: dict[Candidate, list[GateGradient]] = {
+    wanted: dict[Candidate, list[GateStatistic]] = {
         candidate: [
             kind(*place, tuple(candidate.index(part.activation, part.axis).tolist()))
             for part, place in _read_once(candidate)
