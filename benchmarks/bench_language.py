@@ -45,6 +45,39 @@ SPARSE = (
     "score='wanda', sweeps=20, ",
 )
 ORDERED = ("score='wanda', permute=True, ", "score='sparsegpt', sweeps=5, permute=True, ")
+# Token by token, with one scale for all data, and with 4-bit weights; then weights alone.
+TOKEN = "quantize(activations='int8', activation_scales='token')"
+STATIC = "quantize(activations='int8')"
+W4A8 = (
+    "quantize(weights='int4', group_size=64, activations='int8', activation_scales='token',"
+    " activation_form='qdq')"
+)
+SMOOTHED = ("equalize(alpha=0.5), ", "equalize(alpha=0.7), ", "equalize(alpha=0.85), ")
+ROTATED = tuple(
+    f"{FOLD}, rotate({options}), "
+    for options in ("online=True", "", "basis='random', online=True", "basis='pca', online=True")
+)
+
+
+def rtn(bits: int, more: str = "", group: int = 64) -> str:
+    """Weights to nearest, tables in float16."""
+    options = f"weights='int{bits}', group_size={group}, scales='float16'{more}"
+    return f"quantize({options}, {TABLES})"
+
+
+def gptq(bits: int, more: str = "") -> str:
+    """The same by GPTQ."""
+    return rtn(bits, f", clip='mse', solver='gptq', sweeps=3{more}")
+
+
+def awq(bits: int, more: str = "", group: int = 64) -> str:
+    """AWQ's search for these weights."""
+    return (
+        f"equalize(method='awq', weights='int{bits}', group_size={group}{more}, ignore='lm_head'), "
+    )
+
+
+BITS = ((4, ""), (3, ", symmetric=False"))
 SETS = {
     # One step of a kind each, and two or three steps that each take their part of the same budget.
     "compose": [
@@ -150,6 +183,22 @@ SETS = {
         f"sparsify(pattern='{tile}', {way}ignore=('lm_head',))"
         for tile in ("4x4", "1x8")
         for way in (SPARSE[1], SPARSE[4])
+    ],
+    # What makes a model quantize better, before `quantize` and without: its baselines.
+    "transforms": [
+        *(f"{before}{TOKEN}" for before in ("", *SMOOTHED, *ROTATED, f"{FOLD}, ")),
+        *(f"{before}{STATIC}" for before in ("", *SMOOTHED, *ROTATED[:2])),
+        *(f"{before}{W4A8}" for before in ("", "equalize, ", *ROTATED[:2])),
+        *(
+            f"{before}{solver(bits, more)}"
+            for solver in (rtn, gptq)
+            for bits, more in BITS
+            for before in ("", awq(bits, more), *ROTATED[:2])
+        ),
+        rtn(4, group=128),
+        awq(4, group=128) + rtn(4, group=128),
+        *(rtn(bits, f"{more}, correct_bias=True") for bits, more in BITS),
+        *(gptq(bits, f"{more}, correct_bias=True") for bits, more in BITS),
     ],
     # SliceGPT (arXiv 2401.15024) at its ratios, and one basis at as many parameters or fewer.
     "slice": [
