@@ -165,6 +165,20 @@ class Covariance(_OfOne):
         return _Outer()
 
 
+@dataclass(frozen=True)
+class LogMeanSquare(_OfOne):
+    """Mean over rows of the logarithm of a row's mean square: a scalar. A row of zeros counts as 2^-1022."""
+
+    @property
+    def per_channel(self) -> bool:
+        """One number for all channels."""
+        return False
+
+    def start(self) -> Accumulator:
+        """An empty sum."""
+        return _RowMean(_log_mean_square)
+
+
 # -- two values -----------------------------------------------------------------------------------
 
 
@@ -304,21 +318,24 @@ class _Range(Accumulator):
 
 
 class _RowMean(Accumulator):
-    """The mean of what ``of`` gives for each row of two values."""
+    """The mean of what ``of`` gives for each row of its values."""
 
-    def __init__(self, of: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> None:
+    def __init__(self, of: Callable[..., torch.Tensor]) -> None:
         self._of = of
         self._sum: torch.Tensor | None = None
 
     def add(self, *rows: torch.Tensor) -> None:
-        a, b = rows
-        total = self._of(a, b).sum()
+        total = self._of(*rows).sum()
         self._sum = total if self._sum is None else self._sum + total
-        self.count += a.shape[0]
+        self.count += rows[0].shape[0]
 
     def result(self) -> torch.Tensor:
         assert self._sum is not None
         return self._sum / self.count
+
+
+def _log_mean_square(x: torch.Tensor) -> torch.Tensor:
+    return x.square().mean(1).clamp(min=torch.finfo(x.dtype).tiny).log()
 
 
 def _cosine(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

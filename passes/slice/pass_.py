@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -32,11 +32,16 @@ from netlathe.pipeline.pass_ import (
 )
 from netlathe.pipeline.verification import tolerance
 
+if TYPE_CHECKING:
+    from netlathe.passes.slice.statistics import Seen
+    from netlathe.passes.slice.widths import Measure, Missed, Plan
+
 Matrix = npt.NDArray[np.float64]
 # In float32 every weight is rounded once more, and sums run in another order, in another basis. Either is
 # like one of the roundings of a sum: of n = 8192 terms 84 ulp of its RMS at the largest of 10^5 (as in
 # fold_norms).
 TOLERANCE = 84 * 2.0**-23
+_MEASURED_SAMPLES = 4  # on which widths are tried
 
 
 @options
@@ -67,6 +72,12 @@ class Slice(ChoosingPass):
         help="a basis for every block, with a matrix on every skip, as in the paper;"
         " else one for the whole stream",
     )
+    cuts: int = option(
+        default=0,
+        ge=0,
+        help="with parameters and basis='loss': cut the stream at up to so many places, chosen with all"
+        " widths by predicted loss",
+    )
     full: Literal["none", "embedding", "head", "both"] = option(
         default="none", help="with adapters: the ends of the stream that keep all directions"
     )
@@ -86,6 +97,10 @@ class Slice(ChoosingPass):
             problem = f"full={self.full!r} needs adapters=True: one basis has one width"
         elif self.basis == "hadamard" and (self.ratio != 0 or self.parameters is not None):
             problem = "a Hadamard basis has no least important directions: give ratio=0"
+        elif self.cuts and (self.parameters is None or self.basis != "loss" or self.adapters):
+            problem = (
+                "cuts are chosen under parameters=, by basis='loss', and without adapters=True"
+            )
         if problem:
             raise OptionError(Diagnostic("slice.options", problem))
 
@@ -111,13 +126,19 @@ class Slice(ChoosingPass):
         if not layout.segments:
             reason = "the model has no residual stream that norms read"
             return refused or [Entry("(the model)", "skipped", reason)]
-        named = {segment.points[0]: segment for segment in layout.segments}
         multiple = math.lcm(self.round_to, ctx.target.width_multiple if ctx.target else 1)
-        kept = self._widths(layout, named, multiple)
-        before = sizes(layout, {}, {}) - sum(segment.size**2 for segment in _adapter_groups(layout))
+        seen = self._observe(model, layout, ctx)
+        layout, plan = self._cut(model, layout, seen, multiple, ctx)
+        named = {segment.points[0]: segment for segment in layout.segments}
+        kept = (
+            {name: plan.kept[name] for name in named}
+            if plan
+            else self._widths(layout, named, multiple)
+        )
+        before = _total(layout)
         after = sizes(layout, kept, _stretches(named))
         self._check_net(kept, named, before, after)
-        solved, rows = self._solve(model, named, kept, ctx)
+        solved, rows = self._solve(model, named, kept, seen, plan.missed if plan else {}, ctx)
         fits, left = self._fit(model, named, kept, solved, ctx)
         entries = []
         for name, segment in named.items():
@@ -186,6 +207,57 @@ class Slice(ChoosingPass):
         fits = refit.fit(model, projections, norms, ctx, str(self))
         return fits, {norm: why for norm, why in found.items() if isinstance(why, str)}
 
+    def _observe(self, model: ir.Model, layout: Layout, ctx: Context) -> Seen | None:
+        """What bases and widths by the loss are made of."""
+        if self.basis == "hadamard":
+            return None
+        try:
+            import torch  # noqa: F401  # statistics are collected by it
+
+            from netlathe.passes.slice import statistics
+        except ModuleNotFoundError as error:
+            raise missing_extra("torch", "torch", f"{self.name} by calibration data") from error
+        if self.basis == "pca":
+            return None
+        norms = [norm for segment in layout.segments for norm in segment.norms]
+        return statistics.observe(model, list(dict.fromkeys(norms)), ctx, str(self))
+
+    def _cut(
+        self, model: ir.Model, layout: Layout, seen: Seen | None, multiple: int, ctx: Context
+    ) -> tuple[Layout, Plan | None]:
+        """The layout with the cuts that lose least, and the plan of them."""
+        if not self.cuts:
+            return layout, None
+        from netlathe.passes.slice.widths import Widths
+
+        assert seen is not None and self.parameters is not None
+        goal = (1 - self.parameters) * _total(layout)
+        widths = Widths(model, seen, multiple, ctx.device)
+        plan = widths.plan(goal, self.cuts, self._measure(model, ctx))
+        if plan is None:
+            raise self._out_of_reach(goal, _total(layout))
+        return lay_out(model, cut=plan.cut), plan
+
+    def _measure(self, model: ir.Model, ctx: Context) -> Measure:
+        """The loss on some of the data with some points projected: KL, or where there is none MSE."""
+        from netlathe.passes.drop.scores import ByOutput
+        from netlathe.pipeline.loss import kind_of
+
+        kinds = {kind_of(value) for value in model.graph.outputs}
+        score: Literal["kl", "mse"] = "mse" if kinds == {"values"} else "kl"
+        judge = ByOutput(model, score, ctx, _MEASURED_SAMPLES, self)
+
+        def change(columns: Mapping[str, Matrix]) -> Callable[[ir.Graph], None]:
+            def project(graph: ir.Graph) -> None:
+                taken = edit.names_in(graph)
+                values = {v.name: v for node in graph for v in node.outputs}
+                for point, basis in columns.items():
+                    _multiply(graph, values[point], basis @ basis.T, taken)
+
+            return project
+
+        return lambda variants: judge.after([change(columns) for columns in variants], "at widths")
+
     def _widths(
         self, layout: Layout, named: Mapping[str, Segment], multiple: int
     ) -> dict[str, int]:
@@ -203,7 +275,7 @@ class Slice(ChoosingPass):
                 else segment.group.size
                 for name, segment in named.items()
             }
-        total = sizes(layout, {}, {}) - sum(g.size**2 for g in _adapter_groups(layout))
+        total = _total(layout)
         goal = (1 - self.parameters) * total
         widest = max(segment.group.size for segment in named.values())
         least = math.inf
@@ -219,10 +291,14 @@ class Slice(ChoosingPass):
             least = min(least, count)
             if count <= goal:
                 return kept
-        raise PassError(
+        raise self._out_of_reach(goal, total, least)
+
+    def _out_of_reach(self, goal: float, total: float, least: float | None = None) -> PassError:
+        told = "" if least is None else f": the least is {least:.0f}"
+        return PassError(
             Diagnostic(
                 "slice.parameters",
-                f"no width leaves {goal:.0f} of {total} parameters: the least is {least:.0f}",
+                f"no width leaves {goal:.0f} of {total} parameters{told}",
                 help="ask for less with parameters=, or for a smaller round_to",
             )
         )
@@ -260,6 +336,8 @@ class Slice(ChoosingPass):
         model: ir.Model,
         named: Mapping[str, Segment],
         kept: Mapping[str, int],
+        seen: Seen | None,
+        missed: Missed,
         ctx: Context,
     ) -> tuple[dict[str, Matrix], int | None]:
         if self.basis == "hadamard":
@@ -268,12 +346,8 @@ class Slice(ChoosingPass):
                 for name, segment in named.items()
             }
             return found, None
-        try:
-            import torch  # noqa: F401  # statistics are collected by it
+        from netlathe.passes.slice import statistics
 
-            from netlathe.passes.slice import statistics
-        except ModuleNotFoundError as error:
-            raise missing_extra("torch", "torch", f"{self.name} by calibration data") from error
         rows: list[int] = []
 
         def principal(name: str, moment: Matrix, count: int) -> Matrix:
@@ -284,7 +358,8 @@ class Slice(ChoosingPass):
             places = {name: segment.points for name, segment in named.items()}
             solved = statistics.solve(model, places, ctx, principal, kept, str(self))
             return solved, min(rows, default=None)
-        return statistics.solve_by_loss(model, named, ctx, kept, str(self))
+        assert seen is not None
+        return statistics.solve_by_loss(seen, named, kept, missed, ctx), seen.rows
 
     # -- editing ----------------------------------------------------------------------------------
 
@@ -373,6 +448,11 @@ def _take_in(model: ir.Model, applied: Sequence[Entry]) -> None:
 
 def _stretches(named: Mapping[str, Segment]) -> dict[str, Any]:
     return {name: segment.stretch for name, segment in named.items()}
+
+
+def _total(layout: Layout) -> int:
+    """Parameters before anything goes, without the adapters."""
+    return sizes(layout, {}, {}) - sum(int(g.size) ** 2 for g in _adapter_groups(layout))
 
 
 def _first(layout: Layout) -> str:

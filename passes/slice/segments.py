@@ -13,7 +13,7 @@ An adapter is the identity when it is put in, so the model is still the function
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -65,10 +65,11 @@ class Layout:
     refused: list[tuple[str, str, str]] = field(default_factory=list)  # (value, why, module path)
 
 
-def lay_out(model: ir.Model, *, cut: bool) -> Layout:
+def lay_out(model: ir.Model, *, cut: bool | Collection[Edge]) -> Layout:
     """The segments of all residual streams of ``model``, which stays as it is.
 
-    With ``cut`` every block has its own; else a stream is one, but for what stands in subgraphs.
+    With ``cut`` every block has its own, or the stream is cut at these joins; else a stream is one, but for
+    what stands in subgraphs.
     """
     edges: list[Edge] = []
     points: list[tuple[str, int]] = []
@@ -84,7 +85,8 @@ def lay_out(model: ir.Model, *, cut: bool) -> Layout:
             refused.append((first.name or "", found, module_path(first)))
             continue
         entries, exits, fixed = found
-        edges += [*entries, *exits, *(joins if cut else ())]
+        at = joins if isinstance(cut, bool) else [join for join in joins if join in cut]
+        edges += [*entries, *exits, *(at if cut else ())]
         points += [
             (value.name or "", axis)
             for value, axis in _points(stream, [*exits, *joins])

@@ -9,6 +9,7 @@ points is solved from all of them, so those after its first are seen without its
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -162,34 +163,62 @@ def solve(
     return found
 
 
+@dataclass(frozen=True)
+class Seen:
+    """Second moments C of signals and Fisher matrices G, by the names of norms, over so many rows.
+
+    ``levels`` are the logarithms of the mean square of what each norm reads, averaged over rows: how loud the
+    stream is there. What enters it early is the smaller a part of it the louder it gets.
+    """
+
+    moments: Mapping[str, Matrix]
+    gradients: Mapping[str, Matrix]
+    levels: Mapping[str, float]
+    rows: int
+
+
+def observe(model: ir.Model, norms: Sequence[str], ctx: Context, needed_by: str) -> Seen:
+    """C and G at the outputs of ``norms``, and the levels of what they read."""
+    from netlathe.execute.statistics import Covariance, LogMeanSquare
+
+    makers = {node.outputs[0].name: node for node in model.graph}
+    read = {norm: value.name or "" for norm in norms if (value := makers[norm].inputs[0])}
+    wanted = [*map(Covariance, norms), *map(LogMeanSquare, dict.fromkeys(read.values()))]
+    found = {r.statistic: r for r in ctx.collect(model, wanted, needed_by=needed_by)}
+    moments = {norm: found[Covariance(norm)].array for norm in norms}
+    levels = {norm: found[LogMeanSquare(read[norm])].scalar for norm in norms}
+    gradients = fisher(model, norms, ctx, ctx.calibration)
+    return Seen(moments, gradients, levels, min(result.count for result in found.values()))
+
+
 def solve_by_loss(
-    model: ir.Model,
+    seen: Seen,
     segments: Mapping[str, Segment],
-    ctx: Context,
     kept: Mapping[str, int],
-    needed_by: str,
-) -> tuple[dict[str, Matrix], int]:
-    """A square basis for each segment, by what its removal costs the loss, and the rows seen."""
-    from netlathe.execute.statistics import Covariance
+    missed: Mapping[str, Sequence[tuple[Matrix, Matrix]]],
+    ctx: Context,
+) -> dict[str, Matrix]:
+    """A square basis for each segment, by what its removal costs the loss.
 
-    norms = {name: list(dict.fromkeys(segment.norms)) for name, segment in segments.items()}
-    wanted = [Covariance(norm) for held in norms.values() for norm in held]
-    results = ctx.collect(model, wanted, needed_by=needed_by)
-    moments = {r.statistic.values[0]: r for r in results}
-    gradients = fisher(model, list(moments), ctx, ctx.calibration)
+    ``missed`` are more C and G of segments: of what is missing behind them.
+    """
     found = {}
-    for name, held in norms.items():
+    for name, segment in segments.items():
+        norms = list(dict.fromkeys(segment.norms))
 
-        def compute(name: str = name, held: Sequence[str] = held) -> dict[str, Matrix]:
-            covariances = [moments[norm].array for norm in held]
-            weighed = [gradients[norm] for norm in held]
-            if not held:  # nothing normalizes it: no place to weigh at
+        def compute(name: str = name, norms: Sequence[str] = norms) -> dict[str, Matrix]:
+            if not norms:  # nothing normalizes it: no place to weigh at
                 return {"basis": np.eye(segments[name].group.size)}
+            covariances = [seen.moments[norm] for norm in norms]
+            weighed = [seen.gradients[norm] for norm in norms]
+            for moment, gradient in missed.get(name, ()):
+                covariances.append(moment)
+                weighed.append(gradient)
             basis = bases.loss_weighted(covariances, weighed, kept[name], ctx.device)
             return {"basis": basis}
 
         found[name] = ctx.once(f"basis {name}", compute)["basis"]
-    return found, min(result.count for result in results)
+    return found
 
 
 def fisher(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,8 @@ from netlathe.execute.executor import Executor
 from netlathe.ir import normal, verify
 from netlathe.passes.fold_norms import FoldNorms
 from netlathe.passes.slice import Slice, bases, lay_out
+from netlathe.passes.slice.narrow import sizes
+from netlathe.passes.slice.statistics import Seen
 from netlathe.pipeline import registry, run
 from netlathe.pipeline.interfaces import Target
 from netlathe.pipeline.ledger import Entry
@@ -248,6 +250,84 @@ def test_a_budget_in_net_parameters_is_met(adapters: bool) -> None:
     assert 0.6 < share <= 0.7
 
 
+@pytest.mark.parametrize("refit", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_cut_stream_is_its_reference(refit: bool) -> None:
+    model, ctx = loud(folded("llama")), data("llama")
+    pass_ = Slice(parameters=0.25, basis="loss", cuts=1, refit=refit, round_to=4)
+    after, entries, reference = sliced(model, pass_, ctx)
+    assert furthest(after, reference, "llama") <= 1e-5
+    assert cost(after).params <= 0.75 * cost(model).params
+    quiet, main = entries  # before the loud block, and behind it
+    assert quiet.detail["kept"] != main.detail["kept"]
+    assert len(quiet.detail["adapters"]) == 1 and not main.detail["adapters"]
+    assert entries[0].detail["parameters"]["after"] == cost(after).params
+
+
+def loud(model: ir.Model) -> ir.Model:
+    """The model with a first block that drowns its embedding, as trained models have it."""
+    table = model.graph.initializers["model.embed_tokens.weight"]
+    tensor = table.const_value
+    assert tensor is not None
+    table.const_value = ir.tensor(tensor.numpy() * np.float32(0.02), name=table.name)
+    return model
+
+
+@pytest.mark.parametrize("best", [8, 24, 44, 60])
+def test_of_all_widths_for_the_parameters_the_least_loss_is_found(best: int) -> None:
+    """A planted loss with one minimum over the width of the first part."""
+    from netlathe.passes.slice.widths import Widths
+
+    model = folded("llama")
+    widths = Widths(model, planted(model), 4)
+    goal = 0.75 * cost(model).params
+    tried = []
+
+    def measure(variants: Sequence[Mapping[str, bases.Basis]]) -> list[float]:
+        tried.append(len(variants))
+        points = [segment.points[0] for segment in lay_out(model, cut=True).segments]
+        kept = [[v[p].shape[1] if p in v else 64 for p in points] for v in variants]
+        return [100.0 if len(set(k)) == 1 else abs(k[0] - best) + 1.0 for k in kept]
+
+    plan = widths.plan(goal, 1, measure)
+    assert plan is not None and len(plan.cut) == 1 and plan.loss == 1.0
+    first, *_, last = plan.kept.values()
+    assert first == best and first % 4 == last % 4 == 0
+    layout = lay_out(model, cut=plan.cut)
+    named = {segment.points[0]: segment.stretch for segment in layout.segments}
+    count = sizes(layout, {name: plan.kept[name] for name in named}, named)
+    more = sizes(
+        layout, {name: plan.kept[name] + 4 * (plan.kept[name] == last) for name in named}, named
+    )
+    assert count <= goal and (last == 64 or goal < more), "all that is allowed is used"
+    assert sum(tried) < 16, "of 16 widths not all are tried"
+
+
+def test_a_cut_that_loses_more_is_not_made() -> None:
+    from netlathe.passes.slice.widths import Widths
+
+    model = folded("llama")
+    plan = Widths(model, planted(model), 4).plan(
+        0.75 * cost(model).params,
+        3,
+        lambda variants: [float(len(set(map(shape_of, v.values())))) for v in variants],
+    )
+    assert plan is not None and not plan.cut and len(set(plan.kept.values())) == 1
+
+
+def shape_of(array: bases.Basis) -> tuple[int, ...]:
+    return array.shape
+
+
+def planted(model: ir.Model) -> Seen:
+    """Statistics of a stream that is quiet at first."""
+    rng = np.random.default_rng(0)
+    norms = [norm for segment in lay_out(model, cut=False).segments for norm in segment.norms]
+    rows = {norm: rng.standard_normal((80, 64)) * np.linspace(2, 0.1, 64) for norm in norms}
+    moments = {norm: r.T @ r / 80 for norm, r in rows.items()}
+    levels = {norm: 0.0 if at < 2 else 6.0 for at, norm in enumerate(norms)}
+    return Seen(moments, {norm: np.eye(64) for norm in norms}, levels, 80)
+
+
 def test_the_ends_may_keep_all() -> None:
     model = folded("llama")
     entries = Slice(ratio=0.5, adapters=True, full="both").choose(model, data("llama"))
@@ -328,6 +408,9 @@ def test_adapters_that_eat_the_ratio_are_refused_with_the_figure() -> None:
     [
         {"ratio": 0.1, "parameters": 0.1},
         {"full": "head"},
+        {"cuts": 1},
+        {"cuts": 1, "parameters": 0.1},
+        {"cuts": 1, "parameters": 0.1, "basis": "loss", "adapters": True},
         {"basis": "hadamard"},
         {"basis": "hadamard", "ratio": 0.5},
     ],
