@@ -209,6 +209,11 @@ SETS = {
             for basis in ("pca", "loss")
             for refit in (False, True)
         ),
+        *(
+            f"{FOLD}, slice(parameters={share}, basis='loss', refit={refit}, cuts={cuts})"
+            for share in (0.05, 0.09, 0.135, 0.201)
+            for cuts, refit in ((1, False), (1, True), (2, True))
+        ),
     ],
 }
 
