@@ -200,6 +200,36 @@ SETS = {
         *(rtn(bits, f"{more}, correct_bias=True") for bits, more in BITS),
         *(gptq(bits, f"{more}, correct_bias=True") for bits, more in BITS),
     ],
+    # Ways to quantize activations, with weights of the same bits; and small floats as weights.
+    "activations": [
+        *(
+            f"quantize(weights='{number}', activations='{number}', activation_scales='{scales}',"
+            f" activation_form='qdq', activation_range='{range_}')"
+            for number, scales, range_ in (
+                ("int8", "token", "minmax"),
+                ("int8", "static", "minmax"),
+                ("int8", "static", "percentile"),
+                ("int8", "static", "mse"),
+                ("float8e4m3fn", "token", "minmax"),
+                ("float8e4m3fn", "static", "minmax"),
+            )
+        ),
+        "quantize(activations='uint8', activation_scales='tensor')",
+        W4A8,
+        "quantize(weights='int4', group_size=64, activations='int8', activation_form='qdq')",
+        *(
+            f"quantize(weights='{weights}'{more}, {TABLES})"
+            for weights, more in (
+                ("float8e4m3fn", ", scales='float16'"),
+                ("float4e2m1", ", group_size=32, scales='float16', clip='mse'"),
+                ("nf4", ", group_size=32, clip='mse'"),
+                ("mxfp4", ""),
+                ("mxfp4", ", clip='mse'"),
+                ("nvfp4", ""),
+                ("nvfp4", ", clip='mse'"),
+            )
+        ),
+    ],
     # SliceGPT (arXiv 2401.15024) at its ratios, and one basis at as many parameters or fewer.
     "slice": [
         *(f"{FOLD}, slice(ratio={r}, adapters=True, full='head')" for r in (0.1, 0.2, 0.25, 0.3)),

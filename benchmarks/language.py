@@ -65,10 +65,15 @@ def feeds(model: ir.Model, ids: Ids) -> list[Feeds]:
 
 
 def as_feeds(model: ir.Model, ids: Ids) -> Feeds:
-    """The ids, and a mask of ones where the model takes one."""
+    """The ids, and a mask of ones and an empty cache where the model takes them."""
     made: dict[str, npt.NDArray[Any]] = {"input_ids": ids}
-    if any(value.name == "attention_mask" for value in model.graph.inputs):
-        made["attention_mask"] = np.ones_like(ids)
+    for value in model.graph.inputs:
+        if value.name == "attention_mask":
+            made["attention_mask"] = np.ones_like(ids)
+        elif value.name and value.name.startswith("past_key_values."):
+            assert value.shape is not None and value.dtype is not None
+            _, heads, _, width = (d if isinstance(d, int) else 0 for d in value.shape)
+            made[value.name] = np.zeros((len(ids), heads, 0, width), value.dtype.numpy())
     return made
 
 
