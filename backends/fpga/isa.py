@@ -98,6 +98,7 @@ FIELDS: dict[Unit, dict[str, int]] = {
     "store": {
         "output": 14,
         "address": 32,
+        "group": 3,  # vectors that follow each other in memory
         "n0": 12,
         "n1": 12,
         "delta_0": -24,

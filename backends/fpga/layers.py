@@ -33,11 +33,17 @@ class Image:
     width: int
     channels: int
     vectors: int
+    group: int = 1  # 4: 32-bit sums, whose bytes lie in vectors of their own
 
     @property
     def pixels(self) -> int:
         """How many."""
         return self.height * self.width
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width."""
+        return self.height, self.width
 
 
 @dataclass(frozen=True)
@@ -121,11 +127,11 @@ class Builder:
 
     # -- memory -------------------------------------------------------------------------------------
 
-    def image(self, height: int, width: int, channels: int) -> Image:
-        """Room for a tensor."""
-        vectors = math.ceil(channels / self.spec.columns)
+    def image(self, height: int, width: int, channels: int, *, group: int = 1) -> Image:
+        """Room for a tensor; ``group`` bytes an element."""
+        vectors = math.ceil(channels / self.spec.columns) * group
         address = self._room(height * width * vectors * self.spec.vector_beats)
-        return Image(address, height, width, channels, vectors)
+        return Image(address, height, width, channels, vectors, group)
 
     def _room(self, beats: int) -> int:
         self.beats += beats
@@ -161,6 +167,14 @@ class Builder:
         raw = memory[start : start + size].view(np.int8)
         return raw.reshape(image.height, image.width, -1)[..., : image.channels]
 
+    def get_sums(self, memory: Array, image: Image) -> Array:
+        """What an image of sums holds: int32 [height, width, channels]."""
+        size = image.pixels * image.vectors * self.spec.columns
+        start = image.address * self.spec.beat_bytes
+        raw = memory[start : start + size].reshape(*image.size, -1, 4, self.spec.columns)
+        whole = np.ascontiguousarray(raw.swapaxes(-1, -2)).view("<i4")
+        return whole.reshape(*image.size, -1)[..., : image.channels]
+
     # -- layers -------------------------------------------------------------------------------------
 
     def product(
@@ -175,6 +189,7 @@ class Builder:
         zero: int = 0,
         pattern: Pattern | None = None,
         nibbles: bool = False,
+        raw: bool = False,
     ) -> Image:
         """A convolution, or with a window of one pixel a matrix product.
 
@@ -183,6 +198,7 @@ class Builder:
             zero: what stands for 0 in ``x``; pads are filled with it.
             pattern: weights follow it along their inputs, and are stored without what it leaves out.
             nibbles: weights lie within -8 and 7, and are stored in 4 bits.
+            raw: keep the 32-bit sums, bias added; :meth:`get_sums` reads them.
 
         Raises:
             LowerError: a sum can leave 32 bits, or a window does not fit the scratchpads.
@@ -192,11 +208,11 @@ class Builder:
         self._check_sums(name, weights, scale, zero)
         kernel = _Kernel(spec, weights, groups, pattern, nibbles)
         height, width = window.output(x.height, x.width)
-        y = self.image(height, width, out)
+        y = self.image(height, width, out, group=4 if raw else 1)
         parameters = self._parameters(weights, scale, zero)
         tables = self._table(scale.table)
         addresses = [self._kernel_data(kernel, n) for n in range(kernel.tiles)]
-        plan = self._tiling(name, x, kernel, window, (height, width))
+        plan = self._tiling(name, x, kernel, window, y)
         report = self._begin(name, weights.size * height * width)
         for tile in _tiles(height, width, *plan):
             slots: dict[tuple[int, int], tuple[int, list[Span]]] = {}
@@ -323,15 +339,15 @@ class Builder:
 
     # -- tiles --------------------------------------------------------------------------------------
 
-    def _pixels(self) -> int:
+    def _pixels(self, group: int = 1) -> int:
         """Outputs that one half of the sums and of the output scratchpad takes."""
-        return min(self.spec.sum_rows, self.spec.output_vectors) // 2
+        return min(self.spec.sum_rows, self.spec.output_vectors // group) // 2
 
     def _tiling(
-        self, name: str, x: Image, kernel: _Kernel, window: Window, size: tuple[int, int]
+        self, name: str, x: Image, kernel: _Kernel, window: Window, y: Image
     ) -> tuple[int, int]:
         """Height and width of tiles for which the slowest of array, reads and writes takes least."""
-        spec, (height, width) = self.spec, size
+        spec, (height, width) = self.spec, y.size
         room = spec.input_vectors // 2
         smallest = window.span(0) * window.span(1) * kernel.pitch
         self._check_window(name, smallest)
@@ -339,13 +355,13 @@ class Builder:
         for h in sorted({math.ceil(height / d) for d in range(1, height + 1)}):
             for w in sorted({math.ceil(width / d) for d in range(1, width + 1)}):
                 area = window.taken(0, h) * window.taken(1, w) * kernel.pitch
-                if h * w > self._pixels() or area > room:
+                if h * w > self._pixels(y.group) or area > room:
                     continue
                 steps = window.kernel[0] * window.kernel[1] * kernel.slices
                 array = kernel.tiles * (h * w * steps + 2)
                 beats = kernel.tiles * (kernel.beats(steps) + spec.columns)
                 beats += area * spec.vector_beats * len(set(kernel.ranges))
-                out = kernel.tiles * h * w * spec.vector_beats
+                out = kernel.tiles * h * w * spec.vector_beats * y.group
                 count = math.ceil(height / h) * math.ceil(width / w)
                 cost = count * max(array, beats, out)
                 if best is None or cost < best[0]:
@@ -527,42 +543,45 @@ class Builder:
     ) -> None:
         """Requantize a tile of vector ``n`` and store it."""
         pixel = y.vectors * self.spec.vector_beats
-        to = y.address + (tile.top * y.width + tile.left) * pixel + n * self.spec.vector_beats
+        to = y.address + (tile.top * y.width + tile.left) * pixel
+        to += n * y.group * self.spec.vector_beats
         self._requantize(
-            sums, words, scale, tables, tile.width, tile.height, to, y.vectors, y.width
+            sums, words, scale, tables, tile.width, tile.height, to, y.vectors, y.width, y.group
         )
 
     def _requantize(
         self, sums: int, words: int, scale: Scale, tables: int, across: int, down: int, to: int,
-        vectors: int, width: int,
+        vectors: int, width: int, group: int = 1,
     ) -> None:  # fmt: skip
         count, beats = across * down, self.spec.vector_beats
-        output = self._half("output", self.spec.output_vectors, count)
+        output = self._half("output", self.spec.output_vectors, count * group)
         fields = {
             "sums": sums, "parameters": words, "zero": scale.zero, "to_output": 1, "output": output,
-            "n0": across, "n1": down, "table": int(tables >= 0), "tables": max(tables, 0),
+            "n0": across, "n1": down, "table": int(tables >= 0), "tables": max(tables, 0), "raw": int(group > 1),
         }  # fmt: skip
+        own = ("output", output, output + count * group)
         reads = [("sums", sums, sums + count), ("parameters", words, words + self.spec.columns)]
         if tables >= 0:
             reads.append(("tables", tables, tables + 256))
-        self._emit("requantize", fields, reads=reads, writes=[("output", output, output + count)])
-        strides = (1, vectors * beats, width * vectors * beats)
-        _, inner, outer = isa.deltas((beats, across, down), strides)
-        last = to + (down - 1) * strides[2] + (across - 1) * strides[1] + beats
+        self._emit("requantize", fields, reads=reads, writes=[own])
+        strides = (1, beats, vectors * beats, width * vectors * beats)
+        _, _, inner, outer = isa.deltas((beats, group, across, down), strides)
+        last = to + (down - 1) * strides[3] + (across - 1) * strides[2] + group * beats
         self._emit(
             "store",
             {
                 "output": output,
                 "address": to,
+                "group": group,
                 "n0": across,
                 "n1": down,
                 "delta_0": inner,
                 "delta_1": outer,
             },
-            reads=[("output", output, output + count)],
+            reads=[own],
             writes=[("memory", to, last)],
         )
-        self.reports[-1].beats_out += count * beats
+        self.reports[-1].beats_out += count * group * beats
 
     def _parameters(self, weights: Array, scale: Scale, zero: int) -> int:
         """What is added has the zero point of the inputs in it: sum (x - z) w = sum x w - z sum w."""

@@ -161,9 +161,9 @@ class Machine:
 
     def _store(self, i: Instruction) -> None:
         beats = self.spec.vector_beats
-        counts = (beats, i["n0"], i["n1"])
-        to = addresses(i["address"], counts, (1, i["delta_0"], i["delta_1"])).reshape(-1)
-        count = i["n0"] * i["n1"]
+        counts = (beats, i["group"], i["n0"], i["n1"])
+        to = addresses(i["address"], counts, (1, 1, i["delta_0"], i["delta_1"])).reshape(-1)
+        count = i["group"] * i["n0"] * i["n1"]
         data = self.output[i["output"] : i["output"] + count].view(np.uint8)
         self.memory.reshape(-1, self.spec.beat_bytes)[to] = data.reshape(-1, self.spec.beat_bytes)
 
@@ -244,7 +244,7 @@ def cycles(program: Sequence[Instruction], spec: Spec, memory: Memory) -> list[T
             done = start + 1 + spec.columns + count + REQUANTIZE_STAGES
             free[unit] = done + 1
         else:
-            count = step["n0"] * step["n1"] * spec.vector_beats
+            count = step["group"] * step["n0"] * step["n1"] * spec.vector_beats
             done = last_slot(start + 2, count, memory.write)
             free[unit] = done + 1
         queue.append(start)

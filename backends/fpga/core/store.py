@@ -26,15 +26,17 @@ class Store(Elaboratable):
         m.submodules.head = head = self.head
         f = head.field
         beats = spec.vector_beats
-        m.submodules.nest = nest = Nest("nest", (log2(beats) + 1, 12, 12), {"memory": 32})
+        m.submodules.nest = nest = Nest("nest", (log2(beats) + 1, 3, 12, 12), {"memory": 32})
         m.d.comb += [
             nest.counts[0].eq(beats),
-            nest.counts[1].eq(f["n0"]),
-            nest.counts[2].eq(f["n1"]),
+            nest.counts[1].eq(f["group"]),
+            nest.counts[2].eq(f["n0"]),
+            nest.counts[3].eq(f["n1"]),
             nest.bases["memory"].eq(f["address"]),
             nest.deltas["memory"][0].eq(1),
-            nest.deltas["memory"][1].eq(f["delta_0"]),
-            nest.deltas["memory"][2].eq(f["delta_1"]),
+            nest.deltas["memory"][1].eq(1),
+            nest.deltas["memory"][2].eq(f["delta_0"]),
+            nest.deltas["memory"][3].eq(f["delta_1"]),
         ]
         place, part = Signal(14), Signal(max(1, log2(beats)))
         pushes = Signal(len(head.pushes))
@@ -63,7 +65,7 @@ class Store(Elaboratable):
                     with m.If(nest.last[0]):
                         m.d.comb += self.output_enable.eq(1)
                         m.d.sync += place.eq(place + 1)
-                    with m.If(nest.last[2]):
+                    with m.If(nest.last[3]):
                         m.d.comb += self.done.eq(pushes)
                         m.next = "IDLE"
         return m
