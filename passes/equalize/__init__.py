@@ -30,6 +30,7 @@ from netlathe.pipeline.pass_ import (
     Context,
     Equivalent,
     Exactness,
+    Pass,
     Result,
     option,
     options,
@@ -91,6 +92,10 @@ class Equalize(ChoosingPass):
     @property
     def _scheme(self) -> Scheme:
         return Scheme(self.weights, self.symmetric, self.group_size)
+
+    def cannot_follow(self, earlier: Pass) -> str:
+        """Of codes none is scaled."""
+        return "weights are codes by then" if earlier.name == "quantize" else ""
 
     def choose(self, model: ir.Model, ctx: Context) -> list[Entry]:
         """Find the factors of every candidate, one after the other in the order of the graph.

@@ -33,6 +33,7 @@ from netlathe.pipeline.pass_ import (
     Context,
     Equivalent,
     Exactness,
+    Pass,
     Result,
     option,
     options,
@@ -60,6 +61,14 @@ class Rotate(ChoosingPass):
         default=False,
         help="put a Hadamard transform in front of products whose input nothing else turns",
     )
+
+    def cannot_follow(self, earlier: Pass) -> str:
+        """Codes and zeros do not stay what they are in another basis."""
+        reasons = {
+            "quantize": "weights are codes by then",
+            "sparsify": "zeros of weights would be turned into other numbers",
+        }
+        return reasons.get(earlier.name, "")
 
     def choose(self, model: ir.Model, ctx: Context) -> list[Entry]:
         """Find what can turn, and a basis for each.

@@ -9,6 +9,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 import pytest
 
+import netlathe
 from netlathe.diagnostics import OptionError, PassError
 from netlathe.execute import compare, ort
 from netlathe.execute.executor import Executor
@@ -295,6 +296,11 @@ def test_awq_refuses_what_it_cannot_judge() -> None:
         found["n"].status == "refused" and "groups of 24 do not divide the 16" in found["n"].reason
     )
     assert found["r"].status == "applied"
+
+
+def test_it_comes_before_quantize() -> None:
+    with pytest.raises(OptionError, match="cannot come behind"):
+        netlathe.plan("no such model", "quantize, equalize")
 
 
 def test_data_is_asked_for() -> None:

@@ -10,7 +10,8 @@ import numpy.typing as npt
 import onnx_ir as ir
 import pytest
 
-from netlathe.diagnostics import PassError
+import netlathe
+from netlathe.diagnostics import OptionError, PassError
 from netlathe.execute import compare, ort
 from netlathe.execute.executor import Executor
 from netlathe.ir import normal, verify, weights
@@ -248,6 +249,12 @@ def test_an_odd_width_has_no_transform() -> None:
     result = rotated(products(22), Rotate(online=True))
     (entry,) = result.entries
     assert entry.status == "refused" and "no Hadamard matrix" in entry.reason
+
+
+@pytest.mark.parametrize("earlier", ["quantize", "sparsify"])
+def test_it_comes_before_what_it_would_undo(earlier: str) -> None:
+    with pytest.raises(OptionError, match="cannot come behind"):
+        netlathe.plan("no such model", f"{earlier}, rotate")
 
 
 def test_pca_asks_for_data() -> None:
