@@ -22,8 +22,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -37,6 +37,7 @@ from netlathe.ir import types, weights
 from netlathe.ir.provenance import module_path
 from netlathe.passes.quantize import (
     activations,
+    allocation,
     bias,
     candidates,
     in_order,
@@ -48,12 +49,13 @@ from netlathe.passes.quantize import (
     token,
 )
 from netlathe.passes.quantize.activations import Form, How, NumberName, Scales, Settings
+from netlathe.passes.quantize.allocation import Sensitivity
 from netlathe.passes.quantize.candidates import Candidate
 from netlathe.passes.quantize.graph import Editor, as_codes
 from netlathe.passes.quantize.layout import Layout, Ragged, Unfit, layout
 from netlathe.passes.quantize.low_rank import Basis, Branch, Stored
 from netlathe.passes.quantize.rounding import Clip
-from netlathe.passes.quantize.scheme import FormatName, ScaleType, Scheme, for_weight
+from netlathe.passes.quantize.scheme import FORMATS, FormatName, ScaleType, Scheme, for_weight
 from netlathe.pipeline.ledger import Entry
 from netlathe.pipeline.pass_ import (
     ChoosingPass,
@@ -140,6 +142,19 @@ class Quantize(ChoosingPass):
         help='other settings by module path or weight: {"lm_head": {"weights": "int8"}}; the last match'
         " counts",
     )
+    bits: float = option(
+        default=0.0,
+        ge=0,
+        le=16,
+        help="a budget in bits a weight, scales included, for what no override gives a format; 0: none",
+    )
+    formats: tuple[FormatName, ...] = option(
+        default=(), help="bits: the number formats that share the budget"
+    )
+    sensitivity: Sensitivity = option(
+        default="mse",
+        help="bits: by what weights are compared: what outputs lose (kl, mse), or layers by rank (lim, zd)",
+    )
     activations: NumberName = option(
         default="float32", help="the number type of what products with quantized weights read"
     )
@@ -188,8 +203,9 @@ class Quantize(ChoosingPass):
         found = candidates.find(model)
         self._check_patterns(found)
         self._check_schemes(found)
+        shares = self._shares(model, found, ctx) if self.bits else {}
         progress = ctx.progress.track(found, "looking at weights", len(found))
-        entries = [self._entry(candidate, ctx) for candidate in progress]
+        entries = [self._allocated(candidate, shares, ctx) for candidate in progress]
         self._check_coverage(found, entries)
         if self.vectors != "float32":
             entries += [self._vector(value, self.vectors) for value in candidates.vectors(model)]
@@ -280,7 +296,10 @@ class Quantize(ChoosingPass):
             raise PassError(problems)
 
     def _check_schemes(self, found: Sequence[Candidate]) -> None:
-        problems = dict.fromkeys(problem for c in found if (problem := self._scheme(c).problem()))
+        passes = [self, *map(self._in, self.formats)]
+        schemes = [pass_._scheme(candidate) for candidate in found for pass_ in passes]
+        problems = dict.fromkeys(problem for scheme in schemes if (problem := scheme.problem()))
+        problems |= dict.fromkeys(self._problems_of_bits())
         if problem := self._of_activations().problem():
             problems[problem] = None
         reads_biases = self.activations != "float32" and self.activation_scales != "token"
@@ -372,6 +391,60 @@ class Quantize(ChoosingPass):
         arrays = self._solve(candidate, entry, ctx)
         return dataclasses.replace(entry, arrays=arrays)
 
+    # -- bits by a budget -------------------------------------------------------------------------
+
+    def _problems_of_bits(self) -> Iterator[str]:
+        if bool(self.bits) != bool(self.formats):
+            yield "bits is a budget for formats, and formats share the budget bits: give both"
+        if len(set(self.formats)) < len(self.formats):
+            yield f"formats={self.formats!r} names one twice"
+        if self.bits and self.sensitivity in ("lim", "zd") and len(self.formats) != 2:
+            yield f"sensitivity={self.sensitivity!r} shares out two formats, a wide and a narrow one"
+        if self.bits and self.low_rank:
+            yield "low_rank does not go with bits, which counts weights only: leave one out"
+
+    def _in(self, name: FormatName) -> Quantize:
+        """The pass with another format, and of the other options what that has."""
+        kind = FORMATS[name].kind
+        changes: dict[str, Any] = {"weights": name, "bits": 0.0, "formats": ()}
+        if kind == "cast":
+            changes |= {"group_size": 0, "per_tensor": False}
+        if kind != "integer":
+            changes["symmetric"] = True
+        if kind == "table":
+            changes["scales"] = "float32"
+        return dataclasses.replace(self, **changes)
+
+    def _shares(
+        self, model: ir.Model, found: Sequence[Candidate], ctx: Context
+    ) -> dict[str, allocation.Share]:
+        """The format of every weight that no override gives one."""
+        given = [pattern for pattern, own in self.overrides.items() if "weights" in own]
+        passes = {name: self._in(name) for name in self.formats}
+        options_: list[allocation.Options] = []
+        for candidate in ctx.progress.track(found, "looking at formats", len(found)):
+            if any(candidate.matches(pattern) for pattern in given):
+                continue
+            one = allocation.Options(candidate.name, math.prod(candidate.dims))
+            for name, pass_ in passes.items():
+                entry = dataclasses.replace(pass_, solver="rtn")._entry(candidate, ctx)
+                if entry.status == "applied":
+                    one.entries[name] = entry
+            if one.entries:
+                options_.append(one)
+        return allocation.share_out(model, options_, self.bits, self.sensitivity, ctx)
+
+    def _allocated(
+        self, candidate: Candidate, shares: Mapping[str, allocation.Share], ctx: Context
+    ) -> Entry:
+        """The entry of a weight in the format that it got."""
+        share = shares.get(candidate.name)
+        if share is None:
+            return self._entry(candidate, ctx)
+        entry = self._in(cast(FormatName, share.format))._entry(candidate, ctx)
+        found = {**entry.detail, "sensitivity": {"by": share.by, **share.costs}}
+        return dataclasses.replace(entry, reason=f"{entry.reason}; {share.words}", detail=found)
+
     def _branch(
         self, candidate: Candidate, own: Layout, scheme: Scheme
     ) -> tuple[Branch | None, str]:
@@ -443,7 +516,7 @@ class Quantize(ChoosingPass):
                 found |= _branch_of_error(array, made, entry.detail["low_rank"]["rank"], ctx.device)
             return found
 
-        return ctx.once(candidate.name, search)
+        return ctx.once(f"{candidate.name}/{scheme.weights}", search)
 
 
 # -- entries --------------------------------------------------------------------------------------

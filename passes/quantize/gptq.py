@@ -66,9 +66,9 @@ def solve(
     """
     moment = torch.tensor(second_moment, dtype=torch.float64, device=device)
     inputs = Inputs(moment, damping=damping, act_order=act_order, dtype=dtype)
-    tensors = [torch.tensor(array, device=device) for array in (matrix, scale, zero)]
+    w, s, z = (torch.tensor(array, device=device) for array in (matrix, scale, zero))
     mask = None if kept is None else torch.tensor(kept, device=device)
-    codes = inputs.solve(*tensors, scheme, sweeps=sweeps, kept=mask)
+    codes = inputs.solve(w, s, z, scheme, sweeps=sweeps, kept=mask)
     return Solution(codes.cpu().numpy(), inputs.damping)
 
 

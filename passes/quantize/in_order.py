@@ -81,7 +81,7 @@ def solve(
     from netlathe.execute.statistics import Covariance
     from netlathe.execute.torch_ops import storage
     from netlathe.execute.walk import Walk  # torch is an extra
-    from netlathe.passes.quantize import device, gptq
+    from netlathe.passes.quantize import gptq
 
     if not ctx.calibration:
         ctx.collect(model, [], needed_by=f"quantize with {settings.words}")
@@ -128,6 +128,7 @@ def solve(
         arrays = {key: a for key, a in solved.items() if key not in ("loss", "damping")}
         done[index] = dataclasses.replace(entry, reason=reason, detail=detail, arrays=arrays)
         made = _effective(done[index], arrays, ctx.device)
+        assert candidate.value.dtype is not None
         walk.replace(candidate.name, made.to(storage.TORCH_DTYPE[candidate.value.dtype]))
         for array in arrays.values():
             weights.give_back_array(array)  # mapped where there is a cache
