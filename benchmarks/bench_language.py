@@ -29,13 +29,15 @@ FOLD = "fold_norms(untie=True)"
 DROP = "drop(kind='joint', params={}, score='kl', search='greedy')"
 SLICE = "slice(parameters={}, basis='loss', refit=True)"
 PRUNE = "prune(scope=('ffn', 'heads'), params={})"
-# Both tables in float16, as most tools leave them; one of them; both in int8.
+# Both tables in float16, as most tools leave them; vectors too; the embedding alone; tables in int8.
 HALF = "{'weights': 'float16', 'group_size': 0, 'symmetric': True}"
 BYTE = "{'weights': 'int8', 'group_size': 0, 'symmetric': True}"
 TABLES = f"overrides={{'embed_tokens': {HALF}, 'lm_head': {HALF}}}"
-EMBEDDING = f"overrides={{'embed_tokens': {HALF}}}"
-BYTES = f"overrides={{'embed_tokens': {BYTE}, 'lm_head': {BYTE}}}"
+HALVES = f"vectors='float16', {TABLES}"
+HEAD = f"vectors='float16', overrides={{'embed_tokens': {HALF}}}"
+BYTES = f"vectors='float16', overrides={{'embed_tokens': {BYTE}, 'lm_head': {BYTE}}}"
 SOLVED = "scales='float16', clip='mse', solver='gptq', sweeps=3"
+GROUPED = f"group_size=64, symmetric=False, {SOLVED}, {HALVES}"
 SPARSE = (
     "",
     "score='wanda', ",
@@ -141,23 +143,39 @@ SETS = {
             )
         ),
     ],
+    # Rows of peers at as many bytes or fewer, then what else bytes can be spent on.
     "quantize": [
-        f"quantize(weights='int8', scales='float16', {EMBEDDING})",
-        f"quantize(weights='int4', group_size=64, scales='float16', {TABLES})",
-        f"quantize(weights='int4', group_size=64, scales='float16', clip='mse', {TABLES})",
-        f"quantize(weights='int4', group_size=64, scales='float16', clip='mse', solver='gptq', {TABLES})",
-        f"quantize(weights='int4', group_size=64, {SOLVED}, {TABLES})",
-        f"quantize(weights='int4', group_size=32, {SOLVED}, {TABLES})",
-        f"quantize(weights='int4', group_size=128, {SOLVED}, {TABLES})",
-        f"quantize(weights='int4', group_size=64, symmetric=False, {SOLVED}, {TABLES})",
-        f"quantize(weights='int4', group_size=32, symmetric=False, {SOLVED}, {TABLES})",
-        f"quantize(weights='int4', group_size=64, {SOLVED}, {EMBEDDING})",
-        f"quantize(weights='int3', group_size=64, symmetric=False, {SOLVED}, {TABLES})",
-        f"quantize(weights='int2', group_size=32, symmetric=False, {SOLVED}, {TABLES})",
+        f"quantize(weights='int8', scales='float16', {HEAD})",
+        f"quantize(weights='int4', group_size=64, scales='float16', {HALVES})",
+        f"quantize(weights='int4', group_size=64, {SOLVED}, {HALVES})",
+        f"quantize(weights='int4', group_size=32, {SOLVED}, {HALVES})",
+        f"quantize(weights='int4', group_size=128, {SOLVED}, {HALVES})",
+        f"quantize(weights='int4', group_size=64, {SOLVED}, {HEAD})",
+        f"quantize(weights='int3', group_size=64, symmetric=False, {SOLVED}, {HALVES})",
+        f"quantize(weights='int2', group_size=32, symmetric=False, {SOLVED}, {HALVES})",
+        f"quantize(activations='int8', activation_scales='token', scales='float16', {HALVES})",
+        f"quantize(bits=3.5, formats=('int3', 'int4'), sensitivity='kl', {GROUPED})",
+        f"quantize(bits=3, formats=('int2', 'int3', 'int4'), sensitivity='kl', {GROUPED})",
+        f"quantize(weights='int4', group_size=64, symmetric=False, {SOLVED}, {HALVES})",
+        f"quantize(weights='int4', group_size=128, low_rank=2, low_rank_basis='input', {SOLVED}, {HALVES})",
+        f"quantize(weights='int4', group_size=128, low_rank=3, low_rank_basis='input',"
+        f" low_rank_stored='int8', {SOLVED}, {HALVES})",
+        f"quantize(weights='int4', group_size=128, low_rank=2, {SOLVED}, {HALVES})",
+        f"quantize(weights='int3', group_size=64, low_rank=2, low_rank_basis='input', symmetric=False,"
+        f" {SOLVED}, {HALVES})",
+        f"quantize(weights='int2', group_size=64, low_rank=4, low_rank_basis='input', symmetric=False,"
+        f" {SOLVED}, {HALVES})",
+        f"quantize(bits=3, formats=('int2', 'int4'), sensitivity='kl', {GROUPED})",
+        f"quantize(bits=3, formats=('int2', 'int4'), sensitivity='mse', {GROUPED})",
+        f"quantize(bits=3, formats=('int2', 'int4'), sensitivity='lim', {GROUPED})",
+        f"quantize(bits=3, formats=('int2', 'int4'), sensitivity='zd', {GROUPED})",
+        f"quantize(weights='int3', group_size=64, {SOLVED}, {HALVES})",
+        f"quantize(weights='int4', group_size=64, scales='float16', clip='mse', {HALVES})",
+        f"quantize(weights='int4', group_size=64, scales='float16', clip='mse', solver='gptq', {HALVES})",
+        f"quantize(weights='int4', group_size=32, symmetric=False, {SOLVED}, {HALVES})",
+        f"quantize(weights='nf4', group_size=64, clip='mse', solver='gptq', sweeps=3, {HALVES})",
         f"quantize(weights='int6', group_size=64, {SOLVED}, {BYTES})",
-        f"quantize(weights='int5', group_size=64, {SOLVED}, {BYTES})",
         f"quantize(weights='int4', group_size=32, {SOLVED}, {BYTES})",
-        "quantize(weights='int8', activations='int8', activation_scales='token')",
         "quantize(weights='int8', activations='int8')",
     ],
     # Zeros in all layers but the head, by each way to choose them; then with quantization behind.
