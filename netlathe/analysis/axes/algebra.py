@@ -30,12 +30,13 @@ Size: TypeAlias = int | sympy.Expr
 class Axis:
     """One axis; what is known of it grows. Compare axes only after :meth:`Space.find`."""
 
-    __slots__ = ("form", "link", "row", "size")
+    __slots__ = ("form", "link", "row", "size", "stays")
 
     def __init__(self, size: Size, form: Form | None = None, *, row: bool = False) -> None:
         self.size = size
         self.form = form  # None: an atom
         self.row = row  # one position cut out of several, as opposed to a dim that has just one
+        self.stays: object = None  # why none of its positions may ever go
         self.link: Axis | None = None  # the axis that this one turned out to be
 
     def __repr__(self) -> str:
@@ -86,7 +87,7 @@ def factors(axis: Axis) -> list[Axis]:
     axis = find(axis)
     if not isinstance(axis.form, Product):
         return [axis]
-    return [inner for factor in axis.form.factors for inner in factors(factor)]
+    return [inner for factor in _telling(axis.form) for inner in factors(factor)]
 
 
 def parts(axis: Axis) -> list[Axis]:
@@ -116,8 +117,42 @@ def atoms(axis: Axis) -> Iterator[Axis]:
             stack += reversed(_children(axis.form))
 
 
-def _children(form: Form) -> tuple[Axis, ...]:
-    return form.factors if isinstance(form, Product) else form.parts
+def _children(form: Form) -> Sequence[Axis]:
+    return _telling(form) if isinstance(form, Product) else form.parts
+
+
+def _telling(form: Product) -> Sequence[Axis]:
+    """Factors that say something: not a row that stays, which is there whatever goes.
+
+    Long chains of shuffles cut an axis into rows of rows; without this all of them would stand in each
+    position for good.
+    """
+    found = [factor for factor in form.factors if factor.size != 1 or not _held(factor)]
+    return found or form.factors[:1]
+
+
+def _reduced(axis: Axis) -> Axis:
+    """The axis; of a product with rows that stay, and one other factor, that factor."""
+    axis = find(axis)
+    while isinstance(axis.form, Product) and len(found := _telling(axis.form)) == 1:
+        axis.link = found[0]
+        axis = find(axis)
+    return axis
+
+
+def _held(axis: Axis) -> bool:
+    """Whether a row, or a product of rows, stays for good."""
+    axis = find(axis)
+    if axis.stays is None and isinstance(axis.form, Product):
+        if all(map(_held, axis.form.factors)):
+            axis.stays = find(axis.form.factors[0]).stays
+    return axis.stays is not None
+
+
+def hold(axis: Axis, why: object) -> None:
+    """Let none of the positions of an axis ever go."""
+    for atom in list(atoms(axis)):
+        atom.stays = atom.stays or why
 
 
 def show(axis: Axis, name: Callable[[Axis], str] = lambda atom: str(atom.size)) -> str:
@@ -126,7 +161,8 @@ def show(axis: Axis, name: Callable[[Axis], str] = lambda atom: str(atom.size)) 
     if axis.form is None:
         return name(axis)
     if isinstance(axis.form, Product):
-        return "(" + " ".join(show(factor, name) for factor in axis.form.factors) + ")"
+        each = [show(factor, name) for factor in _telling(axis.form)]
+        return "(" + " ".join(each) + ")" if len(each) > 1 else each[0]
     return "[" + " | ".join(show(part, name) for part in axis.form.parts) + "]"
 
 
@@ -136,9 +172,9 @@ def show(axis: Axis, name: Callable[[Axis], str] = lambda atom: str(atom.size)) 
 def product(of: Sequence[Axis]) -> Axis:
     """The product of axes; of a single one that axis itself.
 
-    A factor of one position says nothing, unless it is a row: then the product is there with it.
+    A factor of one position says nothing, unless it is a row that may go: then the product goes with it.
     """
-    of = [axis for axis in of if axis.size != 1 or find(axis).row] or of[:1]
+    of = [axis for axis in of if axis.size != 1 or (find(axis).row and not _held(axis))] or of[:1]
     if len(of) == 1:
         return of[0]
     size = dims.product(axis.size for axis in of)
@@ -217,16 +253,16 @@ class Space:
     # -- joining ----------------------------------------------------------------------------------
 
     def _join(self, a: Axis, b: Axis) -> None:
-        a, b = find(a), find(b)
+        a, b = _reduced(a), _reduced(b)
         if a is b:
             return
         if not _same(a.size, b.size):
             raise Misfit
         if a.form is None and (b.row or not a.row) and a not in factors(b):
-            a.link = b
+            _link(a, b)
             return
         if b.form is None and (a.row or not b.row) and b not in factors(a):
-            b.link = a
+            _link(b, a)
             return
         if a.size == 1:
             self._join_rows(factors(a), factors(b))
@@ -250,8 +286,8 @@ class Space:
         ``[a | b | c]`` cut out of 3 x 4 is 1 x 4 with the first of the 3. What is joined with it and
         is no row, or one of something else, would stay: then the row must stay as well.
         """
-        only_left = [row for row in left if row not in right]
-        only_right = [row for row in right if row not in left]
+        only_left = [row for row in left if row not in right and not _held(row)]
+        only_right = [row for row in right if row not in left and not _held(row)]
         if len(only_left) == len(only_right) == 1:
             self._join(only_left[0], only_right[0])
         else:
@@ -271,6 +307,8 @@ class Space:
         if single.form is not None:
             self._align(parts(single), [product(of)])
         single.form = Product(tuple(of))
+        if single.stays is not None:
+            hold(single, single.stays)
 
     def _lay(self, segment: Axis, piece: Axis) -> None:
         """Join a segment with what it is of new rows and columns.
@@ -278,7 +316,7 @@ class Space:
         ``[(g 4) | (h 2)]`` seen as (2 6) is one of the 2: the 6 is ``[(g 4) | (h 2)]``, and the one of
         the 2 is a row that none of the segments knows of, so it stays.
         """
-        segment = find(segment)
+        segment = _reduced(segment)
         row, *inner = factors(piece)
         if segment.form is None or row.size != 1 or not inner or inner == _solid(segment)[0]:
             self._join(segment, piece)
@@ -349,6 +387,7 @@ class Space:
                     if factor.form is not None:
                         self._align(parts(factor), [product([rows, columns])], self._lay)
                     factor.form = Product((rows, columns))
+                    rows.stays = columns.stays = factor.stays
                     left += [columns, rows]
                 else:
                     raise Misfit
@@ -358,6 +397,13 @@ class Space:
         if left:  # rows at the very end belong to what stands before them
             found[-1] += reversed(left)
         return [product(taken) if taken else Axis(1) for taken in found]
+
+
+def _link(atom: Axis, axis: Axis) -> None:
+    """Let an atom be another axis from now on."""
+    atom.link = axis
+    if atom.stays is not None:
+        hold(axis, atom.stays)
 
 
 def _solid(axis: Axis) -> tuple[list[Axis], list[Axis]]:
@@ -372,6 +418,7 @@ def _cut(axis: Axis, at: Size) -> tuple[Axis, Axis]:
     if axis.form is None:
         rest = _subtract(axis.size, at)
         left, right = Axis(at, row=at == 1), Axis(rest, row=rest == 1)
+        left.stays = right.stays = axis.stays
         axis.form = Segments((left, right))
         return left, right
     if isinstance(axis.form, Segments):

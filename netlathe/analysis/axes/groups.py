@@ -13,7 +13,7 @@ both and must keep a position.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -146,7 +146,7 @@ def sort(related: Related) -> Axes:
                 members=tuple(found),
                 uses=tuple(uses[atom]),
                 listings=tuple(listings[atom]),
-                pins=tuple(dict.fromkeys(pins[atom])),
+                pins=tuple(dict.fromkeys((*pins[atom], *_held(atom)))),
                 least=least[atom],
                 interface=tuple(dict.fromkeys(held[value] for value in (*inputs, *outputs))),
                 atom=atom,
@@ -198,6 +198,12 @@ def _pins(related: Related) -> dict[Axis, list[Pin]]:
             for atom in algebra.atoms(axis):
                 pins[atom].append(Pin(EVERY - {"permute"}, reason))
     return pins
+
+
+def _held(atom: Axis) -> Iterator[Pin]:
+    """Why an atom stays that is part of what stays, but stands in none of its terms any more."""
+    if isinstance(atom.stays, Pin):
+        yield atom.stays
 
 
 def _least(related: Related) -> dict[Axis, int]:

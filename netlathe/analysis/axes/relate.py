@@ -27,7 +27,7 @@ from netlathe.analysis.axes.signature import (
     origin,
 )
 from netlathe.analysis.axes.signatures import TABLE
-from netlathe.ir import types
+from netlathe.ir import edit, types
 from netlathe.ir.dims import Dim
 from netlathe.ir.provenance import location
 
@@ -49,6 +49,9 @@ class Pin:
     def where(self) -> str:
         """Module path and source line of the node that pins."""
         return "" if self.node is None else location(self.node)
+
+
+ALONE = Pin(frozenset({"delete"}), "it is the only position of a dim")
 
 
 @dataclass(frozen=True)
@@ -160,7 +163,10 @@ class _Walk:
     def _pin(
         self, axis: Axis, reason: str, edits: frozenset[Edit] = EVERY, *, caller: bool = False
     ) -> None:
-        self.found.pins.append((axis, Pin(edits, reason, self.node, caller)))
+        pin = Pin(edits, reason, self.node, caller)
+        self.found.pins.append((axis, pin))
+        if "delete" in edits and not caller:
+            algebra.hold(axis, pin)
 
     def _misfit(self, axis: Axis) -> None:
         assert self.node is not None
@@ -229,6 +235,9 @@ class _Walk:
         self.found.relations.append(relation)
         for value, axes in zip(node.outputs, made, strict=True):
             self.found.axes[value] = axes
+        for axes in (*inputs, *made):
+            for axis in axes:
+                self._keep_rows(axis)
         for index, value in enumerate(node.inputs):
             if value is not None and index in bound.unseen:
                 self._pin_value(value, f"{_op(node)} reads {value.name} as a list")
@@ -247,6 +256,13 @@ class _Walk:
             axis, order = (bound.build(pattern.parse_term(text)) for text in texts)
             self.found.listings.append(Listing(node, operand, axis, order))
         self._positions(relation)
+
+    def _keep_rows(self, axis: Axis) -> None:
+        """A row that all positions of a dim are in has to stay, or the dim would be empty."""
+        if isinstance(algebra.find(axis).form, algebra.Product):
+            for row in algebra.factors(axis):
+                if row.size == 1 and row.stays is None:
+                    algebra.hold(row, ALONE)
 
     def _use(self, spot: Spot, axis: Axis) -> None:
         """Note a use of a size; pin the axis where the number comes out of a computation."""
@@ -271,6 +287,9 @@ class _Walk:
         """Follow integers that are positions of an axis; used otherwise, they pin it."""
         node, signature, known = relation.node, relation.signature, self.found.positions
         moved = linear_inputs(signature.linear) if signature.moves else []
+        if node.inputs and (value := node.inputs[0]) in known and _keeps(node, known[value]):
+            known[node.outputs[0]] = known[value]
+            return
         for index, letter in signature.reads.items():
             value, axis = node.inputs[index], relation.axes[letter]
             assert value is not None
@@ -296,6 +315,23 @@ class _Walk:
         for index, letter in signature.makes.items():
             if index < len(node.outputs):
                 known[node.outputs[index]] = relation.axes[letter]
+
+
+def _keeps(node: ir.Node, axis: Axis) -> bool:
+    """Whether a Clip has bounds that every position of an axis is within.
+
+    Routers of experts clip the ids of the experts that they picked, for the sake of other devices.
+    """
+    if node.op_type != "Clip" or node.domain != "" or not isinstance(axis.size, int):
+        return False
+    bounds = [*node.inputs[1:], None, None][:2]
+    for bound, limit, sign in zip(bounds, (0, axis.size - 1), (1, -1), strict=True):
+        if bound is None:
+            continue
+        number = edit.const_array(bound)
+        if number is None or number.size != 1 or sign * number.item() > sign * limit:
+            return False
+    return True
 
 
 def _fresh(value: ir.Value) -> tuple[Axis, ...] | None:

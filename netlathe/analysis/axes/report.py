@@ -10,6 +10,7 @@ import onnx_ir as ir
 
 from netlathe.analysis.axes.basis import Stretch, to_rotate, to_scale
 from netlathe.analysis.axes.groups import Axes, Group, Member, analyse
+from netlathe.analysis.axes.relate import ALONE
 from netlathe.diagnostics import PassError
 from netlathe.ir.provenance import module_path
 
@@ -77,11 +78,8 @@ def _pinned(group: Group) -> tuple[str, ...]:
         pin.reason + (f" ({_node(pin.node)})" if pin.node is not None else "") for pin in group.pins
     ]
     if group.size <= group.least:
-        reasons.append(f"all {group.size} positions must stay" if group.size > 1 else _ALONE)
+        reasons.append(f"all {group.size} positions must stay" if group.size > 1 else ALONE.reason)
     return tuple(dict.fromkeys(reasons))
-
-
-_ALONE = "it is the only position of a dim"
 
 
 def _member(axes: Axes, member: Member) -> str:

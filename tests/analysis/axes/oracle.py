@@ -11,8 +11,8 @@ deletions that contain a position; they are what the axis analysis calls a posit
 from __future__ import annotations
 
 import math
-from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,12 +26,10 @@ from netlathe.analysis.axes.algebra import Axis
 from netlathe.analysis.axes.groups import Axes, Group
 from netlathe.execute import ort
 from netlathe.ir import edit, types
+from tests.analysis.axes.deletions import Deletions, Pairs
 
 Array = npt.NDArray[Any]
 Var = int  # a mask
-Option = frozenset[tuple[Var, int]]  # positions of masks
-Need = list[Option]  # of these options, one
-Gone = Option
 Deletion = frozenset[tuple[str, int, int]]  # (value, dim, position)
 
 # Elements come out as they went in: only their places are new.
@@ -192,6 +190,12 @@ class Oracle:
             for value in held[1:]:
                 self.same(self.positions[held[0].name or ""], self.positions[value.name or ""])
             return
+        if node.op_type == "Clip" and held == [node.inputs[0]]:
+            low, high = (self.arrays[value.name or ""] for value in node.inputs[1:] if value)
+            axis = self.positions[held[0].name or ""]
+            if low <= 0 and high >= self.size[axis] - 1:  # it changes none of them
+                self.positions[node.outputs[0].name or ""] = axis
+                return
         understood = {
             "Gather": (1,),
             "GatherElements": (1,),
@@ -206,148 +210,54 @@ class Oracle:
     # -- search -----------------------------------------------------------------------------------
 
     def _index(self) -> None:
-        """Replace masks by their representatives, and find what the end of a position asks for."""
-        self.pinned = {self.find(var) for var in self.pinned}
+        """Number the positions of all masks, and say which elements are equal by them."""
+        roots = sorted({self.find(var) for var in range(len(self.parent))})
+        starts = np.cumsum([0, *(self.size[var] for var in roots)])
+        self.start = dict(zip(roots, starts.tolist(), strict=False))
+        stays = np.zeros(starts[-1], np.bool_)
+        for var in {self.find(var) for var in self.pinned}:
+            stays[self.start[var] : self.start[var] + self.size[var]] = True
         self.dims: dict[Var, list[tuple[str, int]]] = defaultdict(list)
         for name, found in self.vars.items():
             for dim, var in enumerate(found if name not in self.own else ()):
                 self.dims[self.find(var)].append((name, dim))
-        self.touching: dict[Var, list[Tie]] = defaultdict(list)
-        self.needs: dict[tuple[Var, int], list[Need]] = defaultdict(list)
-        for tie in self.ties:
-            tie.left = [tuple(map(self.find, block)) for block in tie.left]
-            tie.right = tuple(map(self.find, tie.right))
-            tie.source = tie.source.reshape([self.size[var] for var in tie.right])
-            for var in {var for block in (*tie.left, tie.right) for var in block}:
-                self.touching[var].append(tie)
-            self._find_needs(tie)
-        self.stays = {(var, at) for var in self.pinned for at in range(self.size[var])}
-        while True:
-            news = {place for place, needs in self.needs.items() if not self._may_go(place, needs)}
-            if news <= self.stays:
-                break
-            self.stays |= news
+        self.var_at = np.repeat(roots, [self.size[var] for var in roots])
+        pairs = (pair for tie in self.ties for pair in self._pairs(tie, stays))
+        self.deletions = Deletions(starts.tolist(), stays, pairs)
 
-    def _may_go(self, place: tuple[Var, int], needs: list[Need]) -> bool:
-        return place not in self.stays and all(any(map(self._open, need)) for need in needs)
-
-    def _open(self, option: Option) -> bool:
-        return self.stays.isdisjoint(option)
-
-    def _find_needs(self, tie: Tie) -> None:
-        """Push the position of every element through the tie, and join them position by position."""
-        places = np.indices(tie.source.shape).reshape(len(tie.right), tie.source.size)
+    def _pairs(self, tie: Tie, stays: Array) -> Iterator[Pairs]:
+        """The places of equal elements, in dims that are not known to stay as a whole."""
         source, start = tie.source.reshape(-1), 0
         for block in tie.left:
-            shape = [self.size[var] for var in block]
-            inside = (source >= start) & (source < start + math.prod(shape))
-            if block and tie.right:  # a scalar is never gone
-                origin = np.stack(np.unravel_index(source[inside] - start, shape))
-                self._find_needs_between(tie.right, places[:, inside], block, origin)
-                self._find_needs_between(block, origin, tie.right, places[:, inside])
-            start += math.prod(shape)
+            count = math.prod(self.size[var] for var in block)
+            elements = np.flatnonzero((source >= start) & (source < start + count))
+            if block and tie.right and len(elements):  # a scalar is never gone
+                left = self._places(block, source[elements] - start, stays)
+                yield left, self._places(tie.right, elements, stays)
+            start += count
 
-    def _find_needs_between(
-        self, here: tuple[Var, ...], mine: Array, there: tuple[Var, ...], theirs: Array
-    ) -> None:
-        """What must go there if a position goes here; columns are pairs of equal elements.
-
-        The elements of a position here are a block there, with some positions of each dim. They are all
-        gone only if all these positions of one dim are; but not all that the dim has, which must keep one.
-        """
-        sizes = [self.size[var] for var in there]
-        block = np.ravel_multi_index(tuple(theirs), sizes)
-        for dim, var in enumerate(here):
-            pairs = np.unique(mine[dim] * math.prod(sizes) + block)
-            positions, block_at = np.divmod(pairs, math.prod(sizes))
-            counts = np.bincount(positions, minlength=self.size[var])
-            met = []
-            for size, its in zip(sizes, np.unravel_index(block_at, sizes), strict=True):
-                seen = np.zeros((self.size[var], size), np.bool_)
-                seen[positions, its] = True
-                met.append(seen)
-            full = np.prod([seen.sum(axis=1) for seen in met], axis=0)
-            for position in np.flatnonzero((counts > 0) & (counts == full)):
-                need: Need = [
-                    frozenset((other, int(at)) for at in np.flatnonzero(seen[position]))
-                    for other, seen in zip(there, met, strict=True)
-                    if not seen[position].all()
-                ]
-                self.needs[var, int(position)].append(need)
+    def _places(self, block: tuple[Var, ...], elements: Array, stays: Array) -> Array:
+        """The places of elements in the dims of a block that do not stay as a whole."""
+        found = []
+        vars = [self.find(var) for var in block]
+        shape = [self.size[var] for var in vars]
+        for dim, var in enumerate(vars):
+            if not stays[self.start[var] : self.start[var] + self.size[var]].all():
+                inner = math.prod(shape[dim + 1 :])
+                found.append(elements // inner % shape[dim] + self.start[var])
+        return np.stack(found, axis=1) if found else np.zeros((len(elements), 0), np.int64)
 
     def minimal(self, name: str, dim: int, position: int) -> list[Deletion]:
         """The smallest consistent deletions that delete this position."""
-        solutions: list[Gone] = []
-        start: Option = frozenset({(self.find(self.vars[name][dim]), position)})
-        self._search(frozenset(), start, solutions, set())
-        found = {self._shown(solution) for solution in solutions}
-        return [one for one in found if not any(other < one for other in found)]
+        place = self.start[self.find(self.vars[name][dim])] + position
+        return [self._shown(solution) for solution in self.deletions.minimal(place)]
 
-    def _shown(self, solution: Gone) -> Deletion:
+    def _shown(self, places: Array) -> Deletion:
         return frozenset(
-            (name, dim, position) for var, position in solution for name, dim in self.dims[var]
+            (name, dim, place - self.start[var])
+            for place, var in zip(places.tolist(), self.var_at[places].tolist(), strict=True)
+            for name, dim in self.dims[var]
         )
-
-    def _search(self, gone: Gone, more: Option, solutions: list[Gone], seen: set[Gone]) -> None:
-        """All consistent deletions that hold ``gone`` and ``more`` and nothing without need."""
-        held, todo = set(gone), list(more)
-        while todo:
-            place = todo.pop()
-            if place in held:
-                continue
-            if place in self.stays:
-                return
-            held.add(place)
-            for need in self.needs[place]:
-                options = [option for option in need if self._open(option)]
-                if len(options) == 1:
-                    todo += options[0]
-                elif not options:
-                    return
-        gone = frozenset(held)
-        if gone in seen:
-            return
-        seen.add(gone)
-        counts = Counter(var for var, _ in gone)
-        if any(count == self.size[var] for var, count in counts.items()):
-            return  # nothing would be left
-        for place in gone:
-            for need in self.needs[place]:
-                if not any(option <= gone for option in need):
-                    for option in filter(self._open, need):
-                        self._search(gone, option, solutions, seen)
-                    return
-        for tie in {id(tie): tie for var in counts for tie in self.touching[var]}.values():
-            if broken := self._broken(tie, gone):
-                for place in broken:
-                    self._search(gone, frozenset({place}), solutions, seen)
-                return
-        solutions.append(gone)
-
-    def _broken(self, tie: Tie, gone: Gone) -> list[tuple[Var, int]]:
-        """Nothing where a tie holds; else the positions of an element of which one must go."""
-        left = [self._block(block, gone) for block in tie.left]
-        flat = np.concatenate([block.reshape(-1) for block in left])
-        right = self._block(tie.right, gone)
-        wanted = np.where(tie.source >= 0, flat[tie.source], right)
-        if (wanted & ~right).any():
-            at = np.unravel_index(np.flatnonzero(wanted & ~right)[0], right.shape)
-            return [(var, int(i)) for var, i in zip(tie.right, at, strict=True)]
-        for element in tie.source[right & ~wanted][:1]:
-            for block, vars in zip(left, tie.left, strict=True):
-                if element < block.size:
-                    at = np.unravel_index(element, block.shape)
-                    return [(var, int(i)) for var, i in zip(vars, at, strict=True)]
-                element -= block.size
-        return []
-
-    def _block(self, block: tuple[Var, ...], gone: Gone) -> Array:
-        """Which elements of a block are gone."""
-        found = np.zeros([self.size[var] for var in block], np.bool_)
-        for dim, var in enumerate(block):
-            positions = [at for other, at in gone if other == var]
-            found[(slice(None),) * dim + (positions,)] = True
-        return found
 
 
 def _give_own_constants(graph: ir.Graph) -> set[str]:

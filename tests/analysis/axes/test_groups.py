@@ -146,6 +146,24 @@ def test_a_channel_shuffle_mixes_groups_and_channels() -> None:
     assert len(attribute) == 1
 
 
+def test_a_chain_of_shuffles_does_not_carry_rows_that_stay() -> None:
+    """What one half keeps is in a row of every shuffle before: 12 of them would stand in its term."""
+    unit = (
+        "l{0}, r{0} = Split<axis=2>(z{0}, n) c{0} = MatMul(r{0}, w{0})"
+        " u{0} = Concat<axis=2>(l{0}, c{0}) v{0} = Reshape(u{0}, two)"
+        " t{0} = Transpose<perm=[0,1,3,2]>(v{0}) z{1} = Reshape(t{0}, one) "
+    )
+    body = "z0 = MatMul(x, i) " + "".join(unit.format(at, at + 1) for at in range(12))
+    axes = analysed(
+        body + "y = MatMul(z12, o)",
+        i=matrix(4, 8), n=[4, 4], two=[0, 0, 2, 4], one=[0, 0, 8], o=matrix(8, 2),
+        **{f"w{at}": matrix(4, 4) for at in range(12)},
+    )  # fmt: skip
+    last = axes.model.graph.initializers["w11"]
+    assert len(axes.of(last, 0)) <= 8
+    assert all(g.pins or g.least == 1 for g in axes.groups if not g.allows("delete"))
+
+
 def test_pixel_shuffle_keeps_its_blocks() -> None:
     made = model(
         "float[b,3,4,4] x", "float y", "a = Conv(x, w) p = DepthToSpace<blocksize=2>(a) y = Conv(p, v)",
@@ -160,15 +178,17 @@ def test_pixel_shuffle_keeps_its_blocks() -> None:
     assert block.pins[0].reason == "DepthToSpace lays blocks of them out in space"
 
 
-def test_experts_go_with_their_column_of_the_router() -> None:
+@pytest.mark.parametrize("clip", ["", "Clip(i, low, high)", "Clip(i, , high)"])
+def test_experts_go_with_their_column_of_the_router(clip: str) -> None:
+    bounds = {"low": np.array(0), "high": np.array(5)} if clip else {}
     made = model(
         "float[b,4] x", "float y",
-        """l = MatMul(x, router) p = Softmax<axis=-1>(l) w, i = TopK<axis=-1>(p, two)
-        f = Reshape(i, flat) e = Gather<axis=0>(experts, f) r = Unsqueeze(x, one)
+        f"""l = MatMul(x, router) p = Softmax<axis=-1>(l) w, i = TopK<axis=-1>(p, two)
+        j = {clip or "Identity(i)"} f = Reshape(j, flat) e = Gather<axis=0>(experts, f) r = Unsqueeze(x, one)
         t = Expand(r, twice) s = Reshape(t, rows) u = Unsqueeze(s, last) m = MatMul(e, u)
         q = Squeeze(m, last) y = MatMul(q, o)""",
         router=matrix(4, 6), two=[2], flat=[-1], experts=matrix(6, 5, 4), one=[1], twice=[1, 2, 1],
-        rows=[-1, 4], last=[2], o=matrix(5, 3),
+        rows=[-1, 4], last=[2], o=matrix(5, 3), **bounds,
     )  # fmt: skip
     normal.normalize(made)
     axes = analyse(made)
@@ -277,15 +297,18 @@ def test_an_operator_of_another_domain_pins_both_sides() -> None:
     }
 
 
-def test_positions_that_are_computed_with_pin_their_axis() -> None:
+@pytest.mark.parametrize(
+    "node", ["Cast<to=1>(i)", "Clip(i, , high)", "Clip(i, low)"], ids=["cast", "above", "below"]
+)
+def test_positions_that_are_computed_with_pin_their_axis(node: str) -> None:
     made = model(
         "float[b,4] x", "float y",
-        "l = MatMul(x, w) w1, i = TopK<axis=-1>(l, one) f = Cast<to=1>(i) y = Mul(f, w1)",
-        w=matrix(4, 6), one=[1],
+        f"l = MatMul(x, w) w1, i = TopK<axis=-1>(l, one) j = {node} f = Cast<to=1>(j) y = Mul(f, w1)",
+        w=matrix(4, 6), one=[1], high=np.array(4), low=np.array(1),
     )  # fmt: skip
     normal.normalize(made)
     reasons = {pin.reason for pin in group(analyse(made), "w", 1).pins}
-    assert reasons == {"Cast computes with its positions"}
+    assert reasons == {f"{node.split('<')[0].split('(')[0]} computes with its positions"}
 
 
 def test_what_no_common_split_expresses_is_pinned() -> None:
