@@ -99,10 +99,11 @@ class Walk:
         values = self._executor.program.values
         slots = [(w, tuple(values[v.name or ""] for v in w.values)) for w in watches.values()]
         end = max(self.position(v.name or "") for w in watches.values() for v in w.values)
-        stand = self._stand(end)
+        watched = [slot for _, own in slots for slot in own]
+        stand = self._stand(end, watched)
         for stop in self._stages(stand):
             self._advance(stop)
-        between = self._part(stand, end, [slot for _, own in slots for slot in own])
+        between = self._part(stand, end, watched)
         for number in self._tracked(end > stand):
             made = self._run(between, number)
             for watch, own in slots:
@@ -110,8 +111,15 @@ class Walk:
         self._give_back()
         return watches
 
-    def _stand(self, end: int) -> int:
-        """Where to hold the values of all samples in order to get at what is there after ``end`` steps."""
+    def _stand(self, end: int, watched: Sequence[Slot]) -> int:
+        """Where to hold the values of all samples in order to get at ``watched``, there after ``end`` steps.
+
+        What nothing reads later is not held: it is made from there.
+        """
+        passing = [
+            self._made[s] for s in watched if s in self._made and self._last.get(s, -1) < end
+        ]
+        end = min(passing, default=end)
         if self._bytes(end) <= self._room:
             return end
         return min(range(end, self._at - 1, -1), key=lambda at: self._widths[at])

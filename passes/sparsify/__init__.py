@@ -17,6 +17,7 @@ import onnx_ir as ir
 import pydantic
 from typing_extensions import TypedDict
 
+from netlathe.analysis.products import Use
 from netlathe.diagnostics import Diagnostic, PassError, did_you_mean
 from netlathe.ir import sparsity
 from netlathe.ir.provenance import module_path
@@ -206,7 +207,7 @@ class Sparsify(ChoosingPass):
             return Entry(name, "refused", reason, where)
         if reason := self._left_out(candidate):
             return Entry(name, "skipped", reason, where, left_out=True)
-        products = [use for use in candidate.uses if not use.is_lookup]
+        products = [use for use in candidate.uses if not _is_row(use, candidate)]
         if not products:
             readers = ", ".join(sorted({node.op_type for node in value.consumers()}))
             reason = f"read by {readers or 'nothing'}, which is no product"
@@ -233,10 +234,16 @@ class Sparsify(ChoosingPass):
         size = math.prod(candidate.dims)
         if size < self.min_size:
             return f"{size} elements, fewer than min_size={self.min_size}"
-        if any(use.is_lookup for use in candidate.uses):
-            tied = any(not use.is_lookup for use in candidate.uses)
+        rows = [use for use in candidate.uses if _is_row(use, candidate)]
+        if rows:
+            tied = len(rows) < len(candidate.uses)
             return f"a table that is looked up{', tied to a product' if tied else ''}"
         return ""
+
+
+def _is_row(use: Use, candidate: Candidate) -> bool:
+    """Whether rows are looked up, and not whole matrices as those of experts are."""
+    return use.is_lookup and len(candidate.dims) < 3
 
 
 def _done(value: ir.Value, pattern: Pattern, ratio: float, axis: int) -> str:

@@ -21,6 +21,8 @@ from netlathe.ir.sparsity import Pattern
 from netlathe.passes.quantize.candidates import Candidate
 from netlathe.passes.sparsify import dsnot, masks
 from netlathe.passes.sparsify.form import Form
+from netlathe.passes.sparsify.patches import fits as patches_fit
+from netlathe.passes.sparsify.patches import with_patches
 from netlathe.pipeline.pass_ import Context
 
 Array = npt.NDArray[Any]
@@ -86,31 +88,32 @@ def solve(
 
     if not ctx.calibration:
         ctx.collect(model, [], needed_by=needed_by)
-    walk = Walk(model, ctx.calibration, device=ctx.device, progress=ctx.progress)
+    wanted = [job.candidate.name for job in jobs if _sees_patches(job)]
+    probed, patches = with_patches(model, wanted)
+    walk = Walk(probed, ctx.calibration, device=ctx.device, progress=ctx.progress)
     found: dict[int, Solved] = {}
-    fed: list[tuple[int, int]] = []
+    fed: list[tuple[int, int, Input]] = []
     for index, job in enumerate(jobs):
         if (input_ := fed_by(job)) is not None:
-            fed.append((walk.position(input_.value), index))
+            if (name := patches.get(job.candidate.name)) is not None:
+                input_ = Input(name, 1, patches=True)
+            fed.append((walk.position(input_.value), index, input_))
             continue
         found[index] = _once(job, settings, None, ctx)
         if job.candidate.value.graph is model.graph:
             walk.replace(job.candidate.name, _stored(job, found[index]))
     held: dict[Input, Moments] = {}
-    for _, index in ctx.progress.track(sorted(fed), "solving", len(fed)):
+    order = sorted(fed, key=lambda each: each[:2])
+    for _, index, input_ in ctx.progress.track(order, "solving", len(order)):
         job = jobs[index]
-        input_ = fed_by(job)
-        assert input_ is not None
 
-        def moments(input_: Input = input_) -> Moments:
+        def moments(input_: Input = input_, job: Job = job) -> Moments:
             if input_ not in held:
                 held.clear()  # they are big, and those before are not asked for again
                 wide = MeanSquare if input_.repeats else Covariance
                 own = [Mean(input_.value, input_.axis), wide(input_.value, input_.axis)]
                 mean, second = (result.array for result in walk.collect(own))
-                if input_.repeats:
-                    mean, second = np.tile(mean, input_.repeats), np.tile(second, input_.repeats)
-                held[input_] = Moments(mean, second)
+                held[input_] = _moments(mean, second, input_, job)
             return held[input_]
 
         found[index] = _once(job, settings, moments, ctx)
@@ -118,16 +121,38 @@ def solve(
     return [found[index] for index in range(len(jobs))]
 
 
+def _moments(mean: Array, second: Array, input_: Input, job: Job) -> Moments:
+    """The moments by column of the job's matrix."""
+    if input_.patches:  # channels are slowest there, and fastest in the matrix
+        channels = job.form.dims[job.form.axis]
+        at = np.arange(len(mean)).reshape(channels, -1).T.reshape(-1)
+        return Moments(mean[at], second[np.ix_(at, at)])
+    if input_.repeats:
+        return Moments(np.tile(mean, input_.repeats), np.tile(second, input_.repeats))
+    return Moments(mean, second)
+
+
+def _sees_patches(job: Job) -> bool:
+    """Whether a convolution is solved with the second moment of the patches under its kernel."""
+    input_ = fed_by(job)
+    if input_ is None or not input_.repeats:
+        return False
+    node = job.candidate.uses[0].node
+    return len(job.candidate.uses) == 1 and patches_fit(node, job.form.shape[1])
+
+
 @dataclass(frozen=True)
 class Input:
     """A value that a weight is multiplied with, the axis of its channels, and columns for each of them.
 
-    ``repeats`` is 0 where columns are channels, and else how many positions of a kernel see each.
+    ``repeats`` is 0 where columns are channels, and else how many positions of a kernel see each;
+    ``patches`` says that the value holds what is under a kernel.
     """
 
     value: str
     axis: int
     repeats: int = 0
+    patches: bool = False
 
 
 def fed_by(job: Job) -> Input | None:
@@ -135,6 +160,8 @@ def fed_by(job: Job) -> Input | None:
     candidate, form = job.candidate, job.form
     if (plain := candidate.input) is not None:
         return Input(plain.value.name or "", plain.axis)
+    if all(use.is_lookup for use in candidate.uses):
+        return _fed_to_experts([use.node for use in candidate.uses], job)
     convolutions = [use.node for use in candidate.uses]
     values = {node.inputs[0] for node in convolutions if node.op_type == "Conv"}
     direct = all(
@@ -149,12 +176,35 @@ def fed_by(job: Job) -> Input | None:
     return Input(value.name or "", 1, form.shape[1] // channels)
 
 
+def _fed_to_experts(lookups: Sequence[ir.Node], job: Job) -> Input | None:
+    """What matrices that are looked up are multiplied with, all experts' inputs taken together."""
+    found = set()
+    for lookup in lookups:
+        value: ir.Value | None = lookup.outputs[0]
+        while value is not None and len(value.uses()) == 1:
+            ((node, position),) = value.uses()
+            if node.op_type == "MatMul" and not node.domain:
+                other = node.inputs[1 - position]
+                found.add((other, -1 if position else -2))
+                break
+            moves = node.op_type in ("Cast", "Reshape", "Squeeze", "Transpose", "Unsqueeze")
+            value = node.outputs[0] if moves else None
+        else:
+            return None
+    if len(found) != 1:
+        return None
+    ((fed, axis),) = found
+    if fed is None or fed.graph is not job.candidate.value.graph or not fed.shape:
+        return None
+    return Input(fed.name or "", axis) if fed.shape[axis] == job.form.shape[1] else None
+
+
 def method(job: Job, settings: Settings) -> tuple[str, bool]:
     """By which score zeros are found, and whether data tells what the output loses."""
     input_ = fed_by(job) if settings.needs_data else None
     if input_ is None:
         return "magnitude", False
-    if input_.repeats and settings.score == "sparsegpt":
+    if input_.repeats and settings.score == "sparsegpt" and not _sees_patches(job):
         return "wanda", True
     return settings.score, True
 
