@@ -137,11 +137,14 @@ SETS = {
                 "score='taylor', allocation='uniform', compensate='none'",
                 "score='taylor', compensate='none'",
                 "score='obd', allocation='uniform', compensate='none'",
+                "score='l2', allocation='layer_adaptive', compensate='none'",
                 "score='obd', allocation='layer_adaptive', compensate='none'",
                 "score='obd', compensate='none'",
                 "score='obd', compensate='bias'",
+                "allocation='layer_adaptive'",
             )
         ),
+        "prune(scope=('ffn', 'heads', 'kv_groups'), params=19.78e6, allocation='layer_adaptive')",
     ],
     # Rows of peers at as many bytes or fewer, then what else bytes can be spent on.
     "quantize": [

@@ -1,4 +1,7 @@
-"""A context that keeps scores, for tables of many settings of the same pass on the same model."""
+"""A context that keeps scores, for tables of many settings of the same pass on the same model.
+
+Distortions are those of positions by their scores: with them, a context is for one score.
+"""
 
 from __future__ import annotations
 

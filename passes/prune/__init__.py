@@ -330,7 +330,7 @@ class Prune(ChoosingPass):
             reason = f"{candidate.size} has no smaller width of a multiple of {candidate.multiple}"
             settled[candidate] = "skipped", reason, True
         rest = [candidate for candidate in free if candidate not in settled]
-        for candidate, other in beside(rest).items():
+        for candidate, other in beside(rest, self.scope).items():
             reason = f"it is a factor of a width of which {other.name} is pruned"
             settled[candidate] = "skipped", reason, True
         return settled

@@ -9,16 +9,22 @@ from netlathe.ir.printing import show_node
 from netlathe.passes.prune.candidates import Candidate
 
 
-def beside(candidates: Sequence[Candidate]) -> dict[Candidate, Candidate]:
+def beside(
+    candidates: Sequence[Candidate], named: Sequence[str] = ()
+) -> dict[Candidate, Candidate]:
     """Candidates that are factors of a width of which another one is pruned, and that other one.
 
     Of ``(groups channels)`` only the one of more positions is pruned, or a width would lose the ratio
-    twice.
+    twice. Factors of scopes that are ``named`` one beside the other are all pruned: key/value heads, and
+    the query heads of each.
     """
     chosen: list[Candidate] = []
     left: dict[Candidate, Candidate] = {}
     for candidate in sorted(candidates, key=lambda c: -c.size):  # stable: the first of equal ones
-        other = next((c for c in chosen if c.group.atom in candidate.factors), None)
+        others = [c for c in chosen if c.group.atom in candidate.factors]
+        if candidate.scope in named:
+            others = [c for c in others if c.scope == candidate.scope or c.scope not in named]
+        other = next(iter(others), None)
         if other is None:
             chosen.append(candidate)
         else:

@@ -24,7 +24,7 @@ from netlathe.pipeline.ledger import Entry
 from netlathe.pipeline.pass_ import Context
 from tests import zoo_ir
 from tests.analysis.residual import typed
-from tests.passes.prune.helpers import check, pruned
+from tests.passes.prune.helpers import check, error_to_reference, pruned
 
 
 def choose(name: str, **options: Any) -> dict[str, Entry]:
@@ -109,6 +109,57 @@ def test_the_smallest_rows_go() -> None:
     after, _ = pruned(model, Prune(ratio=0.5))
     left = [weights.array(v) for v in after.graph.initializers.values()]
     assert [4.0, 3.0] == [float(a.max(0)[i]) for a in left if a.shape == (4, 2) for i in (0, 1)]
+
+
+GROUPED = """
+    q = MatMul(x, wq)  k = MatMul(x, wk)  v = MatMul(x, wv)
+    q4 = Reshape(q, queries)  qt = Transpose<perm=[0, 2, 1, 3]>(q4)
+    k4 = Reshape(k, keys)  kt = Transpose<perm=[0, 2, 1, 3]>(k4)
+    v4 = Reshape(v, keys)  vt = Transpose<perm=[0, 2, 1, 3]>(v4)
+    a = Attention<is_causal=1>(qt, kt, vt)
+    at = Transpose<perm=[0, 2, 1, 3]>(a)  a3 = Reshape(at, joined)
+    y = MatMul(a3, wo)
+"""
+
+
+def grouped() -> ir.Model:
+    """Attention of 12 query heads, three for each of four key/value heads."""
+    rng = np.random.default_rng(0)
+    sizes = {"wq": (6, 24), "wk": (6, 8), "wv": (6, 8), "wo": (24, 6)}
+    weights_ = {name: rng.normal(size=size).astype(np.float32) for name, size in sizes.items()}
+    shapes = {"queries": (0, 0, 12, 2), "keys": (0, 0, 4, 2), "joined": (0, 0, 24)}
+    weights_ |= {name: np.array(shape) for name, shape in shapes.items()}
+    return typed(GROUPED, "float[b,s,6] x", "float[b,s,6] y", **weights_)
+
+
+def test_heads_and_their_groups_go_together_where_both_are_named() -> None:
+    """Half of the groups, and of three query heads of each one or two: 12 heads become 4 or 2."""
+    model = grouped()
+    feeds = [{"x": np.random.default_rng(1).normal(size=(2, 5, 6)).astype(np.float32)}]
+    both = Prune(ratio=0.5, scope=("heads", "kv_groups"))
+    after, chosen = pruned(model, both)
+    assert {e.detail["scope"]: e.detail["kept"] for e in chosen} == {"heads": 2, "kv_groups": 2}
+    arrays = [weights.array(v) for v in after.graph.initializers.values()]
+    shapes = sorted(array.shape for array in arrays if array.ndim == 2)
+    assert shapes == [(6, 4), (6, 4), (6, 8), (8, 6)]
+    assert error_to_reference(model, after, both, chosen, feeds) <= 1e-4
+    # Where nothing is named, the width loses the ratio once: by its groups, which are more.
+    (once,) = [e for e in Prune(ratio=0.5).choose(grouped(), Context()) if e.status == "applied"]
+    assert (once.detail["scope"], once.detail["kept"]) == ("kv_groups", 2)
+    # What is solved for from data sees the rows that both take from one weight.
+    data = Context(calibration=feeds)
+    for compensate in ("bias", "least_squares"):
+        pass_ = Prune(params=0.5, scope=("heads", "kv_groups"), compensate=compensate)
+        after, chosen = pruned(model, pass_, data)
+        added = 6 if compensate == "bias" else 0  # a bias where there was none
+        assert cost(after).params <= 0.5 * cost(model).params + added
+        assert error_to_reference(model, after, pass_, chosen, feeds) <= 1e-4
+
+
+@pytest.mark.parametrize("keep", [5, 7, 11])
+def test_a_count_of_heads_that_breaks_groups_is_refused(keep: int) -> None:
+    with pytest.raises(PassError, match=f"{keep} query heads do not divide over 4 key/value heads"):
+        Prune(keep=keep, scope=("heads",)).choose(grouped(), Context())
 
 
 # -- goals ----------------------------------------------------------------------------------------
