@@ -557,7 +557,8 @@ class Builder:
         output = self._half("output", self.spec.output_vectors, count * group)
         fields = {
             "sums": sums, "parameters": words, "zero": scale.zero, "to_output": 1, "output": output,
-            "n0": across, "n1": down, "table": int(tables >= 0), "tables": max(tables, 0), "raw": int(group > 1),
+            "n0": across, "n1": down, "table": int(tables >= 0), "tables": max(tables, 0),
+            "raw": int(group > 1),
         }  # fmt: skip
         own = ("output", output, output + count * group)
         reads = [("sums", sums, sums + count), ("parameters", words, words + self.spec.columns)]

@@ -1,7 +1,6 @@
 """A whole network: programs for the core, and the rest on the host.
 
-Shapes are those of the arrays that come in: programs are made when a shape is seen first, and kept. The data of
-weights is the same for all of them; so are most instructions.
+Shapes are those of the arrays that come in: programs are made when a shape is seen first, and kept.
 """
 
 from __future__ import annotations
@@ -16,13 +15,12 @@ import onnx_ir as ir
 
 from netlathe.backends.fpga import recognise, simulate
 from netlathe.backends.fpga.isa import Instruction
-from netlathe.backends.fpga.layers import Builder, Image, Report
-from netlathe.backends.fpga.layers import Window
+from netlathe.backends.fpga.layers import Builder, Image, Report, Window
 from netlathe.backends.fpga.model import Machine, Memory, Timing, cycles
 from netlathe.backends.fpga.program import link
 from netlathe.backends.fpga.recognise import Operation, Pool, Product, Rename, Sum
 from netlathe.backends.fpga.spec import Pattern, Spec
-from netlathe.diagnostics import Diagnostic, LowerError
+from netlathe.diagnostics import LowerError
 from netlathe.execute import ort
 from netlathe.pipeline.pass_ import Feeds
 
@@ -56,21 +54,14 @@ class Network:
         self.model, self.spec = model, spec
         self.found = recognise.operations(model)
         if not any(isinstance(operation, Product) for operation in self.found):
-            raise LowerError(
-                Diagnostic(
-                    "fpga.integer",
-                    "no product of the model is in integers, so the core has nothing to do",
-                    help="put quantize(activations='int8') into the pass list, behind fold_batch_norm"
-                    " and fold_norms",
-                )
-            )
+            raise LowerError(recognise.nothing())
         self.groups = list(recognise.groups(model, self.found))
         self.launches: dict[tuple[int, tuple[tuple[int, ...], ...]], Launch] = {}
         self._hosts: dict[int, ir.Model] = {}
         self._last: list[Launch] = []
 
     def run(self, feeds: Feeds, *, hardware: bool = False) -> dict[str, Array]:
-        """Outputs by name; the core is the instruction set's model, or with ``hardware`` the simulated RTL."""
+        """Outputs by name; the core is the instruction set's model, with ``hardware`` the RTL."""
         known: dict[ir.Value, Array] = {
             value: np.asarray(feeds[value.name or ""]) for value in self.model.graph.inputs
         }
@@ -161,9 +152,7 @@ class Network:
         outside = {
             item.output: images[item.output]
             for item in items
-            if item.output.is_graph_output()
-            or any(reader not in i.nodes for reader in item.output.consumers() for i in [item])
-            and self._leaves(item, items)
+            if item.output.is_graph_output() or self._leaves(item, items)
         }
         program = link(builder.steps)
         return Launch(

@@ -4,9 +4,9 @@
 
     Cast to int64 -> Mul m -> Add offset -> x - Mod(x, 2^n) -> Div 2^n -> Clip to int8 -> Cast to int8
 
-behind MatMulInteger, ConvInteger, a sum of two terms or a ReduceSum. The offset holds the rounding half, the zero
-point and what belongs to the sums; they are told apart by the zero points of the inputs. An operation that is
-not exactly of this form is the host's.
+behind MatMulInteger, ConvInteger, a sum of two terms or a ReduceSum. The offset holds the rounding half,
+the zero point and what belongs to the sums; they are told apart by the zero points of the inputs. An
+operation that is not exactly of this form is the host's.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from netlathe.backends.fpga.layers import Scale, Window
+from netlathe.diagnostics import Diagnostic
 from netlathe.ir import edit
 
 Array = npt.NDArray[Any]
@@ -71,6 +72,15 @@ class Pool(Operation):
 @dataclass(frozen=True)
 class Rename(Operation):
     """The same bytes in another shape: an image of one pixel, flattened."""
+
+
+def nothing() -> Diagnostic:
+    """What to say where the core has nothing to do."""
+    return Diagnostic(
+        "fpga.integer",
+        "no product of the model is in integers, so the core has nothing to do",
+        help="put quantize(activations='int8') into the pass list, behind fold_batch_norm or fold_norms",
+    )
 
 
 def operations(model: ir.Model) -> list[Operation]:
@@ -230,7 +240,7 @@ def _maximum(node: ir.Node) -> Operation | None:
         window is None
         or x is None
         or len(node.outputs) != 1
-        or node.attributes.get_int("ceil_mode", 0)
+        or node.attributes.get_int("ceil_mode", 0) != 0
     ):
         return None
     one = np.ones(1, np.int64)
@@ -286,7 +296,7 @@ def _tail(value: ir.Value, *, scaled: bool = False) -> _Tail | None:
     div = _only_use(sub.outputs[0])
     if power is None or div is None or div.op_type != "Div" or sub.inputs[1] is not mod.outputs[0]:
         return None
-    if edit.const_array(div.inputs[1]) is None or mod.attributes.get_int("fmod", 0):
+    if edit.const_array(div.inputs[1]) is None or mod.attributes.get_int("fmod", 0) != 0:
         return None
     clip = _only_use(div.outputs[0])
     if clip is None or clip.op_type != "Clip":
