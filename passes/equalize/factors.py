@@ -33,6 +33,7 @@ Index = npt.NDArray[np.int64]
 
 # Factors beyond these would only move numbers towards the ends of their format.
 LEAST, MOST = 2.0**-10, 2.0**10
+AT_MOST = 1 << 22  # elements of a weight whose error is looked at
 GRID = tuple(step / 20 for step in range(1, 20))  # AWQ's code; 0 is no scale at all
 # Cross-layer equalization ends when a sweep changes no range by more than this share, or after so many.
 SETTLED, SWEEPS = 1e-4, 100
@@ -191,6 +192,10 @@ def _error_of(
 
     array = scaled.array(product.weight)
     (axis,) = sums = _sums(product)
+    outputs = array.shape[1 - axis]
+    some = max(1, min(outputs, AT_MOST // array.shape[axis]))
+    # Errors of outputs add up, and each has scales of its own: evenly spaced ones stand for all.
+    array = np.take(array, np.arange(some) * outputs // some, axis=1 - axis)
     own = layout(array.shape, sums, scheme.group_size, scheme.per_tensor)
     exact = torch.float64 if device == "cpu" else torch.float32
     second = torch.from_numpy(moment).to(device, exact)
@@ -200,7 +205,7 @@ def _error_of(
         rounded = rounded_to(array * multiplier, own, scheme) / multiplier
         rest = np.moveaxis(rounded - array, axis, 0).reshape(len(moment), -1)
         moved = torch.from_numpy(np.ascontiguousarray(rest)).to(device, exact)
-        return float(((second @ moved) * moved).sum())
+        return float(((second @ moved) * moved).sum().item() * outputs / some)
 
     return error
 

@@ -14,7 +14,7 @@ from netlathe.diagnostics import OptionError, PassError
 from netlathe.execute import compare, ort
 from netlathe.execute.executor import Executor
 from netlathe.ir import normal, verify, weights
-from netlathe.passes.equalize import Equalize
+from netlathe.passes.equalize import Equalize, factors
 from netlathe.passes.quantize import Quantize
 from netlathe.pipeline.ledger import Entry
 from netlathe.pipeline.pass_ import Context, Result
@@ -320,3 +320,16 @@ def test_data_is_asked_for() -> None:
 def test_options_that_do_not_fit(given: dict[str, Any], message: str) -> None:
     with pytest.raises(OptionError, match=message):
         Equalize(**given)
+
+
+def test_some_outputs_stand_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a weight in which every output stands there twice, half give the whole error."""
+    up = np.repeat(matrix(16, 12, seed=1), 2, axis=1)
+    pass_ = Equalize(method="awq", weights="int3", group_size=8, ignore=("down",))
+    found = []
+    for most in (1 << 22, 16 * 12):
+        monkeypatch.setattr(factors, "AT_MOST", most)
+        entries = by_name(equalized(ffn(up=up), pass_, Context(calibration=[sample()])))
+        found.append(entries["n"].detail)
+    for key in ("alpha", "error_before", "error_after"):
+        assert found[0][key] == pytest.approx(found[1][key], rel=1e-9)
