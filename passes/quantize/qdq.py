@@ -239,7 +239,7 @@ class Rewriter:
         assert value.shape is not None
         last, width = len(value.shape) - 1, value.shape[-1]
         assert isinstance(width, int)  # a product with a weight sums over it
-        axes = self._constant(np.array([-1]), f"{name}_axes")
+        axes = self._constant(np.array([last]), f"{name}_axes")
         size = self._make("Abs", [value], f"{name}_size")
         most = self._make(
             "ReduceMax", [size, axes], f"{name}_most", keepdims=1, noop_with_empty_axes=0

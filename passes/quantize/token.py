@@ -65,10 +65,10 @@ class _Nodes:
         """Add a Cast."""
         return self("Cast", value, name=name, to=to.value, saturate=1, round_mode="up")
 
-    def extreme(self, op_type: str, value: ir.Value, name: str) -> ir.Value:
+    def extreme(self, op_type: str, value: ir.Value, name: str, axis: int = -1) -> ir.Value:
         """Add a reduction of the last axis, which stays."""
-        last = np.array([-1])
-        return self(op_type, value, last, name=name, keepdims=1, noop_with_empty_axes=0)
+        axes = np.array([axis])
+        return self(op_type, value, axes, name=name, keepdims=1, noop_with_empty_axes=0)
 
 
 def rewrite(
@@ -92,7 +92,9 @@ def rewrite(
         assert x is not None and weight is not None
         stem, name = x.name or "x", output.name or "y"
         if x not in operands:
-            most = add.extreme("ReduceMax", add("Abs", x, name=f"{stem}_size"), f"{stem}_most")
+            last = len(x.shape) - 1 if x.shape is not None else -1
+            size = add("Abs", x, name=f"{stem}_size")
+            most = add.extreme("ReduceMax", size, f"{stem}_most", last)
             step = add("Div", most, np.array(127, np.float32), name=f"{stem}_step")
             scale = add("Max", step, np.array(SMALLEST), name=f"{stem}_scale")
             units = add("Round", add("Div", x, scale, name=f"{stem}_units"), name=f"{stem}_rounded")
