@@ -179,6 +179,31 @@ class LogMeanSquare(_OfOne):
         return _RowMean(_log_mean_square)
 
 
+@dataclass(frozen=True)
+class BlockCovariance(_OfOne):
+    """:class:`Covariance` of each of ``blocks`` runs of channels by itself: ``[blocks, n, n]``."""
+
+    blocks: int = 1
+
+    def start(self) -> Accumulator:
+        """An empty sum."""
+        return _Blocks(self.blocks)
+
+
+@dataclass(frozen=True)
+class LabelledCovariance(_OfOne):
+    """:class:`Covariance` over the rows with each label: ``[labels, channels - 1, channels - 1]``.
+
+    The last channel is the label, from 0 on; one that no row has gets zeros.
+    """
+
+    labels: int = 1
+
+    def start(self) -> Accumulator:
+        """An empty sum."""
+        return _Labelled(self.labels)
+
+
 # -- two values -----------------------------------------------------------------------------------
 
 
@@ -283,6 +308,44 @@ class _Outer(Accumulator):
     def result(self) -> torch.Tensor:
         assert self._sum is not None
         return (self._sum + self._sum.T) / (2 * self.count)  # symmetric to the last bit
+
+
+class _Blocks(Accumulator):
+    def __init__(self, blocks: int) -> None:
+        self._blocks = blocks
+        self._sum: torch.Tensor | None = None
+
+    def add(self, *rows: torch.Tensor) -> None:
+        (x,) = rows
+        cut = x.reshape(len(x), self._blocks, -1).transpose(0, 1)  # [blocks, rows, n]
+        found = torch.bmm(cut.transpose(1, 2), cut)
+        self._sum = found if self._sum is None else self._sum.add_(found)
+        self.count += x.shape[0]
+
+    def result(self) -> torch.Tensor:
+        assert self._sum is not None
+        return (self._sum + self._sum.transpose(1, 2)) / (2 * self.count)
+
+
+class _Labelled(Accumulator):
+    def __init__(self, labels: int) -> None:
+        self._sums = [_Outer() for _ in range(labels)]
+        self._width = 0
+
+    def add(self, *rows: torch.Tensor) -> None:
+        (x,) = rows
+        self._width = x.shape[1] - 1
+        for label, sums in enumerate(self._sums):
+            chosen = x[x[:, -1] == label, :-1]
+            if len(chosen):
+                sums.add(chosen)
+        self.count += x.shape[0]
+
+    def result(self) -> torch.Tensor:
+        found = [sums.result() if sums.count else None for sums in self._sums]
+        device = next((f.device for f in found if f is not None), None)
+        none = torch.zeros(self._width, self._width, dtype=torch.float64, device=device)
+        return torch.stack([none if f is None else f for f in found])
 
 
 class _Extreme(Accumulator):

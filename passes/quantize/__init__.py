@@ -41,6 +41,7 @@ from netlathe.passes.quantize import (
     bias,
     candidates,
     in_order,
+    inputs,
     integer,
     ledger,
     low_rank,
@@ -454,7 +455,7 @@ class Quantize(ChoosingPass):
             return None, ""
         reason = low_rank.unfit(candidate, rank)
         waits = self.solver == "gptq" or self.low_rank_basis == "input"
-        if not reason and waits and not in_order.is_for(candidate, own, scheme):
+        if not reason and waits and not inputs.is_for(candidate, own, scheme):
             reason = "no branch: data cannot solve it"
         if reason:
             return None, f"; {reason}"
@@ -496,7 +497,7 @@ class Quantize(ChoosingPass):
     def _solve(self, candidate: Candidate, entry: Entry, ctx: Context) -> Mapping[str, Array]:
         """What has to be searched for: nothing where the formula says it all, or data will."""
         own, scheme = ledger.layout_of(entry), ledger.scheme_of(entry)
-        waits = self.solver == "gptq" and in_order.is_for(candidate, own, scheme)
+        waits = self.solver == "gptq" and inputs.is_for(candidate, own, scheme)
         branch = "low_rank" in entry.detail
         waits = waits or (branch and self.low_rank_basis == "input")
         searched = self.clip != "none" and scheme.format.kind != "cast"

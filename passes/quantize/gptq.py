@@ -225,13 +225,15 @@ def factor(h: torch.Tensor, damping: float) -> tuple[torch.Tensor, float]:
             raise ValueError("the second moment holds NaN or is far from positive")
 
 
-def lost(rest: torch.Tensor, matrix: torch.Tensor, moment: torch.Tensor) -> float:
-    """tr(E H E^T) as a share of tr(W H W^T), E being ``rest``."""
-    of = [float(((m @ moment) * m).sum(dtype=torch.float64)) for m in (rest, matrix)]
-    return of[0] / of[1] if of[1] else 0.0
+def square(matrix: torch.Tensor, moment: torch.Tensor) -> float:
+    """tr(W H W^T): the mean square of all outputs together."""
+    return float(((matrix @ moment) * matrix).sum(dtype=torch.float64))
 
 
 def error(matrix: Array, made: Array, second_moment: Array) -> float:
-    """The same for arrays: what is lost of the output's square by ``made`` in the place of ``matrix``."""
-    wide = [torch.tensor(np.asarray(a, np.float64)) for a in (made - matrix, matrix, second_moment)]
-    return lost(*wide)
+    """What is lost of the outputs' square by ``made`` in the place of ``matrix``, as a share."""
+    rest, whole, moment = (
+        torch.tensor(np.asarray(a, np.float64)) for a in (made - matrix, matrix, second_moment)
+    )
+    total = square(whole, moment)
+    return square(rest, moment) / total if total else 0.0

@@ -18,11 +18,10 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from netlathe.ir import weights
+from netlathe.ir import types, weights
 from netlathe.ir.sparsity import sparsity_of
-from netlathe.passes.quantize import ledger, low_rank
+from netlathe.passes.quantize import inputs, ledger, low_rank
 from netlathe.passes.quantize.candidates import Candidate
-from netlathe.passes.quantize.layout import Layout
 from netlathe.passes.quantize.rounding import Clip
 from netlathe.passes.quantize.scheme import Scheme
 from netlathe.pipeline.ledger import Entry
@@ -31,6 +30,7 @@ from netlathe.pipeline.pass_ import Context
 if TYPE_CHECKING:  # an extra
     import torch
 
+    from netlathe.execute.statistics import Statistic
     from netlathe.passes.quantize import gptq
 
 Array = npt.NDArray[Any]
@@ -53,23 +53,6 @@ class Settings:
         return "solver='gptq'" if self.solver == "gptq" else "low_rank_basis='input'"
 
 
-def is_for(candidate: Candidate, own: Layout, scheme: Scheme) -> bool:
-    """Whether data can say how to round: a matrix in one kind of product, with scales along it."""
-    return (
-        candidate.input is not None
-        and own.axis is not None
-        and scheme.format.kind in ("integer", "table")
-        and own.groups * own.size == candidate.dims[0] * candidate.dims[1]
-        and _is_contracted(candidate, own)
-    )
-
-
-def _is_contracted(candidate: Candidate, own: Layout) -> bool:
-    """Whether rows of the layout's matrix are outputs: the scales of a tied table may lie otherwise."""
-    sums = candidate.uses[0].sums
-    return (own.axis in sums) if own.block else (own.axis not in sums)
-
-
 def solve(
     settings: Settings,
     model: ir.Model,
@@ -78,46 +61,45 @@ def solve(
     ctx: Context,
 ) -> list[Entry]:
     """The entries with codes for what data can solve."""
-    from netlathe.execute.statistics import Covariance
     from netlathe.execute.torch_ops import storage
     from netlathe.execute.walk import Walk  # torch is an extra
-    from netlathe.passes.quantize import gptq
 
     if not ctx.calibration:
         ctx.collect(model, [], needed_by=f"quantize with {settings.words}")
-    walk = Walk(model, ctx.calibration, device=ctx.device, progress=ctx.progress)
     known = {candidate.name: candidate for candidate in found}
     done = list(entries)
-    jobs: list[tuple[int, int]] = []
+    solvable: dict[int, inputs.Fed] = {}
+    rest: dict[int, Candidate] = {}
+    copy = model.clone()
     for index, entry in enumerate(entries):
         candidate = known.get(entry.candidate)
-        if (
-            entry.status != "applied"
-            or candidate is None
-            or candidate.value.graph is not model.graph
-        ):
+        if entry.status != "applied" or candidate is None:
             continue
-        fed = candidate.input
-        if fed is not None and is_for(candidate, ledger.layout_of(entry), ledger.scheme_of(entry)):
-            jobs.append((walk.position(fed.value.name or ""), index))
+        own, scheme = ledger.layout_of(entry), ledger.scheme_of(entry)
+        inside = candidate.value.graph is not model.graph
+        if not inside and inputs.is_for(candidate, own, scheme):
+            solvable[index] = inputs.fed(copy, candidate)
         else:
-            walk.replace(candidate.name, _rounded(candidate.value, entry))
             done[index] = dataclasses.replace(entry, reason=f"{entry.reason}; to nearest")
-    ready: dict[Covariance, gptq.Inputs] = {}
+            if not inside:
+                rest[index] = candidate
+    types.annotate(copy)
+    walk = Walk(copy, ctx.calibration, device=ctx.device, progress=ctx.progress)
+    for index, candidate in rest.items():
+        walk.replace(candidate.name, _rounded(candidate.value, entries[index]))
+    jobs = [(max(map(walk.position, s.statistic.values)), i) for i, s in solvable.items()]
+    ready: dict[Statistic, list[gptq.Inputs | None]] = {}
     for _, index in ctx.progress.track(sorted(jobs), "solving", len(jobs)):
         entry, candidate = entries[index], known[entries[index].candidate]
-        assert candidate.input is not None
-        wanted = Covariance(candidate.input.value.name or "", candidate.input.axis)
+        what = solvable[index]
 
-        def inputs(wanted: Covariance = wanted) -> gptq.Inputs:
-            if wanted not in ready:
+        def needed(what: inputs.Fed = what) -> list[gptq.Inputs | None]:
+            if what.statistic not in ready:
                 ready.clear()  # they are big, and those before are not asked for again
-                ready[wanted] = gptq.Inputs(
-                    walk.summed_up(wanted), damping=settings.damping, act_order=settings.act_order
-                )
-            return ready[wanted]
+                ready[what.statistic] = _made_ready(walk.summed_up(what.statistic), settings)
+            return ready[what.statistic]
 
-        piece = functools.partial(_gptq, settings, entry, candidate.value, inputs, ctx.device)
+        piece = functools.partial(_gptq, settings, entry, candidate.value, needed, ctx.device)
         solved = ctx.once(f"{candidate.name}/gptq", piece)
         loss, damping = (float(solved[key]) for key in ("loss", "damping"))
         detail = {**entry.detail, "solver": settings.solver, "damping": damping, "error": loss}
@@ -125,7 +107,12 @@ def solve(
         reason = f"{entry.reason}; {how}, {loss:.2g} of the output's square lost"
         if damping > settings.damping:
             reason += f", damped by {damping:.2g} as its inputs are singular"
-        arrays = {key: a for key, a in solved.items() if key not in ("loss", "damping")}
+        if unfed := solved["unfed"].tolist():
+            reason += f"; {_unfed(unfed, what.parts)}: to nearest"
+            detail["unfed"] = unfed
+        arrays = {
+            key: solved[key] for key in ("codes", "scales", "zeros", "a", "b") if key in solved
+        }
         done[index] = dataclasses.replace(entry, reason=reason, detail=detail, arrays=arrays)
         made = _effective(done[index], arrays, ctx.device)
         assert candidate.value.dtype is not None
@@ -133,6 +120,13 @@ def solve(
         for array in arrays.values():
             weights.give_back_array(array)  # mapped where there is a cache
     return done
+
+
+def _unfed(which: Sequence[int], parts: int) -> str:
+    if parts == 1:
+        return "in calibration data its input is always 0"
+    named = f"part{'s' if len(which) > 1 else ''} {', '.join(map(str, which))} of {parts}"
+    return f"calibration data never reaches {named}"
 
 
 def _rounded(value: ir.Value, entry: Entry) -> ir.TensorProtocol:
@@ -148,42 +142,92 @@ def _rounded(value: ir.Value, entry: Entry) -> ir.TensorProtocol:
     )
 
 
+def _made_ready(moments: torch.Tensor, settings: Settings) -> list[gptq.Inputs | None]:
+    """The inputs of each part; None of one that nothing reaches."""
+    from netlathe.passes.quantize import gptq
+
+    return [
+        gptq.Inputs(moment, damping=settings.damping, act_order=settings.act_order)
+        if bool(moment.diagonal().any())
+        else None
+        for moment in (moments if moments.dim() == 3 else moments[None])
+    ]
+
+
 def _gptq(
     settings: Settings,
     entry: Entry,
     value: ir.Value,
-    needed: Callable[[], gptq.Inputs],
+    needed: Callable[[], list[gptq.Inputs | None]],
     on: str,
 ) -> dict[str, Array]:
-    from netlathe.execute.torch_ops import storage
-    from netlathe.passes.quantize import device, gptq
+    """Codes, and what is lost, of a weight whose parts have inputs of their own."""
+    import torch
 
-    inputs = needed()
+    from netlathe.execute.torch_ops import storage
+    from netlathe.passes.quantize import device
+
     own, scheme = ledger.layout_of(entry), ledger.scheme_of(entry)
     assert value.const_value is not None
+    parts = needed()
     matrix = device.to_matrix(storage.load(value.const_value, on), own)
     weights.give_back_tensor(value.const_value)
     groups = own.groups // len(matrix)
-    scale, zero = device.ranges(
-        matrix, groups, scheme, settings.clip, settings.percentile, inputs.importance
-    )
-    if settings.solver == "gptq":
-        kept = matrix != 0 if sparsity_of(value) is not None else None
-        found = inputs.solve(matrix, scale, zero, scheme, sweeps=settings.sweeps, kept=kept)
-    else:
-        found = device.nearest(matrix, scale, zero, scheme)
+    sparse = sparsity_of(value) is not None
+    found = [
+        _part(settings, part, groups, scheme, inputs_, sparse)
+        for part, inputs_ in zip(matrix.chunk(len(parts)), parts, strict=True)
+    ]
+    codes, scale, zero = (torch.cat(tensors) for tensors in zip(*found, strict=True))
     arrays = {
-        "codes": device.from_matrix(found, own).cpu().numpy(),
+        "codes": device.from_matrix(codes, own).cpu().numpy(),
         "scales": scale.reshape(-1).cpu().numpy(),
         "zeros": zero.reshape(-1).cpu().numpy(),
     }
     rest = matrix.double() - device.to_matrix(_effective(entry, arrays, on), own)
     if (branch := low_rank.branch_of(entry)) is not None:
-        moment = inputs.moment if branch.basis == "input" else None
+        (only,) = parts
+        moment = only.moment if only is not None and branch.basis == "input" else None
         arrays |= low_rank.of_error(rest.T, branch.rank, moment)
         rest = matrix.double() - device.to_matrix(_effective(entry, arrays, on), own)
-    loss = gptq.lost(rest.to(inputs.dtype), matrix.to(inputs.dtype), inputs.moment)
-    return {**arrays, "loss": np.asarray(loss), "damping": np.asarray(inputs.damping)}
+    return arrays | {
+        "loss": np.asarray(_lost(rest, matrix, parts)),
+        "damping": np.asarray(max((i.damping for i in parts if i is not None), default=0.0)),
+        "unfed": np.array([at for at, i in enumerate(parts) if i is None], np.int64),
+    }
+
+
+def _part(
+    settings: Settings,
+    matrix: torch.Tensor,
+    groups: int,
+    scheme: Scheme,
+    fed: gptq.Inputs | None,
+    sparse: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Codes, scales and zero points of some rows."""
+    from netlathe.passes.quantize import device
+
+    weigh = None if fed is None else fed.importance
+    scale, zero = device.ranges(matrix, groups, scheme, settings.clip, settings.percentile, weigh)
+    if settings.solver == "rtn" or fed is None:
+        return device.nearest(matrix, scale, zero, scheme), scale, zero
+    kept = matrix != 0 if sparse else None
+    codes = fed.solve(matrix, scale, zero, scheme, sweeps=settings.sweeps, kept=kept)
+    return codes, scale, zero
+
+
+def _lost(rest: torch.Tensor, matrix: torch.Tensor, parts: Sequence[gptq.Inputs | None]) -> float:
+    """What is lost of the square of all outputs together."""
+    from netlathe.passes.quantize import gptq
+
+    lost = whole = 0.0
+    pairs = zip(rest.chunk(len(parts)), matrix.chunk(len(parts)), parts, strict=True)
+    for left, part, fed in pairs:
+        if fed is not None:
+            lost += gptq.square(left.to(fed.dtype), fed.moment)
+            whole += gptq.square(part.to(fed.dtype), fed.moment)
+    return lost / whole if whole else 0.0
 
 
 def _effective(entry: Entry, arrays: Mapping[str, Array], on: str) -> torch.Tensor:
