@@ -182,6 +182,15 @@ def test_every_triple(names: tuple[str, ...]) -> None:
     hold(names)
 
 
+def test_folded_norms_let_tied_blocks_be_sliced() -> None:
+    """The way that the refusal of slicing behind tying points to: shared weights turn once."""
+    passes = f"fold_norms(untie=True), {PASSES['tie']}, slice(ratio=0.25, round_to=4)"
+    compiled = run.run(decoder(), text.parse(passes), calibrated())
+    assert [step.changed for step in compiled.steps] == [True, True, True]
+    tied = [name for name in compiled.model.graph.initializers if "attention" in name]
+    assert len(tied) == 4 * (LAYERS - 1)
+
+
 def test_all_problems_are_told_at_once() -> None:
     with pytest.raises(OptionError) as caught:
         order.check(text.parse("quantize, prune(ratio=0.1), drop, slice"))
