@@ -193,18 +193,18 @@ EXPECTED: Mapping[str, Expected] = {
     ),
     **dict.fromkeys(
         ("llama", "mistral"),
-        Expected(hidden={64: 1}, ffn={160: 4}, kv_groups={2: 4}, heads={4: 4},
-                 head_dim={8: 4, 4: 1}, pinned=_ROTARY),
+        Expected(hidden={64: 1}, ffn={160: 32}, kv_groups={2: 32}, heads={4: 32},
+                 head_dim={8: 32, 4: 1}, pinned=_ROTARY),
     ),
-    "qwen2": Expected(hidden={112: 1}, ffn={160: 4}, kv_groups={2: 4}, heads={7: 4},
-                      head_dim={8: 4, 4: 1}, pinned=_ROTARY),
+    "qwen2": Expected(hidden={112: 1}, ffn={160: 24}, kv_groups={2: 24}, heads={7: 24},
+                      head_dim={8: 24, 4: 1}, pinned=_ROTARY),
     # Half of each head turns: two pairs, and four positions that do not.
-    "phi": Expected(hidden={64: 1}, ffn={160: 4}, heads={8: 4}, head_dim={8: 4, 2: 1, 4: 4},
+    "phi": Expected(hidden={64: 1}, ffn={160: 24}, heads={8: 24}, head_dim={8: 24, 2: 1, 4: 24},
                     pinned=_ROTARY),
-    "gemma": Expected(hidden={64: 1}, ffn={160: 4}, heads={8: 4}, head_dim={16: 4, 8: 1},
+    "gemma": Expected(hidden={64: 1}, ffn={160: 18}, heads={8: 18}, head_dim={16: 18, 8: 1},
                       pinned=_ROTARY),
     # One reshape splits queries, key and value: heads are of one width.
-    "falcon": Expected(hidden={64: 1}, ffn={256: 4}, heads={8: 4}, head_dim={4: 1},
+    "falcon": Expected(hidden={64: 1}, ffn={256: 32}, heads={8: 32}, head_dim={4: 1},
                        pinned=_ROTARY),
     # All layers of a stack share one position bias, which has a column per head.
     "t5": Expected(hidden={64: 1}, ffn={128: 12}, heads={8: 3}, head_dim={8: 36}, pinned=_WORDS),
@@ -212,8 +212,8 @@ EXPECTED: Mapping[str, Expected] = {
         hidden={48: 2}, channels={48: 1}, ffn={96: 8}, heads={6: 12}, head_dim={8: 24},
         pinned=("graph input input_features", "graph output"),
     ),
-    "mixtral": Expected(hidden={64: 1}, ffn={48: 4}, experts={8: 4}, kv_groups={2: 4},
-                        heads={4: 4}, head_dim={8: 4, 4: 1}, pinned=_ROTARY),
-    "qwen2_moe": Expected(hidden={64: 1}, ffn={20: 4, 48: 4}, experts={8: 4}, heads={8: 4},
-                          head_dim={8: 4, 4: 1}, pinned=_ROTARY),
+    "mixtral": Expected(hidden={64: 1}, ffn={48: 32}, experts={8: 32}, kv_groups={2: 32},
+                        heads={4: 32}, head_dim={8: 32, 4: 1}, pinned=_ROTARY),
+    "qwen2_moe": Expected(hidden={64: 1}, ffn={20: 24, 48: 24}, experts={8: 24}, heads={8: 24},
+                          head_dim={8: 24, 4: 1}, pinned=_ROTARY),
 }  # fmt: skip

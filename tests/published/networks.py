@@ -1,9 +1,8 @@
 """The networks that every change of a width must hold on, in their published structure.
 
-Stages, heads, groups and joins are those of the smallest published member of each family. Widths are
-cut, vocabularies and experts with them; and of decoders with 18 to 32 layers, which are all alike, four are
-left. What Transformers has is made from a configuration, the rest is in `images`. Weights are drawn as the
-zoo draws its own; MiniLM is the real one.
+Stages, layers, heads, groups and joins are those of the smallest published member of each family. Widths are
+cut, and numbers of heads, experts and words with them. What Transformers has is made from a configuration,
+the rest is in `images`. Weights are drawn as the zoo draws its own; MiniLM is the real one.
 """
 
 from __future__ import annotations
@@ -158,19 +157,19 @@ _RECIPES: Mapping[str, Recipe] = {
     ),
     "opt": _text("OPT", "ForCausalLM", "OPTDecoderLayer", num_hidden_layers=12, hidden_size=96,
                  num_attention_heads=12, ffn_dim=192, word_embed_proj_dim=96),
-    "llama": _text("Llama", "ForCausalLM", "LlamaDecoderLayer", **_layers(4, 64, 160, 8, 2)),
+    "llama": _text("Llama", "ForCausalLM", "LlamaDecoderLayer", **_layers(32, 64, 160, 8, 2)),
     "mistral": _text("Mistral", "ForCausalLM", "MistralDecoderLayer",
-                     **_layers(4, 64, 160, 8, 2), sliding_window=8),
-    "qwen2": _text("Qwen2", "ForCausalLM", "Qwen2DecoderLayer", **_layers(4, 112, 160, 14, 2),
+                     **_layers(32, 64, 160, 8, 2), sliding_window=8),
+    "qwen2": _text("Qwen2", "ForCausalLM", "Qwen2DecoderLayer", **_layers(24, 112, 160, 14, 2),
                    tie_word_embeddings=True),
-    "phi": _text("Phi", "ForCausalLM", "PhiDecoderLayer", **_layers(4, 64, 160, 8, 8)),
+    "phi": _text("Phi", "ForCausalLM", "PhiDecoderLayer", **_layers(24, 64, 160, 8, 8)),
     "gemma": Recipe(
-        hf("Gemma", "ForCausalLM", **_TEXT, **_layers(4, 64, 160, 8, 1), head_dim=16),
+        hf("Gemma", "ForCausalLM", **_TEXT, **_layers(18, 64, 160, 8, 1), head_dim=16),
         "text", _LOGITS, ("GemmaDecoderLayer",),
         calmed=("layernorm", 0.1),  # these norms multiply by 1 + their weight
     ),
     "falcon": _text("Falcon", "ForCausalLM", "FalconDecoderLayer", "eager",
-                    num_hidden_layers=4, hidden_size=64, num_attention_heads=8,
+                    num_hidden_layers=32, hidden_size=64, num_attention_heads=8,
                     new_decoder_architecture=False),
     "t5": Recipe(
         lambda: Text2Text(
@@ -191,10 +190,10 @@ _RECIPES: Mapping[str, Recipe] = {
         "speech", _LOGITS, ("WhisperEncoderLayer", "WhisperDecoderLayer"),
         {"mel": 16, "frames": 40},
     ),
-    "mixtral": _text("Mixtral", "ForCausalLM", "MixtralDecoderLayer", **_layers(4, 64, 48, 8, 2),
+    "mixtral": _text("Mixtral", "ForCausalLM", "MixtralDecoderLayer", **_layers(32, 64, 48, 8, 2),
                      num_local_experts=8, num_experts_per_tok=2),
     "qwen2_moe": _text("Qwen2Moe", "ForCausalLM", "Qwen2MoeDecoderLayer",
-                       **_layers(4, 64, 48, 8, 8), moe_intermediate_size=20,
+                       **_layers(24, 64, 48, 8, 8), moe_intermediate_size=20,
                        shared_expert_intermediate_size=48, num_experts=8, num_experts_per_tok=4),
 }  # fmt: skip
 

@@ -224,6 +224,24 @@ class Deletions:
             self._found[start] = [self._places(one) for one in dict.fromkeys(least)]
         return self._found[start]
 
+    def is_minimal(self, places: Array, named: Array) -> bool:
+        """Whether of the ``named`` places ([n] bool) these can go, and each only with all of them."""
+        others = named.copy()
+        others[places] = False
+        fits = all(self._set(at, STAYS) for at in np.unique(self.joined[others]).tolist())
+        mark = len(self.trail)
+        for at in np.unique(self.joined[places]).tolist() if fits else ():
+            solutions: list[frozenset[int]] = []
+            if self._set(at, GONE):
+                self._search(solutions)
+            self._undo(mark)
+            gone = [self._places(one) for one in solutions]
+            fits = bool(gone) and all(np.array_equal(g[named[g]], places) for g in gone)
+            if not fits:
+                break
+        self._undo(0)
+        return fits
+
     def _places(self, of: frozenset[int]) -> Array:
         gone = np.isin(self.joined, list(of))
         for left, right in self.pairs:

@@ -72,7 +72,12 @@ class Tie:
 class Oracle:
     """The masks and ties of a graph, at the sizes of some feeds."""
 
-    def __init__(self, model: ir.Model, feeds: Mapping[str, Array], boundary: bool = True) -> None:
+    def __init__(
+        self,
+        model: ir.Model,
+        feeds: Mapping[str, Array],
+        boundary: bool = True,
+    ) -> None:
         self.model = model.clone()
         graph = self.model.graph
         self.own = _give_own_constants(graph)
@@ -249,8 +254,17 @@ class Oracle:
 
     def minimal(self, name: str, dim: int, position: int) -> list[Deletion]:
         """The smallest consistent deletions that delete this position."""
-        place = self.start[self.find(self.vars[name][dim])] + position
-        return [self._shown(solution) for solution in self.deletions.minimal(place)]
+        found = self.deletions.minimal(self._place(name, dim, position))
+        return [self._shown(solution) for solution in found]
+
+    def is_minimal(self, deletion: Deletion) -> bool:
+        """Whether a deletion is consistent, and no part of it is."""
+        places = np.unique([self._place(*place) for place in deletion])
+        named = np.array([bool(self.dims[var]) for var in self.var_at.tolist()])
+        return self._shown(places) == deletion and self.deletions.is_minimal(places, named)
+
+    def _place(self, name: str, dim: int, position: int) -> int:
+        return self.start[self.find(self.vars[name][dim])] + position
 
     def _shown(self, places: Array) -> Deletion:
         return frozenset(
