@@ -241,6 +241,7 @@ class Quantize(ChoosingPass):
         by_token = token.products(model, ledger.weights_of_tokens(applied))
         inside |= {node.inputs[1].name for node in by_token if node.inputs[1] is not None}
         integers: dict[str, integer.Held] = {}
+        scale_types: dict[str, Any] = {}
         stored = [entry for entry in applied if "value" in entry.detail]
         for entry in ctx.progress.track(stored, "quantizing", len(stored)):
             value = by_name[entry.detail["value"]]
@@ -260,10 +261,11 @@ class Quantize(ChoosingPass):
             codes = as_codes(base, make if solved is None else solved, own, scheme)
             if value.name in inside:
                 integers[value.name or ""] = integer.Held(codes, own.scales(scale))
+                scale_types[value.name or ""] = scheme.scale_type.numpy()
             else:
                 editor.replace(value, codes, own.scales(scale), own.scales(zero), own, scheme)
         integer.Rewriter(model, plan, grids, integers).run()
-        codes_of = {n: (h.codes, h.scales) for n, h in integers.items()}
+        codes_of = {n: (h.codes, h.scales.astype(scale_types[n])) for n, h in integers.items()}
         token.rewrite(model, by_token, codes_of, ledger.scales_of_tokens(applied))
         for name in integers:
             editor.renamed[name] = (

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from netlathe.ir import edit
+from netlathe.ir import edit, provenance
 
 Array = npt.NDArray[Any]
 CREATED_BY = "quantize"
@@ -65,6 +65,15 @@ class _Nodes:
         """Add a Cast."""
         return self("Cast", value, name=name, to=to.value, saturate=1, round_mode="up")
 
+    def scales(self, scales: Array, name: str) -> ir.Value:
+        """A weight's scales in float32, stored in the type that they have."""
+        held = edit.constant(self.graph, scales, f"{name}_scales", self.taken)
+        if held.dtype == ir.DataType.FLOAT:
+            return held
+        wide = self.cast(held, ir.DataType.FLOAT, f"{name}_scales_wide")
+        self.made[-1].metadata_props[provenance.STORED] = "int8"
+        return wide
+
     def extreme(self, op_type: str, value: ir.Value, name: str, axis: int = -1) -> ir.Value:
         """Add a reduction of the last axis, which stays."""
         axes = np.array([axis])
@@ -105,7 +114,7 @@ def rewrite(
         acc = add("MatMulInteger", codes, w, name=f"{name}_sums")
         wide = add.cast(acc, ir.DataType.FLOAT, f"{name}_wide")
         by_token = add("Mul", wide, scale, name=f"{name}_by_token")
-        result = add("Mul", by_token, scales.astype(np.float32), name=f"{name}_value")
+        result = add("Mul", by_token, add.scales(scales, name), name=f"{name}_value")
         edit.replace(node, add.made, {output: result}, CREATED_BY)
 
 

@@ -97,6 +97,26 @@ def test_a_scale_per_token() -> None:
     assert np.array_equal(ort.run(after, {"x": x})["y"], acc * s * ws.astype(np.float32) + c)
 
 
+def test_scales_of_weights_are_stored_as_asked_for() -> None:
+    before = settled("float[b,s,64] x", "y = MatMul (x, w)", w=matrix(64, 48))
+    pass_ = Quantize(
+        min_size=0, activations="int8", activation_scales="token", scales="float16", solver="gptq"
+    )
+    ctx = Context(calibration=[{"x": matrix(2, 90, 64, seed=1)}])
+    chosen = pass_.choose(before, ctx)
+    after = before.clone()
+    pass_.edit(after, chosen, ctx)
+    normal.normalize(after)
+    held = {
+        v.dtype: v.const_value.nbytes for v in after.graph.initializers.values() if v.const_value
+    }
+    assert held[ir.DataType.FLOAT16] == 2 * 48 and held[ir.DataType.INT8] == 64 * 48
+    fed = {"x": matrix(3, 5, 64, seed=2)}
+    reference = pass_.simulate(before.clone(), chosen)
+    expected, found = ort.run(reference.model, fed)["y"], ort.run(after, fed)["y"]
+    assert np.abs(found - expected).max() <= reference.tolerance * np.sqrt(np.mean(expected**2))
+
+
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_tokens_of_zoo_models(name: str) -> None:
     before = zoo_ir.captured(name)
