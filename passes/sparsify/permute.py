@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -32,9 +32,13 @@ from netlathe.passes.sparsify.in_order import Job, Settings, fed_by
 from netlathe.pipeline.ledger import Entry
 from netlathe.pipeline.pass_ import Context
 
+if TYPE_CHECKING:
+    import torch
+
 Array = npt.NDArray[Any]
 _MOST_ROWS = 1 << 11  # of all weights together, spread evenly: what a search looks at
 _MOST_ROUNDS = 20
+_AT_ONCE = (1 << 28, 1 << 22)  # numbers looked at at once on a GPU, and on a CPU
 _LEAST_GAIN = 1e-4  # of what is kept, in a round that is followed by another
 
 
@@ -177,7 +181,7 @@ def _entry(
     def find() -> dict[str, Array]:
         columns = np.concatenate([_columns(job, group.size, scales.get(job)) for job in jobs], 1)
         step = -(-columns.shape[1] // _MOST_ROWS)
-        order, kept = best_order(np.ascontiguousarray(columns[:, ::step]), pattern)
+        order, kept = best_order(np.ascontiguousarray(columns[:, ::step]), pattern, ctx.device)
         return {"order": order, "kept": np.array(kept)}
 
     found = ctx.once(name, find)
@@ -206,52 +210,65 @@ def _columns(job: Job, size: int, square: Array | None) -> Array:
     return shares.reshape(-1, size).T.astype(np.float32)
 
 
-def best_order(columns: Array, pattern: Pattern) -> tuple[Array, tuple[float, float]]:
+def best_order(
+    columns: Array, pattern: Pattern, device: str = "cpu"
+) -> tuple[Array, tuple[float, float]]:
     """An order of ``columns`` [size, rows] for groups of M, and the share kept before and after."""
+    import torch  # an extra
+
+    held = torch.tensor(columns, device=device)
     order = np.arange(len(columns))
-    total = float(columns.sum(dtype=np.float64)) or 1.0
-    first = now = _kept(columns, pattern).sum()
+    total = float(held.sum(dtype=torch.float64)) or 1.0
+    first = now = _kept(held, pattern).sum()
     for _ in range(_MOST_ROUNDS):
-        swaps = _swaps(columns[order], pattern)
+        swaps = _swaps(held[torch.from_numpy(order)], pattern)
         for a, b in swaps:
             order[[a, b]] = order[[b, a]]
-        before, now = now, _kept(columns[order], pattern).sum()
+        before, now = now, _kept(held[torch.from_numpy(order)], pattern).sum()
         if not swaps or now - before < _LEAST_GAIN * now:
             break
     return order, (float(first) / total, float(now) / total)
 
 
-def _kept(columns: Array, pattern: Pattern) -> Array:
+def _kept(columns: torch.Tensor, pattern: Pattern) -> Array:
     """What each group keeps."""
-    groups = columns.reshape(-1, pattern.m, columns.shape[1])
-    largest = np.partition(groups, pattern.m - pattern.n, axis=1)[:, pattern.m - pattern.n :]
-    kept: Array = largest.sum((1, 2), dtype=np.float64)
+    import torch
+
+    groups = columns.view(-1, pattern.m, columns.shape[1])
+    kept: Array = groups.topk(pattern.n, 1).values.sum((1, 2), dtype=torch.float64).cpu().numpy()
     return kept
 
 
-def _swaps(columns: Array, pattern: Pattern) -> list[tuple[int, int]]:
+def _swaps(columns: torch.Tensor, pattern: Pattern) -> list[tuple[int, int]]:
     """Swaps of columns that share no group, those that gain most first."""
-    size, m, n = len(columns), pattern.m, pattern.n
+    import torch
+
+    (size, rows), m, n = columns.shape, pattern.m, pattern.n
     kept = np.repeat(_kept(columns, pattern), m)
     gain = np.empty((size, size))
-    for a in range(size):  # what the group of a keeps with any other column in its place
-        start = a // m * m
-        rest = np.delete(columns[start : start + m], a - start, axis=0)
-        largest = np.partition(rest, m - 1 - n, axis=0)[m - 1 - n :]
-        least = largest[0]
-        own = largest.sum(dtype=np.float64) - least.sum(dtype=np.float64)
-        gain[a] = own + np.maximum(columns, least).sum(1, dtype=np.float64) - kept[a]
+    groups = columns.view(-1, m, rows)
+    at_once = max(1, _AT_ONCE[columns.device.type == "cpu"] // (size * rows))
+    for out in range(m):  # what a group keeps with any other column in the place of this one
+        rest = groups[:, [at for at in range(m) if at != out]]
+        largest = rest.topk(n, 1).values
+        least = largest[:, -1]
+        own = (largest.sum((1, 2), dtype=torch.float64) - least.sum(1, dtype=torch.float64)).cpu()
+        for start in range(0, len(groups), at_once):
+            part = slice(start, start + at_once)
+            sums = torch.maximum(columns, least[part, None]).sum(2, dtype=torch.float64).cpu()
+            gain[out::m][part] = (own[part, None] + sums).numpy()
+    gain -= kept[:, None]
     gain += gain.T
-    rows, others = np.triu_indices(size, 1)
-    apart = rows // m != others // m
-    rows, others = rows[apart], others[apart]
-    gains = gain[rows, others]
+    first, second = np.triu_indices(size, 1)
+    apart = first // m != second // m
+    first, second = first[apart], second[apart]
+    gains = gain[first, second]
     worth = np.flatnonzero(gains > 1e-9 * kept.sum())
     best = worth[np.argsort(-gains[worth], kind="stable")]
     taken = np.zeros(size // m, bool)
     swaps = []
     for at in best:
-        a, b = int(rows[at]), int(others[at])
+        a, b = int(first[at]), int(second[at])
         if not taken[a // m] and not taken[b // m]:
             taken[[a // m, b // m]] = True
             swaps.append((a, b))
