@@ -53,7 +53,6 @@ def inspect(
     netlathe inspect model.onnx --ir | less
     netlathe inspect model.onnx --axes
     """
-    from netlathe.analysis.axes import report
     from netlathe.analysis.cost import cost
     from netlathe.ir.printing import show_model
 
@@ -64,12 +63,12 @@ def inspect(
         if show_ir:
             described["ir"] = show_model(captured.model)
         if show_axes:
-            described["axes"] = [row.to_json() for row in report(captured.model)]
+            described["axes"] = [row.to_json() for row in _axes(captured.model)]
         render.print_json(described)
     elif show_ir:
         print(show_model(captured.model))
     elif show_axes:
-        _show_axes(report(captured.model), verbose=verbose)
+        _show_axes(_axes(captured.model), verbose=verbose)
     else:
         _show(captured, costs, verbose=verbose)
 
@@ -136,16 +135,27 @@ def _show(captured: Captured, costs: Cost, *, verbose: bool) -> None:
         render.line(f"... and {hidden} more entries of the capture (-v shows them)")
 
 
+def _axes(model: ir.Model) -> list[Row]:
+    """The axis groups, with the scopes of `prune` that they are in."""
+    from netlathe.analysis.axes import analyse, report
+    from netlathe.passes.prune.candidates import find_candidates
+
+    axes = analyse(model)
+    return report(axes, {found.group: found.scope for found in find_candidates(axes)})
+
+
 def _show_axes(rows: Sequence[Row], *, verbose: bool) -> None:
-    """Every axis group: its size, where it is, what it is made of, what may be done, what pins it."""
+    """Every axis group: its size and scope, where it is, what it is of, what may be done, what pins it."""
     shown = []
     for row in rows:
         members = row.members if verbose else row.members[:1]
         more = len(row.members) - len(members)
         made_of = "\n".join(members) + (f" and {more} more" if more else "")
         pinned = "\n".join(row.pinned if verbose else row.pinned[:1])
-        shown.append((row.group, row.size, row.where, made_of, row.allowed or "-", pinned))
-    render.table("", ("group", "#size", "module", "weight:dim", "may be", "pinned by"), shown)
+        allowed = row.allowed or "-"
+        shown.append((row.group, row.size, row.scope, row.where, made_of, allowed, pinned))
+    head = ("group", "#size", "scope", "module", "weight:dim", "may be", "pinned by")
+    render.table("", head, shown)
 
 
 def _value(value: ir.Value) -> dict[str, str]:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import onnx_ir as ir
 
 from netlathe.analysis.axes.basis import Stretch, to_rotate, to_scale
-from netlathe.analysis.axes.groups import Axes, Group, Member, analyse
+from netlathe.analysis.axes.groups import Axes, Group, Member
 from netlathe.analysis.axes.relate import ALONE
 from netlathe.diagnostics import PassError
 from netlathe.ir.provenance import module_path
@@ -21,6 +21,7 @@ class Row:
 
     group: str
     size: int
+    scope: str  # what the caller sorts it under; "" where it does not
     least: int  # positions that must stay
     where: str  # the module path that all members share
     members: tuple[str, ...]  # weight:dim, with the dim's term where the group is a part of it
@@ -46,16 +47,19 @@ class Row:
         return asdict(self)
 
 
-def report(model: ir.Model) -> list[Row]:
-    """Every axis group of a model in normal form, in the order in which nodes read their weights."""
-    axes = analyse(model)
-    return [_row(axes, group) for group in axes.groups]
+def report(axes: Axes, scopes: Mapping[Group, str]) -> list[Row]:
+    """Every axis group of a model, in the order in which nodes read their weights.
+
+    ``scopes`` says for groups which scope of a pass they are in.
+    """
+    return [_row(axes, group, scopes.get(group, "")) for group in axes.groups]
 
 
-def _row(axes: Axes, group: Group) -> Row:
+def _row(axes: Axes, group: Group, scope: str) -> Row:
     return Row(
         group=group.name,
         size=group.size,
+        scope=scope,
         least=group.least,
         where=_common([member.where for member in group.members]),
         members=tuple(_member(axes, member) for member in group.members),

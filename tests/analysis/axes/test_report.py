@@ -20,7 +20,7 @@ from tests.ir.onnx_text import matrix, model
 
 
 def test_a_row_says_what_must_change_and_what_may_be_done() -> None:
-    rows = report(zoo_ir.captured("llama"))
+    rows = report(analyse(zoo_ir.captured("llama")), {})
     (ffn,) = [row for row in rows if row.where == "model.layers.0.mlp"]
     assert ffn.members == (
         "model.layers.0.mlp.gate_proj.weight:1",
@@ -38,7 +38,7 @@ def test_a_row_says_what_must_change_and_what_may_be_done() -> None:
 
 
 def test_a_row_names_what_pins_it() -> None:
-    rows = report(zoo_ir.captured("llama"))
+    rows = report(analyse(zoo_ir.captured("llama")), {})
     (words,) = [row for row in rows if row.where == "model.embed_tokens"]
     assert not words.delete and words.allowed == ""
     (reason,) = words.pinned
@@ -53,7 +53,7 @@ def test_a_group_of_which_all_must_stay_says_so() -> None:
         w=matrix(4, 1), v=matrix(5, 2),
     )  # fmt: skip
     normal.normalize(made)
-    (alone,) = [row for row in report(made) if row.size == 1]
+    (alone,) = [row for row in report(analyse(made), {}) if row.size == 1]
     assert alone.pinned == ("it is the only position of a dim",)
 
 
@@ -66,10 +66,10 @@ def test_inspect_shows_the_groups(
     ir.save(made, tmp_path / "m.onnx")
     assert main(["inspect", str(tmp_path / "m.onnx"), "--axes"]) == 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert ["g1", "6", "w:1", "and", "1", "more", "delete,", "permute,", "scale"] in lines
+    assert ["g1", "6", "ffn", "w:1", "and", "1", "more", "delete,", "permute,", "scale"] in lines
     assert main(["inspect", str(tmp_path / "m.onnx"), "--axes", "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)["axes"]
-    assert [row["size"] for row in rows] == [4, 6, 2]
+    assert [(row["size"], row["scope"]) for row in rows] == [(4, ""), (6, "ffn"), (2, "vocab")]
     assert rows[0]["pinned"] == ["graph input x has it"]
 
 
@@ -88,7 +88,7 @@ def kinds(made: ir.Model) -> Counter[Hashable]:
             row.scale,
             row.rotate,
         )
-        for row in report(made)
+        for row in report(analyse(made), {})
     )
 
 
