@@ -1,0 +1,124 @@
+"""Layers on the instruction set's model, against plain loops."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from netlathe.backends.fpga.layers import Builder, Scale, Window
+from netlathe.backends.fpga.model import Machine
+from netlathe.backends.fpga.program import link
+from netlathe.backends.fpga.spec import Spec
+from netlathe.diagnostics import LowerError
+from tests.backends.fpga.cases import LAYERS, Layer, build, requantized
+
+SMALL = Spec()
+WIDE = Spec(rows=16, columns=8, patterns=("2:4", "4:8", "1:4"))
+LONG = Spec(rows=16, columns=16, beat_bytes=16, patterns=("4:8",))
+
+
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("spec", [SMALL, WIDE], ids=["8x8", "16x8"])
+def test_layers_are_exact(name: str, spec: Spec) -> None:
+    built = build(LAYERS[name], spec, seed=len(name))
+    Machine(spec, built.memory).run(built.program)
+    np.testing.assert_array_equal(built.got(built.memory), built.expected)
+
+
+@st.composite
+def layers(draw: st.DrawFn) -> Layer:
+    kernel = draw(st.tuples(st.integers(1, 3), st.integers(1, 3)))
+    dilations = draw(st.tuples(st.integers(1, 2), st.integers(1, 2)))
+    span = [(k - 1) * d + 1 for k, d in zip(kernel, dilations, strict=True)]
+    pads = draw(st.tuples(*(st.integers(0, 2) for _ in range(4))))
+    size = (draw(st.integers(span[0], 9)), draw(st.integers(span[1], 9)))
+    groups = draw(st.sampled_from([1, 1, 1, 2, 3]))
+    pattern = draw(st.sampled_from(["", "4:8"])) if groups == 1 else ""
+    return Layer(
+        size,
+        groups * draw(st.integers(1, 20)),
+        groups * draw(st.integers(1, 20)),
+        Window(kernel, draw(st.tuples(st.integers(1, 3), st.integers(1, 3))), dilations, pads),
+        groups,
+        pattern,
+        draw(st.booleans()),
+        draw(st.booleans()),
+    )
+
+
+@given(layers(), st.sampled_from([WIDE, LONG]), st.integers(0, 1000))
+@settings(max_examples=40, deadline=None)
+def test_any_layer_is_exact(layer: Layer, spec: Spec, seed: int) -> None:
+    built = build(layer, spec, seed)
+    Machine(spec, built.memory).run(built.program)
+    np.testing.assert_array_equal(built.got(built.memory), built.expected)
+
+
+def test_sums_and_pools_are_exact() -> None:
+    rng = np.random.default_rng(3)
+    spec, builder = SMALL, Builder(SMALL)
+    a, b = (builder.image(20, 19, 21) for _ in range(2))
+    scale = Scale(np.array([-70000]), np.array([1]), np.array([16]), 7)
+    total = builder.add("add", [(a, 40000), (b, 23456)], scale)
+    pooled = builder.pool(
+        "max",
+        total,
+        Window((3, 2), (2, 2), (1, 1), (1, 0, 1, 1)),
+        Scale(np.array([0]), np.array([2]), np.array([1])),
+        maximum=True,
+        zero=-128,
+    )
+    mean = builder.pool(
+        "mean",
+        pooled,
+        Window((pooled.height, pooled.width)),
+        Scale(np.array([-7 * 100]), np.array([41000]), np.array([22]), 3),
+        maximum=False,
+        zero=0,
+    )
+    memory = builder.memory()
+    values = [rng.integers(-128, 128, (20, 19, 21)).astype(np.int8) for _ in range(2)]
+    for image, held in zip((a, b), values, strict=True):
+        builder.put(memory, image, held)
+    Machine(spec, memory).run(link(builder.steps))
+    wide = [v.astype(np.int64) for v in values]
+    sums = 40000 * wide[0] + 23456 * wide[1] - 70000
+    shape = np.ones(21, np.int64)
+    expected = requantized(sums, Scale(0 * shape, shape, 16 * shape, 7))
+    np.testing.assert_array_equal(builder.get(memory, total), expected)
+    padded = np.pad(expected, ((1, 1), (0, 1), (0, 0)), constant_values=-128)
+    most = np.stack(
+        [padded[v : v + 20 : 2, h : h + 19 : 2][:10, :10] for v in range(3) for h in range(2)]
+    ).max(0)
+    np.testing.assert_array_equal(builder.get(memory, pooled), most)
+    sums = most.astype(np.int64).sum((0, 1), keepdims=True) - 700
+    expected = requantized(sums, Scale(0 * shape, 41000 * shape, 22 * shape, 3))
+    np.testing.assert_array_equal(builder.get(memory, mean), expected)
+
+
+def _one(weights: np.ndarray, channels: int, spec: Spec = SMALL, bias: int = 0) -> None:
+    builder = Builder(spec)
+    out = weights.shape[0]
+    scale = Scale(np.full(out, bias), np.full(out, 1 << 15), np.full(out, 20))
+    builder.product("wide", builder.image(1, 1, channels), weights, scale)
+
+
+def test_a_sum_that_can_leave_32_bits_is_refused() -> None:
+    weights = np.full((9, 64, 1, 1), 127, np.int8)
+    _one(weights, 64, bias=2**31 - 127 * 64 * 128 - 1)
+    with pytest.raises(LowerError, match=r"wide: the sum of output channel 0 can reach 2147483648"):
+        _one(weights, 64, bias=2**31 - 127 * 64 * 128)
+
+
+def test_a_layer_beyond_the_scratchpads_is_refused_with_the_numbers() -> None:
+    weights = np.ones((8, 70000, 1, 1), np.int8)
+    with pytest.raises(LowerError, match=r"take 70000 bytes; half of the input scratchpad is 32768"):
+        _one(weights, 70000)
+
+
+def test_patterns_that_the_core_lacks_are_refused() -> None:
+    layer = Layer((1, 4), 64, 8, pattern="1:4")
+    with pytest.raises(LowerError, match=r"no 1:4; it has 2:4"):
+        build(layer, SMALL, 0)

@@ -1,0 +1,171 @@
+"""Whole networks: the core's share found, run, written and read back; equal to ONNX Runtime."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+import torch
+from torch import nn
+
+import netlathe
+from netlathe.backends.fpga import artifact
+from netlathe.backends.fpga.backend import FpgaBackend
+from netlathe.backends.fpga.model import Memory
+from netlathe.backends.fpga.network import Network
+from netlathe.backends.fpga.recognise import Pool, Product, Sum
+from netlathe.backends.fpga.spec import Spec
+from netlathe.cli import main
+from netlathe.diagnostics import InputError, LowerError
+from netlathe.execute import ort
+from netlathe.pipeline.pass_ import Feeds
+
+PASSES = "fold_batch_norm, quantize(activations='int8', min_size=0)"
+
+
+class Cnn(nn.Module):
+    """Convolutions, a depthwise one, a residual sum, a maximum and a mean of pixels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 16, 3, padding=1)
+        self.norm = nn.BatchNorm2d(16)
+        self.depth = nn.Conv2d(16, 16, 3, padding=1, groups=16)
+        self.second = nn.Conv2d(16, 16, 1)
+        self.third = nn.Conv2d(16, 24, 3, stride=2, padding=1)
+        self.pool = nn.MaxPool2d(2)
+        self.mean = nn.AdaptiveAvgPool2d(1)
+        self.last = nn.Linear(24, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Ten numbers for an image."""
+        x = self.norm(self.first(x)).relu()
+        x = (x + self.second(self.depth(x).relu())).relu()
+        x = self.pool(self.third(x).relu())
+        return self.last(self.mean(x).flatten(1))
+
+
+class Mlp(nn.Module):
+    """A GELU between two layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(20, 48), nn.Linear(48, 20)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[batch, tokens, 20] to the same."""
+        return x + self.down(nn.functional.gelu(self.up(x)))
+
+
+NETS = {"cnn": (Cnn, (2, 3, 12, 12)), "mlp": (Mlp, (2, 7, 20))}
+
+
+def _quantized(name: str) -> tuple[netlathe.Compiled, Feeds]:
+    torch.manual_seed(0)
+    make, shape = NETS[name]
+    net = make()
+    with torch.no_grad():
+        for _ in range(3):
+            net(torch.randn(8, *shape[1:]))  # moments of the batch norm
+    dynamic = {"x": {0: "batch"}}
+    captured = netlathe.capture(net.eval(), args=(torch.randn(shape),), dynamic=dynamic)
+    rng = np.random.default_rng(1)
+    data = [{"x": rng.standard_normal(shape, np.float32)} for _ in range(4)]
+    passes = PASSES if name == "cnn" else PASSES.partition(", ")[2]
+    return netlathe.compile(captured, passes, calibration=data), data[0]
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_networks_are_equal_to_the_graph(name: str) -> None:
+    compiled, feeds = _quantized(name)
+    network = Network(compiled.model, Spec())
+    expected = ort.run(compiled.model, feeds)
+    for hardware in (False, True):
+        got = network.run(feeds, hardware=hardware)
+        for output, array in expected.items():
+            np.testing.assert_array_equal(got[output], array)
+
+
+def test_the_core_takes_what_it_can_of_an_image_network() -> None:
+    compiled, feeds = _quantized("cnn")
+    network = Network(compiled.model, Spec())
+    kinds = [type(operation) for operation in network.found]
+    assert kinds.count(Product) == 5 and kinds.count(Sum) == 1 and kinds.count(Pool) == 2
+    network.run(feeds)
+    layers = network.reports(Memory())
+    assert len(layers) == 2 * 8  # two images, a Flatten costs nothing
+    by_name = {layer["layer"]: layer for layer in layers}
+    macs = {layer["macs"] for layer in by_name.values()}
+    assert {144 * 3 * 9 * 16, 144 * 9 * 16, 144 * 16 * 16, 36 * 16 * 9 * 24, 240} <= macs
+    assert all(0 < layer["utilization"] <= 1 for layer in layers)
+    # Every byte of weights is read, and every byte of output written, at least once.
+    (last,) = (layer for layer in layers[:8] if layer["macs"] == 240)
+    assert last["bytes_read"] >= 240 and last["bytes_written"] == 4 * 16  # 32-bit sums
+
+
+def test_pruned_weights_take_less_time() -> None:
+    torch.manual_seed(0)
+    net = nn.Linear(256, 64)
+    keep = torch.zeros(64, 64, 4)
+    keep[..., :2] = 1
+    with torch.no_grad():
+        net.weight *= keep.reshape(64, 256)
+    captured = netlathe.capture(net, args=(torch.randn(64, 256),))
+    data = [{"input": np.random.default_rng(1).standard_normal((64, 256), np.float32)}]
+    compiled = netlathe.compile(captured, PASSES.partition(", ")[2], calibration=data)
+    cycles = []
+    for patterns in ((), ("2:4",)):
+        network = Network(compiled.model, Spec(patterns=patterns))
+        got = network.run(data[0])
+        np.testing.assert_array_equal(got["output"], ort.run(compiled.model, data[0])["output"])
+        cycles.append(sum(layer["cycles"] for layer in network.reports(Memory())))
+    assert cycles[0] > 1.4 * cycles[1]
+
+
+def test_an_artifact_is_written_and_read_back(tmp_path: Path) -> None:
+    compiled, feeds = _quantized("cnn")
+    compiled.save(tmp_path / "out", target="fpga-ecp5-85f")
+    (meta,) = (tmp_path / "out").rglob("meta.json")
+    folder, held = meta.parent, json.loads(meta.read_text())
+    assert held["error"] == 0 and held["cycles"] == sum(l["cycles"] for l in held["layers"])
+    programs = sorted(folder.glob("launch-*.program"))
+    assert len(programs) == len(held["launches"]) > 0
+    assert sum(p.stat().st_size for p in programs) == held["instruction_bytes"]
+    assert "module core" in (folder / "core.v").read_text()
+    loaded = artifact.load(folder)
+    expected = ort.run(compiled.model, feeds)
+    for name, array in loaded.run(feeds).items():
+        np.testing.assert_array_equal(array, expected[name])
+
+
+def test_a_float_model_is_refused_with_what_to_do(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "mlp.onnx"
+    torch.onnx.export(Mlp(), (torch.randn(1, 7, 20),), file, dynamo=True, verbose=False)
+    out = tmp_path / "out"
+    words = ["compile", str(file), "--passes", "", "--target", "fpga-ecp5-85f", "-o", str(out)]
+    assert main(words) != 0
+    said = " ".join(capsys.readouterr().err.split())
+    assert "no product of the model is in integers" in said
+    assert "quantize(activations='int8')" in said and not out.exists()
+
+
+def test_files_that_are_no_artifact_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no artifact of an FPGA target"):
+        artifact.load(tmp_path)
+    (tmp_path / "meta.json").write_text('{"format": 99}')
+    ir.save(_quantized("mlp")[0].model, tmp_path / "model.onnx")
+    with pytest.raises(InputError, match="format 99, and 1 is known"):
+        artifact.load(tmp_path)
+
+
+def test_compile_refuses_what_unsupported_lists() -> None:
+    captured = netlathe.capture(Mlp().eval(), args=(torch.randn(2, 7, 20),))
+    (target,) = FpgaBackend.targets()
+    (gap,) = FpgaBackend().unsupported(captured.model, target)
+    with pytest.raises(LowerError, match=gap.message):
+        FpgaBackend().compile(captured.model, target)

@@ -1,0 +1,143 @@
+"""The core itself: bit for bit and cycle for cycle what the instruction set's model says."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from netlathe.backends.fpga import simulate
+from netlathe.backends.fpga.core.top import Core
+from netlathe.backends.fpga.isa import Instruction
+from netlathe.backends.fpga.model import Machine, Memory, cycles
+from netlathe.backends.fpga.spec import Spec
+from tests.backends.fpga.cases import LAYERS, SAME, Built, Layer, build
+
+SMALL = Spec()
+WIDE = Spec(rows=16, columns=8, patterns=("2:4", "4:8", "1:4"), weight_rows=256)
+LONG = Spec(rows=16, columns=16, beat_bytes=16, patterns=("4:8",), weight_rows=256)
+MEMORIES = [Memory(), Memory(40, (1, 3), (2, 3))]
+
+
+def _same(built: Built, spec: Spec, memory: Memory) -> None:
+    """Values, and when what happens at the ports happens."""
+    run = simulate.run(built.program, built.memory, spec, memory)
+    expected = built.memory.copy()
+    Machine(spec, expected).run(built.program)
+    np.testing.assert_array_equal(built.got(expected), built.expected)
+    np.testing.assert_array_equal(run.memory, expected)
+    times = cycles(built.program, spec, memory)
+    asked, sent = iter(run.asked), iter(run.sent)
+    for step, time in zip(built.program, times, strict=True):
+        if step.unit == "load" and step["how"] != 2:
+            last = [next(asked) for _ in range(step["inner"] * step["outer"])][-1]
+            assert last == time.done - memory.latency
+        elif step.unit == "store":
+            beats = step["group"] * step["n0"] * step["n1"] * spec.vector_beats
+            assert [next(sent) for _ in range(beats)][-1] == time.done
+    assert next(asked, None) is None and next(sent, None) is None
+
+
+@pytest.mark.parametrize("memory", MEMORIES, ids=["fast", "slow"])
+@pytest.mark.parametrize("name", LAYERS)
+def test_the_core_is_its_model(name: str, memory: Memory) -> None:
+    _same(build(LAYERS[name], SMALL, seed=1), SMALL, memory)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("spec", [WIDE, LONG], ids=["16x8", "16x16"])
+@pytest.mark.parametrize("seed", range(30))
+def test_other_cores_are_their_models(seed: int, spec: Spec) -> None:
+    rng = np.random.default_rng(seed)
+    names = [str(p) for p in spec.kept]
+    layer = Layer(
+        (int(rng.integers(3, 12)), int(rng.integers(3, 12))),
+        int(rng.integers(1, 90)),
+        int(rng.integers(1, 60)),
+        SAME,
+        pattern=str(rng.choice(["", *names])),
+        nibbles=bool(rng.integers(2)),
+        table=bool(rng.integers(2)),
+    )
+    _same(build(layer, spec, seed), spec, MEMORIES[seed % 2])
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_a_memory_that_hesitates_changes_nothing(seed: int) -> None:
+    built = build(LAYERS["2:4, ragged"], SMALL, seed)
+    run = simulate.run(built.program, built.memory, SMALL, seed=seed)
+    np.testing.assert_array_equal(built.got(run.memory), built.expected)
+
+
+def test_tokens_are_needed() -> None:
+    """Without them units overtake each other: the comparison would notice a core that ignores them."""
+    built = build(LAYERS["tokens"], SMALL, seed=1)
+    loose = [Instruction(i.unit, i.fields) for i in built.program]
+    run = simulate.run(loose, built.memory, SMALL)
+    assert (built.got(run.memory) != built.expected).any()
+
+
+def test_a_program_that_waits_for_ever_is_an_error() -> None:
+    from netlathe.diagnostics import LowerError
+
+    stuck = [Instruction("store", {"group": 1, "n0": 1, "n1": 1}, pops={"requantize"})]
+    with pytest.raises(LowerError, match="not done within the limit of cycles"):
+        simulate.run(stuck, np.zeros(64, np.uint8), SMALL, limit=1000)
+
+
+def test_amaranth_s_own_simulator_agrees() -> None:
+    """Another simulator than Verilator, on the smallest core and a layer of a few hundred cycles."""
+    from amaranth.sim import Simulator
+
+    spec = Spec(
+        patterns=(), input_vectors=64, hidden_vectors=8, weight_rows=16, sum_rows=16,
+        output_vectors=16, parameter_words=16, table_entries=512,
+    )  # fmt: skip
+    built = build(Layer((1, 5), 24, 8, table=False), spec, seed=4)
+    core = Core(spec)
+    memory = built.memory.view("<u8").copy()
+    ports: Any = core  # made at run time
+
+    async def bench(ctx: Any) -> None:
+        words = [i.encode() for i in built.program]
+        coming: list[int] = []
+        ctx.set(ports.read_ready, 1)
+        ctx.set(ports.write_ready, 1)
+        for _ in range(2000):
+            ctx.set(ports.instruction_valid, bool(words))
+            ctx.set(ports.instruction, words[0] if words else 0)
+            ctx.set(ports.beat_valid, bool(coming))
+            ctx.set(ports.beat, int(memory[coming[0]]) if coming else 0)
+            taken = bool(words) and ctx.get(ports.instruction_ready)
+            eaten = bool(coming) and ctx.get(ports.beat_ready)
+            asked = ctx.get(ports.read_address) if ctx.get(ports.read_valid) else None
+            if ctx.get(ports.write_valid):
+                memory[ctx.get(ports.write_address)] = ctx.get(ports.write_beat)
+            if ctx.get(ports.idle) and not words and not coming:
+                return
+            await ctx.tick()
+            if taken:
+                words.pop(0)
+            if eaten:
+                coming.pop(0)
+            if asked is not None:
+                coming.append(asked)
+        raise AssertionError("not done")
+
+    simulator = Simulator(core)
+    simulator.add_clock(1e-8)
+    simulator.add_testbench(bench)
+    simulator.run()
+    np.testing.assert_array_equal(built.got(memory.view(np.uint8)), built.expected)
+
+
+@pytest.mark.slow
+def test_waves_are_written(tmp_path: Path) -> None:
+    built = build(LAYERS["one token"], SMALL, seed=1)
+    run = simulate.run(built.program, built.memory, SMALL, waves=tmp_path / "waves.vcd")
+    np.testing.assert_array_equal(built.got(run.memory), built.expected)
+    head = (tmp_path / "waves.vcd").read_text()[:100_000]
+    assert re.search(r"\$var wire +1 \S+ instruction_valid \$end", head)
