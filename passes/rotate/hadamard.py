@@ -79,7 +79,8 @@ def random_hadamard(size: int, rng: np.random.Generator) -> Basis:
 def random_orthogonal(size: int, rng: np.random.Generator) -> Basis:
     """A rotation drawn evenly from all: QR of Gaussian numbers, with signs that make it unique."""
     q, r = np.linalg.qr(rng.standard_normal((size, size)))
-    return np.asarray(q * np.sign(np.diag(r)), np.float64)
+    made: Basis = (q * np.sign(np.diag(r))).astype(np.float64)
+    return made
 
 
 # -- Paley ----------------------------------------------------------------------------------------------

@@ -87,7 +87,7 @@ SETTINGS = (
 )
 
 
-QUICK = {("llama", SETTINGS[0]), ("resnet", SETTINGS[1])}
+QUICK = (("llama", SETTINGS[0]), ("resnet", SETTINGS[1]))
 CASES = [
     pytest.param(name, pass_, marks=[] if (name, pass_) in QUICK else [pytest.mark.slow])
     for name in ("llama", "resnet", "mobilenet_v2", "gpt2")
