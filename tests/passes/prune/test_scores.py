@@ -176,18 +176,49 @@ def test_optin_is_the_way_a_masked_position_leads_astray() -> None:
         assert found[position] == pytest.approx(change, rel=1e-4, abs=1e-12)
 
 
-def test_bn_gamma_is_read_off_the_batch_norm() -> None:
-    model = zoo_ir.captured("mobilenet_v2")
-    found = [c for c in find_candidates(axis_analysis.analyse(model)) if c.scope == "channels"]
-    scores = measure("bn_gamma", found[:1], model, Context())[found[0]]
-    gammas = [
-        np.abs(part.value.const_value.numpy().astype(np.float64))
-        for part in found[0].parts
-        if part.node.op_type == "BatchNormalization"
-        and part.value is part.node.inputs[1]
-        and part.value.const_value is not None
-    ]
-    np.testing.assert_array_equal(scores, sum(gammas))
+def test_bn_gamma_is_the_magnitude_of_the_gain() -> None:
+    """Of channels that two batch norms see, such as those of a residual stream, the sum of both."""
+    rng = np.random.default_rng(5)
+    made_ = {
+        "w1": rng.normal(size=(6, 3, 3, 3)),
+        "w2": rng.normal(size=(6, 6, 3, 3)),
+        "w3": rng.normal(size=(4, 6, 1, 1)),
+        **{f"{name}{n}": rng.normal(size=6) for n in (1, 2) for name in ("gain", "bias", "mean")},
+        **{f"var{n}": rng.uniform(0.5, 2, 6) for n in (1, 2)},
+    }
+    model = text.model(
+        """
+        agraph (float[b, 3, 8, 8] x) => (float[b, 4, 8, 8] y)
+        {
+            a = Conv <pads = [1, 1, 1, 1]> (x, w1)
+            s = BatchNormalization (a, gain1, bias1, mean1, var1)
+            r = Relu (s)
+            c = Conv <pads = [1, 1, 1, 1]> (r, w2)
+            n = BatchNormalization (c, gain2, bias2, mean2, var2)
+            t = Add (s, n)
+            y = Conv (t, w3)
+        }
+        """,
+        {name: array.astype("f4") for name, array in made_.items()},
+    )
+    model.graph.opset_imports[""] = 25
+    normal.normalize(model)
+    (candidate,) = [c for c in find_candidates(axis_analysis.analyse(model)) if c.size == 6]
+    scores = measure("bn_gamma", [candidate], model, Context())[candidate]
+    gains = [made_[f"gain{n}"].astype("f4").astype(np.float64) for n in (1, 2)]
+    np.testing.assert_array_equal(scores, np.abs(gains[0]) + np.abs(gains[1]))
+
+
+def test_random_scores_depend_on_the_seed_alone() -> None:
+    model = made()
+    candidate = ffn_of(model)
+
+    def scores(seed: int) -> Array:
+        return measure("random", [candidate], model, Context(seed=seed))[candidate]
+
+    np.testing.assert_array_equal(scores(3), scores(3))
+    assert len({*scores(3).tolist(), *scores(4).tolist()}) == 2 * INNER
+    assert ((scores(3) >= 0) & (scores(3) < 1)).all()
 
 
 @pytest.mark.parametrize("name", ["wanda", "flap", "cfsp", "taylor", "obd", "optin"])
@@ -266,6 +297,18 @@ def test_isomorphic_widths_lose_the_same_share() -> None:
         assert len({allocation.structure(c) for c in same}) == 1
         share = sum(counts[c] for c in same) / sum(c.size for c in same)
         assert share == pytest.approx(0.5, abs=len(same) / sum(c.size for c in same))
+
+
+def test_a_ranking_of_standard_scores_removes_the_lowest_of_them() -> None:
+    """(s - mean) / deviation within a width, in float64; positions of the widths cost the same here."""
+    of = {c: s for c, s in scored().items() if c.scope == "ffn"}
+    assert len(of) > 1 and len({c.parameters for c in of}) == 1
+    counts = allocation.standardized(of)(0.4)
+    standard = {c: np.sort((s - s.mean()) / s.std()) for c, s in of.items()}
+    gone = np.concatenate([s[: c.size - counts[c]] for c, s in standard.items()])
+    stay = np.concatenate([s[c.size - counts[c] :] for c, s in standard.items()])
+    assert gone.max() <= stay.min()
+    assert len(gone) == np.ceil(0.4 * sum(c.size for c in of))
 
 
 def test_standard_scores_do_not_see_the_scale_of_a_layer() -> None:
@@ -435,6 +478,44 @@ def test_blocks_that_turn_the_stream_more_keep_more() -> None:
     gates = 1 / (1 + np.exp(-(np.array([0.1, 0.2, 0.6]) - 0.3) / np.std([0.1, 0.2, 0.6])))
     np.testing.assert_allclose(weights, gates / gates.mean(), rtol=1e-12)
     np.testing.assert_array_equal(allocation.angular_weights(np.array([0.3, 0.3])), [1, 1])
+
+
+def test_a_block_keeps_what_its_angle_gives() -> None:
+    """sigmoid((s - mean) / deviation) / mean of these, times the share that stays; s in float64."""
+    rng = np.random.default_rng(9)
+    sizes = {"up1": (WIDTH, 40), "down1": (40, WIDTH), "up2": (WIDTH, 40), "down2": (40, WIDTH)}
+    weights = {name: rng.normal(0, 0.2, size).astype("f4") for name, size in sizes.items()}
+    weights["down2"] *= 3  # turns the stream further
+    model = text.model(
+        f"""
+        agraph (float[b, {WIDTH}] x) => (float[b, {WIDTH}] z)
+        {{
+            a = MatMul (x, up1)  h = Relu (a)  d = MatMul (h, down1)  y = Add (x, d)
+            c = MatMul (y, up2)  i = Relu (c)  e = MatMul (i, down2)  z = Add (y, e)
+        }}
+        """,
+        weights,
+    )
+    model.graph.opset_imports[""] = 25
+    normal.normalize(model)
+    x = rng.normal(size=(30, WIDTH)).astype("f4")
+    w = {name: array.astype(np.float64) for name, array in weights.items()}
+    streams = [x.astype(np.float64)]
+    for up, down in (("up1", "down1"), ("up2", "down2")):
+        streams.append(streams[-1] + np.maximum(streams[-1] @ w[up], 0) @ w[down])
+    angles = np.array([
+        np.mean(np.arccos((a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)))
+        for a, b in itertools.pairwise(streams)
+    ]) / np.pi  # fmt: skip
+    gates = 1 / (1 + np.exp(-(angles - angles.mean()) / angles.std()))
+    keeps = np.minimum(1, 0.5 * gates / gates.mean())
+    found = [c for c in find_candidates(axis_analysis.analyse(model)) if c.size == 40]
+    of = {c: np.arange(40.0) for c in found}
+    spread = allocation.by_angle(of, model, Context(calibration=[{"x": x}]))
+    counts = spread.allocate(0.5)
+    assert [counts[c] for c in found] == [round(40 * keep) for keep in keeps]
+    told = [spread.evidence[c]["angle"] for c in found]
+    np.testing.assert_allclose(told, angles, rtol=CLOSE)
 
 
 # -- compensation ------------------------------------------------------------------------------------------
