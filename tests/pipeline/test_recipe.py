@@ -137,7 +137,8 @@ def test_the_schema_is_one_and_explains_every_option() -> None:
         "type": "integer",
     }
     assert schema["$defs"]["cut"]["description"] == "Removes the last hidden channels."
-    assert schema["properties"]["target"]["enum"] == ["onnx", "torch", "tvm-x86"]
+    names = ["fpga-ecp5-85f", "onnx", "onnx-ort", "torch", "tvm-x86"]
+    assert schema["properties"]["target"]["enum"] == names
 
 
 # -- errors ---------------------------------------------------------------------------------------
