@@ -355,10 +355,18 @@ def _export_help(message: str) -> str:
         return "the module fixes a dim that was declared dynamic: leave that dim out of dynamic="
     if "data-dependent" in message or "GuardOnDataDependent" in message:
         return (
-            "control flow depends on tensor values: use torch.where / torch.cond there, or for a"
-            " mixture of experts the `batched_mm` implementation"
+            f"control flow depends on tensor values: use torch.where / torch.cond there; {_EXPERTS}"
         )
     return "an eager attention implementation often exports where a fused one does not"
+
+
+_EXPERTS = "load a mixture of experts of transformers with experts_implementation='batched_mm'"
+
+
+def _translation_help(message: str) -> str:
+    if "grouped_mm" in message:
+        return f"which rows belong to an expert is only known when it runs: {_EXPERTS}"
+    return "replace the operation, or load a Hugging Face model with another attn_implementation"
 
 
 def _notes(error: BaseException, noise: Sequence[str]) -> tuple[str, ...]:
@@ -381,8 +389,7 @@ def _translate(
                 at=at,
                 where=where,
                 notes=_notes(error, noise),
-                help="replace the operation, or for a Hugging Face model choose another"
-                " attention or experts implementation",
+                help=_translation_help(str(error)),
             )
         ) from error
     assert made is not None  # only export to a file of the older exporter returns None

@@ -16,6 +16,7 @@ from netlathe.execute import ort
 from netlathe.frontends.torch_fx import TorchFx
 from netlathe.frontends.torch_module import TorchModule
 from netlathe.frontends.torch_signature import named_leaves
+from tests import zoo
 
 
 def relative_difference(actual: Any, expected: Any) -> float:
@@ -157,6 +158,17 @@ def test_an_exporter_failure_names_the_module() -> None:
     assert diagnostic.where == "layers.1"
     assert "data-dependent" in diagnostic.message
     assert diagnostic.help
+
+
+@pytest.mark.parametrize("experts", ["eager", "grouped_mm"])
+def test_experts_that_cannot_be_exported_say_which_can(experts: str) -> None:
+    built = zoo.build("mixtral")
+    built.module.config._experts_implementation = experts
+    with pytest.raises(CaptureError) as refused:
+        TorchModule(kwargs=built.kwargs, dynamic=built.dynamic).capture(built.module)
+    (diagnostic,) = refused.value.diagnostics
+    assert "experts_implementation='batched_mm'" in (diagnostic.help or "")
+    assert diagnostic.where == "model.layers.0.mlp.experts"
 
 
 class FixedLength(nn.Module):
