@@ -73,7 +73,7 @@ def random_hadamard(size: int, rng: np.random.Generator) -> Basis:
     walsh = hadamard(power)
     assert walsh is not None
     odd = random_orthogonal(size // power, rng)
-    return np.asarray(np.kron(walsh / math.sqrt(power), odd) * signs[:, None])
+    return np.asarray(np.kron(walsh / math.sqrt(power), odd) * signs[:, None], np.float64)
 
 
 def random_orthogonal(size: int, rng: np.random.Generator) -> Basis:
