@@ -12,10 +12,10 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from netlathe.analysis import linear
-from netlathe.diagnostics import Diagnostic, OptionError, PassError, missing_extra
+from netlathe.diagnostics import Diagnostic, OptionError, missing_extra
 from netlathe.ir import edit
-from netlathe.passes.slice import bases
-from netlathe.passes.slice.narrow import narrow, sizes
+from netlathe.passes.slice import bases, budget
+from netlathe.passes.slice.narrow import narrow
 from netlathe.passes.slice.segments import Edge, Layout, Segment, insert, lay_out, stretch_at
 from netlathe.pipeline.ledger import Entry
 from netlathe.pipeline.pass_ import (
@@ -49,7 +49,8 @@ class Slice(ChoosingPass):
     """Rotate residual streams to axes of their own and delete the least important (SliceGPT).
 
     ``ratio`` is the share of the width that goes, ``parameters`` the share of the model's parameters,
-    what adapters add being counted. ``ratio=0`` only rotates, which is exact. Norms must be
+    what adapters add being counted. ``ratio=0`` only rotates, which is exact. With ``cuts`` parts of a
+    stream have bases and widths of their own, as many and as wide as loses least. Norms must be
     RMSNormalization without a scale of its own: run ``fold_norms`` before.
     """
 
@@ -127,17 +128,21 @@ class Slice(ChoosingPass):
             reason = "the model has no residual stream that norms read"
             return refused or [Entry("(the model)", "skipped", reason)]
         multiple = math.lcm(self.round_to, ctx.target.width_multiple if ctx.target else 1)
+        named = _named(layout)
+        kept: dict[str, int] = {}
+        plan = None
+        if not self.cuts:
+            kept = self._widths(layout, named, multiple)
+            budget.check_net(
+                self, named, kept, budget.total(layout), budget.left(layout, named, kept)
+            )
         seen = self._observe(model, layout, ctx)
-        layout, plan = self._cut(model, layout, seen, multiple, ctx)
-        named = {segment.points[0]: segment for segment in layout.segments}
-        kept = (
-            {name: plan.kept[name] for name in named}
-            if plan
-            else self._widths(layout, named, multiple)
-        )
-        before = _total(layout)
-        after = sizes(layout, kept, _stretches(named))
-        self._check_net(kept, named, before, after)
+        if self.cuts:
+            plan = self._plan(model, layout, seen, multiple, ctx)
+            layout = lay_out(model, cut=plan.cut)
+            named = _named(layout)
+            kept = {name: plan.kept[name] for name in named}
+        before, after = budget.total(layout), budget.left(layout, named, kept)
         solved, rows = self._solve(model, named, kept, seen, plan.missed if plan else {}, ctx)
         fits, left = self._fit(model, named, kept, solved, ctx)
         entries = []
@@ -222,21 +227,20 @@ class Slice(ChoosingPass):
         norms = [norm for segment in layout.segments for norm in segment.norms]
         return statistics.observe(model, list(dict.fromkeys(norms)), ctx, str(self))
 
-    def _cut(
+    def _plan(
         self, model: ir.Model, layout: Layout, seen: Seen | None, multiple: int, ctx: Context
-    ) -> tuple[Layout, Plan | None]:
-        """The layout with the cuts that lose least, and the plan of them."""
-        if not self.cuts:
-            return layout, None
+    ) -> Plan:
+        """Where to cut, and all widths."""
         from netlathe.passes.slice.widths import Widths
 
         assert seen is not None and self.parameters is not None
-        goal = (1 - self.parameters) * _total(layout)
+        before = budget.total(layout)
+        goal = (1 - self.parameters) * before
         widths = Widths(model, seen, multiple, ctx.device)
         plan = widths.plan(goal, self.cuts, self._measure(model, ctx))
         if plan is None:
-            raise self._out_of_reach(goal, _total(layout))
-        return lay_out(model, cut=plan.cut), plan
+            raise budget.out_of_reach(goal, before)
+        return plan
 
     def _measure(self, model: ir.Model, ctx: Context) -> Measure:
         """The loss on some of the data with some points projected: KL, or where there is none MSE."""
@@ -261,75 +265,15 @@ class Slice(ChoosingPass):
     def _widths(
         self, layout: Layout, named: Mapping[str, Segment], multiple: int
     ) -> dict[str, int]:
-        names = list(named)
-        whole = set()
+        names, whole = list(named), set[str]()
         if self.full in ("embedding", "both"):
             whole.add(names[0])
         if self.full in ("head", "both"):
             whole.add(names[-1])
-        if self.parameters is None:
-            ratio = 0.25 if self.ratio is None else self.ratio
-            return {
-                name: self._narrowed(segment.group.size, ratio, multiple)
-                if name not in whole
-                else segment.group.size
-                for name, segment in named.items()
-            }
-        total = _total(layout)
-        goal = (1 - self.parameters) * total
-        widest = max(segment.group.size for segment in named.values())
-        least = math.inf
-        for step in range(widest // multiple, 0, -1):
-            share = step * multiple / widest
-            kept = {
-                name: segment.group.size
-                if name in whole
-                else max(multiple, int(segment.group.size * share) // multiple * multiple)
-                for name, segment in named.items()
-            }
-            count = sizes(layout, kept, _stretches(named))
-            least = min(least, count)
-            if count <= goal:
-                return kept
-        raise self._out_of_reach(goal, total, least)
-
-    def _out_of_reach(self, goal: float, total: float, least: float | None = None) -> PassError:
-        told = "" if least is None else f": the least is {least:.0f}"
-        return PassError(
-            Diagnostic(
-                "slice.parameters",
-                f"no width leaves {goal:.0f} of {total} parameters{told}",
-                help="ask for less with parameters=, or for a smaller round_to",
-            )
-        )
-
-    def _narrowed(self, width: int, ratio: float, multiple: int) -> int:
-        if ratio == 0:
-            return width
-        kept = int((1 - ratio) * width) // multiple * multiple  # down, as the paper's code does
-        if kept < 1:
-            raise PassError(
-                Diagnostic(
-                    "slice.width",
-                    f"ratio={ratio} of {width} directions leaves no multiple of {multiple}",
-                    help="give a smaller ratio or round_to",
-                )
-            )
-        return kept
-
-    def _check_net(
-        self, kept: Mapping[str, int], named: Mapping[str, Segment], before: int, after: int
-    ) -> None:
-        cut = any(kept[name] < segment.group.size for name, segment in named.items())
-        if cut and after >= before:
-            raise PassError(
-                Diagnostic(
-                    "slice.net",
-                    f"{self} would leave {after} parameters of {before}: adapters add more than"
-                    " the narrower widths save",
-                    help="adapters=False shares one basis and needs none, or give a larger ratio",
-                )
-            )
+        if self.parameters is not None:
+            return budget.by_parameters(layout, named, whole, self.parameters, multiple)
+        ratio = 0.25 if self.ratio is None else self.ratio
+        return budget.by_ratio(named, whole, ratio, multiple)
 
     def _solve(
         self,
@@ -446,26 +390,9 @@ def _take_in(model: ir.Model, applied: Sequence[Entry]) -> None:
                 linear.change(graph, weight, change, f"{weight.value.name}_fitted", taken)
 
 
-def _stretches(named: Mapping[str, Segment]) -> dict[str, Any]:
-    return {name: segment.stretch for name, segment in named.items()}
-
-
-def _total(layout: Layout) -> int:
-    """Parameters before anything goes, without the adapters."""
-    return sizes(layout, {}, {}) - sum(int(g.size) ** 2 for g in _adapter_groups(layout))
+def _named(layout: Layout) -> dict[str, Segment]:
+    return {segment.points[0]: segment for segment in layout.segments}
 
 
 def _first(layout: Layout) -> str:
     return layout.segments[0].points[0]
-
-
-def _adapter_groups(layout: Layout) -> list[Any]:
-    """For each adapter a group of its width."""
-    readers = {node.outputs[0].name: node for node in layout.model.graph}
-    found = []
-    for edge in layout.edges:
-        turn = readers[edge.reader].inputs[edge.operand]
-        maker = turn.producer() if turn is not None else None
-        assert maker is not None and maker.inputs[1] is not None
-        found.append(layout.axes.of(maker.inputs[1], 0)[0])
-    return found

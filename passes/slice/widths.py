@@ -147,7 +147,7 @@ class Widths:
             if part == taker:
                 continue
             choices = list(self._trades(best[0], part, taker, parameters))
-            low, high = 0, len(choices) - 1
+            low, at, high = 0, 0, len(choices) - 1
             known: dict[int, float] = {}
             while True:  # six at a time, then six between the neighbours of the best
                 tried = sorted({int(at) for at in np.linspace(low, high, _AT_ONCE)} - known.keys())

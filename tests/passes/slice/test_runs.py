@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from netlathe.analysis.cost import cost
 from netlathe.diagnostics import PassError
 from netlathe.execute.compare import relative_error
 from netlathe.execute.executor import Executor
@@ -24,10 +25,20 @@ from tests.passes.slice.models import data, folded
 from tests.passes.slice.test_slice import sliced
 from tests.pipeline.toy import captured_of
 
+FAMILIES = [
+    pytest.param(
+        name, adapters, marks=[] if name == "llama" and not adapters else [pytest.mark.slow]
+    )
+    for name in ("llama", "gpt2", "phi", "falcon")
+    for adapters in (False, True)
+]
 
-@pytest.mark.parametrize("adapters", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_with_a_cache_it_writes_what_its_reference_writes(tmp_path: Path, adapters: bool) -> None:
-    folder = Families(tmp_path).folder("llama")
+
+@pytest.mark.parametrize(("name", "adapters"), FAMILIES)
+def test_with_a_cache_it_writes_what_its_reference_writes(
+    tmp_path: Path, name: str, adapters: bool
+) -> None:
+    folder = Families(tmp_path).folder(name)
     captured = HuggingFaceDirectory(cache=True).capture(folder)
     model = captured.model.clone()
     FoldNorms(untie=True).run(model, Context())
@@ -44,10 +55,11 @@ def test_with_a_cache_it_writes_what_its_reference_writes(tmp_path: Path, adapte
     assert texts[0] == texts[1]
     caches = {v.name: str(v.shape) for v in captured.model.graph.inputs}
     assert {v.name: str(v.shape) for v in after.graph.inputs} == caches
+    assert cost(after).params < cost(model).params
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["llama", "vit"])
+@pytest.mark.parametrize("name", ["llama", "vit", "gpt2", "phi"])
 def test_in_tvm(name: str) -> None:
     pytest.importorskip("tvm", reason="the tvm extra is not installed")
     from tests.backends.tvm.in_process import InProcess

@@ -97,13 +97,18 @@ def test_in_float64_folding_and_rotating_are_exact_to_rounding(name: str, adapte
 
 
 @pytest.mark.parametrize("ratio", [0.1, 0.2, 0.3, 0.4, 0.5])
-def test_a_sliced_model_is_its_reference(ratio: float) -> None:
-    model = folded("llama")
+@pytest.mark.parametrize("name", FEW)
+def test_a_sliced_model_is_its_reference(name: str, ratio: float) -> None:
+    model = folded(name)
     for adapters in (False, True):
         pass_ = Slice(ratio=ratio, adapters=adapters, round_to=2)
-        after, entries, reference = sliced(model, pass_, data("llama"))
+        try:
+            after, entries, reference = sliced(model, pass_, data(name))
+        except PassError as error:  # of models this small adapters may eat up what is saved
+            assert adapters and error.diagnostics[0].code == "slice.net"
+            continue
         # every weight is rounded anew and sums run in another basis: see passes/slice TOLERANCE
-        assert furthest(after, reference, "llama") <= 1e-5
+        assert furthest(after, reference, name) <= 1e-5
         assert entries[0].detail["parameters"]["after"] == cost(after).params
 
 
@@ -270,6 +275,15 @@ def loud(model: ir.Model) -> ir.Model:
     assert tensor is not None
     table.const_value = ir.tensor(tensor.numpy() * np.float32(0.02), name=table.name)
     return model
+
+
+@pytest.mark.slow
+def test_a_cut_stream_can_be_sliced_again() -> None:
+    model, ctx = loud(folded("llama")), data("llama")
+    once, _, _ = sliced(model, Slice(parameters=0.25, basis="loss", cuts=1, round_to=4), ctx)
+    twice, _, reference = sliced(once, Slice(ratio=0.25, round_to=4), ctx)
+    assert furthest(twice, reference, "llama") <= 1e-5
+    assert cost(twice).params < cost(once).params
 
 
 @pytest.mark.parametrize("best", [8, 24, 44, 60])
