@@ -9,6 +9,7 @@ constants of those types are stored as 8-bit integers of the same values.
 
 from __future__ import annotations
 
+import numpy as np
 import onnx_ir as ir
 
 from netlathe.ir import edit, weights
@@ -44,6 +45,7 @@ def dequantize(b: Builder) -> list[ir.Value] | None:
 
 def quantize(b: Builder) -> list[ir.Value] | None:
     """QuantizeLinear to an integer type of 8 or 16 bits."""
+    _say_type(b)
     x, scale, zero = b.need(0), b.need(1), b.input(2)
     if _fits(b):
         return None
@@ -60,6 +62,20 @@ def quantize(b: Builder) -> list[ir.Value] | None:
     return [b.cast(blocks.join(y), out)]
 
 
+def _say_type(b: Builder) -> None:
+    """Without output_dtype (opset 21) a zero point says what the codes are: 0 where there is none."""
+    schema = legal.schema(b.node.op_type, b.opset)
+    out, dims = b.dtype(b.node.outputs[0]), b.dims(b.need(1))
+    told = schema is None or "output_dtype" in schema.attributes or b.input(2) is not None
+    if told or out == ir.DataType.UINT8 or out not in _TYPED or b.attribute("block_size", 0):
+        return
+    static = [dim for dim in dims if isinstance(dim, int)]
+    if len(static) == len(dims):
+        b.node.resize_inputs(3)
+        b.node.replace_input_with(2, b.const(np.zeros(static), out))
+
+
+_TYPED = frozenset({ir.DataType.INT8, ir.DataType.FLOAT8E4M3FN, ir.DataType.FLOAT8E5M2})
 _RANGES = {
     ir.DataType.INT8: (-128, 127),
     ir.DataType.UINT8: (0, 255),

@@ -227,9 +227,18 @@ class Rewriter:
             result.name = name
 
     def _static(self, value: ir.Value, pair: Pair, name: str) -> ir.Value:
-        scale = self._constant(np.float32(pair.scale), f"{name}_scale")
+        scale, number = (
+            self._constant(np.float32(pair.scale), f"{name}_scale"),
+            NUMBERS[pair.number],
+        )
+        if number.is_float:
+            # Not by a zero point: ONNX Runtime 1.32 takes a Relu away in front of one that is 0.
+            codes = self._quantize(
+                [value, scale], name, pair.number, axis=1, block_size=0, to=number.dtype.value
+            )
+            return self._dequantize([codes, scale], name, axis=1, block_size=0)
         zero = edit.constant(
-            self.graph, NUMBERS[pair.number].zero_point(pair.zero), f"{name}_zero_point", self.taken
+            self.graph, number.zero_point(pair.zero), f"{name}_zero_point", self.taken
         )
         codes = self._quantize([value, scale, zero], name, pair.number, axis=1, block_size=0)
         return self._dequantize([codes, scale, zero], name, axis=1, block_size=0)

@@ -20,8 +20,9 @@ from netlathe.backends import opset as opsets
 from netlathe.backends.onnx_file import DIALECT, OnnxBackend
 from netlathe.execute import ort
 from netlathe.execute.executor import Executor
-from netlathe.ir import normal, weights
+from netlathe.ir import coded, normal, weights
 from netlathe.passes.quantize import Quantize
+from netlathe.passes.quantize_cache import QuantizeCache
 from netlathe.pipeline.pass_ import Context
 from netlathe.pipeline.registry import find_target
 from tests.ir.onnx_text import matrix, model
@@ -134,14 +135,18 @@ def runs(engine: str, name: str) -> bool:
 
 
 def table() -> dict[str, dict[str, bool]]:
-    """The table of the docs: scheme -> engine -> yes or no."""
-    text = DOCS.read_text().split("<!-- engines -->")[1].split("<!-- end -->")[0]
+    """The table of weights in the docs: scheme -> engine -> yes or no."""
+    return _table("engines")
+
+
+def _table(mark: str) -> dict[str, dict[str, bool]]:
+    text = DOCS.read_text().split(f"<!-- {mark} -->")[1].split("<!-- end -->")[0]
     lines = [line for line in text.splitlines() if line.startswith("|")]
     head = [cell.strip() for cell in lines[0].strip("|").split("|")][1:]
     made: dict[str, dict[str, bool]] = {}
     for line in lines[2:]:
         names, *cells = [cell.strip() for cell in line.strip("|").split("|")]
-        for name in re.findall(r"`(\w+)`", names):
+        for name in re.findall(r"`([^`]+)`", names):
             made[name] = {e: cell.startswith("yes") for e, cell in zip(head, cells, strict=True)}
     return made
 
@@ -223,3 +228,122 @@ def test_bytes_on_disk(name: str, target: str) -> None:
         artifact = OnnxBackend().compile(made, find_target(target)[1])
         size = len(ir.to_proto(artifact.model).SerializeToString())
         assert wanted <= size <= 1.02 * wanted, settings
+
+
+# -- activations and caches -----------------------------------------------------------------------------
+
+FORMS: dict[str, dict[str, Any]] = {
+    "integer, static": {"activations": "int8"},
+    "integer, token": {"activations": "int8", "activation_scales": "token"},
+    "integer, tensor": {"activations": "uint8", "activation_scales": "tensor"},
+    "qdq, static": {"activations": "uint8", "activation_form": "qdq"},
+    "qdq, static, float8": {
+        "weights": "float8e4m3fn",
+        "activations": "float8e4m3fn",
+        "activation_form": "qdq",
+    },
+    "qdq, token": {
+        "weights": "int4",
+        "group_size": 16,
+        "activations": "int8",
+        "activation_scales": "token",
+        "activation_form": "qdq",
+    },
+    "qdq, tensor": {
+        "activations": "uint8",
+        "activation_scales": "tensor",
+        "activation_form": "qdq",
+    },
+    "cache, int8": {"codes": "int8"},
+    "cache, int4": {"codes": "int4"},
+}  # fmt: skip
+
+
+@lru_cache
+def formed(name: str) -> tuple[ir.Model, dict[str, Array], dict[str, Array]]:
+    """A model in some form, feeds, and what its reference makes of them."""
+    if name.startswith("cache"):
+        body = "present = Concat <axis=2> (past, new) m = MatMul (q, present) y = Neg (m)"
+        inputs = "float[b,2,p,16] past, float[b,2,s,16] new, float[b,2,s,t] q"
+        made = model(inputs, "float y, float present", body)
+        fed = {"past": matrix(2, 2, 3, 16), "new": matrix(2, 2, 5, 16, seed=1)}
+        fed["q"] = matrix(2, 2, 5, 8, seed=2)
+        pass_: Any = QuantizeCache(**FORMS[name])
+    else:
+        body = "h = MatMul (x, w) p = Add (h, c) r = Relu (p) y = MatMul (r, v)"
+        held = {"w": matrix(64, 32), "v": matrix(32, 16, seed=1), "c": matrix(32, seed=2)}
+        made = model("float[b,s,64] x", "float y", body, **held)
+        fed = {"x": matrix(2, 5, 64, seed=99)}
+        pass_ = Quantize(min_size=0, **FORMS[name])
+    normal.normalize(made)
+    ctx = Context(calibration=[fed])
+    chosen = pass_.choose(made, ctx)
+    reference = pass_.simulate(made.clone(), chosen).model
+    wanted = ort.run(reference, fed)
+    pass_.edit(made, chosen, ctx)
+    normal.normalize(made)
+    return made, coded.encoded(made, fed), wanted
+
+
+def computed_by(engine: str, made: ir.Model, fed: dict[str, Array]) -> dict[str, Array]:
+    names = [v.name or "" for v in made.graph.outputs]
+    if engine == "executor":
+        return {n: a.numpy() for n, a in Executor(made).run(fed).items()}
+    if engine == "reference evaluator":
+        evaluator = onnx.reference.ReferenceEvaluator(ir.to_proto(made))
+        return dict(zip(names, map(np.asarray, evaluator.run(names, fed)), strict=True))
+    if engine == "TVM":
+        pytest.importorskip("tvm", reason="the tvm extra is not installed")
+        from tests.backends.tvm.in_process import InProcess
+
+        return {n: np.asarray(a) for n, a in InProcess(made).run(fed).items()}
+    lowered = made.clone()
+    opsets.lower(lowered, 24)
+    return ort.run(lowered, fed, optimize=engine == "ORT, optimized")
+
+
+def form_runs(engine: str, name: str) -> bool:
+    """Whether an engine runs a form; what it makes is then what the reference makes."""
+    made, fed, wanted = formed(name)
+    try:
+        found = coded.decoded(made, computed_by(engine, made, fed))
+    except Exception as error:  # every engine has its own
+        assert re.search(r"NOT_IMPLEMENTED|tvm.unsupported", str(error)), error
+        return False
+    for key, expected in wanted.items():
+        # Sums of floats in another order, of 64 terms at most; integers have no order.
+        bound = 0.0 if name == "integer, static" else 64 * 2.0**-23
+        error = np.abs(found[key] - expected).max() / np.sqrt(np.square(expected).mean())
+        assert error <= bound, f"{engine} makes {key} of {name} differently by {error:.2g}"
+    return True
+
+
+def forms_table() -> dict[str, dict[str, bool]]:
+    return _table("forms")
+
+
+@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize("engine", [e for e in ENGINES if e != "TVM"])
+def test_an_engine_runs_what_the_docs_say(engine: str, name: str) -> None:
+    assert form_runs(engine, name) == forms_table()[name][engine]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FORMS)
+def test_tvm_runs_what_the_docs_say(name: str) -> None:
+    assert form_runs("TVM", name) == forms_table()[name]["TVM"]
+
+
+@pytest.mark.parametrize("opset", [17, 19, 21])
+@pytest.mark.parametrize("name", FORMS)
+def test_forms_at_older_opsets(name: str, opset: int) -> None:
+    made, fed, wanted = formed(name)
+    if "float8" in name and opset < 19:
+        (gap, *_) = opsets.gaps(made, opset)
+        assert "float8e4m3fn cannot exist" in gap.message
+        return
+    lowered = made.clone()
+    opsets.lower(lowered, opset)
+    found = coded.decoded(made, ort.run(lowered, fed))
+    for key, expected in wanted.items():
+        assert np.array_equal(found[key], expected)
