@@ -316,6 +316,7 @@ class Slice(ChoosingPass):
 
         edges = [Edge(*pair) for entry in applied for pair in entry.detail["adapters"]]
         _take_in(model, applied)
+        known = {v.name for node in model.graph for v in node.outputs}
         insert(model, edges)
         axes = analyse(model)
         values = {v.name: v for node in model.graph for v in node.outputs}
@@ -329,7 +330,7 @@ class Slice(ChoosingPass):
         for stretch, _ in turned:
             for value, _ in stretch.exponents:
                 name = str(value.name)
-                if name in values:
+                if name in known:
                     renamed[name] = None
         narrow(Layout(model, axes, edges), turned, ctx.device)
         counts = applied[0].detail["parameters"]

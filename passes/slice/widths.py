@@ -322,7 +322,8 @@ class Widths:
                 np.exp(level - self._seen.levels[later]) * self._seen.gradients[later]
                 for later in self._norms(behind)
             ]
-            yield self._seen.moments[norm], np.sum(parts, axis=0)
+            if parts:
+                yield self._seen.moments[norm], np.sum(parts, axis=0)
 
 
 def _sides(layout: Layout) -> dict[Edge, tuple[int | None, int | None]]:

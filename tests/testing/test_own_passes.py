@@ -14,6 +14,7 @@ from netlathe.testing import Case, from_text, models, pass_cases
 
 SLICE, ROTATE = "slice(ratio=0.25, round_to=4)", "rotate(online=True)"
 CUT = 'slice(parameters=0.2, basis="loss", cuts=1, refit=True, round_to=4)'
+BLOCKS = "slice(ratio=0.5, adapters=True, round_to=4)"
 CACHE = 'quantize_cache(codes="int4")'
 QUICK = (
     "cleanup",
@@ -29,6 +30,7 @@ QUICK = (
 )
 SLOW = (
     CUT,
+    BLOCKS,
     "fold_norms(untie=True)",
     'convert(dtype="bfloat16")',
     "drop",
@@ -73,7 +75,7 @@ def cases(pipeline: str) -> list[Any]:
     (pass_,) = text.parse(pipeline)
     found = []
     given = cached() if pipeline == CACHE else None
-    for case in pass_cases(pass_, folded() if pipeline in (SLICE, CUT, ROTATE) else given):
+    for case in pass_cases(pass_, folded() if pipeline in (SLICE, CUT, BLOCKS, ROTATE) else given):
         slow = pipeline in SLOW or (str(case) == "process" and pipeline != "fold_batch_norm")
         marks = [pytest.mark.slow] if slow else []
         found.append(pytest.param(case, id=f"{pipeline}-{case}", marks=marks))
