@@ -3,9 +3,9 @@
     python benchmarks/bench_scale_quantize.py [--device cuda] [--layers 32 --hidden 4096 --ffn 11008 ...]
 
 Writes a LLaMA with random float16 weights (13.5 GB in safetensors, unless --model has been written before),
-then, in a process of its own for each of --solvers: capture, quantize in groups of 128 with float16 scales
-(tables stay float16; GPTQ on 128 x 2048 random tokens), and save as ONNX. Products run in float32 without
-TF32, second moments are summed up in float64.
+then, in a process of its own: capture, and for each of --solvers quantize in groups of 128 with float16
+scales (tables stay float16; GPTQ on 128 x 2048 random tokens) and save as ONNX. Products run in float32
+without TF32, second moments are summed up in float64.
 
 Prints a line a step and, for GPTQ, a line a layer, with the seconds and the largest resident set so far
 (mapped pages of the checkpoint included); the same lines are added to the file --results as they come. What
@@ -72,19 +72,26 @@ class Layers:
                 self.seconds.append(self._table.step(f"layer {number // WEIGHTS_A_LAYER}"))
 
 
-def measure(chosen: argparse.Namespace, solver: str) -> None:
-    """Capture, quantize and save; a row for each."""
+def measure(chosen: argparse.Namespace) -> None:
+    """Capture, then quantize and save by each solver; a row for each step."""
     import netlathe
+
+    table = Table(chosen.results)
+    table.line("\n| step | s | peak RSS GiB | |\n|---|---|---|---|")
+    model = netlathe.capture(chosen.model).model
+    table.step("capture")
+    for solver in chosen.solvers:
+        quantize(model.clone(), solver, chosen, table)
+
+
+def quantize(model: ir.Model, solver: str, chosen: argparse.Namespace, table: Table) -> None:
+    """Quantize and save."""
     from netlathe.ir import normal, weights
     from netlathe.passes.quantize import Quantize
     from netlathe.pipeline.cache import Cache
     from netlathe.pipeline.cache_steps import Pieces
     from netlathe.pipeline.pass_ import Context
 
-    table = Table(chosen.results)
-    table.line(f"\n{solver}\n\n| step | s | peak RSS GiB | |\n|---|---|---|---|")
-    model = netlathe.capture(chosen.model).model
-    table.step("capture")
     pass_ = Quantize(
         weights="int4",
         group_size=chosen.group_size,
@@ -112,14 +119,15 @@ def measure(chosen: argparse.Namespace, solver: str) -> None:
     entries = pass_.choose(model, ctx)
     applied = [entry for entry in entries if entry.status == "applied"]
     note = f"`{pass_}`: {len(applied)} weights"
-    if pieces is not None:
+    if pieces is not None and pieces.count:
         note += f", {pieces.recalled} of {pieces.count} solved before"
     if lost := [entry.detail["error"] for entry in applied if "error" in entry.detail]:
         note += f"; {np.median(lost):.2g} of a product's square lost (median)"
     table.step("choose", note)
     pass_.edit(model, entries, ctx)
-    normal.normalize(model)
     table.step("edit")
+    normal.normalize(model)
+    table.step("bring into normal form")
     with tempfile.TemporaryDirectory(dir=chosen.model.parent) as folder:
         ir.save(
             model,
@@ -132,7 +140,7 @@ def measure(chosen: argparse.Namespace, solver: str) -> None:
     whole = time.monotonic() - start
     if layers.seconds:
         table.line(f"\n{np.median(layers.seconds):.2f} s a layer (median)")
-    table.line(f"\nquantized and saved in {whole:.1f} s, largest resident set {peak():.2f} GiB")
+    table.line(f"\n{solver}: quantized and saved in {whole:.1f} s, {peak():.2f} GiB at most\n")
 
 
 def feeds(model: ir.Model, chosen: argparse.Namespace) -> list[dict[str, np.ndarray]]:
@@ -164,10 +172,10 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="where the model is written, or lies already")
     parser.add_argument("--cache", type=Path, help="where solved weights are kept, and found again")
     parser.add_argument("--results", type=Path, help="a file that all lines are added to")
-    parser.add_argument("--measure", help=argparse.SUPPRESS)
+    parser.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)
     chosen = parser.parse_args()
     if chosen.measure:
-        measure(chosen, chosen.measure)
+        measure(chosen)
         return
     with tempfile.TemporaryDirectory() as held:
         chosen.model = chosen.model or Path(held) / "model"
@@ -176,9 +184,8 @@ def main() -> None:
             chosen.model.mkdir(parents=True, exist_ok=True)
             total = write_model(chosen.model, chosen)
             table.step("write", f"{total / GIB:.2f} GiB of float16 weights")
-        for solver in chosen.solvers:
-            words = [sys.executable, *sys.argv, "--model", str(chosen.model), "--measure", solver]
-            subprocess.run(words, check=True)
+        words = [sys.executable, *sys.argv, "--model", str(chosen.model), "--measure"]
+        raise SystemExit(subprocess.run(words).returncode)
 
 
 if __name__ == "__main__":

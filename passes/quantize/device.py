@@ -63,16 +63,19 @@ class Rounder:
         s: torch.Tensor,
         z: torch.Tensor | None,
         kept: torch.Tensor | None = None,
+        *,
+        out: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """The number nearest to w / s; ``z`` is None where all zero points are 0."""
-        x = w / s
+        """The number nearest to w / s, in ``out``; ``z`` is None where all zero points are 0."""
+        x = torch.div(w, s, out=out)
         if self.is_table:
-            x = self._table[torch.bucketize(x, self._middles)]
+            x.copy_(self._table[torch.bucketize(x.contiguous(), self._middles)])
         elif z is None:
             x.round_().clamp_(self.scheme.lowest, self.scheme.highest)
         else:
-            x = torch.clamp(x.round_(), self.scheme.lowest - z, self.scheme.highest - z)
-        return x if kept is None else x * kept
+            low, high = self.scheme.lowest - z, self.scheme.highest - z
+            torch.clamp(x.round_(), low, high, out=x)
+        return x if kept is None else x.mul_(kept)
 
     def codes(self, units: torch.Tensor, z: torch.Tensor | None) -> torch.Tensor:
         """Codes as bytes, of what :meth:`units` gave."""
@@ -161,8 +164,9 @@ def ranges(
             case "none":
                 found = scales_for(wide, scheme)
             case "percentile":
-                at = torch.tensor([1 - percentile / 100, percentile / 100], device=wide.device)
-                low, high = torch.quantile(wide, at.double(), dim=1).unsqueeze(-1)
+                ends = [(100 - percentile) / 100, percentile / 100]
+                at = torch.tensor(ends, dtype=torch.float64, device=wide.device)
+                low, high = torch.quantile(wide, at, dim=1).unsqueeze(-1)
                 found = scales_for(wide.clamp(low, high), scheme)
             case "mse":
                 own = None if weight is None else weight.expand(part.stop - start, -1, -1)

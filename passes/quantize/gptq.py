@@ -21,7 +21,8 @@ Matrices are held by columns here, [columns, rows]: a step reads and writes some
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -131,11 +132,14 @@ class Inputs:
             own, block = order[part], w[part]
             s, z, kept = task.scales(own), task.zeros(own), task.kept(own)
             found, errors = torch.empty_like(block), torch.empty_like(block)
-            for i, j in enumerate(range(part.start, part.stop)):
-                at = _column(i, s, z, kept)
-                found[i] = task.rounder.units(block[i], *at)
-                errors[i] = (block[i] - _numbers(found[i], at[0])) / diagonal[j]
-                block[i + 1 :].addr_(upper[j, j + 1 : part.stop], errors[i], alpha=-1)
+            rows = [_each(tensor) for tensor in (block, found, errors, s, z, kept)]
+            for j, (w_j, unit, error, s_j, z_j, kept_j) in zip(
+                range(part.start, part.stop), zip(*rows, strict=False), strict=True
+            ):
+                task.rounder.units(w_j, s_j, z_j, kept_j, out=unit)
+                torch.sub(w_j, _numbers(unit, s_j), out=error).div_(diagonal[j])
+                later = block[j + 1 - part.start :]
+                later.addr_(upper[j, j + 1 : part.stop], error, alpha=-1)
             units[own] = found
             w[part.stop :].addmm_(upper[part, part.stop :].T, errors, alpha=-1)
         return units
@@ -148,15 +152,19 @@ class Inputs:
         for part in _blocks(len(units)):
             s, z, kept = task.scales(part), task.zeros(part), task.kept(part)
             pull = self.moment[part] @ rest  # [block, rows], kept up to date inside the block
-            for i, j in enumerate(range(part.start, part.stop)):
+            columns = range(part.start, part.stop)
+            rows = [_each(t) for t in (task.w[part], rest[part], units[part], pull, s, z, kept)]
+            for j, (w_j, left, unit, pull_j, s_j, z_j, kept_j) in zip(
+                columns, zip(*rows, strict=False), strict=True
+            ):
                 if self._diagonal[j] <= 0:
                     continue
-                at = _column(i, s, z, kept)
-                made = task.w[j] - rest[j]
-                units[j] = task.rounder.units(made + pull[i] / self._diagonal[j], *at)
-                now = _numbers(units[j], at[0])
+                made = w_j - left
+                wanted = torch.add(made, pull_j, alpha=1 / self._diagonal[j])
+                task.rounder.units(wanted, s_j, z_j, kept_j, out=unit)
+                now = _numbers(unit, s_j)
                 pull.addr_(self.moment[j, part], now - made, alpha=-1)
-                rest[j] = task.w[j] - now
+                torch.sub(w_j, now, out=left)
 
 
 class _Task:
@@ -192,15 +200,15 @@ def _blocks(columns: int) -> Iterator[slice]:
         yield slice(start, min(start + _BLOCK, columns))
 
 
-def _column(
-    i: int, s: torch.Tensor, z: torch.Tensor | None, kept: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    return s[i], None if z is None else z[i], None if kept is None else kept[i]
+def _each(tensor: torch.Tensor | None) -> Iterable[Any]:
+    """The columns of a block one by one, as views; as many None as are asked for if there is no block."""
+    return itertools.repeat(None) if tensor is None else tensor.unbind(0)
 
 
 def _numbers(units: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
     """What codes stand for: float32, whatever is computed in."""
-    return (units * s).to(torch.float32).to(units.dtype)
+    made = units * s
+    return made.float().to(made.dtype)
 
 
 def factor(h: torch.Tensor, damping: float) -> tuple[torch.Tensor, float]:

@@ -34,6 +34,7 @@ if TYPE_CHECKING:  # an extra
     from netlathe.passes.quantize import gptq
 
 Array = npt.NDArray[Any]
+_MOST_NAMED = 8  # parts that a ledger's line names; its detail has them all
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,10 @@ def solve(
 def _unfed(which: Sequence[int], parts: int) -> str:
     if parts == 1:
         return "in calibration data its input is always 0"
-    named = f"part{'s' if len(which) > 1 else ''} {', '.join(map(str, which))} of {parts}"
+    named = f"part{'s' if len(which) > 1 else ''} {', '.join(map(str, which[:_MOST_NAMED]))}"
+    if more := len(which) - len(which[:_MOST_NAMED]):
+        named += f" and {more} more"
+    named += f" of {parts}"
     return f"calibration data never reaches {named}"
 
 

@@ -30,7 +30,11 @@ from netlathe.passes.quantize.scheme import (
 Array = npt.NDArray[Any]
 Clip = Literal["none", "percentile", "mse"]
 
-AT_ONCE = 1 << 16  # elements of groups handled at a time: float64 copies stay in the cache
+# Elements of groups handled at a time: long enough for threads not to wait for the interpreter, and short
+# enough where they are searched, for float64 copies to stay in the cache.
+AT_ONCE = 1 << 19
+SEARCHED_AT_ONCE = 1 << 16
+_MOST_THREADS = 8
 STEPS = tuple(1 - step / 100 for step in range(61))  # shrunk to 40 % of the range at most
 TURNS = 4
 
@@ -63,7 +67,7 @@ def ranges(
                 found = least_error(groups, scheme, weight)
         scale[own], zero[own] = found
 
-    _in_parts(view, layout, search)
+    _in_parts(view, layout, search, SEARCHED_AT_ONCE if clip == "mse" else AT_ONCE)
     return scale, zero
 
 
@@ -78,7 +82,7 @@ def codes(array: Array, layout: Layout, scheme: Scheme, scale: Float64, zero: Fl
         found = encode(groups, scale[own, None], zero[own, None], scheme)
         into[part] = found.reshape(view[part].shape)
 
-    _in_parts(view, layout, round_)
+    _in_parts(view, layout, round_, AT_ONCE)
     return made
 
 
@@ -95,19 +99,21 @@ def numbers(
         found = decode(groups, scale[own, None], zero[own, None], scheme)
         into[part] = found.reshape(view[part].shape)
 
-    _in_parts(view, layout, read)
+    _in_parts(view, layout, read, AT_ONCE)
     return result.reshape(layout.dims)
 
 
-def _in_parts(view: Array, layout: Layout, work: Callable[[slice, slice], None]) -> None:
+def _in_parts(
+    view: Array, layout: Layout, work: Callable[[slice, slice], None], at_once: int
+) -> None:
     """Do ``work`` on slices of a layout's view that fit the cache, each with the groups that are in it.
 
     Several at a time: parts do not overlap, and numpy leaves the interpreter while it computes.
     """
     first = max(1, view.shape[0])
-    step, per = max(1, AT_ONCE * first // max(1, view.size)), layout.groups // first
+    step, per = max(1, at_once * first // max(1, view.size)), layout.groups // first
     starts = range(0, first, step)
-    threads = min(len(starts), num_threads())
+    threads = min(len(starts), num_threads(), _MOST_THREADS)
 
     def one(start: int) -> None:
         stop = min(start + step, first)
