@@ -62,7 +62,11 @@ def seen(fed: list[Mapping[str, Array]], w: Array) -> tuple[Array, Array]:
 # -- what is chosen ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("pattern", ["2:4", "1:4", "4:8", "unstructured", "4x2"])
+SLOW = pytest.mark.slow
+PATTERNS = ["2:4", "4x2", *(pytest.param(p, marks=SLOW) for p in ("1:4", "4:8", "unstructured"))]
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
 @pytest.mark.parametrize("score", ["magnitude", "wanda", "sparsegpt"])
 def test_every_model_equals_its_reference_and_keeps_the_pattern(pattern: str, score: str) -> None:
     for name in ("mlp", "convolution", "decoder"):
@@ -296,7 +300,9 @@ def test_an_order_of_channels_keeps_more_and_the_function() -> None:
     assert sparsity_of(values(ordered.model)["v"]) is not None
 
 
-@pytest.mark.parametrize("name", ["convolution", "encoder", "decoder", "half"])
+@pytest.mark.parametrize(
+    "name", ["convolution", "decoder", *(pytest.param(n, marks=SLOW) for n in ("encoder", "half"))]
+)
 def test_orders_break_nothing(name: str) -> None:
     compiled = made(name, "sparsify(score='sparsegpt', permute=True, min_size=0)")
     (step,) = compiled.steps
