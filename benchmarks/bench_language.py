@@ -26,9 +26,6 @@ from netlathe.pipeline.pass_ import Context
 from netlathe.pipeline.text import parse
 
 FOLD = "fold_norms(untie=True)"
-DROP = "drop(kind='joint', params={}, score='kl', search='greedy')"
-SLICE = "slice(parameters={}, basis='loss', refit=True)"
-PRUNE = "prune(scope=('ffn', 'heads'), params={})"
 # Both tables in float16, as most tools leave them; vectors too; the embedding alone; tables in int8.
 HALF = "{'weights': 'float16', 'group_size': 0, 'symmetric': True}"
 BYTE = "{'weights': 'int8', 'group_size': 0, 'symmetric': True}"
@@ -81,20 +78,6 @@ def awq(bits: int, more: str = "", group: int = 64) -> str:
 
 BITS = ((4, ""), (3, ", symmetric=False"))
 SETS = {
-    # One step of a kind each, and two or three steps that each take their part of the same budget.
-    "compose": [
-        pipeline
-        for share in (0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
-        for pipeline in (
-            DROP.format(share),
-            PRUNE.format(share),
-            f"{FOLD}, {SLICE.format(round(1 - share, 3))}",
-            f"{DROP.format(round(share**0.5, 3))}, {PRUNE.format(round(share**0.5, 3))}",
-            f"{PRUNE.format(round(share**0.5, 3))}, {FOLD}, {SLICE.format(round(1 - share**0.5, 3))}",
-            f"{DROP.format(round(share ** (1 / 3), 3))}, {PRUNE.format(round(share ** (1 / 3), 3))},"
-            f" {FOLD}, {SLICE.format(round(1 - share ** (1 / 3), 3))}",
-        )
-    ],
     "drop": [
         f"drop(kind='{kind}', count={count}{how})"
         for kind, counts in (("attention", (2, 4, 6)), ("ffn", (1, 2, 3)), ("block", (1, 2, 3)))
@@ -114,6 +97,12 @@ SETS = {
         "drop(kind='joint', count=4, score='kl', search='greedy')",
         "drop(kind='joint', params=0.9, score='kl')",
         "drop(kind='joint', params=0.9, score='kl', search='greedy')",
+    ],
+    "tie_blocks": [
+        f"tie_blocks(kind='{kind}', count={count}{how})"
+        for kind in ("block", "attention", "ffn")
+        for count in (1, 2, 3)
+        for how in ("", ", score='kl'", ", score='kl', search='greedy'", ", score='weights'")
     ],
     # The parameters that the peers' settings leave, and the scores and allocations at one of them.
     "prune": [
