@@ -168,6 +168,7 @@ class Prune(ChoosingPass):
         target = 1 if ctx.target is None else ctx.target.width_multiple
         found = find_candidates(axes, multiple=self.round_to or target)
         scope = self.scope or tuple(name for name in SCOPES if name != "vocab")
+        outside = [candidate for candidate in found if candidate.scope not in scope]
         found = [candidate for candidate in found if candidate.scope in scope]
         if not found:
             what = ", ".join(scope)
@@ -190,7 +191,9 @@ class Prune(ChoosingPass):
             scored |= {candidate: total for candidate in word.candidates}
         spread = together([each for every in spreads.values() for each in every])
         allocate = _as_one(spread.allocate, words)
-        counts = self._counts(axes, allocate, free, settled, "uniform" in spreads)
+        fixed = [(candidate, reason) for candidate, (_, reason, _) in settled.items()]
+        fixed += [(candidate, reason) for candidate, reason in _why_outside(outside).items()]
+        counts = self._counts(axes, allocate, free, fixed, "uniform" in spreads)
         for word in words:
             scored[word.candidates[0]][list(self.keep_ids)] = np.inf  # all have this array
         kept = {c: c.best(scored[c], counts[c]) for c in free if counts[c] < c.size}
@@ -354,7 +357,7 @@ class Prune(ChoosingPass):
         axes: Axes,
         allocate: Allocation,
         free: Sequence[Candidate],
-        settled: Mapping[Candidate, tuple[Status, str, bool]],
+        fixed: Sequence[tuple[Candidate, str]],
         even: bool,
     ) -> dict[Candidate, int]:
         """How many positions of each candidate stay; ``even``: the ratio is meant for every width."""
@@ -365,12 +368,19 @@ class Prune(ChoosingPass):
             if even:
                 _check_left(counts, {c: c.size * (1 - self.ratio) for c in free})
             return counts
-        fixed = [(candidate, reason) for candidate, (_, reason, _) in settled.items()]
         if self.latency is not None:
             budget = budgets.by_table(Path(self.table), free, self.latency)
         else:
             budget = budgets.by_cost(axes, None, *self._cost_goal())
         return budgets.solve(budget, allocate, free, fixed)
+
+
+def _why_outside(candidates: Sequence[Candidate]) -> dict[Candidate, str]:
+    """Why candidates stay that no scope names: what would keep them anyway, or just that."""
+    _, refused = vocabularies([c for c in candidates if c.scope == "vocab"])
+    reasons = {c: f"{c.scope} is not in the scope" for c in candidates}
+    reasons |= {c: pinned(c.pins[0]) for c in candidates if c.pins and c.scope != "vocab"}
+    return reasons | refused
 
 
 def _check_left(counts: Mapping[Candidate, int], wanted: Mapping[Candidate, float]) -> None:

@@ -366,3 +366,10 @@ def test_fit_takes_the_nearest_width() -> None:
         for count in np.linspace(0.5, one.size, 97):
             nearest = min(one.widths(), key=lambda width: (abs(width - count), -width))
             assert one.fit(count) == nearest
+
+
+def test_what_holds_the_rest_of_a_budget_is_told_if_it_is_in_no_scope_named() -> None:
+    error = refused("llama", params=0.01, scope=("ffn",))
+    (diagnostic,) = error.diagnostics
+    assert any("hidden is not in the scope" in note for note in diagnostic.notes)
+    assert any("vocab stays: vocab is not in the scope" in note for note in diagnostic.notes)
