@@ -37,6 +37,7 @@ from netlathe.ir import types, weights
 from netlathe.ir.provenance import module_path
 from netlathe.passes.quantize import (
     activations,
+    again,
     allocation,
     bias,
     candidates,
@@ -180,6 +181,10 @@ class Quantize(ChoosingPass):
         default=False,
         help="take what rounding adds to the mean of outputs from biases (needs data)",
     )
+    requantize: bool = option(
+        default=False,
+        help="quantize weights once more that are codes already: from what these stand for",
+    )
     embeddings: bool = option(default=True, help="quantize tables that are looked up as well")
     min_size: int = option(default=1024, ge=0, help="leave weights with fewer elements as they are")
     ignore: tuple[str, ...] = option(
@@ -201,6 +206,9 @@ class Quantize(ChoosingPass):
             OptionError: settings contradict each other.
             GateError: less is quantized than ``min_coverage`` asks for.
         """
+        if self.requantize:
+            model = model.clone()
+            again.to_floats(model)
         found = candidates.find(model)
         self._check_patterns(found)
         self._check_schemes(found)
@@ -225,6 +233,8 @@ class Quantize(ChoosingPass):
 
     def edit(self, model: ir.Model, chosen: Sequence[Entry], ctx: Context) -> Result:
         """Put codes, scales and what reads them in the place of every chosen weight."""
+        if self.requantize and any(entry.status == "applied" for entry in chosen):
+            again.to_floats(model)
         by_name = candidates.by_name(model)
         editor = Editor(model)
         applied = [entry for entry in chosen if entry.status == "applied"]
@@ -280,6 +290,8 @@ class Quantize(ChoosingPass):
 
     def simulate(self, before: ir.Model, chosen: Sequence[Entry]) -> Reference:
         """The model with float weights that are what their codes stand for."""
+        if self.requantize:
+            again.to_floats(before)
         return reference.build(before, chosen)
 
     # -- choosing ---------------------------------------------------------------------------------
