@@ -139,7 +139,9 @@ class Network:
     scores: Sequence[str]
 
 
-SCORES = ("random", "l2", "group_norm", "fpgm", "wanda", "flap", "cfsp", "taylor", "obd")
+SCORES = (
+    "random", "l1", "l2", "group_norm", "fpgm", "wanda", "flap", "cfsp", "taylor", "obd", "optin",
+)  # fmt: skip
 NETWORKS = {
     "ResNet": Network(
         ResNet, 15, 3e-3, "('channels', 'hidden')",
