@@ -106,18 +106,21 @@ class Prune(ChoosingPass):
         default="", help="CSV or JSON file of measured times: candidate, width, ms (with latency)"
     )
     scope: tuple[Scope, ...] = option(
-        default=(), help="what to prune; where none is named, all but vocab"
+        default=(),
+        help="what to prune; where none is named, all but vocab, of factors of a width one",
     )
     score: Score | None = option(
         default=None,
         help="what makes a position important: norms (l1, l2, group_norm), fpgm, bn_gamma; from data wanda,"
-        " flap, cfsp, taylor, obd, optin, and of tokens frequency; random. Where none is named, with"
-        " calibration data obd (of experts l2, of tokens frequency), else l2",
+        " flap, cfsp, obd, optin, taylor (of a language model, or with labels), and of tokens frequency;"
+        " random. Where none is named, with calibration data obd (of experts l2, of tokens frequency), else"
+        " l2",
     )
     allocation: Allocated | None = option(
         default=None,
-        help="how the share is spread: uniform, global, isomorphic, flap, cfsp, layer_adaptive. Where none"
-        " is named, global for scores in units of the loss (taylor, obd), else uniform",
+        help="how the share is spread: uniform, global, isomorphic, flap, cfsp, layer_adaptive (by measured"
+        " distortion). Where none is named, global for scores in units of the loss (taylor, obd), else"
+        " uniform",
     )
     compensate: compensation.Compensation | None = option(
         default=None,
