@@ -56,6 +56,14 @@ def test_transposes_do_not_pile_up() -> None:
     assert weights.transposed(made, [2, 0, 1]) is base  # six turns are none
 
 
+@pytest.mark.parametrize("shape", [(3, 5), (128, 300), (257, 129), (1, 400)])
+def test_a_transposed_recipe_is_laid_out_in_rows(shape: tuple[int, int]) -> None:
+    array = np.arange(np.prod(shape), dtype=np.float32).reshape(shape)
+    made = weights.transposed(ir.tensor(array), (1, 0)).numpy()
+    np.testing.assert_array_equal(made, array.T)
+    assert made.flags.c_contiguous and made.dtype == array.dtype
+
+
 def test_repeated_composition_is_right_for_narrow_dtypes() -> None:
     base = ir.tensor(matrix(4, 6).astype(ml_dtypes.bfloat16))
     turned = weights.transposed(base, [1, 0])

@@ -227,6 +227,21 @@ def test_gradients_do_not_see_padding() -> None:
         assert found[0][norm].any()
 
 
+def test_levels_are_those_of_what_norms_read() -> None:
+    from netlathe.passes.slice import statistics
+
+    model, fed = folded("llama"), feeds("llama")[0]
+    fed = {**fed, "attention_mask": np.ones_like(fed["attention_mask"])}
+    norms = lay_out(model, cut=False).segments[0].norms
+    seen = statistics.observe(model, norms, Context(calibration=[fed]), "a test")
+    makers = {node.outputs[0].name: node for node in model.graph}
+    read = [value.name or "" for norm in norms if (value := makers[norm].inputs[0])]
+    found = Executor(model).run(fed, read)
+    for norm, name in zip(norms, read, strict=True):
+        squares = found[name].double().square().mean(-1)
+        assert seen.levels[norm] == pytest.approx(float(squares.log().mean()), rel=1e-9)
+
+
 @pytest.mark.parametrize("size", [1, 8, 12, 48, 7])
 def test_hadamard_is_orthogonal_and_spreads(size: int) -> None:
     basis = bases.hadamard(size, np.random.default_rng(0))
