@@ -29,6 +29,7 @@ from netlathe.pipeline.interfaces import Captured
 from netlathe.pipeline.ledger import Entry
 from netlathe.pipeline.pass_ import Context, Feeds
 from netlathe.pipeline.run import Compiled
+from netlathe.pipeline.save import travelling
 
 FRONTEND = "tuned"
 
@@ -74,7 +75,7 @@ def with_weights(compiled: Compiled, tuned: nn.Module | State) -> Compiled:
         source.dynamic,
         sample,
         entries,
-        source.files,
+        travelling(compiled),
         None if tokenize is None else lambda texts: fitting(tokenize(texts)),
     )
     context = Context(target=compiled.context.target, seed=compiled.context.seed)

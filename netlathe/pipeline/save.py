@@ -12,6 +12,7 @@ from netlathe.ir import weights
 from netlathe.pipeline import cache_artifact, lock, manifest, output, registry
 from netlathe.pipeline.cache import Material
 from netlathe.pipeline.interfaces import Artifact, Captured
+from netlathe.pipeline.pass_ import Lossy
 from netlathe.pipeline.run import Compiled
 
 _DEFAULT_TARGET = "onnx"
@@ -58,7 +59,7 @@ def save(
         files = artifact.save(part)
         if compiled.cached is not None and material is not None and known is None:
             cache_artifact.keep(compiled.cached.cache, material, artifact, files, part)
-        output.copy_files(compiled.captured.files, part)
+        output.copy_files(travelling(compiled), part)
         made["artifact"] = manifest.describe(artifact, files, part)
         text = json.dumps(made, indent=1) + "\n"
         if held is not None:
@@ -68,6 +69,33 @@ def save(
 
     output.write_whole(folder, write, overwrite=overwrite, sources=sources)
     return artifact
+
+
+def travelling(compiled: Compiled) -> dict[str, Path]:
+    """What goes along: name in the artifact -> file.
+
+    A config states widths and depth. Of a model that has other ones by now it would build another model,
+    without a word: it goes under a name that no library looks for.
+    """
+    files = dict(compiled.captured.files)
+    if "config.json" in files and _is_smaller(compiled):
+        files["config.original.json"] = files.pop("config.json")
+    return files
+
+
+def _is_smaller(compiled: Compiled) -> bool:
+    """Whether passes took widths or blocks away: less is computed, or a weight has another shape."""
+    for step in compiled.steps:
+        before, after = step.cost_before.macs, step.cost_after.macs
+        if isinstance(step.pass_.exactness, Lossy) and after is not None and before is not None:
+            if after < before:
+                return True
+    left = compiled.model.graph.initializers
+    return any(
+        name in left and left[name].shape != value.shape
+        for name, value in compiled.dense.graph.initializers.items()
+        if value.shape is not None and len(value.shape) > 1
+    )
 
 
 def _sources(captured: Captured) -> Iterator[Path]:

@@ -99,6 +99,27 @@ def test_files_travel_along_and_folders_are_not_overwritten(tmp_path: Path) -> N
         compiled.save(tmp_path, overwrite=True)  # holds the source
 
 
+def test_the_config_of_a_model_that_was_wider_is_not_taken_for_its_own(tmp_path: Path) -> None:
+    made = model(
+        "float[b,4] x", "float[b,2] y", "h = MatMul(x, up) r = Relu(h) y = MatMul(r, down)",
+        up=matrix(4, 6), down=matrix(6, 2),
+    )  # fmt: skip
+    ir.save(made, tmp_path / "m.onnx")
+    (tmp_path / "config.json").write_text('{"intermediate_size": 6}')
+    captured = netlathe.capture(tmp_path / "m.onnx")
+    captured.files = {"config.json": tmp_path / "config.json"}
+    same = netlathe.compile(captured, "relu_to_max")
+    same.save(tmp_path / "same")
+    assert (tmp_path / "same" / "config.json").exists()
+    smaller = netlathe.compile(captured, "prune(ratio=0.5)")
+    tuned = smaller.with_weights(smaller.module())
+    for name, compiled in (("smaller", smaller), ("tuned", tuned)):
+        compiled.save(tmp_path / name)
+        assert not (tmp_path / name / "config.json").exists()
+        kept = (tmp_path / name / "config.original.json").read_text()
+        assert kept == '{"intermediate_size": 6}'
+
+
 def test_saving_uses_the_target_that_was_compiled_for(tmp_path: Path) -> None:
     source = onnx_file(tmp_path)
     target = registry.find_target("onnx", opset=19)[1]
