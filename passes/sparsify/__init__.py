@@ -113,6 +113,8 @@ class Sparsify(ChoosingPass):
                 )
         if self.permute and not self._patterns_of("n:m"):
             raise ValueError("permute is for N:M patterns, and none is asked for")
+        if self.refine and self.score == "sparsegpt":
+            raise ValueError("refine swaps weights that stay as they are, and sparsegpt moves them")
         if self.refine and self._patterns_of("tiles"):
             raise ValueError("refine swaps single elements: it cannot keep tiles")
         return self

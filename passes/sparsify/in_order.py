@@ -229,19 +229,18 @@ def _solve(
         at = order if known.second.ndim == 1 else np.ix_(order, order)
         known = Moments(known.mean[order], known.second[at])
     result: dict[str, Array] = {}
-    made, kept, moved = w, np.ones(w.shape, bool), False
-    if known is not None and known.second.ndim == 2 and settings.score == "sparsegpt":
+    moved = known is not None and known.second.ndim == 2 and settings.score == "sparsegpt"
+    if known is not None and moved:
         from netlathe.passes.sparsify import sparsegpt
 
         made, kept, damping = sparsegpt.solve(
             w, known.second, job.pattern, job.ratio, damping=settings.damping, device=device
         )
-        result["damping"], moved = np.asarray(damping), True
+        result["damping"] = np.asarray(damping)
     else:
         kept = masks.select(_scores(w, settings, known), job.pattern, job.ratio, settings.within)
-    if settings.refine and known is not None and job.pattern.kind != "tiles":
-        kept, moved = dsnot.refine(w, kept, known.mean, known.square, job.pattern), False
-    if not moved:
+        if settings.refine and known is not None:
+            kept = dsnot.refine(w, kept, known.mean, known.square, job.pattern)
         made = np.where(kept, w, 0.0)
     if settings.sweeps and known is not None and known.second.ndim == 2:
         from netlathe.passes.sparsify import sparsegpt

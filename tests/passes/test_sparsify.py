@@ -247,6 +247,7 @@ def test_strict_objects_to_nothing_that_options_leave_out() -> None:
         ("sparsify(overrides={'a': {'ratio': 0.5}})", "cannot be asked for as well"),
         ("sparsify(pattern='unstructured', permute=True)", "N:M"),
         ("sparsify(pattern='4x4', refine=True)", "tiles"),
+        ("sparsify(score='sparsegpt', refine=True)", "sparsegpt moves them"),
     ],
 )
 def test_options_that_cannot_be(text: str, says: str) -> None:
