@@ -201,11 +201,13 @@ def segments(of: Sequence[Axis]) -> Axis:
 class Space:
     """Joins and refines axes.
 
-    What has no common refinement goes to ``misfit``; a position that may not go, because it is there
-    in one view of an axis and not in another, to ``stays``.
+    What has no common refinement goes to ``misfit``, with the axes that it is of; a position that may
+    not go, because it is there in one view of an axis and not in another, to ``stays``.
     """
 
-    def __init__(self, misfit: Callable[[Axis], None], stays: Callable[[Axis], None]) -> None:
+    def __init__(
+        self, misfit: Callable[[Axis, Sequence[Axis]], None], stays: Callable[[Axis], None]
+    ) -> None:
         self._misfit = misfit
         self._stays = stays
 
@@ -214,8 +216,8 @@ class Space:
         try:
             self._join(a, b)
         except Misfit:
-            self._misfit(a)
-            self._misfit(b)
+            self._misfit(a, [a])
+            self._misfit(b, [b])
 
     def cut(self, axis: Axis, sizes: Sequence[Size]) -> list[Axis]:
         """See the axis as segments of these sizes, which add up to its size."""
@@ -229,8 +231,8 @@ class Space:
                     piece, rest = _cut(rest, size)
                 pieces.append(piece)
         except Misfit:
-            self._misfit(axis)
-            return [self._lost(size) for size in sizes]
+            self._misfit(axis, [axis])
+            return [self._lost(size, [axis]) for size in sizes]
         return [*pieces, rest]
 
     def regroup(self, axes: Sequence[Axis], sizes: Sequence[Size]) -> list[Axis]:
@@ -242,12 +244,12 @@ class Space:
             return self._regroup(axes, sizes)
         except Misfit:
             for axis in axes:
-                self._misfit(axis)
-            return [self._lost(size) for size in sizes]
+                self._misfit(axis, [axis])
+            return [self._lost(size, axes) for size in sizes]
 
-    def _lost(self, size: Size) -> Axis:
+    def _lost(self, size: Size, of: Sequence[Axis]) -> Axis:
         axis = Axis(size)
-        self._misfit(axis)
+        self._misfit(axis, of)
         return axis
 
     # -- joining ----------------------------------------------------------------------------------

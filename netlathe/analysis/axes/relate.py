@@ -168,8 +168,15 @@ class _Walk:
         if "delete" in edits and not caller:
             algebra.hold(axis, pin)
 
-    def _misfit(self, axis: Axis) -> None:
+    def _misfit(self, axis: Axis, of: Sequence[Axis]) -> None:
+        """Pin an axis that no term expresses, unless what it is of is pinned already."""
         assert self.node is not None
+        found = [atom for each in of for atom in algebra.atoms(each)]
+        pins = [a.stays for a in found if isinstance(a.stays, Pin) and a.stays.edits == EVERY]
+        rows = sum(atom.size == 1 and atom.stays is ALONE for atom in found)
+        if pins and len(pins) + rows == len(found):
+            algebra.hold(axis, pins[0])
+            return
         self._pin(axis, f"{_op(self.node)} looks at it in a way that no common split expresses")
 
     def _stays(self, axis: Axis) -> None:

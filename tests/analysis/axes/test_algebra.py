@@ -42,7 +42,7 @@ class Views:
     def __init__(self) -> None:
         self.misfits: list[Axis] = []
         self.staying: list[Axis] = []
-        self.space = Space(self.misfits.append, self.staying.append)
+        self.space = Space(lambda axis, of: self.misfits.append(axis), self.staying.append)
         self.same: list[tuple[Axis, Axis]] = []
 
     def join(self, a: Axis, b: Axis) -> None:
