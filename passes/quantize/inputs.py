@@ -98,7 +98,7 @@ class _Product:
 def _product(candidate: Candidate) -> _Product | None:
     if len(candidate.uses) != 1 or len(candidate.value.uses()) != 1:
         return None
-    (user, position), (use,) = candidate.value.uses()[0], candidate.uses
+    ((user, position),), (use,) = candidate.value.uses(), candidate.uses
     if user.domain or user.graph is not candidate.value.graph:
         return None
     if user.op_type == "Conv" and position == 1:

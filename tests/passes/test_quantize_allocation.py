@@ -172,7 +172,7 @@ def test_budgets_that_cannot_be_met_and_data_that_is_missing() -> None:
         pass_ = Quantize(bits=4.0, formats=("int2", "int4"), sensitivity="kl", **OPTIONS)
         pass_.choose(made, ctx)
     with pytest.raises(PassError, match="there are none"):
-        everything = {"*": {"weights": "int8"}}
+        everything: dict[str, Any] = {"*": {"weights": "int8"}}
         Quantize(bits=4.0, formats=("int2", "int4"), overrides=everything, **OPTIONS).choose(
             made, ctx
-        )  # type: ignore[arg-type]
+        )

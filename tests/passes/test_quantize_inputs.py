@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,7 @@ def settled(inputs: str, body: str, **constants: Any) -> ir.Model:
     return made
 
 
-def solved(made: ir.Model, data: list[Feeds], pass_: Quantize) -> dict[str, Entry]:
+def solved(made: ir.Model, data: Sequence[Feeds], pass_: Quantize) -> dict[str, Entry]:
     """Quantize; ONNX Runtime must read what the reference holds, bit for bit."""
     chosen = pass_.choose(made, Context(calibration=data))
     after = made.clone()

@@ -40,9 +40,7 @@ def correlated(rows: int, columns: int, seed: int) -> Array:
 
 def test_what_the_error_does_to_inputs() -> None:
     x, error = correlated(200, 24, 1), matrix(24, 40).astype(np.float64)
-    a, b = (
-        t.numpy() for t in low_rank.solve(*map(torch.tensor, (error,)), 5, torch.tensor(x.T @ x))
-    )
+    a, b = (t.numpy() for t in low_rank.solve(torch.tensor(error), 5, torch.tensor(x.T @ x)))
     u, s, v = np.linalg.svd(x @ error, full_matrices=False)
     best = (u[:, :5] * s[:5]) @ v[:5]  # nothing of rank 5 is nearer to what the error adds
     assert np.abs(x @ a @ b - best).max() <= 1e-9 * np.abs(best).max()
