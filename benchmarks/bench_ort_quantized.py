@@ -29,7 +29,6 @@ from bench_tvm import CASES, directory
 import netlathe
 from netlathe.execute.timing import in_turn
 
-ROUNDS = 15
 # Kernels that multiply integers. MatMulNBits does at accuracy level 4.
 INTEGER = (
     "DynamicQuantizeMatMul",
@@ -59,7 +58,7 @@ class Variant:
         return {"accuracy_level": self.level} if self.target == "onnx-ort" else {}
 
 
-_INT4 = 'quantize(weights="int4", group_size=32, clip="mse")'
+_INT4 = 'quantize(weights="int4", group_size=32)'
 TEXT = (
     Variant("int4 g32, level 4", _INT4),
     Variant("int4 g32, level 1", _INT4, level=1),
@@ -166,7 +165,9 @@ def build(model: str, folder: Path) -> None:
         compiled.save(folder / name, target=target, **own)
 
 
-def rows(case: str, folder: Path, threads: int) -> Iterator[tuple[Variant, float, float, float]]:
+def rows(
+    case: str, folder: Path, threads: int, rounds: int
+) -> Iterator[tuple[Variant, float, float, float]]:
     """Print a line for every variant of a case, and yield it with its times and the integer share."""
     model, dims = CASES[case].model, CASES[case].dims
     base = folder / model / "float32" / "model.onnx"
@@ -181,7 +182,7 @@ def rows(case: str, folder: Path, threads: int) -> Iterator[tuple[Variant, float
             "float32": lambda: dense.run(None, fed),
             "quantized": lambda session=session: session.run(None, fed),
         }
-        times = in_turn(runs, rounds=ROUNDS, warmup=2)
+        times = in_turn(runs, rounds=rounds, warmup=2)
         f, q = times["float32"].median_ms, times["quantized"].median_ms
         shares = profile(file, fed, threads)
         integer = sum(share for op, share in shares.items() if op in INTEGER)
@@ -202,6 +203,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--cases", nargs="+", choices=DEFAULT, default=list(DEFAULT))
     parser.add_argument("--folder", type=Path, help="keep what is built, and use it again")
     arguments = parser.parse_args()
@@ -215,7 +217,7 @@ def main() -> int:
             f" {'integer':>6}  kernels"
         )
         for case in arguments.cases:
-            found = list(rows(case, folder, arguments.threads))
+            found = list(rows(case, folder, arguments.threads, arguments.rounds))
             missed += [
                 f"{case}: {v.name} ran no {v.kernel}"
                 for v, _, _, ran in found
