@@ -392,8 +392,8 @@ class Quantize(ChoosingPass):
         scheme = self._scheme(candidate)
         try:
             own = _layout_for(candidate.uses[0], candidate.dims, scheme)
-        except Unfit as why:
-            return Entry(name, "refused", str(why), where)
+        except Unfit as why:  # another scheme would fit: strictness objects
+            return Entry(name, "skipped", str(why), where)
         if reason := candidates.unfit(value, scheme.largest_weight):  # reads the weight: comes last
             return Entry(name, "refused", reason, where)
         scheme = for_weight(scheme, weights.array(value)) if scheme.format.group else scheme

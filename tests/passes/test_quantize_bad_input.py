@@ -144,10 +144,12 @@ def test_groups_that_pruning_made_ragged(tmp_path: Path) -> None:
     )
     steps = netlathe.compile(tmp_path / "model.onnx", pipeline).steps
     by_name = {entry.candidate: entry for entry in steps[-1].entries}
-    assert by_name["w"].status == "applied" and by_name["v"].status == "refused"
+    assert by_name["w"].status == "applied" and by_name["v"].status == "skipped"
     assert "groups of 32 do not divide the 45 elements that are summed over" in by_name["v"].reason
     with pytest.raises(netlathe.GateError, match=r"min_coverage=0\.9 asks for"):
         netlathe.compile(tmp_path / "model.onnx", pipeline[:-1] + ", min_coverage=0.9)")
+    with pytest.raises(netlathe.GateError, match="skipped v: groups of 32"):
+        netlathe.compile(tmp_path / "model.onnx", pipeline, strict=True)
 
 
 # -- killed, and the same again ---------------------------------------------------------------------

@@ -326,12 +326,12 @@ def test_every_opset(scheme: dict[str, Any], opset: int) -> None:
 # -- what cannot be ---------------------------------------------------------------------------------
 
 
-def test_groups_that_do_not_divide_are_refused_with_an_offer() -> None:
+def test_groups_that_do_not_divide_are_skipped_with_an_offer() -> None:
     (entry,) = Quantize(min_size=0, weights="int4", group_size=128).choose(
         product(matrix(576, 4)), Context()
     )
     assert (entry.status, entry.reason) == (
-        "refused",
+        "skipped",
         "groups of 128 do not divide the 576 elements that are summed over;"
         " group_size=64, 32, 16 would",
     )
@@ -355,7 +355,7 @@ def test_coverage_that_is_asked_for() -> None:
     with pytest.raises(GateError) as caught:
         Quantize(weights="int4", group_size=128, min_coverage=0.5).choose(before, Context())
     assert "0.0% of the weights' elements" in str(caught.value)
-    assert "w is refused: groups of 128 do not divide" in str(caught.value)
+    assert "w is skipped: groups of 128 do not divide" in str(caught.value)
 
 
 @pytest.mark.parametrize(
