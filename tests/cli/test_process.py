@@ -41,7 +41,7 @@ def test_the_installed_command_is_ours() -> None:
 
 
 @pytest.mark.parametrize(
-    "command", ["compile", "plan", "inspect", "verify", "diff", "bench", "cache"]
+    "command", ["compile", "plan", "inspect", "verify", "diff", "bench", "bisect", "cache"]
 )
 def test_help_teaches_by_example(run: Run, command: str) -> None:
     done = run(command, "--help")
@@ -51,9 +51,8 @@ def test_help_teaches_by_example(run: Run, command: str) -> None:
 def test_every_command_is_listed(run: Run) -> None:
     done = run("--help")
     listed = [line.split()[0] for line in done.out.split("Commands:")[1].splitlines() if line]
-    commands = ["compile", "plan", "inspect", "verify", "diff", "bench", "passes", "targets"]
-    commands.append("cache")
-    assert listed == commands
+    commands = ["compile", "plan", "inspect", "verify", "diff", "bench", "bisect", "passes"]
+    assert listed == [*commands, "targets", "cache"]
 
 
 @pytest.mark.parametrize("words", [(), ("compil",), ("compile",), ("inspect", "--jason", "x")])
