@@ -151,6 +151,8 @@ def _problem(node: ir.Node, uses: tuple[Use, ...]) -> str:
     if constant(scale) is None or (zero is not None and constant(zero) is None):
         return "its scales are no constants"
     for use in uses:
+        if use.node.op_type == "Cast":
+            return "its codes are places in a table: only multiples of a scale are packed"
         if _kind(use) is None:
             return f"read by {use.node.op_type} {use.node.outputs[0].name} as well"
     axes = {axis_of(use) for use in uses}

@@ -258,7 +258,7 @@ def test_dynamic_activations_become_one_kernel(tmp_path: Path) -> None:
         ("float[b,16,s] x", "y = MatMul (w, x)", (6, 16), {}, "read by MatMul y as well"),
         ("float[b,24] x", "y = MatMul (x, w)", (24, 6), {"group_size": 8}, "no multiple of 16"),
         ("float[16] x", "y = MatMul (x, w)", (16, 6), {}, "with a vector"),
-        ("float[b,16] x", "y = MatMul (x, w)", (16, 6), {"weights": "nf4"}, "read by Cast"),
+        ("float[b,16] x", "y = MatMul (x, w)", (16, 6), {"weights": "nf4"}, "places in a table"),
         ("float[b,16] x", "y = MatMul (x, w)", (16, 6), {"weights": "int3"}, "bit planes"),
         ("float[b,16] x", "y = MatMul (x, w)", (16, 6), {"weights": "float8e5m2"}, "float8e5m2"),
         (
