@@ -59,6 +59,8 @@ PEERS = {
     "SliceGPT 20 %, int4": (24.13, 0.7652),
 }
 
+BARS = ("drop 2 attentions, symmetric int4", "slice 20 %, int4")  # ours, for each of these
+
 
 def pipelines() -> dict[str, str]:
     """Name -> pipeline."""
@@ -72,6 +74,10 @@ def pipelines() -> dict[str, str]:
             found[f"{name}, {share}"] = ", ".join(made)
     found["int4"] = INT4
     found["drop 2 attentions, int4"] = f"drop(count=2, score='kl', search='greedy'), {INT4}"
+    symmetric = INT4.replace("symmetric=False, ", "", 1)
+    found["drop 2 attentions, symmetric int4"] = (
+        f"drop(count=2, score='kl', search='greedy'), {symmetric}"
+    )
     found["slice 20 %, int4"] = f"{SLICE_32.format(0.15)}, {FINE}"
     for share in SHARES[:2]:
         half, third = round(share**0.5, 3), round(share ** (1 / 3), 3)
@@ -240,7 +246,7 @@ def main() -> int:
                 file.write(json.dumps(row) + "\n")
     named = {row["name"]: row for row in found}
     good = True
-    for ours, peer in zip(("drop 2 attentions, int4", "slice 20 %, int4"), PEERS, strict=True):
+    for ours, peer in zip(BARS, PEERS, strict=True):
         if ours in named:
             megabytes, kl = PEERS[peer]
             row = named[ours]

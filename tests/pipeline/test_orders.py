@@ -17,10 +17,10 @@ from netlathe.pipeline.pass_ import Context, Lossy, Pass
 from netlathe.pipeline.step import Step
 from netlathe.testing import from_text
 
-LAYERS, WIDTH, HIDDEN, WORDS = 4, 16, 32, 24
+LAYERS, WIDTH, HIDDEN, WORDS = 5, 16, 32, 24
 PASSES = {
     "prune": "prune(scope=('ffn', 'heads'), ratio=0.25, round_to=2)",
-    "hidden": "prune(scope='hidden', ratio=0.25, round_to=4)",
+    "hidden": "prune(scope='hidden', ratio=0.25, round_to=2)",
     "slice": "fold_norms(untie=True), slice(ratio=0.25, round_to=4)",
     "adapters": "fold_norms(untie=True), slice(ratio=0.25, round_to=4, adapters=True)",
     "drop": "drop(kind='ffn', score='kl')",
