@@ -13,7 +13,7 @@ from amaranth.hdl import Cat, Const, Elaboratable, Module, Mux, Signal, Value, s
 
 from netlathe.backends.fpga import isa
 from netlathe.backends.fpga.core.parts import Delay, Head, Nest, Scratchpad, log2
-from netlathe.backends.fpga.spec import Pattern, Spec
+from netlathe.backends.fpga.spec import Spec
 
 
 def last_stage(spec: Spec) -> int:
@@ -119,13 +119,14 @@ class Compute(Elaboratable):
         ]
         dense = self._dense(m, activations, select[2])
         single = self._single(m, activations, select[2])
+        windows = self._grouped(m, activations, select[2])
         for o in range(spec.columns):
             for p in range(spec.rows):
                 place = o * spec.rows + p
                 a = Signal(signed(8), name=f"a{o}_{p}")
                 w = Signal(signed(17 if p == 0 else 8), name=f"w{o}_{p}")
                 weight = kernel[8 * place : 8 * place + 8].as_signed()
-                chosen = self._selected(m, activations, indices, pattern[2], dense, o, p)
+                chosen = self._selected(windows, indices, pattern[2], dense, o, p)
                 if p == 0:
                     m.d.sync += [
                         a.eq(Mux(lanes[2], single[o], chosen)),
@@ -171,29 +172,34 @@ class Compute(Elaboratable):
 
     # -- which activation a multiplier sees ---------------------------------------------------------
 
+    def _slice(self, m: Module, row: Signal, select: Signal, name: str, size: int) -> Value:
+        """The ``size`` bytes of a wide row that are addressed."""
+        if size == self.spec.wide_bytes:
+            return row
+        made = Signal(8 * size, name=name)
+        m.d.comb += made.eq(row.word_select(select[log2(size // self.spec.columns) :], 8 * size))
+        return made
+
     def _dense(self, m: Module, row: Signal, select: Signal) -> list[Value]:
-        """One byte a multiplier: the slice of a wide row that is addressed."""
-        spec = self.spec
-        if spec.expansion == 1:
-            return [row[8 * p : 8 * p + 8] for p in range(spec.rows)]
-        which = select[log2(spec.rows // spec.columns) :]
-        made = Signal(8 * spec.rows, name="dense")
-        m.d.comb += made.eq(row.word_select(which, 8 * spec.rows))
-        return [made[8 * p : 8 * p + 8] for p in range(spec.rows)]
+        """One byte a multiplier."""
+        made = self._slice(m, row, select, "dense", self.spec.rows)
+        return [made[8 * p : 8 * p + 8] for p in range(self.spec.rows)]
 
     def _single(self, m: Module, row: Signal, select: Signal) -> list[Value]:
-        """One byte a column: the vector that is addressed."""
-        spec = self.spec
-        made = Signal(8 * spec.columns, name="single")
-        m.d.comb += made.eq(
-            row if spec.wide_vectors == 1 else row.word_select(select, 8 * spec.columns)
-        )
-        return [made[8 * o : 8 * o + 8].as_signed() for o in range(spec.columns)]
+        """One byte a column: a vector."""
+        made = self._slice(m, row, select, "single", self.spec.columns)
+        return [made[8 * o : 8 * o + 8].as_signed() for o in range(self.spec.columns)]
+
+    def _grouped(self, m: Module, row: Signal, select: Signal) -> list[Value]:
+        """What the multipliers choose from, for each pattern."""
+        return [
+            self._slice(m, row, select, f"for_{number}", self.spec.rows * pattern.expansion)
+            for number, pattern in enumerate(self.spec.kept)
+        ]
 
     def _selected(
         self,
-        m: Module,
-        row: Signal,
+        windows: list[Value],
         indices: Signal,
         mode: Signal,
         dense: list[Value],
@@ -206,12 +212,7 @@ class Compute(Elaboratable):
         width = spec.index_bits
         for number, pattern in enumerate(spec.kept):
             index = indices[(o * spec.rows + p) * width :][: log2(pattern.group)]
-            group = _group(row, pattern, p)
+            start = p // pattern.kept * pattern.group
+            group = windows[number][8 * start : 8 * (start + pattern.group)]
             chosen = Mux(mode == number + 1, group.word_select(index, 8).as_signed(), chosen)
         return chosen
-
-
-def _group(row: Signal, pattern: Pattern, p: int) -> Value:
-    """The activations that multiplier p chooses from."""
-    start = p // pattern.kept * pattern.group
-    return row[8 * start : 8 * (start + pattern.group)]
