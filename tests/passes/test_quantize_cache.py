@@ -215,7 +215,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Captured:
     return HuggingFaceDirectory(cache=True).capture(folder)
 
 
-@pytest.mark.parametrize("bits, far", [(8, 0.02), (4, 0.3)])
+@pytest.mark.parametrize("bits, far", [(8, 0.02), pytest.param(4, 0.3, marks=pytest.mark.slow)])
 def test_generation(llama: Captured, tmp_path: Path, bits: Any, far: float) -> None:
     """Text from the file that is written, in ONNX Runtime; it is that of the float reference."""
     pass_ = QuantizeCache(codes=CODES[bits])

@@ -199,12 +199,14 @@ def test_the_table_has_every_scheme() -> None:
     assert set(found) == set(SCHEMES) and all(set(row) == set(ENGINES) for row in found.values())
 
 
-PACKED = ("int8", "int4")  # what the dialect of ONNX Runtime stores in its own way
+def stored() -> list[Any]:
+    """Schemes in a file of standard ONNX, and those that the dialect of ONNX Runtime has its own way for."""
+    quick = ("int4", "int3", "nf4", "nvfp4")
+    made = [(name, "onnx") for name in SCHEMES] + [(name, DIALECT) for name in ("int8", "int4")]
+    return [pytest.param(*one, marks=[] if one[0] in quick else pytest.mark.slow) for one in made]
 
 
-@pytest.mark.parametrize(
-    "name, target", [*((n, "onnx") for n in SCHEMES), *((n, DIALECT) for n in PACKED)]
-)
+@pytest.mark.parametrize("name, target", stored())
 def test_bytes_on_disk(name: str, target: str) -> None:
     """A file takes what codes, scales and zero points do: 2 % more at most, graph and containers included."""
     for number, settings in enumerate(variants(name)):
