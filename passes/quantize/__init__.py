@@ -447,6 +447,8 @@ class Quantize(ChoosingPass):
                     one.entries[name] = entry
             if one.entries:
                 options_.append(one)
+        if not options_ and not any(c.matches(p) for c in found for p in given):
+            return {}  # nothing that could be quantized at all
         return allocation.share_out(model, options_, self.bits, self.sensitivity, ctx)
 
     def _allocated(

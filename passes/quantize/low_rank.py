@@ -66,6 +66,8 @@ def unfit(candidate: Candidate, rank: int) -> str:
     direct = all(user.op_type == "MatMul" and at == 1 for user, at in candidate.value.uses())
     if fed is None or fed.axis != -1 or not direct:
         return "no branch: it is not read as x W alone"
+    if candidate.value.dtype != ir.DataType.FLOAT:
+        return "no branch: these are for products in float32"
     rows, columns = candidate.dims
     if rank * (rows + columns) >= rows * columns:
         return f"no branch: of rank {rank} it would be larger than the weight"

@@ -146,6 +146,12 @@ def test_what_gets_no_branch_says_why() -> None:
     table, product = Quantize(min_size=0, low_rank=6).choose(made, Context())
     assert "not read as x W alone" in table.reason and "low_rank" not in table.detail
     assert "larger than the weight" in product.reason
+    half = model(
+        "float16[b,16] x", "float16 y", "y = MatMul (x, v)", v=matrix(16, 8).astype(np.float16)
+    )
+    normal.normalize(half)
+    (entry,) = Quantize(min_size=0, low_rank=1).choose(half, Context())
+    assert entry.status == "applied" and "for products in float32" in entry.reason
     small = Quantize(min_size=0, low_rank=6, overrides={"v": {"low_rank": 2}})
     assert small.choose(made, Context())[1].detail["low_rank"]["rank"] == 2
     with pytest.raises(PassError, match="low_rank_basis='input' needs calibration data"):
