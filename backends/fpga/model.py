@@ -21,8 +21,8 @@ from netlathe.backends.fpga.spec import Spec
 
 Array = npt.NDArray[Any]
 
-COMPUTE_STAGES = 5  # and one for every level of the adder tree
-REQUANTIZE_STAGES = 12
+COMPUTE_STAGES = 6  # and one for every level of the adder tree
+REQUANTIZE_STAGES = 13
 JOBS = 4  # loads that have asked and wait for data
 
 
@@ -237,8 +237,8 @@ def cycles(program: Sequence[Instruction], spec: Spec, memory: Memory) -> list[T
             written = done
         elif unit == "compute":
             count = step["k0"] * step["k1"] * step["k2"] * step["m0"] * step["m1"]
-            done = start + 1 + count + COMPUTE_STAGES + tree
-            free[unit] = start + 2 + count
+            done = start + 2 + count + COMPUTE_STAGES + tree
+            free[unit] = start + 3 + count
         elif unit == "requantize":
             count = step["n0"] * step["n1"] * (4 if step["raw"] else 1)
             done = start + 1 + spec.columns + count + REQUANTIZE_STAGES

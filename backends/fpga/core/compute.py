@@ -3,8 +3,10 @@
 A cycle takes a row of activations and a row of weights; k is the inner loop, so a sum stays in a
 register until it is complete. Stages, counted from the cycle that addresses the scratchpads:
 
-    1 read    2 operands    3 selected (sparse, dense slice, single vector)    4 products
-    4 + log2(rows) dot products     5 + log2(rows) accumulators, written to sums in the same cycle
+    1 read    2 held    3 of one source    4 selected (sparse, slice, vector)    5 products
+    5 + log2(rows) dot products     6 + log2(rows) accumulators, written to sums in the same cycle
+
+What a block RAM gives is held in a register before anything is done with it: it comes late in its cycle.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from netlathe.backends.fpga.spec import Spec
 
 def last_stage(spec: Spec) -> int:
     """In which stage sums are written."""
-    return 5 + log2(spec.rows)
+    return 6 + log2(spec.rows)
 
 
 class Compute(Elaboratable):
@@ -71,9 +73,9 @@ class Compute(Elaboratable):
                         pushes.eq(head.pushes),
                     ]
                     m.next = "START"
-            with m.State(
-                "START"
-            ):  # sums of the instruction before are written by the time these are read
+            with m.State("START"):
+                m.next = "READY"
+            with m.State("READY"):  # what the instruction before sums up is written when it is read
                 m.next = "RUN"
             with m.State("RUN"):
                 m.d.comb += [issue.eq(1), nest.step.eq(1)]
@@ -95,48 +97,56 @@ class Compute(Elaboratable):
         valid, begins = late("valid", issue, last), late("begins", first, last)
         ends, rows = late("ends", issue & final, last), late("rows", row, last)
         given = late("given", Mux(issue & end, pushes, 0), last)
-        select = late("select", vector[:slot] if slot else Const(0, 1), 2)
+        select = late("select", vector[:slot] if slot else Const(0, 1), 3)
         # Settings travel with the data: the next instruction may start while this one is in flight.
         keep = now["accumulate"]
         afresh, maximum = late("afresh", ~keep, last), late("max", now["what"] == isa.MAXIMUM, last)
         lanes = late("lanes", now["what"] != isa.DOT, 3)
-        pattern, source = late("pattern", now["pattern"], 2), late("source", now["source"], 1)
-        factor = late("factor", now["factor"], 2)
+        pattern, source = late("pattern", now["pattern"], 3), late("source", now["source"], 2)
+        factor = late("factor", now["factor"], 3)
 
-        # -- stage 2: what the scratchpads gave
+        # -- stages 2 and 3: what the scratchpads gave
+        held_input, held_hidden = Signal.like(self.input_data), Signal.like(self.hidden_data)
+        held_kernel, held_indices = Signal.like(self.weight_data), Signal.like(self.index_data)
         activations = Signal(8 * spec.wide_bytes)
         kernel = Signal(8 * spec.rows * spec.columns)
         indices = Signal(len(self.index_data))
         m.d.sync += [
-            activations.eq(Mux(source[1], self.hidden_data, self.input_data)),
-            kernel.eq(self.weight_data),
-            indices.eq(self.index_data),
+            held_input.eq(self.input_data),
+            held_hidden.eq(self.hidden_data),
+            held_kernel.eq(self.weight_data),
+            held_indices.eq(self.index_data),
+            activations.eq(Mux(source[2], held_hidden, held_input)),
+            kernel.eq(held_kernel),
+            indices.eq(held_indices),
         ]
-        # -- stages 3 and 4: operands and products
+        # -- stages 4 and 5: operands and products
         products = [
             [Signal(signed(25 if p == 0 else 16), name=f"product{o}_{p}") for p in range(spec.rows)]
             for o in range(spec.columns)
         ]
-        dense = self._dense(m, activations, select[2])
-        single = self._single(m, activations, select[2])
-        windows = self._grouped(m, activations, select[2])
+        dense = self._dense(m, activations, select[3])
+        single = self._single(m, activations, select[3])
+        windows = self._grouped(m, activations, select[3])
         for o in range(spec.columns):
             for p in range(spec.rows):
                 place = o * spec.rows + p
                 a = Signal(signed(8), name=f"a{o}_{p}")
                 w = Signal(signed(17 if p == 0 else 8), name=f"w{o}_{p}")
                 weight = kernel[8 * place : 8 * place + 8].as_signed()
-                chosen = self._selected(windows, indices, pattern[2], dense, o, p)
+                chosen = self._selected(windows, indices, pattern[3], dense, o, p)
                 if p == 0:
                     m.d.sync += [
-                        a.eq(Mux(lanes[2], single[o], chosen)),
-                        w.eq(Mux(lanes[2], factor[2], weight)),
+                        a.eq(Mux(lanes[3], single[o], chosen)),
+                        w.eq(Mux(lanes[3], factor[3], weight)),
                     ]
                 else:
-                    m.d.sync += [a.eq(chosen), w.eq(Mux(lanes[2], 0, weight))]
+                    m.d.sync += [a.eq(chosen), w.eq(Mux(lanes[3], 0, weight))]
                 m.d.sync += products[o][p].eq(a * w)
         # -- the tree, and the accumulators
         write = Cat()
+        before = Signal.like(self.sums[0].read_data)
+        m.d.sync += before.eq(self.sums[0].read_data)
         for o in range(spec.columns):
             level = products[o]
             while len(level) > 1:
@@ -148,7 +158,7 @@ class Compute(Elaboratable):
                 level = made
             dot = level[0]
             held = Signal(signed(32), name=f"held{o}")
-            earlier = self.sums[0].read_data[32 * o : 32 * o + 32].as_signed()
+            earlier = before[32 * o : 32 * o + 32].as_signed()
             onto = Signal(signed(32), name=f"onto{o}")
             new = begins[last - 1] & afresh[last - 1]
             m.d.comb += onto.eq(Mux(begins[last - 1], earlier, held))
@@ -160,7 +170,7 @@ class Compute(Elaboratable):
                 with m.Else():
                     m.d.sync += held.eq(onto + dot)
             write = Cat(write, held)
-        m.d.comb += self.sums[0].read_row.eq(rows[last - 2])
+        m.d.comb += self.sums[0].read_row.eq(rows[last - 3])
         for pad in self.sums:
             m.d.comb += [
                 pad.write.eq(ends[last]),

@@ -2,7 +2,7 @@
 
 Stages, counted from the cycle that addresses the sums: 1 read; 2 held; 3 bias added; 4, 5 two products
 of 17 and 16 bits by the multiplier; 6 their sum; 7, 8 shifted; 9 rounded and bounded; 10 zero point and
-saturation; 11 looked up; 12 written. The product in two halves is what keeps the clock above 100 MHz.
+saturation; 11 looked up; 12 held; 13 written. The product in two halves is what keeps the clock above 100 MHz.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from amaranth.lib.memory import Memory
 from netlathe.backends.fpga.core.parts import Delay, Head, Nest, Scratchpad, log2
 from netlathe.backends.fpga.spec import Spec
 
-STAGES = 12
+STAGES = 13
 LOW = 17  # bits of a sum that the first product takes
 
 
@@ -128,7 +128,7 @@ class Requantize(Elaboratable):
     def _lane(
         self, m: Module, o: int, parameters: Signal, now: dict[str, Signal], byte: Signal
     ) -> Signal:
-        """The pipeline of one column; its result is there in stage 12."""
+        """The pipeline of one column; its result is there in stage 13."""
         bias = parameters[:32].as_signed()
         multiplier, shift = parameters[32:48], parameters[48:54]
 
@@ -170,4 +170,6 @@ class Requantize(Elaboratable):
             write.data.eq(self.table_data),
             read.addr.eq(now["tables"] + (final.as_unsigned() ^ 0x80)),
         ]
-        return stage("written", 8, Mux(now["table"], read.data, result), sign=False)
+        found = stage("found", 8, read.data, sign=False)
+        kept = stage("kept", 8, result, sign=False)
+        return stage("written", 8, Mux(now["table"], found, kept), sign=False)
