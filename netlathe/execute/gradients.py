@@ -509,7 +509,7 @@ def _add(
     x, g = (rows.by_label(tensor, axis) for tensor in tensors)
     most = max(1, _AT_ONCE // max(1, x.shape[2]))  # rows
     step = max(1, most // max(1, x.shape[1]))  # labels
-    for some in zip(x.split(step), g.split(step), strict=True):
-        pieces = zip(*(tensor.split(most, 1) for tensor in some), strict=True)
+    for some in zip(torch.split(x, step), torch.split(g, step), strict=True):
+        pieces = zip(*(torch.split(tensor, most, 1) for tensor in some), strict=True)
         sums = [(a.to(torch.float64) * b.to(torch.float64)).sum(1) for a, b in pieces]
         watch.sums.add(torch.stack(sums).sum(0))

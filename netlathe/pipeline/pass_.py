@@ -261,7 +261,8 @@ def _take_single_names(cls: type) -> None:
         names = item is str or (
             get_origin(item) is Literal and all(isinstance(one, str) for one in get_args(item))
         )
-        if get_origin(hint) is tuple and rest == [...] and names:
+        origin: Any = get_origin(hint)
+        if origin is tuple and rest == [...] and names:
             single = pydantic.BeforeValidator(_several, json_schema_input_type=hint | item)
             hints[name] = Annotated[hint, single]
     cls.__annotations__ = hints
