@@ -79,9 +79,7 @@ FORMATS = {
         Format("float8e4m3fn", 8, "float", ir.DataType.FLOAT8E4M3FN),
         Format("float8e5m2", 8, "float", ir.DataType.FLOAT8E5M2),
         Format("float4e2m1", 4, "float", ir.DataType.FLOAT4E2M1),
-        Format(
-            "mxfp4", 4, "float", ir.DataType.FLOAT4E2M1, group=32, scale=ir.DataType.FLOAT8E8M0
-        ),
+        Format("mxfp4", 4, "float", ir.DataType.FLOAT4E2M1, group=32, scale=ir.DataType.FLOAT8E8M0),
         Format(
             "nvfp4", 4, "float", ir.DataType.FLOAT4E2M1, group=16, scale=ir.DataType.FLOAT8E4M3FN
         ),
