@@ -241,7 +241,7 @@ def cycles(program: Sequence[Instruction], spec: Spec, memory: Memory) -> list[T
             free[unit] = start + 3 + count
         elif unit == "requantize":
             count = step["n0"] * step["n1"] * (4 if step["raw"] else 1)
-            done = start + 1 + spec.columns + count + REQUANTIZE_STAGES
+            done = start + 2 + spec.columns + count + REQUANTIZE_STAGES
             free[unit] = done + 1
         else:
             count = step["group"] * step["n0"] * step["n1"] * spec.vector_beats

@@ -140,7 +140,8 @@ def executable(spec: Spec, *, traced: bool = False) -> Path:
     digest = hashlib.sha256(f"{spec} {traced}".encode())
     for path in sources:
         digest.update(path.read_bytes())
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"), "netlathe", "fpga")
+    # Not within NetLathe's own cache, which holds nothing that it did not write.
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"), "netlathe-fpga")
     final = cache / digest.hexdigest()[:20] / "simulation"
     if final.exists():
         return final

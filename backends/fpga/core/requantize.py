@@ -2,7 +2,7 @@
 
 Stages, counted from the cycle that addresses the sums: 1 read; 2 held; 3 bias added; 4, 5 two products
 of 17 and 16 bits by the multiplier; 6 their sum; 7, 8 shifted; 9 rounded and bounded; 10 zero point and
-saturation; 11 looked up; 12 held; 13 written. The product in two halves is what keeps the clock above 100 MHz.
+saturation; 11 looked up; 12 held; 13 written. A product of 33 by 16 bits at once would set the clock.
 """
 
 from __future__ import annotations
@@ -55,10 +55,11 @@ class Requantize(Elaboratable):
         now = {key: Signal.like(f[key], name=f"now_{key}") for key in keys}
         pushes, issue, byte = Signal(len(head.pushes)), Signal(), Signal(2)
         row, place = Signal(14), Signal(14)
-        column, word = Signal(range(spec.columns + 1)), Signal(14)
+        column, word, given = Signal(range(spec.columns + 2)), Signal(14), Signal(64)
         flight = Signal(range(STAGES + 1))
         parameters = [Signal(64, name=f"parameters{o}") for o in range(spec.columns)]
         m.d.comb += self.parameter_word.eq(word)
+        m.d.sync += given.eq(self.parameter_data)
         with m.FSM():
             with m.State("IDLE"):
                 m.d.comb += self.idle.eq(~head.valid)
@@ -74,12 +75,12 @@ class Requantize(Elaboratable):
                         byte.eq(0),
                     ]
                     m.next = "PARAMETERS"
-            with m.State("PARAMETERS"):  # one word a cycle; what is read follows by one
+            with m.State("PARAMETERS"):  # one word a cycle; what is read follows by two
                 m.d.sync += [word.eq(word + 1), column.eq(column + 1)]
                 for o in range(spec.columns):
-                    with m.If((column != 0) & (column == o + 1)):
-                        m.d.sync += parameters[o].eq(self.parameter_data)
-                with m.If(column == spec.columns):
+                    with m.If(column == o + 2):
+                        m.d.sync += parameters[o].eq(given)
+                with m.If(column == spec.columns + 1):
                     m.next = "RUN"
             with m.State("RUN"):
                 m.d.comb += [issue.eq(1), nest.step.eq(1)]
