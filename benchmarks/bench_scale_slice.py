@@ -15,7 +15,6 @@ With ``--folder`` the model and the bases that were solved stay there: the same 
 from __future__ import annotations
 
 import argparse
-import functools
 import json
 import mmap
 import resource

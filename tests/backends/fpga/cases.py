@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,7 @@ class Layer:
     size: tuple[int, int]
     channels: int
     out: int
-    window: Window = Window()
+    window: Window = field(default_factory=Window)
     groups: int = 1
     pattern: str = ""
     nibbles: bool = False

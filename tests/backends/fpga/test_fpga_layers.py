@@ -114,7 +114,9 @@ def test_a_sum_that_can_leave_32_bits_is_refused() -> None:
 
 def test_a_layer_beyond_the_scratchpads_is_refused_with_the_numbers() -> None:
     weights = np.ones((8, 70000, 1, 1), np.int8)
-    with pytest.raises(LowerError, match=r"take 70000 bytes; half of the input scratchpad is 32768"):
+    with pytest.raises(
+        LowerError, match=r"take 70000 bytes; half of the input scratchpad is 32768"
+    ):
         _one(weights, 70000)
 
 

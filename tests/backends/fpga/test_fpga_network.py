@@ -130,7 +130,7 @@ def test_an_artifact_is_written_and_read_back(tmp_path: Path) -> None:
     compiled.save(tmp_path / "out", target="fpga-ecp5-85f")
     (meta,) = (tmp_path / "out").rglob("meta.json")
     folder, held = meta.parent, json.loads(meta.read_text())
-    assert held["error"] == 0 and held["cycles"] == sum(l["cycles"] for l in held["layers"])
+    assert held["error"] == 0 and held["cycles"] == sum(layer["cycles"] for layer in held["layers"])
     programs = sorted(folder.glob("launch-*.program"))
     assert len(programs) == len(held["launches"]) > 0
     assert sum(p.stat().st_size for p in programs) == held["instruction_bytes"]
