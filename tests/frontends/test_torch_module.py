@@ -163,7 +163,8 @@ def test_an_exporter_failure_names_the_module() -> None:
 @pytest.mark.parametrize("experts", ["eager", "grouped_mm"])
 def test_experts_that_cannot_be_exported_say_which_can(experts: str) -> None:
     built = zoo.build("mixtral")
-    built.module.config._experts_implementation = experts
+    config: Any = built.module.config
+    config._experts_implementation = experts
     with pytest.raises(CaptureError) as refused:
         TorchModule(kwargs=built.kwargs, dynamic=built.dynamic).capture(built.module)
     (diagnostic,) = refused.value.diagnostics

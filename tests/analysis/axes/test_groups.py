@@ -156,6 +156,7 @@ def test_a_chain_of_shuffles_does_not_carry_rows_that_stay() -> None:
     body = "z0 = MatMul(x, i) " + "".join(unit.format(at, at + 1) for at in range(12))
     axes = analysed(
         body + "y = MatMul(z12, o)",
+        4,
         i=matrix(4, 8), n=[4, 4], two=[0, 0, 2, 4], one=[0, 0, 8], o=matrix(8, 2),
         **{f"w{at}": matrix(4, 4) for at in range(12)},
     )  # fmt: skip
