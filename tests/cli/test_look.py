@@ -248,7 +248,9 @@ def test_targets_lists_what_can_be_built_for(run: Run) -> None:
     done = run("targets")
     (onnx,) = (line for line in done.out.splitlines() if line.startswith("onnx "))
     assert done.code == 0 and "opset=24" in onnx
-    assert {"fpga-ecp5-85f", "onnx", "torch"} <= {target["name"] for target in run("targets", "--json").json}
+    assert {"fpga-ecp5-85f", "onnx", "torch"} <= {
+        target["name"] for target in run("targets", "--json").json
+    }
 
 
 # -- progress -------------------------------------------------------------------------------------
