@@ -6,7 +6,7 @@ Shapes are those of the arrays that come in: programs are made when a shape is s
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -36,7 +36,6 @@ class Launch:
     memory: Array
     inputs: dict[ir.Value, Image]
     outputs: dict[ir.Value, Image]
-    operations: dict[str, Operation] = field(default_factory=dict)
 
     def timing(self, memory: Memory) -> list[Timing]:
         """When every instruction runs."""
@@ -155,9 +154,7 @@ class Network:
             if item.output.is_graph_output() or self._leaves(item, items)
         }
         program = link(builder.steps)
-        return Launch(
-            builder, program, builder.memory(), inputs, outside, {i.name: i for i in items}
-        )
+        return Launch(builder, program, builder.memory(), inputs, outside)
 
     @staticmethod
     def _leaves(item: Operation, items: list[Operation]) -> bool:
@@ -229,7 +226,7 @@ def _as_array(image: Array, value: ir.Value, arrays: Mapping[ir.Value, Array]) -
     rank = len(value.shape) if value.shape is not None else 2
     if rank == 4:
         return image.transpose(2, 0, 1)[None]
-    lead = next(a.shape[:-1] for a in arrays.values() if True)
+    lead = next(iter(arrays.values())).shape[:-1]
     rows = image.reshape(-1, image.shape[-1])
     if len(lead) == rank - 1 and int(np.prod(lead)) == len(rows):
         return rows.reshape(*lead, rows.shape[-1])
