@@ -102,7 +102,7 @@ SETS = {
         f"tie_blocks(kind='{kind}', count={count}{how})"
         for kind in ("block", "attention", "ffn")
         for count in (1, 2, 3)
-        for how in ("", ", score='kl'", ", score='kl', search='greedy'", ", score='weights'")
+        for how in ("", ", score='kl'", ", score='kl', search='greedy'")
     ],
     # The parameters that the peers' settings leave, and the scores and allocations at one of them.
     "prune": [

@@ -15,7 +15,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-import numpy as np
 import onnx_ir as ir
 import pydantic
 
@@ -87,19 +86,15 @@ class TieBlocks(ChoosingPass):
     params: float | None = option(
         default=None, gt=0, help="parameters to end with; up to 1 a share of those there are"
     )
-    score: Literal["weights", "mse", "kl"] = option(
-        default="mse",
-        help="what makes two alike: how the output differs (mse, kl), or how far their weights are"
-        " from each other (weights), which needs no data",
+    score: Literal["mse", "kl"] = option(
+        default="mse", help="how far the output is from what it was: what makes two blocks alike"
     )
     search: Literal["one-shot", "greedy"] = option(
         default="one-shot",
-        help="one-shot: score all once; greedy: score those that are left after each, by the output",
+        help="one-shot: score all once; greedy: score those that are left after each",
     )
     distance: int = option(default=1, ge=1, help="how many blocks apart those that are tied may be")
-    samples: int = option(
-        default=16, ge=0, help="calibration samples that an output score looks at; 0: all"
-    )
+    samples: int = option(default=16, ge=0, help="calibration samples that scores look at; 0: all")
     ignore: tuple[str, ...] = option(
         default=(), help="module paths that keep weights of their own, with wildcards"
     )
@@ -108,8 +103,6 @@ class TieBlocks(ChoosingPass):
     def _fit(self) -> TieBlocks:
         if self.count is not None and self.params is not None:
             raise ValueError("give one of count and params, not both")
-        if self.search == "greedy" and self.score == "weights":
-            raise ValueError("greedy needs a score of the output: mse, kl")
         return self
 
     def cannot_follow(self, earlier: Pass) -> str:
@@ -244,14 +237,10 @@ class TieBlocks(ChoosingPass):
         chosen: list[Tie] = []
         if goal.met_by(()):
             return chosen, scores
-        outputs = None
-        if self.score == "weights":
-            scores = {tie: _distance(tie) for tie in able}
-        else:
-            outputs = ByOutput(model, self.score, ctx, self.samples, self)
+        outputs = ByOutput(model, self.score, ctx, self.samples, self)
         while not goal.met_by(chosen):
             free = [tie for tie in able if tie.beside(chosen)]
-            if outputs is not None and (self.search == "greedy" or not chosen):
+            if self.search == "greedy" or not chosen:
                 found = outputs.after([_change([*chosen, tie]) for tie in free], "after ties")
                 scores.update(zip(free, found, strict=True))
                 self._check_finite(scores)
@@ -296,16 +285,6 @@ def _told(tie: Tie | None, scores: Mapping[Tie, float]) -> tuple[dict[str, Any],
         return {}, "no score"
     detail = {"with": tie.source.shown, "parameters": tie.parameters, "score": scores[tie]}
     return detail, f"score {scores[tie]:.4g} with {tie.source.shown}"
-
-
-def _distance(tie: Tie) -> float:
-    """|A - B|^2 / |A|^2 over all weights A of a block and B of the other."""
-    apart = size = 0.0
-    for gone, kept in tie.pairs.items():
-        a, b = (weights.array(value).astype(np.float64) for value in (gone, kept))
-        apart += float(((a - b) ** 2).sum())
-        size += float((a**2).sum())
-    return apart / size if size else 0.0
 
 
 def _change(ties: Sequence[Tie]) -> Callable[[ir.Graph], None]:

@@ -35,9 +35,9 @@ from tests.pipeline.toy import captured_of
 BOUND = 1e-5
 
 
-def tied(model: ir.Model, pass_: TieBlocks, ctx: Context | None = None) -> tuple[ir.Model, Result]:
+def tied(model: ir.Model, pass_: TieBlocks, feeds: Sequence[Feeds]) -> tuple[ir.Model, Result]:
     """An edited copy, which verifies, in normal form."""
-    ctx = ctx or Context()
+    ctx = Context(calibration=feeds)
     after = model.clone()
     result = pass_.edit(after, pass_.choose(model, ctx), ctx)
     normal.normalize(after)
@@ -87,8 +87,8 @@ def test_tying_is_copying_the_weights_of_the_module(name: str, kind: Any, block:
     model = zoo_ir.captured(name)
     every = TieBlocks(kind=kind, count=0).choose(model, Context())
     others = [e.where for e in every if e.where and not e.where.startswith(block)]
-    pass_ = TieBlocks(kind=kind, score="weights", ignore=tuple(dict.fromkeys(others)))
-    after, result = tied(model, pass_)
+    pass_ = TieBlocks(kind=kind, ignore=tuple(dict.fromkeys(others)))
+    after, result = tied(model, pass_, zoo_ir.feeds(name)[:1])
     (entry,) = [e for e in result.entries if e.status == "applied"]
     assert entry.where.startswith(block)
     source = entry.detail["with"][: len(block)]
@@ -117,9 +117,9 @@ def test_it_equals_its_reference_on_every_family(name: str) -> None:
     model, feeds = zoo_ir.captured(name), zoo_ir.feeds(name)
     found = 0
     for kind in ("attention", "ffn", "block"):
-        pass_ = TieBlocks(kind=kind, score="weights")  # type: ignore[arg-type]
+        pass_ = TieBlocks(kind=kind)
         try:
-            after, result = tied(model, pass_)
+            after, result = tied(model, pass_, feeds)
         except PassError as error:
             assert error.diagnostics[0].notes, name
             continue
@@ -168,7 +168,9 @@ def test_weights_are_stored_once(tmp_path: Path) -> None:
 
 def test_tuned_weights_come_back_tied() -> None:
     captured = captured_of(zoo_ir.captured("llama"))
-    compiled = netlathe.compile(captured, "tie_blocks(kind='ffn', score='weights')")
+    compiled = netlathe.compile(
+        captured, "tie_blocks(kind='ffn')", calibration=zoo_ir.feeds("llama")
+    )
     module = compiled.module()
     with torch.no_grad():
         for parameter in module.parameters():
@@ -190,8 +192,8 @@ def test_in_tvm(tmp_path: Path) -> None:
 
     captured = captured_of(zoo_ir.captured("llama"))
     sizes = {}
-    for name, passes in (("whole", "cleanup"), ("tied", "tie_blocks(score='weights')")):
-        compiled = netlathe.compile(captured, passes)
+    for name, passes in (("whole", "cleanup"), ("tied", "tie_blocks")):
+        compiled = netlathe.compile(captured, passes, calibration=zoo_ir.feeds("llama"))
         compiled.save(tmp_path / name, target="tvm-x86")
         files = [f for f in (tmp_path / name).rglob("*") if f.is_file() and "params" in f.name]
         sizes[name] = sum(f.stat().st_size for f in files)
@@ -214,16 +216,16 @@ def test_caches_stay_as_they_are() -> None:
     own = {f"w{p}{i}": matrix(8, 8, seed=9 * i + n) for i in (0, 1) for n, p in enumerate("qkvo")}
     body = f"h0 = Relu(x) {layers} y = Tanh(h2)"
     model = typed(body, CACHED_INPUTS, CACHED_OUTPUTS, **own)
-    after, result = tied(model, TieBlocks(kind="attention", score="weights"))
+    rng = np.random.default_rng(0)
+    feed = {n: rng.standard_normal((2, 3, 8)).astype(np.float32) for n in ("k0", "v0", "k1", "v1")}
+    feed["x"] = rng.standard_normal((2, 5, 8)).astype(np.float32)
+    after, result = tied(model, TieBlocks(kind="attention"), [feed])
     assert partners(result.entries) == {"o0": "o1"} or partners(result.entries) == {"o1": "o0"}
     for old, new in (
         (model.graph.inputs, after.graph.inputs),
         (model.graph.outputs, after.graph.outputs),
     ):
         assert [v.name for v in old] == [v.name for v in new]
-    rng = np.random.default_rng(0)
-    feed = {n: rng.standard_normal((2, 3, 8)).astype(np.float32) for n in ("k0", "v0", "k1", "v1")}
-    feed["x"] = rng.standard_normal((2, 5, 8)).astype(np.float32)
     ((gone, kept),) = [(k[1], v[1]) for k, v in partners(result.entries).items()]
     copied = model.clone()
     for part in "qkvo":
@@ -238,8 +240,11 @@ def test_caches_stay_as_they_are() -> None:
 def test_text_is_generated_through_all_caches(tmp_path: Path) -> None:
     module: Any = zoo.build("llama").module
     module.save_pretrained(tmp_path)
-    model = HuggingFaceDirectory(cache=True).capture(tmp_path).model
-    after, _ = tied(model, TieBlocks(score="weights"))
+    captured = HuggingFaceDirectory(cache=True).capture(tmp_path)
+    model = captured.model
+    after, _ = tied(
+        model, TieBlocks(ignore=("model.layers.0",)), [captured.sample(captured.dynamic, 0)]
+    )
     assert [(v.name, v.shape) for v in after.graph.inputs] == [
         (v.name, v.shape) for v in model.graph.inputs
     ]
@@ -290,23 +295,6 @@ def test_those_that_lose_least_go_and_everyone_is_accounted_for() -> None:
     assert json.loads(json.dumps([e.to_json() for e in entries]))
 
 
-def test_weights_are_compared_by_their_distance() -> None:
-    model = stack(3, [1.0, 1.0, 1.5])
-    entries = TieBlocks(kind="ffn", score="weights").choose(model, Context())
-    arrays = {k: weights.array(v).astype(np.float64) for k, v in model.graph.initializers.items()}
-
-    def distance(one: int, other: int) -> float:
-        pairs = [(arrays[f"{p}{one}"], arrays[f"{p}{other}"]) for p in ("up", "down")]
-        return float(
-            sum(((a - b) ** 2).sum() for a, b in pairs) / sum((a**2).sum() for a, _ in pairs)
-        )
-
-    found = [e.detail["score"] for e in entries]
-    assert found == pytest.approx(
-        [distance(0, 1), min(distance(1, 0), distance(1, 2)), distance(2, 1)]
-    )
-
-
 def test_greedy_looks_again_after_each() -> None:
     model, feeds = stack(5), data()
     options: dict[str, Any] = {"kind": "ffn", "search": "greedy", "count": 2, "distance": 2}
@@ -336,9 +324,8 @@ def test_as_many_as_asked_for_can_be_tied(count: int) -> None:
     """Two of three in a row can give theirs up: the choice of the best never runs into a dead end."""
     for seed in range(6):
         scale = list(np.random.default_rng(seed).uniform(0.5, 2.0, 6))
-        entries = TieBlocks(kind="ffn", score="weights", count=count).choose(
-            stack(6, scale), Context()
-        )
+        pass_, ctx = TieBlocks(kind="ffn", count=count), Context(calibration=data(1))
+        entries = pass_.choose(stack(6, scale), ctx)
         made = partners(entries)
         assert len(made) == count and not set(made) & set(made.values())
         assert all(abs(int(a[1]) - int(b[1])) == 1 for a, b in made.items())
@@ -347,19 +334,18 @@ def test_as_many_as_asked_for_can_be_tied(count: int) -> None:
 def test_a_number_of_parameters() -> None:
     model = stack(4)
     total = cost(model).params
-    pass_ = TieBlocks(kind="ffn", score="weights", params=0.6)
-    after, result = tied(model, pass_)
+    after, result = tied(model, TieBlocks(kind="ffn", params=0.6), data())
     assert len(partners(result.entries)) == 2
     assert cost(after).params <= 0.6 * total
     with pytest.raises(PassError, match=r"cannot remove \d+ parameters: the 2 ffn") as caught:
-        TieBlocks(kind="ffn", score="weights", params=0.2).choose(model, Context())
+        TieBlocks(kind="ffn", params=0.2).choose(model, Context())
     assert caught.value.diagnostics[0].code == "tie_blocks.goal"
 
 
 def test_ignored_ones_keep_their_weights_and_lend_them() -> None:
     model = zoo_ir.captured("llama")
-    pass_ = TieBlocks(score="weights", ignore=("layers.0",))
-    entries = pass_.choose(model, Context())
+    pass_ = TieBlocks(ignore=("layers.0",))
+    entries = pass_.choose(model, Context(calibration=zoo_ir.feeds("llama")[:1]))
     assert [e.status for e in entries] == ["skipped", "applied"]
     assert entries[0].reason == "ignored: it matches 'layers.0'"
     with pytest.raises(PassError, match=r"ignore='layers\.7' matches no block"):
@@ -380,7 +366,7 @@ def test_nothing_to_do_and_no_candidates() -> None:
 
 def why(model: ir.Model, **options: Any) -> str:
     """The reasons for which nothing can be tied."""
-    given: dict[str, Any] = {"kind": "ffn", "score": "weights"} | options
+    given: dict[str, Any] = {"kind": "ffn"} | options
     with pytest.raises(PassError) as caught:
         TieBlocks(**given).choose(model, Context())
     return str(caught.value)
@@ -411,15 +397,15 @@ def test_blocks_that_are_not_alike_are_told_apart() -> None:
 def test_weights_that_others_read_stay() -> None:
     """A layer that shares with an earlier one has nothing to give; one that lent cannot give later."""
     model = stack(3)
-    after, result = tied(model, TieBlocks(kind="ffn", score="weights"))
+    after, result = tied(model, TieBlocks(kind="ffn"), data())
     ((gone, kept),) = partners(result.entries).items()
-    again = TieBlocks(kind="ffn", score="weights", count=0).choose(after, Context())
+    again = TieBlocks(kind="ffn", count=0).choose(after, Context())
     reasons = {e.candidate: e.reason for e in again if e.status == "refused"}
     assert set(reasons) <= {gone, kept}
     assert all(
         "read outside of it" in reason or "no weights" in reason for reason in reasons.values()
     )
-    third, _ = tied(after, TieBlocks(kind="ffn", score="weights"))  # the one that is left
+    third, _ = tied(after, TieBlocks(kind="ffn"), data())  # the one that is left
     assert cost(third).params == cost(model).params - 2 * 2 * 8 * 16
 
 
@@ -446,8 +432,6 @@ def test_options() -> None:
             TieBlocks(**wrong)
     with pytest.raises(OptionError, match="one of count and params"):
         TieBlocks(count=1, params=0.5)
-    with pytest.raises(OptionError, match="greedy needs a score of the output: mse, kl"):
-        TieBlocks(score="weights", search="greedy")
     with pytest.raises(PassError, match=r"tie_blocks.* needs calibration data"):
         TieBlocks(kind="ffn").choose(stack(2), Context())
     with pytest.raises(PassError, match="which score='kl' compares") as caught:
