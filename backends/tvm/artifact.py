@@ -52,13 +52,16 @@ class TvmArtifact(Artifact):
         LowerError: nodes have no form here, or TVM crashed.
     """
 
-    def __init__(self, model: ir.Model, machine: Machine) -> None:
+    def __init__(
+        self, model: ir.Model, machine: Machine, linker: tuple[str, ...] | None = None
+    ) -> None:
         self.machine = machine
         self._model = model
         self._manifest = ""
         self._scratch = tempfile.TemporaryDirectory(prefix="netlathe-")
         self._library = Path(self._scratch.name) / runtime.LIBRARY_FILE
-        self._built = process.build(model, machine, self._library, toolchain.compiler())
+        linker = linker or (toolchain.compiler(),)
+        self._built = process.build(model, machine, self._library, linker)
         self._loaded: runtime.Model | None = None
         self._report: dict[str, Any] = {}
 
@@ -69,12 +72,10 @@ class TvmArtifact(Artifact):
             InputError: a feed is missing, unknown or of another dtype or shape.
             LowerError: this CPU lacks instructions that the kernels use.
         """
-        if missing := sorted(set(self.machine.features) - runtime.cpu_features()):
+        if lack := self._lack():
             raise LowerError(
                 Diagnostic(
-                    "tvm.cpu",
-                    f"this CPU lacks {', '.join(missing)}, which features={self.machine.level} use",
-                    help="save the artifact and run it where it is meant for",
+                    "tvm.cpu", lack, help="save the artifact and run it where it is meant for"
                 )
             )
         if self._loaded is None:
@@ -87,6 +88,14 @@ class TvmArtifact(Artifact):
             return self._loaded.run(feeds)
         except runtime.ArtifactError as error:
             raise InputError(Diagnostic("run.feeds", str(error))) from error
+
+    def _lack(self) -> str:
+        """Why this machine cannot run the kernels; empty if it can."""
+        if platform.machine() != self.machine.architecture:
+            return f"the code is for {self.machine.architecture}, and this is {platform.machine()}"
+        if missing := sorted(set(self.machine.features) - runtime.cpu_features()):
+            return f"this CPU lacks {', '.join(missing)}, which features={self.machine.level} use"
+        return ""
 
     def stamp(self, manifest_digest: str) -> None:
         """Record which manifest the artifact belongs to, in ``meta.json``."""
@@ -164,7 +173,7 @@ class TvmArtifact(Artifact):
             "inputs": _inputs(self._model),
             "outputs": packing.records(self._model.graph.outputs),
             "dims": samples.dynamic_dims(self._model),
-            "architecture": platform.machine(),
+            "architecture": self.machine.architecture,
             "features": self.machine.level,
             "cpu_features": list(self.machine.features),
             "versions": {
@@ -180,8 +189,8 @@ class TvmArtifact(Artifact):
 
     def _compare(self, folder: Path) -> dict[str, Any]:
         """The error of the files against the IR in ONNX Runtime, or why there is none."""
-        if not runtime.cpu_features().issuperset(self.machine.features):
-            return {"not_run": f"this CPU lacks features of {self.machine.level}"}
+        if lack := self._lack():
+            return {"not_run": lack}
         feeds = self.sample
         if feeds is None:
             feeds = samples.synthesize(self._model, samples.dynamic_dims(self._model), seed=0)

@@ -6,6 +6,7 @@ This is what runs in the worker process (:mod:`netlathe.backends.tvm.worker`).
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import onnx_ir as ir
 import tvm
 from tvm import relax, tirx
 
+from netlathe.backends.tvm import toolchain
 from netlathe.backends.tvm.lowering import Lowered, Lowering
 from netlathe.backends.tvm.machine import Machine
 from netlathe.backends.tvm.packing import Built
@@ -22,9 +24,16 @@ _PIPELINE = "netlathe"
 
 def target(machine: Machine) -> Any:
     """TVM's target for a machine."""
-    return tvm.target.Target(
-        {"kind": "llvm", "mcpu": machine.mcpu, "cl-opt": ["-vectorize-slp:bool=false"]}
-    )
+    made: dict[str, Any] = {
+        "kind": "llvm",
+        "mcpu": machine.mcpu,
+        "cl-opt": ["-vectorize-slp:bool=false"],
+    }
+    if machine.architecture != "x86_64":
+        made["mtriple"] = f"{machine.architecture}-linux-gnu"
+    if machine.attributes:
+        made["mattr"] = list(machine.attributes)
+    return tvm.target.Target(made)
 
 
 def _tir_pipeline() -> tuple[Any, Any, Any]:
@@ -100,12 +109,16 @@ def executable(lowered: Lowered, machine: Machine) -> Any:
     )
 
 
-def library(model: ir.Model, machine: Machine, path: Path, compiler: str) -> Built:
+def library(model: ir.Model, machine: Machine, path: Path, linker: Sequence[str]) -> Built:
     """Lower and compile ``model``, whose weights are not read, and link it to ``path``.
 
     Raises:
-        LowerError: with every node that has no form here.
+        LowerError: with every node that has no form here, or the linker failed.
     """
     lowered = Lowering(model, machine).run()
-    executable(lowered, machine).export_library(os.fspath(path), cc=compiler)
+
+    def link(output: str, objects: Sequence[str], **_options: Any) -> None:
+        toolchain.run([*linker, "-shared", "-fPIC", "-o", output, *objects])
+
+    executable(lowered, machine).export_library(os.fspath(path), fcompile=link)
     return Built(lowered.parameters, lowered.kernels)

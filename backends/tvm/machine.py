@@ -1,4 +1,4 @@
-"""What the CPU offers: vector widths, and the shape of the register tile that fits its registers."""
+"""What the CPU offers: vector widths and how many registers there are."""
 
 from __future__ import annotations
 
@@ -21,32 +21,20 @@ LEVELS: Mapping[str, tuple[str, tuple[str, ...]]] = {
 
 @dataclass(frozen=True)
 class Machine:
-    """A feature level: ``bytes`` of a vector register, how many there are, and their tile."""
+    """A feature level: ``vector_bytes`` of a vector register, and how many ``registers`` there are."""
 
     level: str
     mcpu: str
     features: tuple[str, ...]
     vector_bytes: int
     registers: int
+    architecture: str = "x86_64"  # as `uname -m` says
+    attributes: tuple[str, ...] = ()  # LLVM features switched on (+) or off (-)
 
     def lanes(self, dtype: str) -> int:
         """How many elements of a TIR dtype one vector holds."""
         width = 1 if dtype == "bool" else np.dtype(dtype).itemsize
         return self.vector_bytes // max(width, 4)  # narrower ones are widened to be computed with
-
-    def tile(self, width: int) -> tuple[int, int]:
-        """(rows, vectors) of the register tile for a product with ``width`` columns of vectors.
-
-        rows * vectors accumulators, one vector of B at a time for each of ``vectors``, and one
-        broadcast element of A must fit. On AVX-512: 8 x 3, 12 x 2, 14 x 1; on AVX2: 4 x 3, 6 x 2.
-        """
-        choices = (
-            ((8, 3), (6, 4), (12, 2), (14, 1)) if self.registers == 32 else ((6, 2), (4, 3), (8, 1))
-        )
-        for rows, vectors in choices:
-            if width % vectors == 0:
-                return rows, vectors
-        return choices[0]
 
 
 def machine(level: str) -> Machine:

@@ -47,7 +47,7 @@ class Build:
     model: bytes
     machine: Machine
     library: Path
-    compiler: str
+    linker: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -88,13 +88,13 @@ def gaps(model: ir.Model, machine: Machine) -> list[Diagnostic]:
     return []
 
 
-def build(model: ir.Model, machine: Machine, library: Path, compiler: str) -> Built:
+def build(model: ir.Model, machine: Machine, library: Path, linker: tuple[str, ...]) -> Built:
     """Compile in a worker.
 
     Raises:
         LowerError: nodes have no form here, or TVM crashed.
     """
-    built: Built = _answer(Build(_packed(model), machine, library, compiler), "compiling")
+    built: Built = _answer(Build(_packed(model), machine, library, linker), "compiling")
     return built
 
 

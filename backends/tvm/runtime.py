@@ -52,12 +52,33 @@ _loaded: list[ctypes.CDLL] = []
 _pool: list[int] = []  # the size of TVM's pool of threads, once it is set
 
 
+# Features of aarch64 as Linux shows them to programs: entry of the auxiliary vector, bit.
+_HWCAP, _HWCAP2 = 16, 26
+HWCAPS: Mapping[str, tuple[int, int]] = {
+    "fp": (_HWCAP, 0),
+    "asimd": (_HWCAP, 1),
+    "fphp": (_HWCAP, 9),
+    "asimdhp": (_HWCAP, 10),
+    "asimdrdm": (_HWCAP, 12),
+    "fcma": (_HWCAP, 14),
+    "asimddp": (_HWCAP, 20),
+    "asimdfhm": (_HWCAP, 23),
+    "i8mm": (_HWCAP2, 13),
+}
+
+
 class ArtifactError(Exception):
     """The artifact cannot be used here, or not with these inputs; the message says why."""
 
 
 def cpu_features() -> frozenset[str]:
     """What the kernel says this CPU can do, in its own names."""
+    if platform.machine() == "aarch64":
+        getauxval = ctypes.CDLL(None).getauxval
+        getauxval.restype, getauxval.argtypes = ctypes.c_ulong, [ctypes.c_ulong]
+        return frozenset(
+            name for name, (entry, bit) in HWCAPS.items() if getauxval(entry) >> bit & 1
+        )
     try:
         text = Path("/proc/cpuinfo").read_text("utf-8")
     except OSError:
@@ -390,9 +411,12 @@ def _check_cpu(meta: Mapping[str, Any]) -> None:
             f"the artifact is for {meta['architecture']}, and this is {platform.machine()}"
         )
     if missing := sorted(set(meta["cpu_features"]) - cpu_features()):
+        lesser = (
+            "features='avx2'" if meta["architecture"] == "x86_64" else "a lesser core as target"
+        )
         raise ArtifactError(
             f"this CPU lacks {', '.join(missing)}: the artifact was built for"
-            f" features={meta['features']!r}; build it with features='avx2'"
+            f" features={meta['features']!r}; build it with {lesser}"
         )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
+from collections.abc import Sequence
 from importlib import metadata
 
 from netlathe.diagnostics import Diagnostic, LowerError, missing_extra
@@ -17,6 +18,7 @@ TVM_VERSION = "0.27.0.post1"
 FFI_LEAST = (0, 1, 14, 0)  # 0.1.14.post0
 FFI_BELOW = (0, 1, 15)
 _COMPILERS = ("g++", "clang++", "c++")
+_SHOWN = 12  # first lines of what a compiler that failed printed
 
 
 def installed() -> tuple[str, str]:
@@ -89,6 +91,25 @@ def compiler() -> str:
             help="install g++ (apt-get install g++, dnf install gcc-c++)",
         )
     )
+
+
+def run(command: Sequence[str]) -> None:
+    """Run a compiler or linker.
+
+    Raises:
+        LowerError: it failed, with what it said.
+    """
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        said = (done.stderr or done.stdout).strip().splitlines()[:_SHOWN]
+        raise LowerError(
+            Diagnostic(
+                "tvm.compiler",
+                f"{command[0]} failed (exit code {done.returncode})",
+                notes=tuple(f"it printed: {line}" for line in said),
+                help="report this with the model; target onnx does not use TVM",
+            )
+        )
 
 
 def compiler_version() -> str:

@@ -53,7 +53,7 @@ def _do(job: Job) -> object:
         case Build():
             from netlathe.backends.tvm import build
 
-            return build.library(_model(job.model), job.machine, job.library, job.compiler)
+            return build.library(_model(job.model), job.machine, job.library, job.linker)
         case Run():
             from netlathe.backends.tvm import runtime
 

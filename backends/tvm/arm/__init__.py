@@ -1,0 +1,1 @@
+"""ARM: cores, cross linking, kernels on NEON registers, and the bare form without a runtime."""
