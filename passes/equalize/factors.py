@@ -25,6 +25,7 @@ from netlathe.analysis.products import uses_of
 from netlathe.ir import weights
 from netlathe.passes.equalize.candidates import Candidate
 from netlathe.passes.quantize import rounding
+from netlathe.passes.quantize.fit import for_weight
 from netlathe.passes.quantize.layout import Layout, Unfit, layout
 from netlathe.passes.quantize.scheme import Scheme
 
@@ -196,7 +197,7 @@ def _error_of(
     some = max(1, min(outputs, AT_MOST // array.shape[axis]))
     # Errors of outputs add up, and each has scales of its own: evenly spaced ones stand for all.
     array = np.take(array, np.arange(some) * outputs // some, axis=1 - axis)
-    own = layout(array.shape, sums, scheme.group_size, scheme.per_tensor)
+    own = layout(array.shape, sums, scheme.group, scheme.per_tensor)
     exact = torch.float64 if device == "cpu" else torch.float32
     second = torch.from_numpy(moment).to(device, exact)
 
@@ -212,6 +213,7 @@ def _error_of(
 
 def rounded_to(array: Vector, own: Layout, scheme: Scheme) -> Vector:
     """What a weight becomes when it is quantized to nearest, in float64."""
+    scheme = for_weight(scheme, array, own) if scheme.is_fitted else scheme
     scale, zero = rounding.ranges(array, own, scheme)
     codes = rounding.codes(array, own, scheme, scale, zero)
     return np.asarray(rounding.numbers(codes, own, scheme, scale, zero, np.float64))
@@ -232,7 +234,7 @@ def unfit_for_search(candidate: Candidate, scheme: Scheme) -> str:
             what = f"{product.node.op_type} {product.node.outputs[0].name}"
             return f"{what} is no product with one matrix, for which the error is searched"
         try:
-            layout(shape.numpy(), sums, scheme.group_size, scheme.per_tensor)
+            layout(shape.numpy(), sums, scheme.group, scheme.per_tensor)
         except Unfit as why:
             return f"{product.weight.name}: {why}"
     return ""

@@ -35,6 +35,7 @@ from netlathe.analysis.products import Use
 from netlathe.diagnostics import Diagnostic, GateError, OptionError, PassError, did_you_mean
 from netlathe.ir import types, weights
 from netlathe.ir.provenance import module_path
+from netlathe.ir.sparsity import sparsity_of
 from netlathe.passes.quantize import (
     activations,
     again,
@@ -53,11 +54,19 @@ from netlathe.passes.quantize import (
 from netlathe.passes.quantize.activations import Form, How, NumberName, Scales, Settings
 from netlathe.passes.quantize.allocation import Sensitivity
 from netlathe.passes.quantize.candidates import Candidate
+from netlathe.passes.quantize.fit import for_weight
 from netlathe.passes.quantize.graph import Editor, as_codes
 from netlathe.passes.quantize.layout import Layout, Ragged, Unfit, layout
 from netlathe.passes.quantize.low_rank import Basis, Branch, Stored
 from netlathe.passes.quantize.rounding import Clip
-from netlathe.passes.quantize.scheme import FORMATS, FormatName, ScaleType, Scheme, for_weight
+from netlathe.passes.quantize.scheme import (
+    FORMATS,
+    FormatName,
+    GroupAxis,
+    ScaleType,
+    Scheme,
+    ZeroType,
+)
 from netlathe.pipeline.ledger import Entry
 from netlathe.pipeline.pass_ import (
     ChoosingPass,
@@ -85,6 +94,9 @@ class Override(TypedDict, total=False):
     group_size: int
     per_tensor: bool
     scales: ScaleType
+    zeros: ZeroType
+    group_axis: GroupAxis
+    codebook: tuple[float, ...]
     low_rank: int
 
 
@@ -100,11 +112,23 @@ class Quantize(ChoosingPass):
     group_size: int = option(
         default=0, ge=0, help="elements along the contraction that share a scale; 0: all of them"
     )
+    group_axis: GroupAxis = option(
+        default="input", help="what groups run along: the contraction, or outputs"
+    )
     per_tensor: bool = option(default=False, help="one scale for a whole weight")
     scales: ScaleType = option(default="float32", help="the type in which scales are stored")
+    zeros: ZeroType = option(
+        default="integer",
+        help="symmetric=False: zero points are codes, or numbers between them, stored as scales are",
+    )
+    codebook: tuple[float, ...] = option(
+        default=(),
+        help="codebook2, 3, 4: the 2^b numbers that codes stand for, from -1 to 1; none: fitted to a weight",
+    )
     clip: Clip = option(
         default="none",
-        help="how the range of a group is found: its extremes, a percentile, least error",
+        help="how the range of a group is found: its extremes, a percentile, least squared error, or by"
+        " moving zeros='float' to the least p-norm of it (HQQ)",
     )
     percentile: float = option(
         default=99.9, gt=50, le=100, help='the upper percentile of clip="percentile"'
@@ -263,7 +287,7 @@ class Quantize(ChoosingPass):
             make = functools.partial(
                 rounding.codes, layout=own, scheme=scheme, scale=scale, zero=zero
             )
-            solved = entry.arrays.get("codes")
+            solved = ledger.solved_codes(entry, scheme)
             if solved is None and held + base.size <= HELD_BYTES:
                 held += base.size
                 solved = make(numbers)
@@ -315,6 +339,11 @@ class Quantize(ChoosingPass):
         schemes = [pass_._scheme(candidate) for candidate in found for pass_ in passes]
         problems = dict.fromkeys(problem for scheme in schemes if (problem := scheme.problem()))
         problems |= dict.fromkeys(self._problems_of_bits())
+        if self.clip == "hqq" and (self.symmetric or self.zeros != "float"):
+            problems[
+                "clip='hqq' moves zero points by less than a code, and those that are codes would come back"
+                " to where they were: give symmetric=False and zeros='float'"
+            ] = None
         if problem := self._of_activations().problem():
             problems[problem] = None
         reads_biases = self.activations != "float32" and self.activation_scales != "token"
@@ -366,11 +395,14 @@ class Quantize(ChoosingPass):
             "group_size": self.group_size,
             "per_tensor": self.per_tensor,
             "scales": self.scales,
+            "zeros": self.zeros,
+            "group_axis": self.group_axis,
+            "codebook": self.codebook,
             "low_rank": self.low_rank,
         }
         for pattern, override in self.overrides.items():
             if candidate.matches(pattern):
-                settings.update(override)
+                settings.update(_without(override), **override)
         return settings
 
     def _scheme(self, candidate: Candidate) -> Scheme:
@@ -396,13 +428,18 @@ class Quantize(ChoosingPass):
             return Entry(name, "skipped", str(why), where)
         if reason := candidates.unfit(value, scheme.largest_weight):  # reads the weight: comes last
             return Entry(name, "refused", reason, where)
-        scheme = for_weight(scheme, weights.array(value)) if scheme.format.group else scheme
-        found = ledger.detail(name, own, scheme)
+        if scheme.fractional and sparsity_of(value) is not None:
+            reason = "it is sparse, and zeros='float' has no code for zero: integer zero points do"
+            return Entry(name, "skipped", reason, where)
+        scheme = for_weight(scheme, weights.array(value), own) if scheme.is_fitted else scheme
+        found, words = ledger.detail(name, own, scheme), _words(candidate, own, scheme)
+        if self.clip == "hqq" and scheme.format.kind != "cast" and not scheme.fractional:
+            words += ", over its whole range as hqq moves zeros='float' alone"
         branch, reason = self._branch(candidate, own, scheme)
         if branch is not None:
             found["low_rank"] = low_rank.detail(branch)
             found["bytes"] += branch.num_bytes(*candidate.dims)
-        entry = Entry(name, "applied", _words(candidate, own, scheme) + reason, where, detail=found)
+        entry = Entry(name, "applied", words + reason, where, detail=found)
         arrays = self._solve(candidate, entry, ctx)
         return dataclasses.replace(entry, arrays=arrays)
 
@@ -424,10 +461,12 @@ class Quantize(ChoosingPass):
         changes: dict[str, Any] = {"weights": name, "bits": 0.0, "formats": ()}
         if kind == "cast":
             changes |= {"group_size": 0, "per_tensor": False}
-        if kind != "integer":
-            changes["symmetric"] = True
-        if kind == "table":
+        if kind == "cast" or FORMATS[name].group:
             changes["scales"] = "float32"
+        if FORMATS[name].group:
+            changes |= {"group_size": 0, "per_tensor": False}
+        if kind != "integer":
+            changes |= {"symmetric": True, "zeros": "integer"}
         return dataclasses.replace(self, **changes)
 
     def _shares(
@@ -539,11 +578,23 @@ class Quantize(ChoosingPass):
 # -- entries --------------------------------------------------------------------------------------
 
 
+def _without(override: Override) -> Override:
+    """What says nothing to a weight any more once an override takes away what it was about."""
+    gone = Override()
+    if "weights" in override:
+        gone["codebook"] = ()
+    if override.get("symmetric"):
+        gone["zeros"] = "integer"
+    if override.get("group_size") == 0:
+        gone["group_axis"] = "input"
+    return gone
+
+
 def _layout_for(use: Use, dims: Sequence[int], scheme: Scheme) -> Layout:
     if scheme.format.kind == "cast":
         return Layout(tuple(dims), None)
     try:
-        return layout(dims, use.sums, scheme.group, scheme.per_tensor)
+        return layout(dims, use.sums, scheme.group, scheme.per_tensor, scheme.group_axis)
     except Ragged as why:
         if scheme.format.group:
             raise Unfit(f"{str(why).split(';')[0]}; {scheme.weights} has no others") from why

@@ -1,20 +1,24 @@
 """The arithmetic of `scheme` and `rounding` in torch, where a weight lies: for solvers that need data.
 
 A weight is a matrix [rows, columns] here, scales and zero points are [rows, groups] in float64. Of the same
-numbers both give the same scales, up to the order in which errors are added up.
+numbers both give the same scales, up to the order in which errors are added up. Ranges of small floats and
+with fractional zero points are left to `rounding`.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+import ml_dtypes
+import numpy as np
 import numpy.typing as npt
 import torch
 
 from netlathe.execute.torch_ops import storage
+from netlathe.passes.quantize import rounding
 from netlathe.passes.quantize.layout import Layout
 from netlathe.passes.quantize.rounding import STEPS, TURNS, Clip, signed
-from netlathe.passes.quantize.scheme import NF4, Scheme
+from netlathe.passes.quantize.scheme import Scheme
 
 Array = npt.NDArray[Any]
 _AT_ONCE = {"cpu": 1 << 16, "cuda": 1 << 24}  # elements in float64
@@ -22,7 +26,8 @@ _AT_ONCE = {"cpu": 1 << 16, "cuda": 1 << 24}  # elements in float64
 
 def to_matrix(weight: torch.Tensor, layout: Layout) -> torch.Tensor:
     """A weight of ``layout.dims`` with its groups at the end, those of an output following each other."""
-    assert layout.axis is not None
+    if layout.axis is None:
+        return weight.reshape(1, -1)
     stored = weight.reshape(layout.stored)
     moved = stored.movedim(layout.axis, -1 if layout.block else 0)
     return moved.reshape(moved.shape[0] if not layout.block else -1, _columns(layout))
@@ -31,7 +36,8 @@ def to_matrix(weight: torch.Tensor, layout: Layout) -> torch.Tensor:
 def from_matrix(matrix: torch.Tensor, layout: Layout) -> torch.Tensor:
     """The reverse of :func:`to_matrix`, in ``layout.stored`` dims."""
     axis = layout.axis
-    assert axis is not None
+    if axis is None:
+        return matrix.reshape(layout.stored)
     dims = list(layout.stored)
     moved = [*dims[:axis], *dims[axis + 1 :]]
     moved = [*moved, dims[axis]] if layout.block else [dims[axis], *moved]
@@ -53,7 +59,8 @@ class Rounder:
     def __init__(self, scheme: Scheme, dtype: torch.dtype, device: torch.device | str) -> None:
         self.scheme = scheme
         self.is_table = scheme.format.kind == "table"
-        self._table = torch.tensor(NF4, dtype=dtype, device=device)
+        self.is_float = scheme.format.kind == "float"
+        self._table = torch.tensor(scheme.table, dtype=dtype, device=device)
         wide = self._table.double()
         self._middles = ((wide[1:] + wide[:-1]) / 2).to(dtype)
 
@@ -70,6 +77,13 @@ class Rounder:
         x = torch.div(w, s, out=out)
         if self.is_table:
             x.copy_(self._table[torch.bucketize(x.contiguous(), self._middles)])
+        elif self.is_float:
+            self._to_float(x)
+        elif self.scheme.fractional:
+            assert z is not None
+            x.add_(z).round_().clamp_(0, self.scheme.highest).sub_(z)
+            if x.dtype != torch.float32:
+                x.copy_(x.float())
         elif z is None:
             x.round_().clamp_(self.scheme.lowest, self.scheme.highest)
         else:
@@ -77,10 +91,24 @@ class Rounder:
             torch.clamp(x.round_(), low, high, out=x)
         return x if kept is None else x.mul_(kept)
 
+    def _to_float(self, x: torch.Tensor) -> None:
+        """The nearest number of the small float, halves to the even one, in place."""
+        info = ml_dtypes.finfo(self.scheme.code_type)  # type: ignore[no-untyped-call]
+        x.clamp_(float(info.min), float(info.max))
+        _, exponent = torch.frexp(x)  # |x| < 2^exponent
+        step = torch.exp2((exponent - 1).clamp(min=info.minexp).to(x.dtype) - info.nmant)
+        x.div_(step).round_().mul_(step)
+
     def codes(self, units: torch.Tensor, z: torch.Tensor | None) -> torch.Tensor:
         """Codes as bytes, of what :meth:`units` gave."""
         if self.is_table:
             return torch.bucketize(units, self._middles).to(torch.uint8)
+        if self.is_float:
+            made = units.cpu().double().numpy().astype(self.scheme.code_type)
+            return torch.from_numpy(made.view(np.uint8)).to(units.device)
+        if self.scheme.fractional:
+            assert z is not None
+            return (units + z).round_().to(torch.uint8)
         kind = torch.int8 if self.scheme.lowest < 0 else torch.uint8
         return (units if z is None else units + z).to(kind)
 
@@ -88,8 +116,12 @@ class Rounder:
         """The numbers, in units of their scale, that codes stand for."""
         if self.is_table:
             return self._table[codes.long()]
+        if self.is_float:
+            held = codes.cpu().numpy().view(self.scheme.code_type).astype(np.float64)
+            return torch.tensor(held, dtype=self._table.dtype, device=codes.device)
         wide = codes.to(self._table.dtype)
-        return wide if z is None else wide - z
+        units = wide if z is None else wide - z
+        return units.float().to(wide.dtype) if self.scheme.fractional else units
 
 
 def numbers(
@@ -122,7 +154,7 @@ def nearest(
     rows, columns = matrix.shape
     made = torch.empty(
         matrix.shape,
-        dtype=torch.uint8 if scheme.lowest >= 0 else torch.int8,
+        dtype=byte_type(scheme),
         device=matrix.device,
     )
     step = max(1, _at_once(matrix) // columns)
@@ -133,6 +165,12 @@ def nearest(
         codes = rounder.codes(rounder.units(groups, s, z), z)
         made[part] = codes.reshape(-1, columns)
     return made
+
+
+def byte_type(scheme: Scheme) -> torch.dtype:
+    """The type of codes: of small floats their bits."""
+    signed_ = scheme.format.kind == "integer" and scheme.lowest < 0
+    return torch.int8 if signed_ else torch.uint8
 
 
 def _at_once(tensor: torch.Tensor) -> int:
@@ -153,6 +191,12 @@ def ranges(
     """Scale and zero point of each of ``groups`` groups of every row; see `rounding.ranges`."""
     rows, columns = matrix.shape
     size = columns // groups
+    if scheme.format.kind == "float" or scheme.fractional:
+        own = Layout((rows, columns), 1, size)
+        importance_ = None if importance is None else importance.double().cpu().numpy()
+        array = matrix.float().cpu().numpy()
+        held = rounding.ranges(array, own, scheme, clip, percentile, importance_)
+        return tensors(held, (rows, groups), matrix.device)
     scale = torch.empty(rows, groups, dtype=torch.float64, device=matrix.device)
     zero = torch.empty_like(scale)
     weight = None if importance is None else importance.double().reshape(1, groups, size)
@@ -161,7 +205,7 @@ def ranges(
         part = slice(start, min(start + step, rows))
         wide = matrix[part].reshape(-1, size).double()
         match clip:
-            case "none":
+            case "none" | "hqq":  # without fractional zero points
                 found = scales_for(wide, scheme)
             case "percentile":
                 ends = [(100 - percentile) / 100, percentile / 100]
@@ -169,10 +213,19 @@ def ranges(
                 low, high = torch.quantile(wide, at, dim=1).unsqueeze(-1)
                 found = scales_for(wide.clamp(low, high), scheme)
             case "mse":
-                own = None if weight is None else weight.expand(part.stop - start, -1, -1)
-                found = _least_error(wide, scheme, None if own is None else own.reshape(-1, size))
+                each = None if weight is None else weight.expand(part.stop - start, -1, -1)
+                each = None if each is None else each.reshape(-1, size)
+                found = _least_error(wide, scheme, each)
         scale[part], zero[part] = (a.reshape(-1, groups) for a in found)
     return scale, zero
+
+
+def tensors(
+    arrays: tuple[Array, Array], shape: tuple[int, ...], device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scales and zero points that numpy found."""
+    first, second = (torch.tensor(array.reshape(shape), device=device) for array in arrays)
+    return first, second
 
 
 def scales_for(

@@ -30,7 +30,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from netlathe.passes.quantize.device import Rounder
+from netlathe.passes.quantize.device import Rounder, byte_type
 from netlathe.passes.quantize.scheme import Scheme
 
 Array = npt.NDArray[Any]
@@ -117,7 +117,7 @@ class Inputs:
         units = self._walk(task)
         for _ in range(sweeps):
             self._descend(task, units)
-        codes = torch.empty_like(units, dtype=torch.uint8 if scheme.lowest >= 0 else torch.int8)
+        codes = torch.empty_like(units, dtype=byte_type(scheme))
         for part in _blocks(len(units)):
             codes[part] = task.rounder.codes(units[part], task.zeros(part))
         return codes.T.contiguous()

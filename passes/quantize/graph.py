@@ -1,7 +1,8 @@
 """How quantized weights stand in a graph, as standard ONNX: codes, scales, and what reads them.
 
     integers, float8    DequantizeLinear(codes, scales[, zero points])
-    nf4                 Gather(table, Cast(DequantizeLinear(codes))) * scales, by blocks
+    nf4, codebooks      Gather(table, Cast(DequantizeLinear(codes))) * scales, by blocks
+    zeros="float"       (DequantizeLinear(codes) - zero points) * scales, by blocks
     float16, bfloat16   Cast(codes)
     mxfp4               DequantizeLinear(codes, scales in float8e8m0, output_dtype=FLOAT)
     nvfp4               DequantizeLinear(codes, DequantizeLinear(scales in float8e4m3fn, tensor scale))
@@ -27,7 +28,7 @@ import onnx_ir as ir
 from netlathe.analysis.products import is_lookup, num_index_axes
 from netlathe.ir import edit, provenance, weights
 from netlathe.passes.quantize.layout import Layout
-from netlathe.passes.quantize.scheme import NF4, Scheme
+from netlathe.passes.quantize.scheme import Scheme
 
 Array = npt.NDArray[Any]
 CREATED_BY = "quantize"
@@ -145,7 +146,9 @@ class _Numbers:
             case "cast":
                 return [self._widened(self.codes, self.dtype)]
             case "table":
-                nodes = self._from_table()
+                nodes = self._by_hand()
+            case "integer" if self.scheme.fractional:
+                nodes = self._by_hand()
             case "integer" | "float":
                 codes, zero = self.codes, self.zero
                 if self.scheme.format.dtype is None:
@@ -164,35 +167,53 @@ class _Numbers:
             nodes.append(self._cast(nodes[-1].outputs[0], self.dtype))
         return nodes
 
-    def _from_table(self) -> list[ir.Node]:
-        """T[c] s; codes are widened by a DequantizeLinear, which nothing folds away."""
-        editor, name = self.editor, self.name
-        one = editor.constant(self.home, np.array(1, np.float32), f"{name}_one")
-        table = editor.constant(self.home, NF4, f"{name}_table")
-        made = self._dequantized(self.codes, one, None, None, 0, "index")
-        made.append(self._cast(made[-1].outputs[0], ir.DataType.INT32))
-        made.append(editor.node("Gather", [table, made[-1].outputs[0]], f"{name}_units", axis=0))
-        units = made[-1].outputs[0]
+    def _by_hand(self) -> list[ir.Node]:
+        """T[c] s, or (c - z) s; codes are widened by a DequantizeLinear, which nothing folds away."""
+        editor, name, layout = self.editor, self.name, self.layout
+        if self.scheme.format.dtype is None:
+            made = self._unpacked()
+            made.append(self._cast(made[-1].outputs[0], ir.DataType.FLOAT))
+        else:
+            one = editor.constant(self.home, np.array(1, np.float32), f"{name}_one")
+            made = self._dequantized(self.codes, one, None, None, 0, "index")
+        if self.scheme.format.kind == "table":
+            table = editor.constant(self.home, self.scheme.table, f"{name}_table")
+            made.append(self._cast(made[-1].outputs[0], ir.DataType.INT32))
+            of_table = [table, made[-1].outputs[0]]
+            made.append(editor.node("Gather", of_table, f"{name}_units", axis=0))
         # Scales meet what they are for by broadcasting: blocks get an axis of their own.
-        layout = self.layout
-        dims, shape = list(layout.stored), list(layout.scale_dims)
+        dims = list(layout.stored)
         if layout.axis is not None and layout.block:
             at = layout.axis
             dims[at : at + 1] = [dims[at] // layout.block, layout.block]
-            shape.insert(at + 1, 1)
-        elif layout.axis is not None:
-            shape += [1] * (len(dims) - layout.axis - 1)
-        assert self.scale is not None and self.scale.const_value is not None
-        held = self.scale.const_value.numpy().reshape(shape)
-        edit.drop_if_unread(self.scale)
-        self.scale = editor.constant(self.home, held, f"{name}_scales")
         if dims != list(layout.stored):
-            made.append(self._reshape(units, dims))
-            units = made[-1].outputs[0]
-        made.append(editor.node("Mul", [units, self.scale], f"{name}_values"))
+            made.append(self._reshape(made[-1].outputs[0], dims))
+        if self.zero is not None:
+            made += self._with_groups("Sub", made[-1].outputs[0], self.zero, "zero_points")
+        assert self.scale is not None
+        made += self._with_groups("Mul", made[-1].outputs[0], self.scale, "scales")
         if dims != list(layout.stored):
             made.append(self._reshape(made[-1].outputs[0], layout.stored))
         return made
+
+    def _with_groups(
+        self, op_type: str, units: ir.Value, of_groups: ir.Value, what: str
+    ) -> list[ir.Node]:
+        """A node with what every group has one of, widened to float32."""
+        layout, shape = self.layout, list(self.layout.scale_dims)
+        if layout.axis is not None and layout.block:
+            shape.insert(layout.axis + 1, 1)
+        elif layout.axis is not None:
+            shape += [1] * (len(layout.stored) - layout.axis - 1)
+        assert of_groups.const_value is not None
+        held = of_groups.const_value.numpy().reshape(shape)
+        edit.drop_if_unread(of_groups)
+        value, nodes = self.editor.constant(self.home, held, f"{self.name}_{what}"), []
+        if value.dtype != ir.DataType.FLOAT:
+            nodes.append(self._widened(value, ir.DataType.FLOAT))
+            value = nodes[-1].outputs[0]
+        nodes.append(self.editor.node(op_type, [units, value], f"{self.name}_less_{what}"))
+        return nodes
 
     def _unpacked(self) -> list[ir.Node]:
         """Codes from their bit planes: uint8, or int8 where they are signed."""
@@ -228,7 +249,7 @@ class _Numbers:
             whole = made("Slice", [flat, *ends, *axes], "unpadded")
         shape = constant(dims, "stored", np.int64)
         whole = made("Reshape", [whole, shape], "codes", allowzero=0)
-        if not self.scheme.asymmetric:
+        if self.scheme.lowest < 0:
             wide = made("Cast", [whole], "wide", to=ir.DataType.INT32.value)
             lowest = constant(self.scheme.lowest, "lowest", np.int32)
             signed = made("Add", [wide, lowest], "signed")
@@ -259,7 +280,8 @@ class _Numbers:
             nodes = [rows, self._cast(rows.outputs[0], self.dtype)]
             edit.replace(lookup, nodes, {made: nodes[-1].outputs[0]}, CREATED_BY)
             return
-        if scheme.format.kind == "table" or (own == 0 and (block or len(layout.dims) > 2)):
+        by_hand = scheme.format.kind == "table" or scheme.fractional
+        if by_hand or (own == 0 and (block or len(layout.dims) > 2)):
             return
         by_row = own == 0
         nodes = [self._taken_rows(lookup, self.codes, scheme.weights)]

@@ -12,7 +12,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -20,8 +20,9 @@ import onnx_ir as ir
 
 from netlathe.ir import types, weights
 from netlathe.ir.sparsity import sparsity_of
-from netlathe.passes.quantize import inputs, ledger, low_rank
+from netlathe.passes.quantize import inputs, ledger, low_rank, rounding
 from netlathe.passes.quantize.candidates import Candidate
+from netlathe.passes.quantize.layout import layout
 from netlathe.passes.quantize.rounding import Clip
 from netlathe.passes.quantize.scheme import Scheme
 from netlathe.pipeline.ledger import Entry
@@ -34,6 +35,7 @@ if TYPE_CHECKING:  # an extra
     from netlathe.passes.quantize import gptq
 
 Array = npt.NDArray[Any]
+_Ranges: TypeAlias = "tuple[torch.Tensor, torch.Tensor] | None"
 _MOST_NAMED = 8  # parts that a ledger's line names; its detail has them all
 
 
@@ -100,7 +102,7 @@ def solve(
                 ready[what.statistic] = _made_ready(walk.summed_up(what.statistic), settings)
             return ready[what.statistic]
 
-        piece = functools.partial(_gptq, settings, entry, candidate.value, needed, ctx.device)
+        piece = functools.partial(_gptq, settings, entry, candidate, needed, ctx.device)
         solved = ctx.once(f"{candidate.name}/gptq", piece)
         loss, damping = (float(solved[key]) for key in ("loss", "damping"))
         detail = {**entry.detail, "solver": settings.solver, "damping": damping, "error": loss}
@@ -161,7 +163,7 @@ def _made_ready(moments: torch.Tensor, settings: Settings) -> list[gptq.Inputs |
 def _gptq(
     settings: Settings,
     entry: Entry,
-    value: ir.Value,
+    candidate: Candidate,
     needed: Callable[[], list[gptq.Inputs | None]],
     on: str,
 ) -> dict[str, Array]:
@@ -171,29 +173,39 @@ def _gptq(
     from netlathe.execute.torch_ops import storage
     from netlathe.passes.quantize import device
 
+    value, use = candidate.value, candidate.uses[0]
     own, scheme = ledger.layout_of(entry), ledger.scheme_of(entry)
     assert value.const_value is not None
     parts = needed()
-    matrix = device.to_matrix(storage.load(value.const_value, on), own)
+    by_row = inputs.is_by_row(use, own)
+    rows = own if by_row else layout(own.dims, use.sums)
+    matrix = device.to_matrix(storage.load(value.const_value, on), rows)
+    searched: tuple[Array, Array] | None = None
+    each: list[_Ranges] = [None] * len(parts)
+    if (
+        not by_row
+    ):  # groups run over rows: scales are found before, and each element is told its own
+        array = weights.numbers(value.const_value)
+        searched = rounding.ranges(array, own, scheme, settings.clip, settings.percentile)
+        s, z = (device.to_matrix(torch.tensor(own.spread(a), device=on), rows) for a in searched)
+        each = list(zip(s.chunk(len(parts)), z.chunk(len(parts)), strict=True))
     weights.give_back_tensor(value.const_value)
-    groups = own.groups // len(matrix)
+    groups = own.groups // len(matrix) if by_row else matrix.shape[1]
     sparse = sparsity_of(value) is not None
     found = [
-        _part(settings, part, groups, scheme, inputs_, sparse)
-        for part, inputs_ in zip(matrix.chunk(len(parts)), parts, strict=True)
+        _part(settings, part, groups, scheme, inputs_, sparse, ranges)
+        for part, inputs_, ranges in zip(matrix.chunk(len(parts)), parts, each, strict=True)
     ]
     codes, scale, zero = (torch.cat(tensors) for tensors in zip(*found, strict=True))
-    arrays = {
-        "codes": device.from_matrix(codes, own).cpu().numpy(),
-        "scales": scale.reshape(-1).cpu().numpy(),
-        "zeros": zero.reshape(-1).cpu().numpy(),
-    }
-    rest = matrix.double() - device.to_matrix(_effective(entry, arrays, on), own)
+    scales, zeros = searched or (a.reshape(-1).cpu().numpy() for a in (scale, zero))
+    stored = device.from_matrix(codes, rows).reshape(own.stored)
+    arrays = {"codes": stored.cpu().numpy(), "scales": scales, "zeros": zeros}
+    rest = matrix.double() - device.to_matrix(_effective(entry, arrays, on), rows)
     if (branch := low_rank.branch_of(entry)) is not None:
         (only,) = parts
         moment = only.moment if only is not None and branch.basis == "input" else None
         arrays |= low_rank.of_error(rest.T, branch.rank, moment)
-        rest = matrix.double() - device.to_matrix(_effective(entry, arrays, on), own)
+        rest = matrix.double() - device.to_matrix(_effective(entry, arrays, on), rows)
     return arrays | {
         "loss": np.asarray(_lost(rest, matrix, parts)),
         "damping": np.asarray(max((i.damping for i in parts if i is not None), default=0.0)),
@@ -208,12 +220,15 @@ def _part(
     scheme: Scheme,
     fed: gptq.Inputs | None,
     sparse: bool,
+    ranges: _Ranges,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Codes, scales and zero points of some rows."""
+    """Codes, scales and zero points of some rows; ``ranges`` are the last two where these are known."""
     from netlathe.passes.quantize import device
 
     weigh = None if fed is None else fed.importance
-    scale, zero = device.ranges(matrix, groups, scheme, settings.clip, settings.percentile, weigh)
+    scale, zero = ranges or device.ranges(
+        matrix, groups, scheme, settings.clip, settings.percentile, weigh
+    )
     if settings.solver == "rtn" or fed is None:
         return device.nearest(matrix, scale, zero, scheme), scale, zero
     kept = matrix != 0 if sparse else None

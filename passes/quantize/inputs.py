@@ -39,14 +39,19 @@ class Fed:
 
 
 def is_for(candidate: Candidate, own: Layout, scheme: Scheme) -> bool:
-    """Whether data can say how to round: one kind of product, with scales along what it sums over."""
+    """Whether data can say how to round: a weight of codes that one kind of product reads."""
     return (
-        scheme.format.kind in ("integer", "table")
-        and own.axis is not None
+        scheme.format.kind != "cast"
         and own.groups * own.size == math.prod(candidate.dims)
-        and _is_contracted(candidate.uses[0], own)
         and (candidate.input is not None or _product(candidate) is not None)
     )
+
+
+def is_by_row(use: Use, own: Layout) -> bool:
+    """Whether scales belong to outputs, or to groups of what one output sums over."""
+    if own.axis is None:
+        return False
+    return (own.axis in use.sums) if own.block else (own.axis not in use.sums)
 
 
 def fed(model: ir.Model, candidate: Candidate) -> Fed:
@@ -124,11 +129,6 @@ def _is_a_row(x: ir.Value, position: int) -> bool:
     """Whether there is one row for each matrix that was looked up."""
     assert x.shape is not None
     return len(x.shape) == 3 and x.shape[-2 if position == 1 else -1] == 1
-
-
-def _is_contracted(use: Use, own: Layout) -> bool:
-    """Whether rows of the layout's matrix are outputs: the scales of a tied table may lie otherwise."""
-    return (own.axis in use.sums) if own.block else (own.axis not in use.sums)
 
 
 class _Adder:

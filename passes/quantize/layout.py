@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from netlathe.passes.quantize.scheme import GroupAxis
+
 Array = npt.NDArray[Any]
 
 
@@ -79,6 +81,13 @@ class Layout:
             return array.reshape(1, -1)
         return np.moveaxis(array.reshape(self.stored), self.axis, -1 if self.block else 0)
 
+    def spread(self, per_group: Array) -> Array:
+        """Scales or zero points of the groups of :meth:`view`, one for every element, in ``stored`` dims."""
+        whole = np.empty(self.stored, per_group.dtype)
+        view = self.view(whole)
+        view[...] = np.repeat(per_group, self.size).reshape(view.shape)
+        return whole
+
     def scales(self, per_group: Array) -> Array:
         """Scales or zero points, one for each group of :meth:`view`, in the shape that ONNX wants."""
         if self.axis is None or not self.block:
@@ -90,18 +99,31 @@ class Layout:
 
 
 def layout(
-    dims: Sequence[int], sums: frozenset[int], group_size: int = 0, per_tensor: bool = False
+    dims: Sequence[int],
+    sums: frozenset[int],
+    group_size: int = 0,
+    per_tensor: bool = False,
+    along: GroupAxis = "input",
 ) -> Layout:
     """The layout for a reader that sums over ``sums``: one scale per output, or per group of one.
 
+    Groups run ``along`` what is summed over, or along outputs.
+
     Raises:
-        Ragged: ``group_size`` does not divide what is summed over.
+        Ragged: ``group_size`` does not divide what groups run along.
+        Scattered: they would have to run over axes that do not lie side by side.
     """
     dims = tuple(dims)
     kept = [axis for axis in range(len(dims)) if axis not in sums and dims[axis] > 1]
     summed = [axis for axis in sorted(sums) if dims[axis] > 1]
     if per_tensor:
         return Layout(dims, None)
+    rest = kept or [axis for axis in range(len(dims)) if axis not in sums] or [0]
+    outputs = max(rest, key=lambda axis: dims[axis])
+    if group_size and along == "output":
+        if dims[outputs] % group_size:
+            raise Ragged(dims[outputs], group_size, "outputs")
+        return Layout(dims, outputs, group_size)
     if group_size:
         length = math.prod(dims[axis] for axis in sums)
         if length % group_size:
@@ -113,8 +135,7 @@ def layout(
         raise Scattered(summed)
     if len(kept) > 1 and len(summed) == 1:
         return Layout(dims, summed[0], dims[summed[0]])
-    rest = kept or [axis for axis in range(len(dims)) if axis not in sums] or [0]
-    return Layout(dims, max(rest, key=lambda axis: dims[axis]))
+    return Layout(dims, outputs)
 
 
 class Unfit(Exception):
@@ -124,14 +145,14 @@ class Unfit(Exception):
 class Ragged(Unfit):
     """The group size does not divide the length."""
 
-    def __init__(self, length: int, group_size: int) -> None:
+    def __init__(
+        self, length: int, group_size: int, of: str = "elements that are summed over"
+    ) -> None:
         fits = [n for n in range(256, 7, -8) if length % n == 0 and n & (n - 1) == 0]
         offer = (
             f"group_size={', '.join(map(str, fits[:3]))} would" if fits else "no power of 2 does"
         )
-        super().__init__(
-            f"groups of {group_size} do not divide the {length} elements that are summed over; {offer}"
-        )
+        super().__init__(f"groups of {group_size} do not divide the {length} {of}; {offer}")
 
 
 class Scattered(Unfit):

@@ -21,7 +21,11 @@ Array = npt.NDArray[Any]
 
 def detail(name: str, own: Layout, scheme: Scheme) -> dict[str, Any]:
     """Scheme and layout as JSON data."""
-    own_scale = {"tensor_scale": scheme.tensor_scale} if scheme.tensor_scale else {}
+    known: dict[str, Any] = {"tensor_scale": scheme.tensor_scale} if scheme.tensor_scale else {}
+    if scheme.fractional:
+        known["zeros"] = scheme.zeros
+    if scheme.has_codebook:
+        known["codebook"] = list(scheme.codebook)
     return {
         "value": name,
         "weights": scheme.weights,
@@ -33,7 +37,7 @@ def detail(name: str, own: Layout, scheme: Scheme) -> dict[str, Any]:
         "block_size": own.block,
         "flat": own.flat,
         "scales": 0 if scheme.format.kind == "cast" else own.groups,
-        **own_scale,
+        **known,
         "bytes": scheme.num_bytes(math.prod(own.dims), own.groups),
     }
 
@@ -51,6 +55,8 @@ def scheme_of(entry: Entry) -> Scheme:
         weights=d["weights"],
         symmetric=d["symmetric"],
         scales=d["scale_type"],
+        zeros=d.get("zeros", "integer"),
+        codebook=tuple(d.get("codebook", ())),
         tensor_scale=d.get("tensor_scale", 0.0),
     )
 
@@ -91,8 +97,14 @@ def quantized(array: Array, entry: Entry) -> Array:
     """What the weight of an applied entry is read as."""
     own, scheme = layout_of(entry), scheme_of(entry)
     scale, zero = parameters(array, own, scheme, entry.arrays)
-    codes = entry.arrays.get("codes")
+    codes = solved_codes(entry, scheme)
     if codes is None:
         codes = rounding.codes(array, own, scheme, scale, zero)
     made = rounding.numbers(codes, own, scheme, scale, zero, np.float32)
     return np.asarray(made.astype(array.dtype))
+
+
+def solved_codes(entry: Entry, scheme: Scheme) -> Array | None:
+    """The codes that were solved for, if any were: of small floats they are kept as bytes."""
+    held = entry.arrays.get("codes")
+    return None if held is None else held.view(scheme.code_type)

@@ -189,6 +189,9 @@ def _formula(w: Array, detail: Mapping[str, Any]) -> tuple[Array, Array]:
         levels = 2 ** detail["bits"] - 1
         low, high = np.minimum(bottom, 0), np.maximum(top, 0)
         s = _stored((high - low) / levels, detail)
+        if "zeros" in detail:
+            between = np.minimum(np.maximum(-low / s, 0), levels)
+            return s, between.astype(_scale_dtype(detail)).astype(np.float64)
         return s, np.minimum(np.maximum(np.around(-low / s), 0), levels)
     if name == "int8":
         s = m / 127
@@ -209,13 +212,17 @@ def _formula(w: Array, detail: Mapping[str, Any]) -> tuple[Array, Array]:
 
 
 def _stored(s: Array, detail: Mapping[str, Any]) -> Array:
-    kind = detail["scale_type"]
-    dtype = ir.DataType.BFLOAT16.numpy() if kind == "bfloat16" else _SCALE_DTYPES[kind]
-    least = 2.0**-24 if kind == "float16" else 2.0**-126  # the smallest scale that kernels keep
+    dtype = _scale_dtype(detail)
+    least = 2.0**-24 if dtype == np.float16 else 2.0**-126  # the smallest scale that kernels keep
     held = s.astype(dtype).astype(np.float64)
     held = np.where(np.abs(held) < least, np.copysign(least, s), held)
     held[s == 0] = 1
     return held
+
+
+def _scale_dtype(detail: Mapping[str, Any]) -> Any:
+    kind = detail["scale_type"]
+    return ir.DataType.BFLOAT16.numpy() if kind == "bfloat16" else _SCALE_DTYPES[kind]
 
 
 def _units(w: Array, s: Array, z: Array, detail: Mapping[str, Any]) -> Array:
@@ -228,19 +235,30 @@ def _units(w: Array, s: Array, z: Array, detail: Mapping[str, Any]) -> Array:
             if not detail["symmetric"]
             else (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
         )
+        if "zeros" in detail:
+            return _numbers(np.minimum(np.maximum(np.around(x + z), low), high), z, detail)
         low = -127 if (name, low) == ("int8", -128) else low
         return np.asarray(np.minimum(np.maximum(np.around(x) + z, low), high) - z)
-    if name == "nf4":
-        table = np.array(_NF4, np.float32).astype(np.float64)
+    if (table := _table(detail)) is not None:
         return np.asarray(table[np.abs(x[..., None] - table).argmin(-1)])
     limit, dtype = _FLOAT_MAX[name], ir.DataType[str(_STORED_AS.get(name, name)).upper()].numpy()
     return np.minimum(np.maximum(x, -limit), limit).astype(dtype).astype(np.float64)
 
 
 def _numbers(codes: Array, z: Array, detail: Mapping[str, Any]) -> Array:
-    if detail["weights"] == "nf4":
-        return np.asarray(np.array(_NF4, np.float32).astype(np.float64)[codes])
-    return codes.astype(np.float64) - z
+    if (table := _table(detail)) is not None:
+        return np.asarray(table[codes])
+    if detail["weights"] in _FLOAT_MAX:  # kept as bits
+        name = _STORED_AS.get(detail["weights"], detail["weights"])
+        return np.asarray(codes.view(ir.DataType[str(name).upper()].numpy()).astype(np.float64))
+    units = codes.astype(np.float64) - z
+    return units.astype(np.float32).astype(np.float64) if "zeros" in detail else units
+
+
+def _table(detail: Mapping[str, Any]) -> Array | None:
+    """The numbers that codes are places of, float32."""
+    held = _NF4 if detail["weights"] == "nf4" else detail.get("codebook")
+    return None if held is None else np.array(held, np.float32).astype(np.float64)
 
 
 # arXiv 2305.14314, appendix E, in the digits that float32 holds.

@@ -4,7 +4,9 @@
 * ``percentile``: the range is that of the inner share of a group's elements.
 * ``mse``: of ranges that shrink in steps of 1 %, the one with the least squared error, then by turns the
   best scale for the codes (a least-squares fit) and the best codes for the scale. A symmetric
-  scale is tried with both signs.
+  scale is tried with both signs; fractional zero points are fitted with the scale.
+* ``hqq``: fractional zero points move so that the p-norm of the error shrinks, p = 0.7 (HQQ; see
+  :func:`half_quadratic`); the range of what has none is that of the data.
 """
 
 from __future__ import annotations
@@ -24,11 +26,12 @@ from netlathe.passes.quantize.scheme import (
     decode,
     encode,
     round_scales,
+    round_zeros,
     scales_for,
 )
 
 Array = npt.NDArray[Any]
-Clip = Literal["none", "percentile", "mse"]
+Clip = Literal["none", "percentile", "mse", "hqq"]
 
 # Elements of groups handled at a time: long enough for threads not to wait for the interpreter, and short
 # enough where they are searched, for float64 copies to stay in the cache.
@@ -61,13 +64,16 @@ def ranges(
         match clip:
             case "none":
                 found = scales_for(groups, scheme)
+            case "hqq":
+                find = half_quadratic if scheme.fractional else scales_for
+                found = find(groups, scheme)
             case "percentile":
                 found = scales_for(_clipped(groups, percentile), scheme)
             case "mse":
                 found = least_error(groups, scheme, weight)
         scale[own], zero[own] = found
 
-    _in_parts(view, layout, search, SEARCHED_AT_ONCE if clip == "mse" else AT_ONCE)
+    _in_parts(view, layout, search, SEARCHED_AT_ONCE if clip in ("mse", "hqq") else AT_ONCE)
     return scale, zero
 
 
@@ -163,7 +169,7 @@ def least_error(
         keep(scale, zero)
         if signed(scheme):
             keep(-scale, zero)
-    for _ in range(TURNS):
+    for _ in range(3 * TURNS if scheme.fractional else TURNS):  # two numbers take longer to settle
         keep(*_fitted(groups, best_scale, best_zero, scheme, weight))
     return best_scale, best_zero
 
@@ -176,16 +182,25 @@ def signed(scheme: Scheme) -> bool:
 def _fitted(
     groups: Float64, scale: Float64, zero: Float64, scheme: Scheme, weight: Float64 | None
 ) -> tuple[Float64, Float64]:
-    """The scale that fits the codes best: the least-squares solution of c s = w."""
-    units = decode(
-        encode(groups, scale[:, None], zero[:, None], scheme), _ONE, zero[:, None], scheme
-    )
+    """What fits the codes best: the least-squares solution of c s = w, or of (c - z) s = w."""
+    codes_ = encode(groups, scale[:, None], zero[:, None], scheme)
     w = np.ones_like(groups) if weight is None else weight
+    if scheme.fractional:  # a line through (c, w), whose slope is s and which is 0 at z
+        c, whole = codes_.astype(np.float64), w.sum(1)
+        total = np.maximum(whole, np.finfo(np.float64).tiny)
+        mean, value = (w * c).sum(1) / total, (w * groups).sum(1) / total
+        apart = c - mean[:, None]
+        spread = (w * apart * apart).sum(1)
+        slope = np.divide((w * apart * groups).sum(1), spread, out=scale.copy(), where=spread > 0)
+        scale = round_scales(slope, scheme)
+        return scale, round_zeros(np.clip(mean - value / scale, *_ZEROS), scheme)
+    units = decode(codes_, _ONE, zero[:, None], scheme)
     norm = (w * units * units).sum(1)
     fitted = np.divide((w * units * groups).sum(1), norm, out=scale.copy(), where=norm > 0)
     return round_scales(fitted, scheme), zero
 
 
+_ZEROS = (-512.0, 512.0)  # where float16 still tells halves of a step apart
 _ONE = np.ones((1, 1))
 
 
@@ -196,7 +211,11 @@ def _error(
     scale, zero = scale[:, None], zero[:, None]
     if scheme.format.kind == "integer":
         rest = groups / scale
+        if scheme.fractional:
+            rest += zero
         np.rint(rest, out=rest)
+        if scheme.fractional:
+            rest -= zero
         np.clip(rest, scheme.lowest - zero, scheme.highest - zero, out=rest)
         rest *= scale
         rest -= groups
@@ -204,3 +223,39 @@ def _error(
         rest = decode(encode(groups, scale, zero, scheme), scale, zero, scheme) - groups
     np.square(rest, out=rest)
     return np.asarray((rest if weight is None else rest * weight).sum(1))
+
+
+def half_quadratic(groups: Float64, scheme: Scheme) -> tuple[Float64, Float64]:
+    """Fractional zero points that lessen sum |w - w'|^p of every group, scales being those of its range.
+
+    Half-quadratic splitting of Badri and Shaji (Half-Quadratic Quantization of Large Machine Learning Models,
+    2023, eq. 3 to 5), p = 0.7: with e taking the part of an error that is far off,
+
+        e <- sign(r) max(|r| - |r|^(p-1) / beta, 0)      r = w / s - (c - z)
+        z <- mean(c - (w / s - e))                       beta grows by 1 % a turn, from 10
+
+    in units of the scale, so that beta means the same for every weight. Of all turns a group keeps the best.
+    """
+    scale, zero = scales_for(groups, scheme)
+    units = groups / scale[:, None]
+
+    def left(z: Float64) -> tuple[Float64, Float64]:
+        codes_ = np.clip(np.rint(units + z[:, None]), scheme.lowest, scheme.highest)
+        return codes_, units - (codes_ - z[:, None])
+
+    made, rest = left(zero)
+    best, least, beta = zero.copy(), (np.abs(rest) ** _NORM).sum(1), _BETA
+    for _ in range(_HALF_QUADRATIC_TURNS):
+        size = np.abs(rest)
+        far = size - np.maximum(size, np.finfo(np.float64).tiny) ** (_NORM - 1) / beta
+        errors = np.sign(rest) * np.maximum(far, 0)
+        zero = round_zeros((made - (units - errors)).mean(1), scheme)
+        made, rest = left(zero)
+        norm = (np.abs(rest) ** _NORM).sum(1)
+        better = norm < least
+        least[better], best[better] = norm[better], zero[better]
+        beta *= 1.01
+    return scale, best
+
+
+_NORM, _BETA, _HALF_QUADRATIC_TURNS = 0.7, 10.0, 20

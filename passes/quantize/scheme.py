@@ -5,11 +5,13 @@ is ``group`` columns of a row that share a scale s and a zero point z (`layout` 
 that matrix). An element w becomes a code c and is read as
 
     int2 .. int8, symmetric     w' = c s          c from -2^(b-1) to 2^(b-1) - 1   (int8: from -127 to 127)
-    int2 .. int8, asymmetric    w' = (c - z) s    c and z from 0 to 2^b - 1
+    int2 .. int8, asymmetric    w' = (c - z) s    c and z from 0 to 2^b - 1; zeros="float": z a number
+                                                  stored as scales are, c - z rounded to float32
     float8, float4              w' = c s          c a number of that format
     mxfp4                       w' = c s          s = 2^n in float8e8m0, one for 32 (OCP MX 1.0, sec. 6.3)
     nvfp4                       w' = c (s t)      s in float8e4m3fn, one for 16; t in float32, one for all
     nf4                         w' = T[c] s       c from 0 to 15, T of QLoRA (arXiv 2305.14314, app. E)
+    codebook2 .. codebook4      w' = T[c] s       c from 0 to 2^b - 1, T given, or fitted (`fit`)
     float16, bfloat16           w' = c            no scale at all
 
 Below 8 bits the symmetric range has one number more on the negative side. So as not to lose it the scale
@@ -19,7 +21,6 @@ rounded to their own type before codes are chosen, and w' is rounded once, to fl
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -32,10 +33,12 @@ Array = npt.NDArray[Any]
 Float64 = npt.NDArray[np.float64]
 Kind = Literal["integer", "float", "table", "cast"]
 FormatName = Literal[
-    "int8", "int6", "int5", "int4", "int3", "int2", "nf4", "float8e4m3fn", "float8e5m2",
-    "float4e2m1", "mxfp4", "nvfp4", "float16", "bfloat16",
+    "int8", "int6", "int5", "int4", "int3", "int2", "nf4", "codebook4", "codebook3", "codebook2",
+    "float8e4m3fn", "float8e5m2", "float4e2m1", "mxfp4", "nvfp4", "float16", "bfloat16",
 ]  # fmt: skip
 ScaleType = Literal["float32", "float16", "bfloat16"]
+ZeroType = Literal["integer", "float"]
+GroupAxis = Literal["input", "output"]
 
 # Quantiles of the normal distribution, as bitsandbytes holds them in float32.
 NF4 = np.array(
@@ -76,6 +79,9 @@ FORMATS = {
         Format("int3", 3, "integer", None),
         Format("int2", 2, "integer", None),
         Format("nf4", 4, "table", ir.DataType.UINT4),
+        Format("codebook4", 4, "table", ir.DataType.UINT4),
+        Format("codebook3", 3, "table", None),
+        Format("codebook2", 2, "table", None),
         Format("float8e4m3fn", 8, "float", ir.DataType.FLOAT8E4M3FN),
         Format("float8e5m2", 8, "float", ir.DataType.FLOAT8E5M2),
         Format("float4e2m1", 4, "float", ir.DataType.FLOAT4E2M1),
@@ -93,7 +99,9 @@ FORMATS = {
 class Scheme:
     """A format with its granularity: ``group_size`` elements share a scale, 0 stands for a whole row.
 
-    ``tensor_scale`` is t of nvfp4, known once a weight is looked at (:func:`for_weight`).
+    ``group_axis`` is what groups run along: the columns of a row, or ("output") the rows of a column.
+    ``codebook`` is T of the formats that have it free, ``tensor_scale`` t of nvfp4: both are known once a
+    weight is looked at.
     """
 
     weights: FormatName = "int8"
@@ -101,6 +109,9 @@ class Scheme:
     group_size: int = 0
     per_tensor: bool = False
     scales: ScaleType = "float32"
+    zeros: ZeroType = "integer"
+    group_axis: GroupAxis = "input"
+    codebook: tuple[float, ...] = ()
     tensor_scale: float = 0.0
 
     @property
@@ -117,6 +128,26 @@ class Scheme:
     def asymmetric(self) -> bool:
         """Whether there are zero points: of integers only."""
         return self.format.kind == "integer" and not self.symmetric
+
+    @property
+    def fractional(self) -> bool:
+        """Whether zero points are numbers between codes."""
+        return self.asymmetric and self.zeros == "float"
+
+    @property
+    def has_codebook(self) -> bool:
+        """Whether T is not the format's own."""
+        return self.format.kind == "table" and self.weights != "nf4"
+
+    @property
+    def is_fitted(self) -> bool:
+        """Whether it has to know of a whole weight what it is for (`fit`)."""
+        return self.weights == "nvfp4" or (self.has_codebook and not self.codebook)
+
+    @property
+    def table(self) -> Array:
+        """T in float32, ascending."""
+        return np.array(self.codebook, np.float32) if self.has_codebook else NF4
 
     @property
     def scale_type(self) -> ir.DataType:
@@ -149,7 +180,9 @@ class Scheme:
 
     @property
     def zero_type(self) -> ir.DataType:
-        """The ONNX type of stored zero points: of the codes, or the narrowest that holds them."""
+        """The ONNX type of stored zero points: of the codes, the narrowest that holds them, or of scales."""
+        if self.fractional:
+            return self.scale_type
         return self.format.unsigned or (
             ir.DataType.UINT4 if self.format.bits <= 4 else ir.DataType.UINT8
         )
@@ -169,6 +202,8 @@ class Scheme:
         kind = self.format.kind
         if kind != "integer" and not self.symmetric:
             return f"{self.weights} has no zero points: symmetric=False is for integers"
+        if self.zeros == "float" and self.symmetric:
+            return "zeros='float' are zero points: give symmetric=False as well"
         if self.format.group and (
             self.group_size not in (0, self.format.group)
             or self.per_tensor
@@ -184,8 +219,19 @@ class Scheme:
             return "per_tensor=True has no groups: leave group_size out"
         if self.group_size % 8:
             return f"group_size={self.group_size} is no multiple of 8"
-        if kind == "table" and self.scales != "float32":
-            return f"{self.weights} multiplies in float32: scales={self.scales!r} is for the others"
+        if self.group_axis == "output" and not self.group:
+            return "group_axis='output' says how groups lie: give group_size as well"
+        return self._problem_of_codebook() if self.codebook else ""
+
+    def _problem_of_codebook(self) -> str:
+        values, count = self.codebook, 1 << self.format.bits
+        if not self.has_codebook:
+            return f"{self.weights} has numbers of its own: codebook is for codebook2, 3 and 4"
+        if len(values) != count:
+            return f"{self.weights} has {count} numbers, and codebook={values!r} {len(values)}"
+        held = [float(np.float32(value)) for value in values]
+        if sorted(set(held)) != held or not -1 <= held[0] < held[-1] <= 1 or 0.0 not in held:
+            return f"codebook={values!r} does not ascend from -1 or more over 0 to 1 or less"
         return ""
 
     def num_bytes(self, elements: int, groups: int) -> int:
@@ -195,32 +241,19 @@ class Scheme:
         zeros = -(-groups * self.zero_type.bitwidth // 8) if self.asymmetric else 0
         width = self.format.bits
         codes = -(-elements * width // 8) if self.format.dtype else width * -(-elements // 8)
-        whole = 4 if self.weights == "nvfp4" else 0
+        whole = 4 if self.weights == "nvfp4" else 4 << width if self.has_codebook else 0
         return codes + groups * self.scale_type.bitwidth // 8 + zeros + whole
 
     def __str__(self) -> str:
         if self.format.kind == "cast":
             return self.weights
-        return self.weights + (", asymmetric" if self.asymmetric else "")
+        zeros = ", zero points between codes" if self.fractional else ", asymmetric"
+        return self.weights + (zeros if self.asymmetric else "")
 
 
 def _finfo(dtype: Any) -> Any:
     return ml_dtypes.finfo(dtype)  # type: ignore[no-untyped-call]
 
-
-def for_weight(scheme: Scheme, array: Array) -> Scheme:
-    """``scheme`` with what it has to know of a whole weight: the scale of nvfp4's scales.
-
-    With it the largest magnitude is the largest code times the largest scale (NVIDIA's recipe).
-    """
-    if scheme.weights != "nvfp4":
-        return scheme
-    most = float(np.max(np.abs(array.astype(np.float32)), initial=0.0))
-    scale = float(np.float32(most / (_E2M1_MAX * _E4M3_MAX)))
-    return dataclasses.replace(scheme, tensor_scale=max(scale, 2.0**-100) if most else 1.0)
-
-
-_E2M1_MAX, _E4M3_MAX = 6.0, 448.0
 
 # -- scales and zero points from a range --------------------------------------------------------------
 
@@ -234,7 +267,7 @@ def scales_for(groups: Float64, scheme: Scheme, shrink: float = 1.0) -> tuple[Fl
     if scheme.asymmetric:
         low, high = np.minimum(low, 0) * shrink, np.maximum(high, 0) * shrink
         scale = round_scales((high - low) / scheme.highest, scheme)
-        return scale, np.clip(np.rint(-low / scale), 0, scheme.highest)
+        return scale, round_zeros(np.clip(-low / scale, 0, scheme.highest), scheme)
     most = np.maximum(high, -low) * shrink
     match scheme.format.kind:
         case "integer" if scheme.format.bits < 8:
@@ -278,6 +311,13 @@ def round_scales(scale: Float64, scheme: Scheme) -> Float64:
     return np.where(scale == 0, 1.0, held)
 
 
+def round_zeros(zero: Float64, scheme: Scheme) -> Float64:
+    """Zero points as their type holds them."""
+    if scheme.fractional:
+        return np.asarray(zero.astype(scheme.zero_type.numpy()).astype(np.float64))
+    return np.rint(zero)
+
+
 # -- codes --------------------------------------------------------------------------------------------
 
 
@@ -285,10 +325,12 @@ def encode(values: Float64, scale: Float64, zero: Float64, scheme: Scheme) -> Ar
     """The nearest codes; ``scale`` and ``zero`` broadcast against ``values``."""
     match scheme.format.kind:
         case "integer":
-            codes = np.clip(np.rint(values / scale) + zero, scheme.lowest, scheme.highest)
+            at = np.rint(values / scale + zero if scheme.fractional else values / scale)
+            codes = np.clip(at if scheme.fractional else at + zero, scheme.lowest, scheme.highest)
             return np.asarray(codes.astype(scheme.code_type))
         case "table":
-            middles = (NF4[1:].astype(np.float64) + NF4[:-1]) / 2
+            table = scheme.table.astype(np.float64)
+            middles = (table[1:] + table[:-1]) / 2
             return np.searchsorted(middles, values / scale).astype(np.uint8)
         case "float" | "cast":
             assert scheme.format.dtype is not None
@@ -303,9 +345,11 @@ def to_float(values: Float64, dtype: ir.DataType) -> Array:
 
 
 def decode(codes: Array, scale: Float64, zero: Float64, scheme: Scheme) -> Float64:
-    """What codes stand for, rounded once to float32, in float64."""
+    """What codes stand for, rounded to float32 (with fractional zero points once before), in float64."""
     if scheme.format.kind == "table":
-        values = NF4[codes].astype(np.float64)
+        values = scheme.table[codes].astype(np.float64)
     else:
         values = codes.astype(np.float64) - zero
+        if scheme.fractional:
+            values = values.astype(np.float32).astype(np.float64)
     return (values * scale).astype(np.float32).astype(np.float64)

@@ -38,6 +38,9 @@ SCHEMES: dict[str, dict[str, Any]] = {
     "int3": {"weights": "int3"},
     "int2": {"weights": "int2"},
     "nf4": {"weights": "nf4"},
+    "codebook4": {"weights": "codebook4"},
+    "codebook3": {"weights": "codebook3"},
+    "codebook2": {"weights": "codebook2"},
     "float8e4m3fn": {"weights": "float8e4m3fn"},
     "float8e5m2": {"weights": "float8e5m2"},
     "float4e2m1": {"weights": "float4e2m1"},
@@ -57,9 +60,12 @@ def variants(name: str) -> list[dict[str, Any]]:
         return [base]
     made = [base, {**base, "group_size": 16}, {**base, "per_tensor": True}]
     if name.startswith("int"):
-        made += [{**one, "symmetric": False} for one in made]
-    if name != "nf4":
-        made.append({**base, "group_size": 32, "scales": "float16"})
+        zeros = [{**one, "symmetric": False} for one in made]
+        made += [*zeros, *({**one, "zeros": "float"} for one in zeros)]
+    made.append({**base, "group_size": 8, "group_axis": "output"})
+    made.append({**base, "group_size": 32, "scales": "float16"})
+    if name.startswith("int"):
+        made.append({**made[-1], "symmetric": False, "zeros": "float", "clip": "hqq"})
     return made
 
 
@@ -74,7 +80,7 @@ def quantized(name: str) -> tuple[ir.Model, dict[str, Array]]:
     made = model("float[b,64] x", outputs, body, **held)
     normal.normalize(made)
     overrides: Any = {
-        n: {"group_size": 0, "symmetric": True, "per_tensor": False, "scales": "float32", **one}
+        n: {key: value for key, value in one.items() if key != "clip"}
         for n, one in zip(names, settings, strict=True)
     }
     pass_ = Quantize(min_size=0, overrides=overrides)
@@ -189,7 +195,9 @@ def test_what_default_settings_do_to_products(name: str) -> None:
     if name.startswith("int"):
         # A step of x is at most max|x| / 127, half of it off, 0.29 of it RMS; sqrt(64) of them meet weights
         # as large as those of the exact sum: 0.29 * 4 sigma / 127 of the RMS, 4.5 times for the largest.
-        assert all(1e-3 <= e <= 4.5 * 0.29 * 4 / 127 for e in errors["4"])
+        for settings_, e, exactly in zip(variants(name), errors["4"], errors["1"], strict=True):
+            rounds = settings_.get("zeros") != "float" and "group_axis" not in settings_
+            assert 1e-3 <= e <= 4.5 * 0.29 * 4 / 127 if rounds else e == exactly, settings_
     else:
         assert errors["4"] == errors["1"]
 
@@ -218,13 +226,15 @@ def test_bytes_on_disk(name: str, target: str) -> None:
         bits = (
             int(name[3:])
             if name.startswith("int")
-            else int(re.findall(r"(?:float|nf|mxfp|nvfp)(\d+)", name)[0])
+            else int(re.findall(r"(?:float|nf|mxfp|nvfp|codebook)(\d+)", name)[0])
         )
         groups: int = {"mxfp4": 32, "nvfp4": 16}.get(name) or settings.get("group_size", 512)
         count = 1 if settings.get("per_tensor") else 512 * 1024 // groups
         scale = {"mxfp4": 1, "nvfp4": 1}.get(name, 2 if settings.get("scales") == "float16" else 4)
-        zeros = 0 if settings.get("symmetric", True) else count * (4 if bits <= 4 else 8) / 8
+        zero: float = scale if settings.get("zeros") == "float" else 0.5 if bits <= 4 else 1
+        zeros = 0 if settings.get("symmetric", True) else count * zero
         wanted = 512 * 1024 * bits / 8 + (0 if bits == 16 else count * scale) + zeros
+        wanted += 4 * 2**bits if name.startswith("codebook") else 0
         assert abs(entry.detail["bytes"] - wanted) <= 8
         normal.normalize(made)
         artifact = OnnxBackend().compile(made, find_target(target)[1])

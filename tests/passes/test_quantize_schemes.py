@@ -57,9 +57,13 @@ def checked(before: ir.Model, pass_: Quantize) -> tuple[ir.Model, list[Entry]]:
         wanted = Executor(reference.model).run(fed)["y"].numpy()
         assert np.array_equal(Executor(after).run(fed)["y"].numpy(), wanted)
     assert cost(after).macs == cost(before).macs
-    if pass_.weights != "nf4":  # its table and scales are floats like others
+    if not is_by_hand(pass_):  # tables, scales and zero points are floats like others there
         assert cost(after).params == cost(before).params
     return after, chosen
+
+
+def is_by_hand(pass_: Quantize) -> bool:
+    return pass_.weights in ("nf4", "codebook4", "codebook3", "codebook2") or pass_.zeros == "float"
 
 
 def read(after: ir.Model, name: str = "w") -> Array:
@@ -237,7 +241,12 @@ SCHEMES = [
     {"weights": "int8", "per_tensor": True},
     {"weights": "int6", "per_tensor": True, "symmetric": False},
     {"weights": "nf4", "group_size": 16},
-    {"weights": "nf4", "per_tensor": True},
+    {"weights": "nf4", "per_tensor": True, "scales": "float16"},
+    {"weights": "codebook4"},
+    {"weights": "codebook3", "group_size": 16, "scales": "bfloat16"},
+    {"weights": "codebook2", "group_size": 16},
+    {"weights": "int4", "group_size": 16, "symmetric": False, "zeros": "float", "scales": "float16"},
+    {"weights": "int2", "symmetric": False, "zeros": "float", "clip": "hqq"},
     {"weights": "float8e4m3fn", "scales": "bfloat16"},
     {"weights": "float8e5m2", "group_size": 16},
     {"weights": "bfloat16"},
@@ -267,7 +276,7 @@ def test_bytes_are_the_arithmetic(scheme: dict[str, Any]) -> None:
     after, (entry,) = checked(product(w), pass_)
     name = scheme["weights"]
     bits = {"float8e4m3fn": 8, "float8e5m2": 8, "bfloat16": 16}.get(name, 4)
-    bits = int(name[3:]) if name.startswith("int") else bits
+    bits = int(name[-1]) if name.startswith(("int", "codebook")) else bits
     size: int = {"mxfp4": 32, "nvfp4": 16}.get(name) or scheme.get("group_size", 128)
     groups = 1 if scheme.get("per_tensor") else 48 * 128 // size
     one = (
@@ -279,8 +288,11 @@ def test_bytes_are_the_arithmetic(scheme: dict[str, Any]) -> None:
         if scheme.get("scales", "")[-2:] == "16"
         else 4
     )
-    zeros = 0 if scheme.get("symmetric", True) else math.ceil(groups * (4 if bits <= 4 else 8) / 8)
+    zero = 8 * one if scheme.get("zeros") == "float" else 4 if bits <= 4 else 8
+    zeros = 0 if scheme.get("symmetric", True) else math.ceil(groups * zero / 8)
     wanted = 128 * 48 * bits // 8 + groups * one + zeros + 4 * (name == "nvfp4")
+    if name.startswith("codebook"):
+        wanted += 4 * 2**bits
     assert entry.detail["bytes"] == wanted
     # What stands beside it (shapes, the table of nf4, the positions of bits) does not grow with it.
     assert 0 <= weights.num_bytes(after) - wanted <= 128
@@ -307,7 +319,7 @@ def test_every_opset(scheme: dict[str, Any], opset: int) -> None:
     lowered = after.clone()
     if opsets.gaps(after, opset):
         name = scheme["weights"]
-        packed_zeros = name == "int3" and not scheme.get("symmetric", True)
+        packed_zeros = name == "int3" and not scheme.get("symmetric", True)  # in UINT4
         since = {"float4e2m1": 23, "nvfp4": 23, "mxfp4": 24}.get(name, 21)
         assert opset < since and ("float8" in name or "4" in name or packed_zeros), (
             "types came later"
@@ -365,7 +377,12 @@ def test_coverage_that_is_asked_for() -> None:
         ({"weights": "float16", "group_size": 32}, "float16 has no scales"),
         ({"weights": "int4", "group_size": 32, "per_tensor": True}, "has no groups"),
         ({"weights": "int4", "group_size": 20}, "no multiple of 8"),
-        ({"weights": "nf4", "scales": "float16"}, "multiplies in float32"),
+        ({"zeros": "float"}, "give symmetric=False as well"),
+        ({"group_axis": "output"}, "give group_size as well"),
+        ({"weights": "codebook2", "codebook": (0.0, 1.0)}, "has 4 numbers"),
+        ({"weights": "codebook2", "codebook": (-1.0, 0.5, 0.0, 1.0)}, "does not ascend"),
+        ({"weights": "int2", "codebook": (-1.0, 0.0, 0.5, 1.0)}, "numbers of its own"),
+        ({"symmetric": False, "clip": "hqq"}, "those that are codes would come back"),
         ({"weights": "mxfp4", "group_size": 64}, "a float8e8m0 scale for 32 elements"),
         ({"weights": "nvfp4", "scales": "float16"}, "a float8e4m3fn scale for 16 elements"),
         ({"overrides": {"w": {"weights": "nf4", "symmetric": False}}}, "nf4 has no zero points"),
