@@ -17,9 +17,10 @@ import os
 import platform
 import shutil
 import tempfile
+from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +28,7 @@ import onnx_ir as ir
 
 from netlathe.backends.tvm import packing, process, runtime, toolchain
 from netlathe.backends.tvm.machine import Machine
+from netlathe.backends.tvm.packing import Parameter
 from netlathe.diagnostics import Diagnostic, InputError, LowerError, VerifyError
 from netlathe.execute import ort, samples
 from netlathe.execute.compare import relative_error
@@ -145,32 +147,24 @@ class TvmArtifact(Artifact):
         )
         if whole > shutil.disk_usage(path.parent).free:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), os.fspath(path))
-        constants = packing.constants(self._model)
-        records = []
         with open(path, "xb") as file:
-            for parameter in self._built.parameters:
-                offset = -(-file.tell() // runtime.ALIGNMENT) * runtime.ALIGNMENT
-                file.write(b"\0" * (offset - file.tell()))
-                array = np.require(parameter.recipe.make(constants), requirements="C")
-                data = array.reshape(-1).view(np.uint8).data
-                for start in range(0, len(data), _CHUNK):
-                    file.write(data[start : start + _CHUNK])
-                records.append(
-                    {
-                        "name": parameter.name,
-                        "dtype": parameter.dtype,
-                        "shape": list(parameter.shape),
-                        "offset": offset,
-                        "bytes": array.nbytes,
-                    }
-                )
-        return records
+            offsets = write_constants(file, self._built.parameters, packing.constants(self._model))
+        return [
+            {
+                "name": parameter.name,
+                "dtype": parameter.dtype,
+                "shape": list(parameter.shape),
+                "offset": offset,
+                "bytes": int(np.prod(parameter.shape)) * np.dtype(parameter.dtype).itemsize,
+            }
+            for parameter, offset in zip(self._built.parameters, offsets, strict=True)
+        ]
 
     def _meta(self, records: list[dict[str, Any]], parameter_bytes: int) -> dict[str, Any]:
         tvm_version, ffi_version = toolchain.installed()
         return {
             "format": runtime.FORMAT,
-            "inputs": _inputs(self._model),
+            "inputs": inputs_of(self._model),
             "outputs": packing.records(self._model.graph.outputs),
             "dims": samples.dynamic_dims(self._model),
             "architecture": self.machine.architecture,
@@ -191,30 +185,59 @@ class TvmArtifact(Artifact):
         """The error of the files against the IR in ONNX Runtime, or why there is none."""
         if lack := self._lack():
             return {"not_run": lack}
-        feeds = self.sample
-        if feeds is None:
-            feeds = samples.synthesize(self._model, samples.dynamic_dims(self._model), seed=0)
-        feeds = {record["name"]: feeds[record["name"]] for record in _inputs(self._model)}
-        expected = ort.run(self._model, feeds)
-        actual = process.run(folder, feeds)
-        errors = {name: relative_error(actual[name], expected[name]) for name in expected}
-        worst = max(errors, key=lambda name: errors[name])
-        bound = self._bound()
-        if not errors[worst] <= bound:
-            raise VerifyError(
-                Diagnostic(
-                    "tvm.differs",
-                    f"output {worst!r} of the artifact is off by {errors[worst]:.1e} of its RMS"
-                    f" (at most {bound:.1e})",
-                    help="report this with the model",
-                )
+        return compare(self._model, self.sample, lambda feeds: process.run(folder, feeds))
+
+
+def write_constants(
+    file: BinaryIO, parameters: Sequence[Parameter], constants: Mapping[str, ir.TensorProtocol]
+) -> list[int]:
+    """Write every parameter, at a multiple of 64 bytes each; where they begin."""
+    offsets = []
+    for parameter in parameters:
+        offset = -(-file.tell() // runtime.ALIGNMENT) * runtime.ALIGNMENT
+        file.write(b"\0" * (offset - file.tell()))
+        array = np.require(parameter.recipe.make(constants), requirements="C")
+        data = array.reshape(-1).view(np.uint8).data
+        for start in range(0, len(data), _CHUNK):
+            file.write(data[start : start + _CHUNK])
+        offsets.append(offset)
+    return offsets
+
+
+def compare(
+    model: ir.Model, sample: Feeds | None, run: Callable[[Feeds], Feeds]
+) -> dict[str, float]:
+    """How far ``run`` is from the IR in ONNX Runtime, on ``sample`` or on data made up, and the bound.
+
+    Raises:
+        VerifyError: beyond the bound.
+    """
+    feeds = sample
+    if feeds is None:
+        feeds = samples.synthesize(model, samples.dynamic_dims(model), seed=0)
+    feeds = {record["name"]: feeds[record["name"]] for record in inputs_of(model)}
+    expected = ort.run(model, feeds)
+    actual = run(feeds)
+    errors = {name: relative_error(actual[name], expected[name]) for name in expected}
+    worst = max(errors, key=lambda name: errors[name])
+    bound = _bound(model)
+    if not errors[worst] <= bound:
+        raise VerifyError(
+            Diagnostic(
+                "tvm.differs",
+                f"output {worst!r} of the artifact is off by {errors[worst]:.1e} of its RMS"
+                f" (at most {bound:.1e})",
+                help="report this with the model",
             )
-        return {"error": errors[worst], "bound": bound}
-
-    def _bound(self) -> float:
-        dtypes = {value.dtype for node in self._model.graph.all_nodes() for value in node.outputs}
-        return max([_BOUND, *(bound for dtype, bound in _NARROW.items() if dtype in dtypes)])
+        )
+    return {"error": errors[worst], "bound": bound}
 
 
-def _inputs(model: ir.Model) -> list[dict[str, Any]]:
+def _bound(model: ir.Model) -> float:
+    dtypes = {value.dtype for node in model.graph.all_nodes() for value in node.outputs}
+    return max([_BOUND, *(bound for dtype, bound in _NARROW.items() if dtype in dtypes)])
+
+
+def inputs_of(model: ir.Model) -> list[dict[str, Any]]:
+    """The graph's inputs as ``meta.json`` describes them."""
     return packing.records(value for value in model.graph.inputs if not value.is_initializer())

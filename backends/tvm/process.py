@@ -14,7 +14,7 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy.typing as npt
 import onnx_ir as ir
@@ -24,6 +24,9 @@ from netlathe.backends.tvm.machine import Machine
 from netlathe.backends.tvm.packing import Built
 from netlathe.diagnostics import Diagnostic, LowerError
 from netlathe.pipeline.pass_ import Feeds
+
+if TYPE_CHECKING:
+    from netlathe.backends.tvm.arm.plan import Program
 
 JOB, ANSWER = "job", "answer"
 
@@ -58,7 +61,17 @@ class Run:
     feeds: Feeds
 
 
-Job: TypeAlias = Lower | Build | Run
+@dataclass(frozen=True)
+class Bare:
+    """Compile ``model``, whose sizes are numbers, to a program without a runtime; or only plan it."""
+
+    model: bytes
+    machine: Machine
+    prefix: str
+    only_plan: bool
+
+
+Job: TypeAlias = Lower | Build | Run | Bare
 
 
 @dataclass(frozen=True)
@@ -88,6 +101,15 @@ def gaps(model: ir.Model, machine: Machine) -> list[Diagnostic]:
     return []
 
 
+def bare_gaps(model: ir.Model, machine: Machine) -> list[Diagnostic]:
+    """What keeps ``model`` from being a program without a runtime; or that TVM crashed over it."""
+    try:
+        bare(model, machine, "model", only_plan=True)
+    except LowerError as error:
+        return list(error.diagnostics)
+    return []
+
+
 def build(model: ir.Model, machine: Machine, library: Path, linker: tuple[str, ...]) -> Built:
     """Compile in a worker.
 
@@ -96,6 +118,16 @@ def build(model: ir.Model, machine: Machine, library: Path, linker: tuple[str, .
     """
     built: Built = _answer(Build(_packed(model), machine, library, linker), "compiling")
     return built
+
+
+def bare(model: ir.Model, machine: Machine, prefix: str, *, only_plan: bool = False) -> Program:
+    """Compile to a program without a runtime in a worker; with ``only_plan`` without its kernels.
+
+    Raises:
+        LowerError: nodes have no form here, sizes are decided by data, or TVM crashed.
+    """
+    made: Program = _answer(Bare(_packed(model), machine, prefix, only_plan), "compiling")
+    return made
 
 
 def run(folder: Path, feeds: Feeds) -> dict[str, npt.NDArray[Any]]:

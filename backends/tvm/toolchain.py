@@ -32,7 +32,7 @@ def installed() -> tuple[str, str]:
         try:
             found.append(metadata.version(package))
         except metadata.PackageNotFoundError:
-            raise missing_extra("tvm", package, "target tvm-x86") from None
+            raise missing_extra("tvm", package, "generating machine code") from None
     return found[0], found[1]
 
 

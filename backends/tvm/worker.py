@@ -18,7 +18,7 @@ from pathlib import Path
 import onnx
 import onnx_ir as ir
 
-from netlathe.backends.tvm.process import ANSWER, JOB, Build, Failed, Job, Lower, Refused, Run
+from netlathe.backends.tvm.process import ANSWER, JOB, Bare, Build, Failed, Job, Lower, Refused, Run
 from netlathe.diagnostics import LowerError
 
 _PR_SET_PDEATHSIG = 1
@@ -54,6 +54,11 @@ def _do(job: Job) -> object:
             from netlathe.backends.tvm import build
 
             return build.library(_model(job.model), job.machine, job.library, job.linker)
+        case Bare():
+            from netlathe.backends.tvm.arm import bare
+
+            model = _model(job.model)
+            return bare.program(model, job.machine, job.prefix, only_plan=job.only_plan)
         case Run():
             from netlathe.backends.tvm import runtime
 
