@@ -24,6 +24,7 @@ from netlathe.diagnostics import Diagnostic, LowerError
 Unit = Literal["load", "compute", "requantize", "store"]
 UNITS: tuple[Unit, ...] = ("load", "compute", "requantize", "store")
 WIDTH = 256
+TOKEN_BITS = 10  # of a counter of tokens: what can be given ahead of being waited for
 
 # Whose tokens a unit waits for; the units that wait for its own are those that name it here.
 WAITS: dict[Unit, tuple[Unit, ...]] = {
@@ -55,8 +56,8 @@ FIELDS: dict[Unit, dict[str, int]] = {
         "base": 18,  # of the scratchpad, in beats
         "inner": 16,  # beats in a row
         "outer": 14,  # how many times
-        "stride": 24,  # beats of memory between two starts
-        "step": 18,  # beats of the scratchpad between two starts
+        "delta_memory": -24,  # when the outer loop steps
+        "delta_base": -18,
         "value": 8,  # the byte of FILL
     },
     "compute": {

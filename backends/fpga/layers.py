@@ -419,7 +419,7 @@ class Builder:
                     {
                         "target": isa.INPUT, "how": isa.FILL, "base": at * beats,
                         "inner": (d - c) * pitch * beats, "outer": b - a,
-                        "step": across * pitch * beats, "value": zero & 255,
+                        "delta_base": (across - d + c) * pitch * beats + 1, "value": zero & 255,
                     },
                     writes=[("input", at, base + ((b - 1) * across + d) * pitch)],
                 )  # fmt: skip
@@ -448,7 +448,8 @@ class Builder:
             "load",
             {
                 "target": isa.INPUT, "how": isa.COPY, "address": source, "base": at * beats,
-                "inner": inner * beats, "outer": outer, "stride": stride * beats, "step": step * beats,
+                "inner": inner * beats, "outer": outer,
+                "delta_memory": (stride - inner) * beats + 1, "delta_base": (step - inner) * beats + 1,
             },
             reads=[("memory", source, source + ((outer - 1) * stride + inner) * beats)],
             writes=[("input", at, at + (outer - 1) * step + inner)],

@@ -21,7 +21,7 @@ from netlathe.backends.fpga.spec import Spec
 
 Array = npt.NDArray[Any]
 
-COMPUTE_STAGES = 6  # and one for every level of the adder tree
+COMPUTE_STAGES = 7  # and one for every level of the adder tree
 REQUANTIZE_STAGES = 13
 JOBS = 4  # loads that have asked and wait for data
 
@@ -68,9 +68,9 @@ class Machine:
 
     def _load(self, i: Instruction) -> None:
         size, nibbles = self.spec.beat_bytes, i["how"] == isa.NIBBLES
-        inner, outer = np.arange(i["inner"]), np.arange(i["outer"])[:, None]
-        source = (i["address"] + outer * i["stride"] + inner).reshape(-1)
-        beats = i["base"] + outer * i["step"] + inner * (2 if nibbles else 1)
+        counts = (i["inner"], i["outer"])
+        source = addresses(i["address"], counts, (1, i["delta_memory"])).reshape(-1)
+        beats = addresses(i["base"], counts, (2 if nibbles else 1, i["delta_base"]))
         if i["how"] == isa.FILL:
             data = np.full((beats.size, size), i["value"], np.uint8)
         else:
@@ -201,20 +201,21 @@ class Timing:
 def cycles(program: Sequence[Instruction], spec: Spec, memory: Memory) -> list[Timing]:
     """When each instruction starts and ends on the core, the first being offered in cycle 0."""
     tree = spec.rows.bit_length() - 1
-    queues: dict[Unit, list[int]] = {unit: [] for unit in isa.UNITS}  # when each was taken
+    fetched: dict[Unit, list[int]] = {unit: [] for unit in isa.UNITS}  # when each left its queue
     tokens: dict[tuple[Unit, Unit], list[int]] = {}  # when each was given
     popped: dict[tuple[Unit, Unit], int] = {}
-    free = dict.fromkeys(isa.UNITS, 0)
+    free, taken = dict.fromkeys(isa.UNITS, 0), dict.fromkeys(isa.UNITS, -1)
     jobs: list[int] = []  # when the writing half of LOAD took over
     written = -1  # when it was done last
     offered, times = -1, []
     for step in program:
         unit = step.unit
-        queue = queues[unit]
+        queue = fetched[unit]
         offered += 1
         if len(queue) >= spec.queue:
             offered = max(offered, queue[-spec.queue] + 1)
-        start = max(offered + 1, free[unit])
+        queue.append(max(offered + 1, taken[unit]))
+        start = max(queue[-1] + 1, free[unit])
         for other in step.pops:
             pair = (other, unit)
             number = popped.get(pair, 0)
@@ -247,7 +248,7 @@ def cycles(program: Sequence[Instruction], spec: Spec, memory: Memory) -> list[T
             count = step["group"] * step["n0"] * step["n1"] * spec.vector_beats
             done = last_slot(start + 2, count, memory.write)
             free[unit] = done + 1
-        queue.append(start)
+        taken[unit] = start
         for other in step.pushes:
             tokens.setdefault((unit, other), []).append(done)
         times.append(Timing(start, done))

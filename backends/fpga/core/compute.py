@@ -4,7 +4,8 @@ A cycle takes a row of activations and a row of weights; k is the inner loop, so
 register until it is complete. Stages, counted from the cycle that addresses the scratchpads:
 
     1 read    2 held    3 of one source    4 selected (sparse, slice, vector)    5 products
-    5 + log2(rows) dot products     6 + log2(rows) accumulators, written to sums in the same cycle
+    5 + log2(rows) dot products     6 + log2(rows) joined with the sum before
+    7 + log2(rows) accumulators, written to sums in the same cycle
 
 What a block RAM gives is held in a register before anything is done with it: it comes late in its cycle.
 """
@@ -20,7 +21,7 @@ from netlathe.backends.fpga.spec import Spec
 
 def last_stage(spec: Spec) -> int:
     """In which stage sums are written."""
-    return 6 + log2(spec.rows)
+    return 7 + log2(spec.rows)
 
 
 class Compute(Elaboratable):
@@ -156,21 +157,25 @@ class Compute(Elaboratable):
                     m.d.sync += total.eq(left + right)
                     made.append(total)
                 level = made
-            dot = level[0]
+            # The sum that an instruction goes on with is joined a stage before the accumulator, whose own
+            # way round is then no longer than an adder.
+            dot, joined = level[0], Signal(signed(32), name=f"joined{o}")
             held = Signal(signed(32), name=f"held{o}")
             earlier = before[32 * o : 32 * o + 32].as_signed()
-            onto = Signal(signed(32), name=f"onto{o}")
-            new = begins[last - 1] & afresh[last - 1]
-            m.d.comb += onto.eq(Mux(begins[last - 1], earlier, held))
+            with m.If(~begins[last - 2] | afresh[last - 2]):
+                m.d.sync += joined.eq(dot)
+            with m.Elif(maximum[last - 2]):
+                m.d.sync += joined.eq(Mux(dot > earlier, dot, earlier))
+            with m.Else():
+                m.d.sync += joined.eq(dot + earlier)
             with m.If(valid[last - 1]):
-                with m.If(new):
-                    m.d.sync += held.eq(dot)
-                with m.Elif(maximum[last - 1]):
-                    m.d.sync += held.eq(Mux(dot > onto, dot, onto))
+                with m.If(maximum[last - 1]):
+                    more = begins[last - 1] | (joined > held)
+                    m.d.sync += held.eq(Mux(more, joined, held))
                 with m.Else():
-                    m.d.sync += held.eq(onto + dot)
+                    m.d.sync += held.eq(Mux(begins[last - 1], 0, held) + joined)
             write = Cat(write, held)
-        m.d.comb += self.sums[0].read_row.eq(rows[last - 3])
+        m.d.comb += self.sums[0].read_row.eq(rows[last - 4])
         for pad in self.sums:
             m.d.comb += [
                 pad.write.eq(ends[last]),

@@ -48,8 +48,8 @@ class Load(Elaboratable):
             m.submodules[f"pad{target}"] = pad
         f = head.field
         m.submodules.ask = ask = Nest("ask", (16, 14), {"memory": 32})
-        # target, how, base, inner, outer, step, value, pushes: what the writing half has to know.
-        keys = ("target", "how", "base", "inner", "outer", "step", "value")
+        # What the writing half has to know.
+        keys = ("target", "how", "base", "inner", "outer", "delta_base", "value")
         job = Cat(*(f[key] for key in keys), head.pushes)
         m.submodules.jobs = jobs = SyncFIFO(width=len(job), depth=AHEAD)
         fill, busy = f["how"] == isa.FILL, Signal()
@@ -58,7 +58,7 @@ class Load(Elaboratable):
             ask.counts[1].eq(f["outer"]),
             ask.bases["memory"].eq(f["address"]),
             ask.deltas["memory"][0].eq(1),
-            ask.deltas["memory"][1].eq(f["stride"] - f["inner"] + 1),
+            ask.deltas["memory"][1].eq(f["delta_memory"]),
             jobs.w_data.eq(job),
             self.address.eq(ask.address["memory"]),
         ]
@@ -91,18 +91,12 @@ class Load(Elaboratable):
         for key in keys:
             parts[key] = word[at : at + len(f[key])]
             at += len(f[key])
-        step_of = Mux(parts["how"] == isa.NIBBLES, 2, 1)
         m.d.comb += [
             put.counts[0].eq(parts["inner"]),
             put.counts[1].eq(parts["outer"]),
             put.bases["pad"].eq(parts["base"]),
-            put.deltas["pad"][0].eq(step_of),
-            # inner - 1 steps lead back.
-            put.deltas["pad"][1].eq(
-                parts["step"]
-                - Mux(parts["how"] == isa.NIBBLES, parts["inner"] << 1, parts["inner"])
-                + step_of
-            ),
+            put.deltas["pad"][0].eq(Mux(parts["how"] == isa.NIBBLES, 2, 1)),
+            put.deltas["pad"][1].eq(parts["delta_base"].as_signed()),
         ]
         with m.FSM(name="writing"):
             with m.State("IDLE"):
@@ -122,35 +116,36 @@ class Load(Elaboratable):
                     m.d.sync += filling.eq(0)
                     m.next = "IDLE"
 
-        beat, where = 8 * self.spec.beat_bytes, put.address["pad"]
+        # What is written stands in registers first: the scratchpads lie all over the chip.
+        beat, ways = 8 * self.spec.beat_bytes, len(self.pads) + 1
+        where = Signal.like(put.address["pad"])
+        data, wide, pair, hit = Signal(beat), Signal(2 * beat), Signal(), Signal(ways)
         constant = Cat(*(now["value"] for _ in range(self.spec.beat_bytes)))
-        data = Signal(beat)
-        m.d.comb += data.eq(Mux(now["how"] == isa.FILL, constant, self.data))
         # A beat of nibbles becomes two beats of bytes with the sign extended, low nibble first.
-        wide = Cat(
-            *(
-                Cat(self.data[4 * i : 4 * i + 4], *(self.data[4 * i + 3] for _ in range(4)))
-                for i in range(beat // 4)
-            )
-        )
-        for target, pad in self.pads.items():
+        nibbles = [self.data[4 * i : 4 * i + 4].as_signed() for i in range(beat // 4)]
+        m.d.sync += [
+            where.eq(put.address["pad"]),
+            data.eq(Mux(now["how"] == isa.FILL, constant, self.data)),
+            wide.eq(Cat(*(Cat(n, n[3], n[3], n[3], n[3]) for n in nibbles))),
+            pair.eq(now["how"] == isa.NIBBLES),
+            hit.eq(Cat(arrived & (now["target"] == t) for t in (*self.pads, isa.TABLES))),
+        ]
+        for number, (target, pad) in enumerate(self.pads.items()):
             lanes = log2(pad.banks)
             bank, row = where[:lanes], where[lanes:]
-            hit = arrived & (now["target"] == target)
-            pair = hit & (now["how"] == isa.NIBBLES)
             for i in range(pad.banks):
                 own = (bank == i) if lanes else 1
                 part = pad.write_data[i * pad.width : (i + 1) * pad.width]
                 if pad.banks > 1 and target == isa.WEIGHTS:
                     half = wide[(i % 2) * beat : (i % 2 + 1) * beat]
                     both = (bank >> 1) == i // 2
-                    m.d.comb += pad.write[i].eq(Mux(pair, both, hit & own))
+                    m.d.comb += pad.write[i].eq(hit[number] & Mux(pair, both, own))
                     m.d.comb += part.eq(Mux(pair, half, data))
                 else:
-                    m.d.comb += [pad.write[i].eq(hit & own), part.eq(data)]
+                    m.d.comb += [pad.write[i].eq(hit[number] & own), part.eq(data)]
             m.d.comb += pad.write_row.eq(row)
         m.d.comb += [
-            self.table_write.eq(arrived & (now["target"] == isa.TABLES)),
+            self.table_write.eq(hit[-1]),
             self.table_at.eq(where),
             self.table_data.eq(data),
         ]

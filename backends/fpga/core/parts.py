@@ -72,10 +72,11 @@ class Nest(Elaboratable):
     def elaborate(self, platform: object) -> Module:
         m = Module()
         depth = len(self.counts)
-        at = [Signal.like(count, name=f"at{i}") for i, count in enumerate(self.counts)]
+        left = [Signal.like(count, name=f"left{i}") for i, count in enumerate(self.counts)]
         # Flags are kept beside the counters: compared a cycle ahead, they are not on the adders' path.
         zero = [Signal(name=f"zero{i}") for i in range(depth)]
         end = [Signal(name=f"end{i}") for i in range(depth)]
+        once = [Signal(name=f"once{i}") for i in range(depth)]
         limits = [Signal.like(count, name=f"limit{i}") for i, count in enumerate(self.counts)]
         moves = {
             n: [Signal(signed(len(d)), name=f"{n}_move{i}") for i, d in enumerate(ds)]
@@ -89,9 +90,9 @@ class Nest(Elaboratable):
             ]
             with m.If(carry):
                 m.d.sync += [
-                    at[i].eq(Mux(end[i], 0, at[i] + 1)),
+                    left[i].eq(Mux(end[i], limits[i], left[i] - 1)),
                     zero[i].eq(end[i]),
-                    end[i].eq(Mux(end[i], limits[i] == 0, at[i] + 1 == limits[i])),
+                    end[i].eq(Mux(end[i], once[i], left[i] == 1)),
                 ]
             carry = carry & end[i]
         with m.If(self.step):
@@ -103,9 +104,10 @@ class Nest(Elaboratable):
         with m.If(self.start):
             for i in range(depth):
                 m.d.sync += [
-                    at[i].eq(0),
+                    left[i].eq(self.counts[i] - 1),
                     zero[i].eq(1),
                     limits[i].eq(self.counts[i] - 1),
+                    once[i].eq(self.counts[i] == 1),
                     end[i].eq(self.counts[i] == 1),
                 ]
             for name, address in self.address.items():
@@ -132,15 +134,21 @@ class Delay(Elaboratable):
 
 
 class Head(Elaboratable):
-    """The instruction at the head of a unit's queue, taken apart, and whether it may start.
+    """The next instruction of a unit, taken apart, and whether it may start.
 
-    ``ready``: there is one and the tokens it waits for are there. ``take`` removes both. The bits in
-    ``pushes`` say which units get a token when it is done.
+    It stands in a register: ``fetch`` takes it from the queue as soon as there is room. ``ready``: there is one
+    and the tokens it waits for are there. ``take`` removes both. The bits in ``pushes`` say which units get a
+    token when it is done.
     """
 
     def __init__(self, unit: isa.Unit) -> None:
         self.unit = unit
-        self.valid, self.word = Signal(name="valid"), Signal(isa.bits(unit), name="word")
+        self.queued, self.queue_word = (
+            Signal(name="queued"),
+            Signal(isa.bits(unit), name="queue_word"),
+        )
+        self.fetch, self.word = Signal(name="fetch"), Signal(isa.bits(unit), name="word")
+        self.valid = Signal(name="valid")  # there is one here or in the queue
         self.tokens = {other: Signal(name=f"has_{other}") for other in isa.WAITS[unit]}
         self.used = {other: Signal(name=f"use_{other}") for other in isa.WAITS[unit]}
         self.ready, self.take = Signal(name="ready"), Signal(name="take")
@@ -153,8 +161,15 @@ class Head(Elaboratable):
     def elaborate(self, platform: object) -> Module:
         m = Module()
         waits = [~self.word[2 + i] | has for i, has in enumerate(self.tokens.values())]
+        full = Signal()
+        with m.If(self.take):
+            m.d.sync += full.eq(0)
+        with m.If(self.fetch):
+            m.d.sync += [full.eq(1), self.word.eq(self.queue_word)]
         m.d.comb += [
-            self.ready.eq(self.valid & Cat(*waits).all()),
+            self.fetch.eq(self.queued & (~full | self.take)),
+            self.valid.eq(full | self.queued),
+            self.ready.eq(full & Cat(*waits).all()),
             self.pushes.eq(self.word[5 : 5 + len(self.pushes)]),
         ]
         for i, used in enumerate(self.used.values()):

@@ -1,7 +1,7 @@
 """REQUANTIZE: 32-bit sums become bytes, by a multiplier and a shift per column, and a table if asked for.
 
 Stages, counted from the cycle that addresses the sums: 1 read; 2 held; 3 bias added; 4, 5 two products
-of 17 and 16 bits by the multiplier; 6 their sum; 7, 8 shifted; 9 rounded and bounded; 10 zero point and
+of 17 and 16 bits by the multiplier; 6 their sum; 7, 8 shifted; 9 bounded; 10 rounded, zero point and
 saturation; 11 looked up; 12 held; 13 written. A product of 33 by 16 bits at once would set the clock.
 """
 
@@ -51,8 +51,9 @@ class Requantize(Elaboratable):
             nest.deltas["hidden"][1].eq(f["delta_0"]),
             nest.deltas["hidden"][2].eq(f["delta_1"]),
         ]
-        keys = ("raw", "table", "to_output", "to_hidden", "tables", "zero")
+        keys = ("raw", "table", "to_output", "to_hidden", "tables")
         now = {key: Signal.like(f[key], name=f"now_{key}") for key in keys}
+        now["odd"] = Signal(signed(9), name="now_odd")  # twice the zero point, and 1
         pushes, issue, byte = Signal(len(head.pushes)), Signal(), Signal(2)
         row, place = Signal(14), Signal(14)
         column, word, given = Signal(range(spec.columns + 2)), Signal(14), Signal(64)
@@ -67,6 +68,7 @@ class Requantize(Elaboratable):
                     m.d.comb += [head.take.eq(1), nest.start.eq(1)]
                     m.d.sync += [now[key].eq(f[key]) for key in keys]
                     m.d.sync += [
+                        now["odd"].eq(Cat(1, f["zero"])),
                         row.eq(f["sums"]),
                         place.eq(f["output"]),
                         word.eq(f["parameters"]),
@@ -149,12 +151,13 @@ class Requantize(Elaboratable):
         product = Cat(under, upper).as_signed()
         coarse = stage("coarse", 50, product >> (shift & 0x38))
         fine = stage("fine", 50, coarse >> shift[:3])
-        rounded = Signal(signed(50), name=f"rounded{o}")
-        m.d.comb += rounded.eq((fine + 1) >> 1)
-        # Beyond ten bits no zero point brings it back into eight.
-        bounded = stage("bounded", 10, Mux(rounded > 511, 511, Mux(rounded < -512, -512, rounded)))
+        # ``fine`` has one bit behind the point. Beyond eleven bits no zero point brings it back into eight.
+        above, sign = fine[10:49], fine[49]
+        fits = Mux(sign, above.all(), ~above.any())
+        bounded = stage("bounded", 11, Mux(fits, fine[:11], Cat((~sign).replicate(10), sign)))
+        # (x + 1) / 2 + zero, in one adder: (x + odd) / 2.
         moved = Signal(signed(11), name=f"moved{o}")
-        m.d.comb += moved.eq(bounded + now["zero"])
+        m.d.comb += moved.eq((bounded + now["odd"]) >> 1)
         final = stage("final", 8, Mux(moved > 127, 127, Mux(moved < -128, -128, moved)))
         # The bytes of a sum overtake nothing: they wait as long as the rest takes.
         plain = stage("plain4", 8, biased.word_select(byte, 8), sign=False)

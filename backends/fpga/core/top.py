@@ -14,8 +14,6 @@ from netlathe.backends.fpga.core.requantize import Requantize
 from netlathe.backends.fpga.core.store import Store
 from netlathe.backends.fpga.spec import Spec
 
-TOKEN_BITS = 10
-
 
 class Core(wiring.Component):
     """Ports: a stream of instructions; a read and a write connection to memory, addressed in beats.
@@ -69,9 +67,9 @@ class Core(wiring.Component):
                 head = heads[name]
                 m.d.comb += [
                     queue.w_data.eq(self.instruction[:width]),
-                    head.valid.eq(queue.r_rdy),
-                    head.word.eq(queue.r_data),
-                    queue.r_en.eq(head.take),
+                    head.queued.eq(queue.r_rdy),
+                    head.queue_word.eq(queue.r_data),
+                    queue.r_en.eq(head.fetch),
                 ]
                 with m.Case(number):
                     m.d.comb += [
@@ -81,10 +79,14 @@ class Core(wiring.Component):
         # -- one counter for every unit that another one waits for
         for name in isa.UNITS:
             for other in isa.WAITS[name]:
-                count = Signal(TOKEN_BITS, name=f"tokens_{other}_{name}")
+                count = Signal(isa.TOKEN_BITS, name=f"tokens_{other}_{name}")
                 given = units[other].done[isa.GIVES[other].index(name)]
-                m.d.sync += count.eq(count + given - heads[name].used[other])
-                m.d.comb += heads[name].tokens[other].eq(count != 0)
+                used, has = heads[name].used[other], heads[name].tokens[other]
+                # ``has`` says count != 0, known a cycle ahead.
+                m.d.sync += [
+                    count.eq(count + given - used),
+                    has.eq(given | (count > 1) | (has & ~used)),
+                ]
 
         # -- scratchpads: written by one unit, read by one other
         pads = load.pads
