@@ -137,7 +137,16 @@ def test_the_schema_is_one_and_explains_every_option() -> None:
         "type": "integer",
     }
     assert schema["$defs"]["cut"]["description"] == "Removes the last hidden channels."
-    names = ["fpga-ecp5-85f", "onnx", "onnx-ort", "torch", "tvm-x86"]
+    names = [
+        "arm-cortex-a72",
+        "arm-neoverse-n1",
+        "arm-neoverse-v1",
+        "fpga-ecp5-85f",
+        "onnx",
+        "onnx-ort",
+        "torch",
+        "tvm-x86",
+    ]
     assert schema["properties"]["target"]["enum"] == names
 
 

@@ -46,7 +46,16 @@ def test_near_names() -> None:
 
 
 def test_targets_and_their_settings() -> None:
-    names = ["fpga-ecp5-85f", "onnx", "onnx-ort", "torch", "tvm-x86"]
+    names = [
+        "arm-cortex-a72",
+        "arm-neoverse-n1",
+        "arm-neoverse-v1",
+        "fpga-ecp5-85f",
+        "onnx",
+        "onnx-ort",
+        "torch",
+        "tvm-x86",
+    ]
     assert [target.name for target in registry.targets()] == names
     backend, target = registry.find_target("onnx", opset=18)
     assert backend.name == "onnx" and target.settings["opset"] == 18
@@ -214,7 +223,8 @@ from netlathe.diagnostics import MissingExtraError
 from netlathe.pipeline import registry
 
 assert sorted(registry.frontends()) == ["onnx_file"], registry.frontends()
-names = ["fpga-ecp5-85f", "onnx", "onnx-ort", "tvm-x86"]  # they ask when used
+arm = ["arm-cortex-a72", "arm-neoverse-n1", "arm-neoverse-v1"]
+names = [*arm, "fpga-ecp5-85f", "onnx", "onnx-ort", "tvm-x86"]  # they ask when used
 assert [target.name for target in registry.targets()] == names
 assert registry.find_frontend("model.onnx").name == "onnx_file"
 for ask in (
