@@ -25,8 +25,8 @@ _DEFAULTS: dict[str, Any] = {"features": "native"}
 class TvmBackend(Backend):
     """Generates code for x86-64.
 
-    Target setting: ``features``, the instructions that kernels may use: ``avx2``, ``avx512``, or
-    ``native`` for the best of them that this CPU has.
+    Target setting: ``features``, the instructions that kernels may use: ``avx2``, ``avx512``,
+    ``avx512vnni``, or ``native`` for the best of them that this CPU has.
     """
 
     name: ClassVar[str] = "tvm"
@@ -39,7 +39,7 @@ class TvmBackend(Backend):
                 "tvm-x86",
                 cls.name,
                 "machine code for x86-64 CPUs, run by TVM's runtime;"
-                " settings: features=native, avx2 or avx512",
+                " settings: features=native, avx2, avx512 or avx512vnni",
                 width_multiple=16,  # one vector of float32
                 settings=_DEFAULTS,
             ),

@@ -23,7 +23,15 @@ from netlathe.backends.tvm.kernels import general
 from netlathe.backends.tvm.machine import Machine
 from netlathe.backends.tvm.packing import Parameter, Recipe
 from netlathe.backends.tvm.tir import Expr
-from netlathe.backends.tvm.values import Known, Lazy, Pending, Ready, Scalar, Value
+from netlathe.backends.tvm.values import (
+    ChannelsLast,
+    Known,
+    Lazy,
+    Pending,
+    Ready,
+    Scalar,
+    Value,
+)
 from netlathe.diagnostics import Diagnostic, LowerError
 from netlathe.ir import dims, types
 from netlathe.ir.dims import Dim, Shape
@@ -166,6 +174,9 @@ class Lowering:
     def _settled(self, output: ir.Value, value: Value) -> Value:
         """Write what has several readers to memory, unless it is as cheap to compute again."""
         uses = self._uses.get(output, 0)
+        if isinstance(value, ChannelsLast):
+            value.last = self._settled(output, value.last)
+            return value
         if isinstance(value, Lazy) and (
             (uses > 1 and not value.cheap) or value.cost > _MOST_OPERATORS
         ):
@@ -248,6 +259,8 @@ class Lowering:
 
     def _write(self, value: Value) -> Ready:
         kernel = Kernel(self)
+        if isinstance(value, ChannelsLast):
+            value = value.usual()
         if isinstance(value, Pending):
             out = kernel.write(value.dtype, value.shape)
             shape = kernel.shape(value.shape)
@@ -264,6 +277,9 @@ class Lowering:
 
     def operand(self, value: Value) -> Value:
         """``value`` for reading inside a kernel: pending kernels are written first."""
+        if isinstance(value, ChannelsLast):
+            value.last = self.operand(value.last)
+            return value
         return self.force(value) if isinstance(value, Pending) else value
 
     # -- sizes --------------------------------------------------------------------------------------

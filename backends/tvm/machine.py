@@ -9,13 +9,16 @@ import numpy as np
 
 from netlathe.diagnostics import Diagnostic, OptionError, did_you_mean
 
-# Feature level -> (LLVM's mcpu, flags that /proc/cpuinfo must show). The levels are x86-64-v3 and v4
-# of the psABI; both include FMA.
+# Feature level -> (LLVM's mcpu, flags that /proc/cpuinfo must show, LLVM features). The levels are
+# x86-64-v3 and v4 of the psABI, both of which include FMA, and v4 with dot products of bytes. LLVM
+# would split some operators on 512-bit vectors, for CPUs that these slow down.
 _V3 = ("avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "movbe")
 _V4 = (*_V3, "avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl")
-LEVELS: Mapping[str, tuple[str, tuple[str, ...]]] = {
-    "avx2": ("x86-64-v3", _V3),
-    "avx512": ("x86-64-v4", _V4),
+_WIDE = "-prefer-256-bit"
+LEVELS: Mapping[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
+    "avx2": ("x86-64-v3", _V3, ()),
+    "avx512": ("x86-64-v4", _V4, (_WIDE,)),
+    "avx512vnni": ("x86-64-v4", (*_V4, "avx512_vnni"), (_WIDE, "+avx512vnni")),
 }
 
 
@@ -30,6 +33,11 @@ class Machine:
     registers: int
     architecture: str = "x86_64"  # as `uname -m` says
     attributes: tuple[str, ...] = ()  # LLVM features switched on (+) or off (-)
+
+    @property
+    def dot_bytes(self) -> bool:
+        """Whether one instruction adds four products of bytes to each 32-bit lane (VNNI)."""
+        return "avx512_vnni" in self.features
 
     def lanes(self, dtype: str) -> int:
         """How many elements of a TIR dtype one vector holds."""
@@ -53,9 +61,11 @@ def machine(level: str) -> Machine:
                 help=did_you_mean(level, [*LEVELS, "native"]),
             )
         )
-    mcpu, features = LEVELS[level]
-    wide = level == "avx512"
-    return Machine(level, mcpu, features, 64 if wide else 32, 32 if wide else 16)
+    mcpu, features, attributes = LEVELS[level]
+    wide = level != "avx2"
+    return Machine(
+        level, mcpu, features, 64 if wide else 32, 32 if wide else 16, attributes=attributes
+    )
 
 
 def native() -> str:
@@ -67,7 +77,7 @@ def native() -> str:
     from netlathe.backends.tvm.runtime import cpu_features
 
     have = cpu_features()
-    for level in ("avx512", "avx2"):
+    for level in reversed(LEVELS):
         if have.issuperset(LEVELS[level][1]):
             return level
     raise OptionError(

@@ -46,7 +46,8 @@ def _wide(function: Any) -> Callable[[Callable[[Code, Expr], Expr]], Callable[[C
 def exp(code: Code, x: Expr) -> Expr:
     """e ** x: x = n ln 2 + r, and e ** r by Cephes' polynomial of degree 7; within 2 ulp."""
     x = code.bind(x)
-    held = code.bind(select(x > f(89.0), f(89.0), select(x < f(-104.0), f(-104.0), x)))
+    nothing = x < f(-104.0)  # as masked scores are: 0 in place of x, as subnormal products are slow
+    held = code.bind(select(x > f(89.0), f(89.0), select(nothing, f(0.0), x)))
     n = code.bind(tirx.floor(held * f(1.44269504088896341) + f(0.5)))
     r = code.bind(held - n * f(0.693359375) - n * f(-2.12194440e-4))
     p = horner(
@@ -65,7 +66,7 @@ def exp(code: Code, x: Expr) -> Expr:
     whole = code.bind(cast(n, "int32"))
     half = code.bind(whole >> const(1, "int32"))
     scaled = value * _power_of_two(half) * _power_of_two(whole - half)
-    return select(is_nan(x), x, scaled)
+    return select(is_nan(x), x, select(nothing, f(0.0), scaled))
 
 
 def _power_of_two(n: Expr) -> Expr:
@@ -112,7 +113,8 @@ def erf(code: Code, x: Expr) -> Expr:
     """The error function, by N. Juffa's two polynomials: within 1 ulp."""
     x = code.bind(x)
     t = code.bind(tirx.abs(x))
-    s = code.bind(x * x)
+    t = code.bind(select(t > f(4.0), f(4.0), t))  # from there on the result rounds to 1
+    s = code.bind(t * t)
     r = horner(t, [-1.72853470e-5, 3.83197126e-4])
     u = horner(t, [-3.88396438e-3, 2.42546219e-2])
     r = r * s + u
@@ -121,7 +123,6 @@ def erf(code: Code, x: Expr) -> Expr:
     r = r * t + f(-1.28717512e-1)
     r = r * t - t
     large = f(1.0) - exp(code, r)
-    large = select(t > f(4.0), f(1.0), large)  # the polynomial is made for the range in between
     large = select(x < f(0.0), f(0.0) - large, large)
     p = horner(
         s,

@@ -150,17 +150,19 @@ def scales(tensor: ir.TensorProtocol, axis: int, block: int, count: int, width: 
     return _panels(values, count, width)
 
 
-def channel_tiles(tensor: ir.TensorProtocol, groups: int, channels: int) -> Array:
-    """A kernel [groups * outputs, inputs, *taps] as [groups, tiles, inputs * taps, channels].
-
-    The last tile starts early enough to be whole.
-    """
+def window_panels(tensor: ir.TensorProtocol, groups: int, count: int, width: int) -> Array:
+    """A kernel [groups * outputs, inputs, *taps] as [groups, count, taps * inputs, width]."""
     values = array(tensor)
-    outputs = values.shape[0] // groups
-    values = values.reshape(groups, outputs, -1)
-    starts = [min(first, outputs - channels) for first in range(0, outputs, channels)]
-    tiles = [values[:, first : first + channels].transpose(0, 2, 1) for first in starts]
-    return np.ascontiguousarray(np.stack(tiles, 1))
+    values = values.reshape(groups, values.shape[0] // groups, values.shape[1], -1)
+    rows = values.transpose(0, 3, 2, 1)  # [groups, taps, inputs, outputs]
+    rows = rows.reshape(groups, -1, rows.shape[3])
+    return np.stack([_panels(matrix, count, width) for matrix in rows])
+
+
+def taps_first(tensor: ir.TensorProtocol) -> Array:
+    """A depthwise kernel [channels, 1, *taps] as [taps, channels]."""
+    values = array(tensor)
+    return np.ascontiguousarray(values.reshape(values.shape[0], -1).T)
 
 
 def _panels(matrix: Array, count: int, width: int) -> Array:

@@ -107,13 +107,14 @@ def total(dims: Sequence[Expr]) -> Expr:
 def flat_index(index: Index, dims: Sequence[Expr]) -> Expr:
     """Where an element of a contiguous tensor lies.
 
-    p // n and p % n next to each other, where n is that dim, are p: so a vector of neighbours stays one.
+    p // n and p % n next to each other, where n is that dim, are p: so a vector of neighbours stays one,
+    and :func:`unflatten` is undone.
     """
     position, pairs = i64(0), list(zip(index, dims, strict=True))
     while pairs:
         item, dim = pairs.pop(0)
         if pairs and (whole := _rejoined(item, *pairs[0])) is not None:
-            position = position * (dim * pairs.pop(0)[1]) + whole
+            pairs[0] = (whole, dim * pairs[0][1])
         else:
             position = position * dim + item
     return position

@@ -7,9 +7,9 @@ a matrix product, one element at a time, is appended to the product's own kernel
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import onnx_ir as ir
 from tvm import tirx
@@ -166,3 +166,37 @@ class Pending(Value):
     def at(self, code: Code, index: Index) -> Expr:
         """Not before it is in memory."""
         raise AssertionError("a pending kernel is read before it is written")
+
+
+@dataclass(eq=False)
+class ChannelsLast(Value):
+    """A [b, channels, *spatial] whose elements lie, or are computed, as ``last``: [b, *spatial, channels].
+
+    Convolutions make and read it, and what is elementwise keeps it: a whole network of them is never
+    transposed. Whoever does not know of it reads it by index, or forces a copy in the usual order.
+    """
+
+    last: Value
+
+    def at(self, code: Code, index: Index) -> Expr:
+        """The element of ``last``, which is not pending."""
+        return self.last.at(code, to_last(index))
+
+    def usual(self) -> Value:
+        """The same value; if it is pending, as a kernel that writes it in the usual order."""
+        if isinstance(self.last, Pending):
+            return self.last.then(lambda code, at, e: e, self.dtype, self.shape, from_last)
+        return self
+
+
+T = TypeVar("T")
+
+
+def to_last(index: Sequence[T]) -> list[T]:
+    """An index or shape with its second axis moved to the end."""
+    return [index[0], *index[2:], index[1]]
+
+
+def from_last(index: Sequence[T]) -> list[T]:
+    """The inverse of :func:`to_last`."""
+    return [index[0], index[-1], *index[1:-1]]

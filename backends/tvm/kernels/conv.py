@@ -1,43 +1,44 @@
-"""Direct convolution: a register tile of output channels by neighbouring positions of the output plane.
+"""Convolutions of channels-last planes [b, rows, columns, channels].
 
-The input comes with its padding in memory and split by the strides: of strides (s, t) there are s * t planes,
-and plane (u, v) holds the rows u, u + s, ... and columns v, v + t, .... So what a tap reads for
-neighbouring outputs are neighbours in one plane, from one row into the next: positions run over rows of
-the *plane's* width, and the few of them that lie beyond the output's width are computed and dropped.
-Vectors are then full however narrow the image is. The last tile of channels or positions starts early
-enough to be whole. A constant weight is packed so that a tap's factors for a tile are neighbours.
+conv.direct      a register tile of neighbouring columns of one output row by vectors of output channels;
+                 the sum goes over the window's rows, columns and the input channels. Of a window of one
+                 element that is a matrix product, and :mod:`netlathe.backends.tvm.kernels.gemm` does it.
+conv.depthwise   one channel a lane; a tile of neighbouring columns shares the elements it loads
+conv.padded      the input with its border of zeros, where a window reaches beyond the plane
+
+Every vector lies along the channels, so neighbours in it are neighbours in memory whatever the window's
+strides are. Weights are packed at compile time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from tvm import tirx
 
-from netlathe.backends.tvm import storage
 from netlathe.backends.tvm.kernel import Kernel
 from netlathe.backends.tvm.kernels.general import vectors
+from netlathe.backends.tvm.kernels.tile import Panels, Tiles, by_rows
 from netlathe.backends.tvm.machine import Machine
 from netlathe.backends.tvm.tir import (
     PARALLEL,
+    VECTORIZED,
     Expr,
-    broadcast,
     cast,
     const,
     flat_index,
     i64,
-    idiv,
-    imod,
     known,
     total,
     unflatten,
 )
 from netlathe.backends.tvm.values import Ready, Store, Value
 
-# A weight of more bytes than this does not stay in a level-2 cache while the positions go by.
-_WEIGHT_BYTES = 1 << 19
+# Weights or planes of more bytes than this do not stay in a level-2 cache while the others go by.
+_CACHED_BYTES = 1 << 19
+# Columns of a depthwise tile: their sums and the weights of a 3 x 3 window fit the registers.
+_MOST_COLUMNS = 14
 
 
 @dataclass(frozen=True)
@@ -56,225 +57,274 @@ class Geometry:
         """Elements of a window."""
         return self.kernel[0] * self.kernel[1]
 
-
-@dataclass(frozen=True)
-class Tile:
-    """``channels`` by ``vectors`` of ``lanes`` positions."""
-
-    channels: int
-    vectors: int
-    lanes: int
-
     @property
-    def width(self) -> int:
-        """Positions of a tile."""
-        return self.vectors * self.lanes
+    def is_depthwise(self) -> bool:
+        """Whether each channel is convolved by itself."""
+        return self.inputs == self.outputs == 1 and self.groups > 1
 
 
-def tile(machine: Machine, outputs: int, positions: int | None, dtype: str) -> Tile:
-    """The tile that computes least in vain; ``positions`` is None where only the run knows."""
-    lanes = machine.lanes(dtype)
-    while positions is not None and lanes > max(positions, 1):
-        lanes //= 2
-    if machine.registers == 32:
-        choices: Sequence[tuple[int, int]] = ((8, 3), (6, 4), (12, 2), (14, 1))
-    else:
-        choices = ((4, 3), (6, 2), (12, 1))
-    tiles = [Tile(min(channels, outputs), count, lanes) for channels, count in choices]
-    if positions is None:
-        return tiles[0]
-    fitting = [t for t in tiles if t.width <= positions] or [Tile(min(8, outputs), 1, lanes)]
-
-    def work(made: Tile) -> int:
-        return (
-            -(-outputs // made.channels) * made.channels * -(-positions // made.width) * made.width
-        )
-
-    return min(fitting, key=work)
-
-
-def split(
-    kernel: Kernel,
-    x: Value,
-    whole: list[Expr],
-    strides: tuple[int, int],
-    begins: tuple[int, int],
-    store: Store,
+def padded(
+    kernel: Kernel, x: Value, begins: tuple[int, int], whole: list[Expr], dtype: str, store: Store
 ) -> str:
-    """store([b, channel, plane, row, column], element): ``x`` padded with zeros and split by the strides.
-
-    ``whole`` is the shape of that. A row is cleared, then its part of ``x`` is copied.
-    """
+    """store([b, row, column, channel], element): ``x`` within a border of zeros; ``whole`` is that shape."""
     code = kernel.code
-    height, width = kernel.shape(x.shape)[2:]
-    lanes = kernel.lowering.machine.lanes(storage.computed(x.dtype))
-    zero = const(0, storage.computed(x.dtype))
-    down, across = strides
-    with code.loop(total(whole[:-1]), PARALLEL) as at:
-        b, channel, plane, row = (code.bind(i) for i in unflatten(at, whole[:-1]))
-        from_row = code.bind(row * i64(down) + idiv(plane, across) - i64(begins[0]))
-        shift = code.bind(imod(plane, across) - i64(begins[1]))  # of the first column in x
-        first = idiv(tirx.max(i64(across - 1) - shift, i64(0)), across)
-        end = idiv(tirx.max(width - shift + i64(across - 1), i64(0)), across)
-        first, end = code.bind(first), code.bind(tirx.min(end, whole[4]))
-        vectors(code, whole[4], lanes, lambda j: store(code, [b, channel, plane, row, j], zero))
+    height, width, _ = kernel.shape(x.shape)[1:]
+    lanes = kernel.lowering.machine.lanes(dtype)
+    channels = known(whole[3])
+    while channels is not None and lanes > 1 and lanes > channels:
+        lanes //= 2
+    zero = const(0, dtype)
+    with code.loop(whole[0] * whole[1], PARALLEL) as line:
+        b, row = (code.bind(i) for i in unflatten(line, whole[:2]))
+        inner = code.bind(row - i64(begins[0]))
 
-        def one(j: Expr) -> None:
-            column = (first + j) * i64(across) + shift
-            value = x.at(code, [b, channel, from_row, column])
-            store(code, [b, channel, plane, row, first + j], value)
+        def clear(column: Expr) -> None:
+            vectors(code, whole[3], lanes, lambda c: store(code, [b, row, column, c], zero))
 
-        with code.when(tirx.And(from_row >= i64(0), from_row < height)):
-            vectors(code, code.bind(tirx.max(end - first, i64(0))), lanes, one)
-    return "conv.split"
+        def copy() -> None:
+            with code.loop(i64(begins[1])) as column:
+                clear(column)
+            with code.loop(width) as column:
+                at = code.bind(column + i64(begins[1]))
+                vectors(
+                    code,
+                    whole[3],
+                    lanes,
+                    lambda c: store(code, [b, row, at, c], x.at(code, [b, inner, column, c])),
+                )
+            with code.loop(whole[2] - width - i64(begins[1])) as column:
+                clear(width + i64(begins[1]) + column)
+
+        def nothing() -> None:
+            with code.loop(whole[2]) as column:
+                clear(column)
+
+        code.branch(tirx.And(inner >= i64(0), inner < height), copy, nothing)
+    return "conv.padded"
 
 
 def direct(
     kernel: Kernel,
     x: Ready,
     weight: Ready,
-    packed: Tile | None,
+    cut: Panels,
     geometry: Geometry,
     out: list[Expr],
-    positions: int | None,
     dtype: str,
     store: Store,
 ) -> str:
-    """store([b, channel, row, column], product); ``out`` is [b, channels, rows, columns].
+    """store([b, row, column, channel], product); ``out`` is that shape.
 
-    ``x`` is [b, channels, planes, rows, columns], ``weight`` [outputs, inputs, h, w], or as
-    ``packing.channel_tiles`` packs it for a tile. ``positions`` may be more than there are: what comes
-    after the last row is dropped; None: only the run knows.
+    ``x`` is [b, rows, columns, groups * inputs] with its border, ``weight`` [groups, panels, K, width],
+    where K goes over the window's rows, its columns and the input channels.
     """
-    code = kernel.code
-    width = kernel.shape(x.shape)[4]
-    columns = out[3]
-    fits = width.same_as(columns) or (known(width) is not None and known(width) == known(columns))
-    chosen = packed or tile(kernel.lowering.machine, geometry.outputs, positions, dtype)
-    job = _Job(kernel, x, weight, packed is not None, fits, geometry, out, dtype, store)
-    if positions is None:
-        # From the first position of the first row to the last one of the last.
-        count = code.bind((out[2] - i64(1)) * width + columns)
-        one = Tile(chosen.channels, 1, 1)
-        code.branch(
-            count >= i64(chosen.width),
-            lambda: job.tasks(chosen, count),
-            lambda: job.tasks(one, count),
-        )
-    else:
-        job.tasks(chosen, i64(positions))
+    code, g = kernel.code, geometry
+    b_, h, w, c = kernel.shape(x.shape)
+    data, factors = kernel.read(x), kernel.read(weight)
+    depth = g.inputs * g.taps
+    columns = out[2]
+    # Along a row of a window its columns and channels follow each other, unless something is skipped.
+    joined = g.groups == 1 and g.dilations[1] == 1
+    extents = [g.kernel[0], g.kernel[1] * g.inputs] if joined else [*g.kernel, g.inputs]
+
+    def tasks(tile_rows: int) -> None:
+        number_of_lines = [out[0], out[1]]
+        heavy = 4 * depth * g.outputs > _CACHED_BYTES
+        order = [i64(cut.count), *number_of_lines] if heavy else [*number_of_lines, i64(cut.count)]
+        whole = [i64(g.groups), *order]
+        with code.loop(total(whole), PARALLEL) as task:
+            group, *rest = (code.bind(i) for i in unflatten(task, whole))
+            panel, b, row = rest if heavy else (rest[2], rest[0], rest[1])
+            corner = [b, row * i64(g.strides[0]), i64(0), group * i64(g.inputs)]
+            begin = code.bind(flat_index(corner, [b_, h, w, c]))
+            first = (group * i64(cut.count) + panel) * i64(depth * cut.width)
+            first = code.bind(first)
+
+            def element(column: Expr, index: list[Expr]) -> Expr:
+                at = begin + column * (c * i64(g.strides[1])) + index[0] * (w * c * g.dilations[0])
+                if joined:
+                    at = at + index[1]
+                else:
+                    at = at + index[1] * (c * i64(g.dilations[1])) + index[2]
+                return cast(tirx.BufferLoad(data, [at]), dtype)
+
+            def vector(index: list[Expr], number: int) -> Expr:
+                k = flat_index(index, [i64(extent) for extent in extents])
+                return code.vload(
+                    factors, first + k * i64(cut.width) + i64(number * cut.lanes), cut.lanes
+                )
+
+            def finish(column: Expr, channel: Expr, value: Expr) -> None:
+                store(code, [b, row, column, group * i64(g.outputs) + channel], value)
+
+            job = Tiles(code, cut.lanes, dtype, [i64(e) for e in extents], columns, element, finish)
+            job.panel(tile_rows, i64(0), columns, cut, panel, vector)
+
+    by_rows(code, columns, cut.rows, tasks)
     return "conv.direct"
 
 
+# -- depthwise --------------------------------------------------------------------------------------
+
+
+def depthwise(
+    kernel: Kernel,
+    x: Ready,
+    weight: Ready,
+    geometry: Geometry,
+    begins: tuple[int, int],
+    out: list[Expr],
+    dtype: str,
+    store: Store,
+) -> str:
+    """store([b, row, column, channel], product); ``out`` is that shape.
+
+    ``x`` is [b, rows, columns, channels] without its border, ``weight`` [taps, channels].
+    """
+    code, machine = kernel.code, kernel.lowering.machine
+    lanes = machine.lanes(dtype)
+    while lanes > geometry.groups:
+        lanes //= 2
+    columns = known(out[2])
+    with code.loop(out[0] * out[1], PARALLEL) as line:
+        b, row = (code.bind(i) for i in unflatten(line, out[:2]))
+        job = _Depthwise(kernel, x, weight, geometry, begins, lanes, dtype, b, row, store)
+        if columns is None:
+            with code.loop(out[2]) as column:
+                job.tile(1, column)
+        else:
+            job.line(columns)
+    return "conv.depthwise"
+
+
 @dataclass
-class _Job:
+class _Depthwise:
     kernel: Kernel
     x: Ready
     weight: Ready
-    packed: bool
-    fits: bool  # whether every position is an element of the output
     geometry: Geometry
-    out: list[Expr]
+    begins: tuple[int, int]
+    lanes: int
     dtype: str
+    b: Expr
+    row: Expr
     store: Store
 
-    def tasks(self, tile: Tile, positions: Expr) -> None:
-        """All tiles; the weight or the positions stay in the cache while the others go by."""
+    def line(self, columns: int) -> None:
+        """One output row in tiles, the last of which starts early enough to be whole.
+
+        Only tiles near the ends look beyond the plane; where they start is known, and so is what they
+        leave out.
+        """
         code, g = self.kernel.code, self.geometry
-        tiles = i64(-(-g.outputs // tile.channels))
-        runs = idiv(positions + i64(tile.width - 1), tile.width)
-        heavy = 4 * g.outputs * g.inputs * g.taps > _WEIGHT_BYTES
-        inner = [tiles, runs] if heavy else [runs, tiles]
-        extents = [self.out[0], i64(g.groups), *inner]
-        with code.loop(total(extents), PARALLEL) as task:
-            b, group, *where = (code.bind(i) for i in unflatten(task, extents))
-            number, run = where if heavy else where[::-1]
-            first = tirx.min(number * i64(tile.channels), i64(g.outputs - tile.channels))
-            first = code.bind(first)
-            start = tirx.min(run * i64(tile.width), positions - i64(tile.width))
-            self._tile(tile, group, number, first, b, code.bind(start))
+        size = _tile_columns(self.kernel.lowering.machine, columns, g)
+        width = known(self.kernel.shape(self.x.shape)[2])
+        starts = [min(start, columns - size) for start in range(0, columns, size)]
 
-    def _tile(
-        self, tile: Tile, group: Expr, number: Expr, first: Expr, b: Expr, start: Expr
-    ) -> None:
-        code, g, lanes = self.kernel.code, self.geometry, tile.lanes
-        shape = self.kernel.shape(self.x.shape)
-        data, weights = self.kernel.read(self.x), self.kernel.read(self.weight)
-        sums = code.registers(tile.channels * tile.vectors, lanes, self.dtype)
-        results = code.alloc([tile.channels * tile.width], self.dtype, scope="global")
-        channel = code.bind(group * i64(g.outputs) + first)
-        # Where the factors of a tile begin, and from one of its channels to the next.
-        if self.packed:
-            tiles = -(-g.outputs // tile.channels)
-            begin = (group * i64(tiles) + number) * i64(g.inputs * g.taps * tile.channels)
-            tap_step, channel_step = tile.channels, 1
-        else:
-            begin = channel * i64(g.inputs * g.taps)
-            tap_step, channel_step = 1, g.inputs * g.taps
-        begin = code.bind(begin)
-        with code.loop(g.inputs) as c, code.loop(g.kernel[0]) as kh:
-            plane = group * i64(g.inputs) + c
-            down = kh * i64(g.dilations[0])
-            split, line = imod(down, g.strides[0]), idiv(down, g.strides[0])
-            tap = code.bind(begin + (c * i64(g.taps) + kh * i64(g.kernel[1])) * i64(tap_step))
-            for kw in range(g.kernel[1]):
-                across = kw * g.dilations[1]
-                which = split * i64(g.strides[1]) + i64(across % g.strides[1])
-                index = [b, plane, which, line, i64(across // g.strides[1])]
-                at = code.bind(flat_index(index, shape) + start)
-                values = [
+        def inside(start: int) -> bool:
+            first = start * g.strides[1] - self.begins[1]
+            reach = (size - 1) * g.strides[1] + (g.kernel[1] - 1) * g.dilations[1]
+            return width is not None and first >= 0 and first + reach < width
+
+        middle = [number for number, start in enumerate(starts) if inside(start)]
+        if len(middle) <= 1:
+            middle = []
+        begin, end = (middle[0], middle[-1] + 1) if middle else (len(starts), len(starts))
+        if middle and starts[end - 1] != (end - 1) * size:  # the last tile starts early
+            end -= 1
+        for start in starts[:begin]:
+            self.tile(size, start)
+        if begin < end:
+            with code.loop(i64(end - begin)) as number:
+                self.tile(size, code.bind((number + i64(begin)) * i64(size)), whole=True)
+        for start in starts[end:]:
+            self.tile(size, start)
+
+    def tile(self, size: int, start: int | Expr, whole: bool = False) -> None:
+        """``size`` columns from ``start``, all channels; ``whole``: no tap lies beyond the plane's sides."""
+        code, lanes, channels = self.kernel.code, self.lanes, self.geometry.groups
+        with code.loop(i64(-(-channels // lanes))) as number:
+            first = code.bind(tirx.min(number * i64(lanes), i64(channels - lanes)))
+            sums = code.registers(size, lanes, self.dtype)
+            self._sum(sums, size, start, first, whole)
+            for i in range(size):
+
+                def give(lane: Expr, i: int = i) -> None:
+                    value = tirx.BufferLoad(sums[i], [lane])
+                    index = [self.b, self.row, i64(start) + i64(i), first + lane]
+                    self.store(code, index, value)
+
+                if lanes == 1:
+                    give(i64(0))
+                else:
+                    with code.loop(lanes, VECTORIZED) as lane:
+                        give(lane)
+
+    def _sum(self, sums: list[Any], size: int, start: int | Expr, first: Expr, whole: bool) -> None:
+        code, g, lanes = self.kernel.code, self.geometry, self.lanes
+        _, height, width, channels = shape = self.kernel.shape(self.x.shape)
+        data, factors = self.kernel.read(self.x), self.kernel.read(self.weight)
+        for kh in range(g.kernel[0]):
+            line = self.row * i64(g.strides[0]) + i64(kh * g.dilations[0] - self.begins[0])
+            line = code.bind(line)
+            with code.when(tirx.And(line >= i64(0), line < height)):
+                taps = [
                     code.bind(
-                        cast_vector(code.vload(data, at + i64(n * lanes), lanes), self.dtype, lanes)
+                        code.vload(factors, i64((kh * g.kernel[1] + kw) * g.groups) + first, lanes)
                     )
-                    for n in range(tile.vectors)
+                    for kw in range(g.kernel[1])
                 ]
-                for i in range(tile.channels):
-                    place = tap + i64(kw * tap_step + i * channel_step)
-                    factor = cast(tirx.BufferLoad(weights, [place]), self.dtype)
-                    for n in range(tile.vectors):
-                        held = sums[i * tile.vectors + n]
-                        value = code.vload(held, 0, lanes) + broadcast(factor, lanes) * values[n]
-                        code.vstore(held, 0, value, lanes)
-        for slot, held in enumerate(sums):
-            code.vstore(results, slot * lanes, code.vload(held, 0, lanes), lanes)
-        self._finish(tile, channel, b, start, shape[4], results)
+                origin = code.bind(flat_index([self.b, line, i64(0), first], shape))
 
-    def _finish(
-        self, tile: Tile, channel: Expr, b: Expr, start: Expr, width: Expr, results: Any
-    ) -> None:
-        """Hand the results on: all at once where no position is beyond the output, else row by row."""
-        code, columns = self.kernel.code, self.out[3]
-        if self.fits:
-            with code.loop(tile.channels) as i:
-                at = code.bind(channel + i)
+                def add(
+                    at: Expr,
+                    uses: list[tuple[int, int]],
+                    origin: Expr = origin,
+                    taps: list[Expr] = taps,
+                ) -> None:
+                    loaded = code.vload(data, origin + at * channels, lanes)
+                    value = code.bind(cast_vector(loaded, self.dtype, lanes))
+                    for i, kw in uses:
+                        held = code.vload(sums[i], 0, lanes)
+                        code.vstore(sums[i], 0, held + value * taps[kw], lanes)
 
-                def one(j: Expr) -> None:
-                    value = tirx.BufferLoad(results, [i * i64(tile.width) + j])
-                    position = start + j
-                    row, column = idiv(position, columns), imod(position, columns)
-                    self.store(code, [b, at, row, column], value)
+                for offset, uses in _columns_read(g, size).items():
+                    at = i64(start) * i64(g.strides[1]) + i64(offset - self.begins[1])
+                    inside = True if whole else _inside(at, width)
+                    if isinstance(inside, bool):
+                        if inside:
+                            add(at, uses)
+                        continue
+                    with code.when(inside):
+                        add(at, uses)
 
-                vectors(code, i64(tile.width), tile.lanes, one)
-            return
-        first = code.bind(idiv(start, width))
-        after = tirx.min(idiv(start + i64(tile.width - 1), width) + i64(1), self.out[2])
-        rows = code.bind(after - first)
-        lanes = tile.lanes
-        while known(columns) is not None and lanes > max(known(columns) or 1, 1):
-            lanes //= 2
-        with code.loop(tile.channels) as i, code.loop(rows) as down:
-            at = code.bind(channel + i)
-            row = code.bind(first + down)
-            begin = code.bind(tirx.max(start - row * width, i64(0)))
-            end = tirx.min(start + i64(tile.width) - row * width, columns)
-            count = code.bind(tirx.max(end - begin, i64(0)))
-            offset = code.bind(i * i64(tile.width) + row * width - start + begin)
 
-            def one(j: Expr) -> None:
-                value = tirx.BufferLoad(results, [offset + j])
-                self.store(code, [b, at, row, begin + j], value)
+def _inside(at: Expr, width: Expr) -> bool | Expr:
+    """Whether a column lies in the plane; a bool if that is known now."""
+    number, size = known(at), known(width)
+    if number is None or size is None:
+        return tirx.And(at >= i64(0), at < width)
+    return 0 <= number < size
 
-            vectors(code, count, lanes, one)
+
+def _columns_read(g: Geometry, size: int) -> dict[int, list[tuple[int, int]]]:
+    """Column that a tile reads, counted from its first -> (output, tap) pairs that it belongs to."""
+    found: dict[int, list[tuple[int, int]]] = {}
+    for i in range(size):
+        for kw in range(g.kernel[1]):
+            found.setdefault(i * g.strides[1] + kw * g.dilations[1], []).append((i, kw))
+    return dict(sorted(found.items()))
+
+
+def _tile_columns(machine: Machine, columns: int, g: Geometry) -> int:
+    """The tile that loads and computes least for a row."""
+    most = min(_MOST_COLUMNS if machine.registers == 32 else 8, max(columns, 1))
+
+    def work(size: int) -> float:
+        read = g.kernel[0] * (len(_columns_read(g, size)) + g.kernel[1])
+        return -(-columns // size) * (read + size * g.taps + 2 * size)
+
+    return min(range(1, most + 1), key=work)
 
 
 def cast_vector(value: Expr, dtype: str, lanes: int) -> Expr:

@@ -318,7 +318,13 @@ def _clip(op: Op) -> Sequence[Value]:
     operands += [op.value(1)] if has_low else []
     operands += [op.value(2)] if has_high else []
 
+    literal = all(isinstance(bound, Scalar) for bound in operands[1:])
+
     def clip(code: Code, x: Expr, *bounds: Expr) -> Expr:
+        if literal and has_low and has_high and is_float(x):
+            x = code.bind(x)
+            x = select(x < bounds[0], bounds[0], x)
+            return select(x > bounds[1], bounds[1], x)
         if has_low:
             x = larger(code, x, bounds[0])
         if has_high:

@@ -34,7 +34,17 @@ from netlathe.backends.tvm.tir import (
     select,
     total,
 )
-from netlathe.backends.tvm.values import Known, Lazy, Pending, Ready, Scalar, Value
+from netlathe.backends.tvm.values import (
+    ChannelsLast,
+    Known,
+    Lazy,
+    Pending,
+    Ready,
+    Scalar,
+    Value,
+    from_last,
+    to_last,
+)
 from netlathe.ir import dims
 from netlathe.ir.dims import Dim, Shape
 
@@ -75,6 +85,8 @@ def _unit_dims(before: Shape, after: Shape) -> list[int | None] | None:
 
 
 def _with_unit_dims(op: Op, value: Value, shape: Shape, mapped: list[int | None]) -> Value:
+    if isinstance(value, ChannelsLast):
+        value = value.usual()
     if isinstance(value, Pending):
 
         def forward(index: Index) -> Index:
@@ -175,6 +187,10 @@ def transposed(op: Op, value: Value, perm: Sequence[int]) -> Value:
     shape = tuple(value.shape[axis] for axis in perm)
     if isinstance(value, Scalar):
         return Scalar(value.dtype, shape, value.value)
+    if isinstance(value, ChannelsLast) and list(perm) == to_last(range(value.rank)):
+        return value.last
+    if value.rank == 4 and list(perm) == from_last(range(4)):
+        return ChannelsLast(value.dtype, shape, value)
     last = not perm or perm[-1] == len(perm) - 1
     if isinstance(value, Pending) and last:
         return value.then(

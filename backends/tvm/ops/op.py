@@ -10,7 +10,17 @@ import onnx_ir as ir
 from netlathe.backends.tvm import storage
 from netlathe.backends.tvm.lowering import Lowering, Unsupported
 from netlathe.backends.tvm.tir import Code, Expr, Index, i64, select
-from netlathe.backends.tvm.values import Known, Lazy, Pending, Ready, Scalar, Value
+from netlathe.backends.tvm.values import (
+    ChannelsLast,
+    Known,
+    Lazy,
+    Pending,
+    Ready,
+    Scalar,
+    Value,
+    from_last,
+    to_last,
+)
 from netlathe.ir import dims
 from netlathe.ir.dims import Dim, Shape
 from netlathe.ir.types import Type
@@ -193,6 +203,10 @@ def combine(
     low: Lowering, function: Function, operands: Sequence[Value], dtype: D, shape: Shape
 ) -> Value:
     """:func:`elementwise` for a result of given dtype and shape."""
+    if any(isinstance(operand, ChannelsLast) and operand.shape == shape for operand in operands):
+        turned = [channels_last(low, operand, len(shape)) for operand in operands]
+        made = combine(low, function, turned, dtype, tuple(to_last(shape)))
+        return ChannelsLast(dtype, shape, made)
     chosen: Pending | None = None
     for operand in operands:
         if isinstance(operand, Pending) and operand.shape == shape and operands.count(operand) == 1:
@@ -219,6 +233,23 @@ def combine(
     return Lazy(dtype, shape, element, flat=flat, cost=1 + sum(cost_of(o) for o in others))
 
 
+def channels_last(low: Lowering, value: Value, rank: int) -> Value:
+    """``value``, which broadcasts to ``rank`` dims, with its second dim of these moved to the end."""
+    if isinstance(value, ChannelsLast) and value.rank == rank:
+        return value.last
+    if isinstance(value, Scalar):
+        return Scalar(value.dtype, (1,) * rank, value.value)
+    source = low.operand(value)
+    shape = tuple(to_last((1,) * (rank - source.rank) + source.shape))
+    return Lazy(
+        source.dtype,
+        shape,
+        lambda code, at: source.at(code, from_last(at)[rank - source.rank :]),
+        cheap=is_cheap(source),
+        cost=cost_of(source),
+    )
+
+
 def is_flat(value: Value) -> bool:
     """Whether ``value`` may be read by element number."""
     return isinstance(value, Ready) or (isinstance(value, Lazy) and value.flat)
@@ -226,11 +257,15 @@ def is_flat(value: Value) -> bool:
 
 def cost_of(value: Value) -> int:
     """Operators inside an expression."""
+    if isinstance(value, ChannelsLast):
+        return cost_of(value.last)
     return value.cost if isinstance(value, Lazy) else 0
 
 
 def is_cheap(value: Value) -> bool:
     """Whether reading an element costs no more than a load."""
+    if isinstance(value, ChannelsLast):
+        return is_cheap(value.last)
     return isinstance(value, (Ready, Scalar, Known)) or (isinstance(value, Lazy) and value.cheap)
 
 

@@ -26,7 +26,7 @@ from netlathe.backends.tvm.tir import (
     total,
     unflatten,
 )
-from netlathe.backends.tvm.values import Pending, Store, Value
+from netlathe.backends.tvm.values import ChannelsLast, Pending, Store, Value, from_last
 from netlathe.ir.dims import Shape
 
 
@@ -43,6 +43,9 @@ _BEFORE: Mapping[str, Callable[[Code, Expr], Expr]] = {
 
 def reduced(low: Lowering, x: Value, axes: Sequence[int], kind: str, keepdims: bool) -> Value:
     """``x`` reduced over ``axes``: sum, mean, max, min, prod, l1, l2, sum_square or log_sum."""
+    if isinstance(x, ChannelsLast) and keepdims and 1 not in axes and 0 not in axes:
+        last = reduced(low, x.last, [axis - 1 for axis in axes], kind, True)
+        return ChannelsLast(x.dtype, tuple(from_last(last.shape)), last)
     source = low.operand(x)
     shape = source.shape
     gone = set(axes)

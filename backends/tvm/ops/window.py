@@ -11,11 +11,12 @@ from tvm import tirx
 from netlathe.backends.tvm import packing, storage
 from netlathe.backends.tvm.kernel import Kernel
 from netlathe.backends.tvm.kernels import conv as kernels
+from netlathe.backends.tvm.kernels import gemm, pool, tile
 from netlathe.backends.tvm.kernels import reduce as template
 from netlathe.backends.tvm.lowering import Lowering
 from netlathe.backends.tvm.ops.elementwise import absolute, like
 from netlathe.backends.tvm.ops.norm import channel
-from netlathe.backends.tvm.ops.op import D, Op, Rule, combine, cost_of
+from netlathe.backends.tvm.ops.op import D, Op, Rule, channels_last, combine, cost_of
 from netlathe.backends.tvm.ops.reduction import reduced
 from netlathe.backends.tvm.packing import Recipe
 from netlathe.backends.tvm.tir import (
@@ -30,7 +31,16 @@ from netlathe.backends.tvm.tir import (
     total,
     unflatten,
 )
-from netlathe.backends.tvm.values import Lazy, Pending, Ready, Store, Value
+from netlathe.backends.tvm.values import (
+    ChannelsLast,
+    Lazy,
+    Pending,
+    Ready,
+    Store,
+    Value,
+    from_last,
+    to_last,
+)
 from netlathe.ir import dims, weights
 from netlathe.ir.dims import Dim, Shape
 
@@ -103,17 +113,20 @@ def convolved(
     spans = windows(op, kernel, x.shape)
     groups = op.integer("group", 1)
     channels = (groups, outputs // groups, inputs)
-    if len(kernel) == 1:
-        line = _conv_2d(
-            low, _line(x), _line(weight), _plane(spans), channels, dtype, _line_shape(shape)
-        )
-        made: Value = line.then(
-            lambda code, index, e: e, dtype, shape, lambda at: [at[0], at[1], at[3]]
-        )
-    elif len(kernel) == 2:
-        made = _conv_2d(low, x, weight, spans, channels, dtype, shape, constant)
-    else:
+    made: Value
+    if len(kernel) > 2:
         made = _conv_by_reduction(x, weight, spans, channels, dtype, shape)
+    else:
+        source = channels_last(low, _widened(x), x.rank)
+        if len(kernel) == 1:  # a plane of one row
+            source = _line(low, source)
+            spans = _plane(spans)
+        turned = tuple(to_last(shape))
+        plane = (turned[0], 1, *turned[1:]) if len(kernel) == 1 else turned
+        last = _conv_2d(low, source, weight, spans, channels, dtype, plane, constant)
+        if len(kernel) == 1:
+            last = last.then(lambda code, at, e: e, dtype, turned, lambda at: [at[0], *at[2:]])
+        made = ChannelsLast(dtype, shape, last)
     return _biased(low, made, bias)
 
 
@@ -124,19 +137,16 @@ def _biased(low: Lowering, made: Value, bias: Value | None) -> Value:
     return combine(low, lambda code, x, b: x + b, [made, held], made.dtype, made.shape)
 
 
-def _line_shape(shape: Shape) -> Shape:
-    return (*shape[:2], 1, shape[2])
-
-
-def _line(value: Value) -> Value:
-    """[.., .., n] as [.., .., 1, n]."""
-    shape = _line_shape(value.shape)
+def _line(low: Lowering, value: Value) -> Value:
+    """[b, n, c] as [b, 1, n, c]."""
+    value = low.operand(value)
+    shape = (value.shape[0], 1, *value.shape[1:])
     if isinstance(value, Ready):
         return value.viewed(shape)
     return Lazy(
         value.dtype,
         shape,
-        lambda code, at: value.at(code, [at[0], at[1], at[3]]),
+        lambda code, at: value.at(code, [at[0], *at[2:]]),
         cost=cost_of(value),
     )
 
@@ -161,22 +171,8 @@ def _conv_2d(
     shape: Shape,
     constant: ir.Value | None = None,
 ) -> Pending:
+    """``x`` and the result are [b, rows, columns, channels]; ``shape`` is that of the result."""
     groups, outputs, inputs = channels
-    prepared, positions = _prepared(low, x, spans, shape, storage.computed(dtype))
-    tile = None
-    if constant is not None and weight.dtype in (D.FLOAT, D.DOUBLE) and positions is not None:
-        assert constant.name is not None
-        tile = kernels.tile(low.machine, outputs, positions, storage.computed(dtype))
-        tiles = -(-outputs // tile.channels)
-        held = low.parameter(
-            constant.name,
-            weight.dtype,
-            (groups, tiles, inputs * spans.kernel[0] * spans.kernel[1], tile.channels),
-            Recipe(packing.channel_tiles, (constant.name,), (groups, tile.channels)),
-            (constant, "tiles", groups, tile.channels),
-        )
-    else:
-        held = low.force(_widened(weight))
     geometry = kernels.Geometry(
         groups,
         inputs,
@@ -185,14 +181,103 @@ def _conv_2d(
         (spans.strides[0], spans.strides[1]),
         (spans.dilations[0], spans.dilations[1]),
     )
+    computed = storage.computed(dtype)
+    if constant is not None and (weight.dtype != dtype or not isinstance(weight, Ready)):
+        constant = None
+    if geometry.is_depthwise:
+        source = low.force(x)
+        taps = _taps_first(low, weight, constant, geometry)
+        begins = (spans.begins[0], spans.begins[1])
+
+        def depthwise(kernel: Kernel, store: Store) -> str:
+            out = kernel.shape(shape)
+            return kernels.depthwise(kernel, source, taps, geometry, begins, out, computed, store)
+
+        return Pending(dtype, shape, depthwise)
+    if spans.is_plain and groups == 1:
+        return _pointwise(low, low.force(x), weight, constant, geometry, dtype, shape)
+    bordered = _bordered(low, x, spans, geometry)
+    columns = shape[2] if isinstance(shape[2], int) else None
+    cut = tile.panels(low.machine, outputs, computed, columns)
+    held = _panelled(low, weight, constant, geometry, cut)
 
     def build(kernel: Kernel, store: Store) -> str:
-        computed = storage.computed(dtype)
-        return kernels.direct(
-            kernel, prepared, held, tile, geometry, kernel.shape(shape), positions, computed, store
-        )
+        out = kernel.shape(shape)
+        return kernels.direct(kernel, bordered, held, cut, geometry, out, computed, store)
 
     return Pending(dtype, shape, build)
+
+
+def _pointwise(
+    low: Lowering,
+    x: Ready,
+    weight: Value,
+    constant: ir.Value | None,
+    geometry: kernels.Geometry,
+    dtype: D,
+    shape: Shape,
+) -> Pending:
+    """A window of one element, all of which are taken: a matrix product of all positions."""
+    plane = dims.product(shape[1:3])
+    rows = plane if isinstance(plane, int) else None
+    cut = tile.panels(low.machine, geometry.outputs, storage.computed(dtype), rows)
+    held = gemm.Weight(_panelled(low, weight, constant, geometry, cut))
+    flat = x.viewed((dims.product(x.shape[:-1]), geometry.inputs))
+
+    def build(kernel: Kernel, store: Store) -> str:
+        out = kernel.shape(shape)
+
+        def give(code: Code, at: Index, element: Expr) -> None:
+            store(code, [*unflatten(at[0], out[:3]), at[1]], element)
+
+        lead = [total(out[:3])]
+        return gemm.packed(kernel, flat, held, cut, lead, geometry.inputs, give, rows or 0)
+
+    return Pending(dtype, shape, build)
+
+
+def _panelled(
+    low: Lowering,
+    weight: Value,
+    constant: ir.Value | None,
+    geometry: kernels.Geometry,
+    cut: tile.Panels,
+) -> Ready:
+    """The weight as [groups, panels, taps * inputs, width], packed at compile time where it is a constant."""
+    g = geometry
+    shape = (g.groups, cut.count, g.taps * g.inputs, cut.width)
+    if constant is not None:
+        assert constant.name is not None  # the IR has no constant without one
+        recipe = Recipe(packing.window_panels, (constant.name,), (g.groups, cut.count, cut.width))
+        return low.parameter(
+            constant.name, weight.dtype, shape, recipe, (constant, "window", g.groups, cut)
+        )
+    source = low.operand(_widened(weight))
+
+    def element(code: Code, at: Index) -> Expr:
+        group, panel, k, lane = at
+        own = panel * i64(cut.width) + lane
+        output = group * i64(g.outputs) + tirx.min(own, i64(g.outputs - 1))
+        down, across, channel_ = unflatten(k, [i64(n) for n in (*g.kernel, g.inputs)])
+        window = [down, across] if source.rank == 4 else [across]
+        item = source.at(code, [output, channel_, *window])
+        return select(own < i64(g.outputs), item, like(item, 0))
+
+    return low.force(Lazy(source.dtype, shape, element, cost=8 + cost_of(source)))
+
+
+def _taps_first(
+    low: Lowering, weight: Value, constant: ir.Value | None, geometry: kernels.Geometry
+) -> Ready:
+    """A depthwise weight as [taps, channels]."""
+    shape = (geometry.taps, geometry.groups)
+    if constant is not None:
+        assert constant.name is not None
+        recipe = Recipe(packing.taps_first, (constant.name,))
+        return low.parameter(constant.name, weight.dtype, shape, recipe, (constant, "taps"))
+    source = low.force(_widened(weight))
+    flat = source.viewed((geometry.groups, geometry.taps))
+    return low.force(Lazy(flat.dtype, shape, lambda code, at: flat.at(code, [at[1], at[0]])))
 
 
 def _widened(value: Value) -> Value:
@@ -202,48 +287,25 @@ def _widened(value: Value) -> Value:
     return value
 
 
-def _prepared(
-    low: Lowering, x: Value, spans: Windows, shape: Shape, dtype: str
-) -> tuple[Ready, int | None]:
-    """``x`` with its padding and split by the strides, and how many positions the kernel goes over.
-
-    Where ``x`` is copied for that, rows after the last make the positions a multiple of a vector.
-    """
-    x = _widened(x)
-    b, c, h, w = x.shape
-    down, across = spans.strides
-    if spans.is_plain or (down == across == 1 and not any((*spans.begins, *spans.ends))):
-        ready = low.force(x)
-        if spans.kernel == (1, 1):  # no tap looks beyond its own position
-            return ready.viewed((b, c, 1, h, w)), _fixed(dims.product((h, w)))
-        return ready.viewed((b, c, 1, h, w)), _positions(shape, w)
-    rows = dims.ceil_divide(dims.add(h, spans.begins[0] + spans.ends[0]), down)
-    columns = dims.ceil_divide(dims.add(w, spans.begins[1] + spans.ends[1]), across)
-
-    positions = _positions(shape, columns)
-    if positions is not None and columns != shape[3]:
-        lanes = low.machine.lanes(dtype)
-        more = -positions % lanes
-        positions += more
-        rows = dims.add(rows, dims.ceil_divide(more, columns))
-    whole = (b, c, down * across, rows, columns)
+def _bordered(low: Lowering, x: Value, spans: Windows, geometry: kernels.Geometry) -> Ready:
+    """``x`` with zeros where windows reach beyond it."""
+    if not any((*spans.begins, *spans.ends)):
+        return low.force(x)
+    source = low.operand(x)
+    b, h, w, c = x.shape
+    whole = (
+        b,
+        dims.add(h, spans.begins[0] + spans.ends[0]),
+        dims.add(w, spans.begins[1] + spans.ends[1]),
+        c,
+    )
 
     def build(kernel: Kernel, store: Store) -> str:
         begins = (spans.begins[0], spans.begins[1])
-        return kernels.split(kernel, x, kernel.shape(whole), (down, across), begins, store)
+        dtype = storage.computed(source.dtype)
+        return kernels.padded(kernel, source, begins, kernel.shape(whole), dtype, store)
 
-    return low.force(Pending(x.dtype, whole, build)), positions
-
-
-def _positions(shape: Shape, width: Dim) -> int | None:
-    rows, columns = shape[2:]
-    if isinstance(rows, int) and isinstance(columns, int) and isinstance(width, int):
-        return (rows - 1) * width + columns
-    return None
-
-
-def _fixed(dim: Dim) -> int | None:
-    return dim if isinstance(dim, int) else None
+    return low.force(Pending(x.dtype, whole, build))
 
 
 def _conv_by_reduction(
@@ -382,12 +444,16 @@ def _pooled(
     kind: str,
     neutral: float,
     before: Callable[[Code, Expr], Expr],
-) -> tuple[Pending, Windows]:
+) -> tuple[Pending | ChannelsLast, Windows]:
     x = op.operand(0)
     spans = windows(op, op.integers("kernel_shape") or (), x.shape)
     shape = op.shape()
     computed = storage.computed(x.dtype)
     combine_ = template.COMBINE[kind]
+    if isinstance(x, ChannelsLast) and x.rank == 4:
+        return ChannelsLast(
+            op.dtype(), shape, _pooled_last(x, spans, combine_, before, shape)
+        ), spans
 
     def build(kernel: Kernel, store: Store) -> str:
         sizes = kernel.shape(x.shape)
@@ -417,6 +483,39 @@ def _pooled(
         )
 
     return Pending(op.dtype(), shape, build), spans
+
+
+def _pooled_last(
+    x: ChannelsLast,
+    spans: Windows,
+    combine_: template.Combine,
+    before: Callable[[Code, Expr], Expr],
+    shape: Shape,
+) -> Pending:
+    last, turned = x.last, tuple(to_last(shape))
+    source = Lazy(last.dtype, last.shape, lambda code, at: before(code, last.at(code, at)))
+    rows, columns = (
+        pool.Span(*each)
+        for each in zip(spans.kernel, spans.strides, spans.dilations, spans.begins, strict=True)
+    )
+
+    def build(kernel: Kernel, store: Store) -> str:
+        dtype = storage.computed(x.dtype)
+        out = kernel.shape(turned)
+        return pool.channels_last(kernel, source, (rows, columns), out, dtype, combine_, store)
+
+    return Pending(x.dtype, turned, build)
+
+
+def _then(
+    made: Pending | ChannelsLast, function: Callable[[Code, Index, Expr], Expr], dtype: D
+) -> Value:
+    """``function`` of each result and its index in the usual order."""
+    if isinstance(made, Pending):
+        return made.then(function, dtype)
+    assert isinstance(made.last, Pending)
+    last = made.last.then(lambda code, at, e: function(code, from_last(at), e), dtype)
+    return ChannelsLast(dtype, made.shape, last)
 
 
 def _max_pool(op: Op) -> Sequence[Value]:
@@ -484,7 +583,7 @@ def _average_pool(op: Op) -> Sequence[Value]:
             count = count * held
         return value / cast(count, str(value.ty.dtype))
 
-    return [total_.then(divide, op.dtype())]
+    return [_then(total_, divide, op.dtype())]
 
 
 def _lp_pool(op: Op) -> Sequence[Value]:
@@ -494,7 +593,7 @@ def _lp_pool(op: Op) -> Sequence[Value]:
         return e * e if p == 2 else tirx.pow(absolute(code, e), like(e, p))
 
     pooled, _ = _pooled(op, "sum", 0.0, power)
-    return [pooled.then(lambda code, index, e: _root(e, p), op.dtype())]
+    return [_then(pooled, lambda code, index, e: _root(e, p), op.dtype())]
 
 
 def _root(value: Expr, p: int) -> Expr:
