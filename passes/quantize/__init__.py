@@ -47,6 +47,7 @@ from netlathe.passes.quantize import (
     integer,
     ledger,
     low_rank,
+    on_target,
     reference,
     rounding,
     token,
@@ -227,7 +228,7 @@ class Quantize(ChoosingPass):
 
         Raises:
             PassError: a pattern matches no candidate.
-            OptionError: settings contradict each other.
+            OptionError: settings contradict each other, or the target cannot hold a scheme.
             GateError: less is quantized than ``min_coverage`` asks for.
         """
         if self.requantize:
@@ -236,6 +237,7 @@ class Quantize(ChoosingPass):
         found = candidates.find(model)
         self._check_patterns(found)
         self._check_schemes(found)
+        self._check_target(found, ctx)
         shares = self._shares(model, found, ctx) if self.bits else {}
         progress = ctx.progress.track(found, "looking at weights", len(found))
         entries = [self._allocated(candidate, shares, ctx) for candidate in progress]
@@ -359,6 +361,30 @@ class Quantize(ChoosingPass):
             ] = None
         if problems:
             raise OptionError(Diagnostic("quantize.scheme", text) for text in problems)
+
+    def _check_target(self, found: Sequence[Candidate], ctx: Context) -> None:
+        if ctx.target is None:
+            return
+        candidates_ = [c for c in found if not (candidates.refusal(c) or self._left_out(c))]
+        passes = [self, *map(self._in, self.formats)]
+        schemes = [pass_._scheme(candidate) for candidate in candidates_ for pass_ in passes]
+        sample = {"x": np.linspace(-1, 1, 4, dtype=np.float32)[:, None]}
+
+        def quantize(model: ir.Model, scheme: Scheme) -> None:
+            width = model.graph.inputs[0].shape
+            assert width is not None
+            fed = {"x": np.repeat(sample["x"], int(width[-1]), 1)}  # type: ignore[arg-type]
+            one = Quantize(
+                **{f.name: getattr(scheme, f.name) for f in _OF_SCHEMES},
+                activations=self.activations,
+                activation_scales=self.activation_scales,
+                activation_form=self.activation_form,
+                min_size=0,
+            )
+            one.run(model, Context(calibration=[fed]))
+
+        if problems := on_target.problems(ctx.target, schemes, quantize):
+            raise OptionError(problems)
 
     def _check_coverage(self, found: Sequence[Candidate], entries: Sequence[Entry]) -> None:
         sizes = {c.name: math.prod(c.dims) for c in found if c.value.dtype in candidates.FLOATS}
@@ -574,6 +600,8 @@ class Quantize(ChoosingPass):
 
         return ctx.once(f"{candidate.name}/{scheme.weights}", search)
 
+
+_OF_SCHEMES = [f for f in dataclasses.fields(Scheme) if f.name != "tensor_scale"]
 
 # -- entries --------------------------------------------------------------------------------------
 

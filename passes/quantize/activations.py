@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from netlathe.diagnostics import Diagnostic, PassError
 from netlathe.ir import weights
 from netlathe.ir.provenance import module_path
 from netlathe.passes.quantize import integer, qdq, token
@@ -64,7 +65,7 @@ def choose(
     ``chosen`` are the entries of the weights.
 
     Raises:
-        PassError: static scales, and no calibration data.
+        PassError: static scales, and no calibration data, or none that reaches a value.
     """
     if settings.form == "qdq":
         made = list(_pairs(settings, model, chosen, ctx, needed_by))
@@ -192,7 +193,11 @@ def places(scales: Scales, model: ir.Model, chosen: Sequence[Entry]) -> qdq.Plac
 def _grids(
     settings: Settings, model: ir.Model, values: Sequence[ir.Value], ctx: Context, needed_by: str
 ) -> dict[ir.Value, tuple[float, int]]:
-    """Scale and zero point of every value, from calibration data."""
+    """Scale and zero point of every value, from calibration data.
+
+    Raises:
+        PassError: there is none, or a value is always 0 in it, which is no range.
+    """
     from netlathe.execute.statistics import MinMax  # torch is an extra
     from netlathe.passes.quantize.activation_ranges import Histogram, range_of
 
@@ -202,13 +207,25 @@ def _grids(
     kind: Any = MinMax if settings.how == "minmax" else Histogram
     wanted = [kind(v.name or "", _channels(v)) for v in values]
     found = ctx.collect(model, wanted, needed_by=needed_by)
-    grids = {}
+    grids: dict[ir.Value, tuple[float, int]] = {}
+    problems = []
     for value, result in zip(values, found, strict=True):
         if settings.how == "minmax":
             low, high = float(result.array[0].min()), float(result.array[1].max())
         else:
             low, high = range_of(result.array, settings.how, number, settings.percentile)
+        if low == high == 0:
+            problems.append(
+                Diagnostic(
+                    "quantize.calibration",
+                    f"calibration data never reaches {value.name}: it is always 0, so its range is unknown",
+                    where=module_path(value),
+                    help="give data that does, or leave out the weights that read it with ignore",
+                )
+            )
         grids[value] = number.grid(low, high)
+    if problems:
+        raise PassError(problems)
     return grids
 
 

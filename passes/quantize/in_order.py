@@ -63,14 +63,18 @@ def solve(
     entries: Sequence[Entry],
     ctx: Context,
 ) -> list[Entry]:
-    """The entries with codes for what data can solve."""
+    """The entries with codes for what data can solve.
+
+    What calibration data never reaches is rounded to nearest, and an entry of its own says so behind them,
+    skipped.
+    """
     from netlathe.execute.torch_ops import storage
     from netlathe.execute.walk import Walk  # torch is an extra
 
     if not ctx.calibration:
         ctx.collect(model, [], needed_by=f"quantize with {settings.words}")
     known = {candidate.name: candidate for candidate in found}
-    done = list(entries)
+    done, unreached = list(entries), []
     solvable: dict[int, inputs.Fed] = {}
     rest: dict[int, Candidate] = {}
     copy = model.clone()
@@ -111,8 +115,12 @@ def solve(
         if damping > settings.damping:
             reason += f", damped by {damping:.2g} as its inputs are singular"
         if unfed := solved["unfed"].tolist():
-            reason += f"; {_unfed(unfed, what.parts)}: to nearest"
+            why = f"{_unfed(unfed, what.parts)}: to nearest"
+            reason += f"; {why}"
             detail["unfed"] = unfed
+            unreached.append(
+                Entry(f"{settings.words} of {entry.candidate}", "skipped", why, entry.where)
+            )
         arrays = {
             key: solved[key] for key in ("codes", "scales", "zeros", "a", "b") if key in solved
         }
@@ -122,7 +130,7 @@ def solve(
         walk.replace(candidate.name, made.to(storage.TORCH_DTYPE[candidate.value.dtype]))
         for array in arrays.values():
             weights.give_back_array(array)  # mapped where there is a cache
-    return done
+    return done + unreached
 
 
 def _unfed(which: Sequence[int], parts: int) -> str:

@@ -10,9 +10,9 @@ sec. 2.2, eq. 5-6, with a multiplier that a small hardware multiplier takes). In
         -> x - Mod(x, 2^n) -> Div 2^n -> Clip -> Cast to int8
 
 What other operators do with such values: Add brings both to one scale in the same way, a mean over static
-dims is a sum with another multiplier, Relu is the lower end of the range, and moves and MaxPool take
-them as they are. Where an operator knows floats only, a value is dequantized: from the 32-bit sums, if no
-integer operator reads it.
+dims is a sum with another multiplier, Relu (and a Clip from 0) is the end of the range, and moves and MaxPool
+take them as they are. Where an operator knows floats only, a value is dequantized: from the 32-bit sums, if
+no integer operator reads it.
 """
 
 from __future__ import annotations
@@ -77,13 +77,13 @@ def requantize(acc: Array, multiplier: Array, shift: Array, zero: int) -> Array:
 
 @dataclass(frozen=True)
 class Layer:
-    """A product with an int8 weight; ``output`` is what it makes after its bias and its Relu."""
+    """A product with an int8 weight; ``output`` is what it makes after its bias and its Relu or Clip."""
 
     node: ir.Node
     weight: ir.Value
     bias: ir.Value | None
     output: ir.Value
-    absorbed: tuple[ir.Node, ...]  # the bias' Add and the Relu
+    absorbed: tuple[ir.Node, ...]  # the bias' Add and the Relu or Clip
 
     @property
     def input(self) -> ir.Value:
@@ -181,13 +181,22 @@ def _layer(node: ir.Node, names: set[str]) -> Layer | None:
 
 
 def _through_relu(value: ir.Value) -> tuple[ir.Value, tuple[ir.Node, ...]]:
-    """What a Relu makes of ``value`` if nothing else reads it, and the Relu."""
+    """What a Relu makes of ``value`` if nothing else reads it, and the Relu (or a Clip that starts at 0)."""
     uses = list(value.uses())
     if len(uses) == 1 and not value.is_graph_output():
         node = uses[0][0]
-        if node.op_type == "Relu" and not node.domain:
+        if not node.domain and (node.op_type == "Relu" or _clips_from_zero(node)):
             return node.outputs[0], (node,)
     return value, ()
+
+
+def _clips_from_zero(node: ir.Node) -> bool:
+    """Whether the range of what comes out, which starts at 0 and is no wider, does what the node does."""
+    if node.op_type != "Clip" or len(node.inputs) < 2:
+        return False
+    low = edit.const_array(node.inputs[1])
+    high = edit.const_array(node.inputs[2]) if len(node.inputs) > 2 else np.float32(np.inf)
+    return low is not None and float(low) == 0.0 and high is not None and float(high) > 0.0
 
 
 def _averaged(node: ir.Node) -> int:
@@ -290,8 +299,10 @@ class Rewriter:
         wide = self._cast(acc, ir.DataType.FLOAT, f"{name}_wide")
         by = self._constant(layer.channels_last(step.astype(np.float32)), f"{name}_step")
         result = self._make("Mul", [wide, by], f"{name}_value")
-        if layer.absorbed and layer.absorbed[-1].op_type == "Relu":
-            result = self._make("Relu", [result], f"{name}_relu")
+        if layer.absorbed and layer.absorbed[-1].op_type in ("Relu", "Clip"):
+            last = layer.absorbed[-1]
+            ends = list(last.inputs[1:])
+            result = self._make(last.op_type, [result, *ends], f"{name}_{last.op_type.lower()}")
         self._instead(output, result)
         return output
 

@@ -90,8 +90,9 @@ class Emulator:
             self.units[output] = self._rounded(acc, (step / to).reshape(shape), zero)
             return output
         value = self("Mul", self._cast(acc, FLOAT), step.astype(np.float32).reshape(shape))
-        if any(node.op_type == "Relu" for node in layer.absorbed):
-            self("Relu", value)
+        for node in layer.absorbed:
+            if node.op_type in ("Relu", "Clip"):
+                self(node.op_type, value, *node.inputs[1:])
         return output
 
     def _sum(self, node: ir.Node) -> ir.Value:

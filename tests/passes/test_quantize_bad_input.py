@@ -20,6 +20,7 @@ from netlathe.ir import normal, verify, weights
 from netlathe.passes.quantize import Quantize
 from netlathe.pipeline.ledger import Entry
 from netlathe.pipeline.pass_ import Context
+from netlathe.pipeline.registry import find_target
 from tests import zoo_ir
 from tests.ir.onnx_text import matrix, model
 
@@ -82,7 +83,7 @@ def test_nothing_is_quantized_again_unasked() -> None:
 
 
 @pytest.mark.parametrize("solver", ["rtn", "gptq"])
-@pytest.mark.parametrize("weights_", ["int4", "int3", "nf4"])
+@pytest.mark.parametrize("weights_", ["int4", "int3", "nf4", "codebook2", "float4e2m1"])
 def test_channels_of_zeros_stay_zero(weights_: Any, solver: Any) -> None:
     w = matrix(32, 8)
     w[:, 3] = 0
@@ -117,6 +118,67 @@ def test_singular_inputs_are_damped_and_the_ledger_says_so() -> None:
     after, (entry,) = quantized(before, pass_, Context(calibration=[{"x": x}]))
     assert "damped by" in entry.reason and "singular" in entry.reason
     assert 1e-30 < entry.detail["damping"] <= 1 and np.isfinite(ort.run(after, {"x": x})["y"]).all()
+
+
+def test_data_that_never_reaches_a_layer() -> None:
+    body = "z = Mul (x, none) a = MatMul (z, w) y = MatMul (x, v)"
+    held = {"w": matrix(16, 8), "v": matrix(16, 8, seed=1), "none": np.zeros(1, np.float32)}
+    before = model("float[t,16] x", "float a, float y", body, **held)
+    normal.normalize(before)
+    ctx = Context(calibration=[{"x": matrix(30, 16)}])
+    *solved, left = Quantize(min_size=0, weights="int4", solver="gptq").choose(before, ctx)
+    assert [entry.status for entry in solved] == ["applied", "applied"]
+    assert "its input is always 0: to nearest" in solved[0].reason
+    assert (left.status, left.left_out) == ("skipped", False), "strictness objects"
+    assert left.candidate == "solver='gptq' of w"
+    captured = netlathe.Captured(
+        before, "before", "onnx", {}, lambda sizes, seed: ctx.calibration[0]
+    )
+    with pytest.raises(netlathe.GateError, match="skipped solver='gptq' of w"):
+        netlathe.compile(
+            captured,
+            [Quantize(min_size=0, weights="int4", solver="gptq")],
+            calibration=ctx.calibration,
+            strict=True,
+        )
+    for form in ("integer", "qdq"):
+        with pytest.raises(
+            netlathe.PassError, match="calibration data never reaches z: it is always 0"
+        ):
+            Quantize(min_size=0, activations="int8", activation_form=form).choose(before, ctx)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "target, settings, options, says",
+    [
+        ("onnx", {"opset": 20}, {"weights": "mxfp4"}, "cannot hold mxfp4: a tensor of float4e2m1"),
+        ("onnx", {"opset": 23}, {"weights": "mxfp4"}, "does not take tensor.float8e8m0. at opset 23"),
+        ("onnx-ort", {"opset": 18}, {"weights": "float8e5m2"}, "float8e5m2 cannot exist"),
+        ("onnx", {"opset": 22}, {"overrides": {"v": {"weights": "nvfp4"}}}, "cannot hold nvfp4"),
+        (
+            "onnx",
+            {"opset": 18},
+            {
+                "activations": "float8e4m3fn",
+                "weights": "float8e4m3fn",
+                "activation_form": "qdq",
+            },
+            "float8e4m3fn cannot exist",
+        ),
+    ],
+)
+def test_what_a_target_cannot_hold_is_refused_before_work_starts(
+    target: str, settings: dict[str, Any], options: dict[str, Any], says: str
+) -> None:
+    before = settled(
+        "float[b,32] x", "h = MatMul (x, w) y = MatMul (h, v)", w=matrix(32, 32), v=matrix(32, 32)
+    )
+    made = find_target(target, **settings)[1]
+    with pytest.raises(netlathe.OptionError, match=says):  # no data is asked for
+        Quantize(min_size=0, solver="gptq", **options).choose(before, Context(target=made))
+    newer = find_target(target, opset=24)[1]
+    ctx = Context(target=newer, calibration=[{"x": matrix(40, 32)}])
+    assert {e.status for e in Quantize(min_size=0, **options).choose(before, ctx)} == {"applied"}
 
 
 def test_a_tied_table_is_quantized_from_both_sides_or_from_none() -> None:
