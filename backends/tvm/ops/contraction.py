@@ -8,10 +8,12 @@ import onnx_ir as ir
 from tvm import tirx
 
 from netlathe.backends.tvm import packing, storage
+from netlathe.backends.tvm.arm import products
 from netlathe.backends.tvm.kernel import Kernel
 from netlathe.backends.tvm.kernels import gemm
 from netlathe.backends.tvm.kernels import reduce as template
 from netlathe.backends.tvm.lowering import Lowering
+from netlathe.backends.tvm.ops import dots
 from netlathe.backends.tvm.ops.op import D, Op, Rule, broadcast_index, is_cheap
 from netlathe.backends.tvm.packing import Recipe
 from netlathe.backends.tvm.tir import Code, Expr, Index, i64
@@ -22,6 +24,8 @@ from netlathe.ir.dims import Shape
 
 def _matmul(op: Op) -> Sequence[Value]:
     constant = op.node.inputs[1]
+    if (made := dots.pair_product(op)) is not None:
+        return [made]
     if constant is not None and op.value(0).rank >= 1:
         if _is_matrix(constant) and _is_plain(constant):
             return [by_constant(op.low, op.ready(0), constant, op.dtype(), op.shape())]
@@ -93,6 +97,8 @@ def by_quantized(low: Lowering, a: Ready, node: ir.Node, dtype: D, shape: Shape)
 
 def by_constant(low: Lowering, a: Ready, constant: ir.Value, dtype: D, shape: Shape) -> Pending:
     """``a`` [..., K] times a constant [K, N], packed at compile time."""
+    if (made := products.by_constant(low, a, constant, dtype, shape)) is not None:
+        return made
     tensor = constant.const_value
     assert tensor is not None
     inner, columns = tensor.shape.numpy()

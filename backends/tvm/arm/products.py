@@ -1,0 +1,273 @@
+"""Products with a constant on ARM: which inner loop takes them, how B is packed for it, tails and epilogues.
+
+neon.float32, neon.float16, neon.dot, neon.matrix     the scheme of :mod:`netlathe.backends.tvm.arm.neon`
+neon.codes                                            B in 8 or 4 bits with scales, A in float32
+
+A task is a block of rows and a panel of B. It goes down its rows a tile at a time; the last tile starts early
+enough to be whole, so a few rows are computed twice, to the same values. Each function here gives None for
+what the kernels of every machine take.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import onnx_ir as ir
+from tvm import tirx
+
+from netlathe.backends.tvm.arm import neon, packing
+from netlathe.backends.tvm.arm.neon import ROWS, Scheme, Tile
+from netlathe.backends.tvm.kernel import Kernel
+from netlathe.backends.tvm.kernels.general import vectors
+from netlathe.backends.tvm.lowering import Lowering
+from netlathe.backends.tvm.packing import Recipe
+from netlathe.backends.tvm.tir import (
+    PARALLEL,
+    Code,
+    Expr,
+    broadcast,
+    cast,
+    const,
+    i64,
+    idiv,
+    imod,
+    known,
+    unflatten,
+)
+from netlathe.backends.tvm.values import Pending, Ready, Store, Value
+from netlathe.ir import dims
+from netlathe.ir.dims import Shape
+
+D = ir.DataType
+# Rows of A that one task works on: with K = 1536 in float32 they fill most of a level-2 cache.
+_ROW_BLOCK = 128
+
+
+def by_constant(
+    low: Lowering, a: Ready, constant: ir.Value, dtype: D, shape: Shape
+) -> Pending | None:
+    """``a`` [..., K] times a constant [K, N] of floats of the same type."""
+    if low.machine.architecture != "aarch64" or a.dtype != constant.dtype:
+        return None
+    if a.dtype == D.FLOAT:
+        scheme = neon.FLOAT32
+    elif a.dtype == D.FLOAT16 and "asimdhp" in low.machine.features:
+        scheme = neon.FLOAT16
+    else:
+        return None
+    return _Product(low, a, constant, scheme).pending(dtype, shape)
+
+
+def by_integers(
+    low: Lowering, a: Ready, a_zero: Value | None, constant: ir.Value, b_zero: int, shape: Shape
+) -> Pending | None:
+    """``a`` - ``a_zero`` [..., K] times a constant [K, N], all of 8 bits, in int32.
+
+    ``b_zero`` must be the middle of B's range: 0 for int8, 128 for uint8.
+    """
+    features = low.machine.features
+    if "asimddp" not in features or low.machine.architecture != "aarch64":
+        return None
+    types = {D.INT8: 0, D.UINT8: 128}
+    if a.dtype not in types or constant.dtype not in types or b_zero != types[constant.dtype]:
+        return None
+    if a_zero is not None and not a_zero.is_one:
+        return None
+    scheme = neon.MATRIX if "i8mm" in features else neon.DOT
+    product = _Product(low, a, constant, scheme)
+    if a_zero is not None or a.dtype == D.UINT8:
+        product.shift_by(a_zero)
+    return product.pending(D.INT32, shape)
+
+
+@dataclass
+class _Shift:
+    """What is added for the zero point of A: (middle - zero) times the sum of a column of B."""
+
+    zero: Value | None
+    middle: int
+    columns: Ready
+
+    def add(self, code: Code, column: Expr, value: Expr) -> Expr:
+        total = tirx.BufferLoad(code.kernel.read(self.columns), [column])
+        by = const(self.middle, "int32")
+        if self.zero is not None:
+            by = by - cast(self.zero.at(code, [i64(0)] * self.zero.rank), "int32")
+        return value + by * total
+
+
+class _Product:
+    """A product with a packed constant."""
+
+    def __init__(self, low: Lowering, a: Ready, constant: ir.Value, scheme: Scheme) -> None:
+        assert constant.const_value is not None and constant.name is not None
+        self.low, self.scheme, self.constant = low, scheme, constant
+        self.inner, self.columns = constant.const_value.shape.numpy()
+        self.a = a.viewed((dims.product(a.shape[:-1]), self.inner))
+        self.lead = a.shape[:-1]
+        self.count = -(-self.columns // scheme.width)
+        self.padded = -(-self.inner // scheme.elements) * scheme.elements
+        self.shift: _Shift | None = None
+        numbers = (self.count, scheme.width, self.padded, scheme.elements // scheme.steps)
+        if scheme.paired:
+            numbers = (self.count, scheme.width, self.padded, 8)
+        elements = self.count * self.padded * scheme.width
+        self.weight = low.parameter(
+            constant.name,
+            {"float32": D.FLOAT, "float16": D.FLOAT16, "int8": D.INT8}[scheme.b_type],
+            (elements,),
+            Recipe(packing.neighbours, (constant.name,), numbers),
+            (constant, "neon", scheme),
+        )
+
+    def shift_by(self, zero: Value | None) -> None:
+        """Let A have a zero point, and be unsigned."""
+        name = self.constant.name
+        assert name is not None
+        columns = self.low.parameter(
+            name,
+            D.INT32,
+            (self.columns,),
+            Recipe(packing.column_sums, (name,)),
+            (self.constant, "neon sums"),
+        )
+        middle = 128 if self.a.dtype == D.UINT8 else 0
+        self.shift = _Shift(zero, middle, columns)
+
+    def pending(self, dtype: D, shape: Shape) -> Pending:
+        """The product, with a kernel to be written."""
+        return Pending(dtype, shape, self.build)
+
+    def build(self, kernel: Kernel, store: Store) -> str:
+        code, scheme = kernel.code, self.scheme
+        rows = kernel.size(self.a.shape[0])
+        lead = kernel.shape(self.lead)
+        buffer = kernel.read(self.a)
+        weight = kernel.read(self.weight)
+        panel_size = self.padded * scheme.width
+        stored = "uint8" if self.a.dtype == D.UINT8 else scheme.a_type
+        out_type = "int32" if scheme.sum_type == "int32" else "float32"
+
+        def finish(row: Expr, column: Expr, value: Expr) -> None:
+            if self.shift is not None:
+                value = self.shift.add(code, column, value)
+            store(code, [*unflatten(row, lead), column], value)
+
+        def register(start: Expr) -> Expr:
+            return self._signed(code.vload(buffer, start, scheme.elements))
+
+        def task(size: int, first: Expr, end: Expr, panel: Expr) -> None:
+            out = code.alloc([size * scheme.width], out_type, scope="global")
+            rest = self.inner % scheme.elements
+            tails = code.alloc([size * scheme.elements], stored) if rest else None
+            base = code.bind(panel * i64(panel_size))
+
+            def b(k: Expr, step: Expr, number: int) -> Expr:
+                per_step = scheme.vectors * scheme.b_lanes
+                at = base + k * i64(scheme.width) + step * i64(per_step)
+                return code.vload(weight, at + i64(number * scheme.b_lanes), scheme.b_lanes)
+
+            def tile(row: Expr) -> None:
+                start = [code.bind((row + i64(i)) * i64(self.inner)) for i in range(size)]
+                if tails is not None:
+                    self._copy_tails(code, buffer, tails, stored, start, rest)
+                made = Tile(
+                    code,
+                    scheme,
+                    self.inner,
+                    lambda i, k: register(start[i] + k),
+                    b,
+                    lambda i: self._signed(code.vload(tails, i * scheme.elements, scheme.elements)),
+                )
+                made.run(size, out)
+                put_rows(code, size, row, panel, scheme.width, self.columns, out, finish)
+
+            down(code, size, first, end, rows, tile)
+
+        tasks(code, rows, self.count, task)
+        names = {id(neon.FLOAT32): "float32", id(neon.FLOAT16): "float16", id(neon.DOT): "dot"}
+        return "neon." + names.get(id(scheme), "matrix")
+
+    def _signed(self, value: Expr) -> Expr:
+        """uint8 less 128, as int8."""
+        if self.a.dtype != D.UINT8:
+            return value
+        flipped = value ^ broadcast(const(128, "uint8"), self.scheme.elements)
+        return tirx.reinterpret(f"int8x{self.scheme.elements}", flipped)
+
+    def _copy_tails(
+        self, code: Code, buffer: Any, tails: Any, stored: str, start: list[Expr], rest: int
+    ) -> None:
+        """The last values of k of every row, and zeros behind them."""
+        elements = self.scheme.elements
+        first = self.inner - rest
+        empty = 128 if self.a.dtype == D.UINT8 else 0
+        for i, at in enumerate(start):
+            blank = broadcast(const(empty, stored), elements)
+            code.vstore(tails, i * elements, blank, elements)
+            for j in range(rest):
+                value = tirx.BufferLoad(buffer, [at + i64(first + j)])
+                code.store(tails, i64(i * elements + j), value)
+
+
+def tasks(
+    code: Code, rows: Expr, panels: int, task: Callable[[int, Expr, Expr, Expr], None]
+) -> None:
+    """``task(tile rows, first row, end, panel)`` for every block of rows and panel, in parallel."""
+
+    def all_of(size: int) -> None:
+        blocks = idiv(rows + i64(_ROW_BLOCK - 1), i64(_ROW_BLOCK))
+        with code.loop(blocks * i64(panels), PARALLEL) as number:
+            block = code.bind(idiv(number, i64(panels)))
+            panel = code.bind(imod(number, i64(panels)))
+            first = code.bind(block * i64(_ROW_BLOCK))
+            task(size, first, code.bind(tirx.min(first + i64(_ROW_BLOCK), rows)), panel)
+
+    number = known(rows)
+    if number is not None:
+        all_of(next((size for size in (ROWS, 4) if size <= number), 1))
+        return
+    few = lambda: code.branch(rows >= i64(4), lambda: all_of(4), lambda: all_of(1))  # noqa: E731
+    code.branch(rows >= i64(ROWS), lambda: all_of(ROWS), few)
+
+
+def down(
+    code: Code, size: int, first: Expr, end: Expr, rows: Expr, tile: Callable[[Expr], None]
+) -> None:
+    """``tile(row)`` down the rows [first, end)."""
+    with code.loop(idiv(end - first + i64(size - 1), i64(size))) as step:
+        row = first + step * i64(size)
+        tile(code.bind(tirx.min(row, rows - i64(size)) if size > 1 else row))
+
+
+def put_rows(
+    code: Code,
+    size: int,
+    row: Expr,
+    panel: Expr,
+    width: int,
+    columns: int,
+    out: Any,
+    finish: Callable[[Expr, Expr, Expr], None],
+) -> None:
+    """Hand a tile's results on from memory; what lies beyond the columns is dropped."""
+    column = code.bind(panel * i64(width))
+
+    def part(count: int) -> None:
+        with code.loop(size) as i:
+            at = code.bind(row + i)
+
+            def one(j: Expr) -> None:
+                finish(at, column + j, tirx.BufferLoad(out, [i * i64(width) + j]))
+
+            vectors(code, i64(count), min(4, count), one)
+
+    last = columns % width
+    if not last:
+        part(width)
+    elif columns < width:
+        part(last)
+    else:
+        code.branch(panel < i64(columns // width), lambda: part(width), lambda: part(last))
