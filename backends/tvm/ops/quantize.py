@@ -5,20 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-import onnx_ir as ir
 from tvm import tirx
 
 from netlathe.backends.tvm import storage
 from netlathe.backends.tvm.arm import products
-from netlathe.backends.tvm.ops import dots
 from netlathe.backends.tvm.ops.contraction import product
 from netlathe.backends.tvm.ops.elementwise import convert, is_float, like
 from netlathe.backends.tvm.ops.norm import channel
 from netlathe.backends.tvm.ops.op import D, Op, Rule, combine, is_cheap
 from netlathe.backends.tvm.ops.reduction import reduced
-from netlathe.backends.tvm.ops.window import biased, convolved, plain_begins
+from netlathe.backends.tvm.ops.window import convolved
 from netlathe.backends.tvm.tir import Code, Expr, Index, cast, i64, idiv, select
-from netlathe.backends.tvm.values import ChannelsLast, Lazy, Value
+from netlathe.backends.tvm.values import Lazy, Value
 from netlathe.ir import weights
 from netlathe.ir.dims import Shape
 
@@ -57,8 +55,7 @@ def _integers(x: Expr) -> Expr:
 
 
 def _dequantize(op: Op) -> Sequence[Value]:
-    constant = weights.is_weight(op.node.inputs[0]) if op.node.inputs[0] is not None else False
-    x = op.operand(0) if constant else dots.stored(op.low, op.value(0))
+    x = op.operand(0)
     axis = op.axis(max(x.rank, 1), 1) if x.rank else 0
     block = op.integer("block_size")
     operands = [x, _spread(op.operand(1), x.shape, axis, block)]
@@ -74,9 +71,8 @@ def _dequantize(op: Op) -> Sequence[Value]:
         return cast(held, wide) * cast(scale, wide)
 
     made = combine(op.low, dequantize, operands, target, x.shape)
-    inner = made.last if isinstance(made, ChannelsLast) else made
-    if isinstance(inner, Lazy) and (constant or op.operand(1).is_one):
-        inner.cheap = True  # it is scaled where it is read, not written out
+    if isinstance(made, Lazy) and weights.is_weight(op.node.inputs[0]):
+        made.cheap = True  # a quantized weight is scaled where it is read, not written out
     return [made]
 
 
@@ -177,43 +173,13 @@ def _by_integer_constant(op: Op, a: int, a_zero: int, b: int, b_zero: int) -> Va
     return products.by_integers(op.low, op.ready(a), zero, constant, int(np.max(zeros)), shape)
 
 
-def _zero(op: Op, index: int) -> Value | None:
-    return op.operand(index) if op.has(index) else None
-
-
-def _signed_weight(op: Op, index: int, zero_index: int) -> ir.Value | None:
-    """The constant at ``index``, if it is signed bytes around zero."""
-    value = op.node.inputs[index]
-    zero = op.node.inputs[zero_index] if op.has(zero_index) else None
-    return value if dots.is_signed_weight(value, zero) else None
-
-
-def _dots(op: Op, x: int, x_zero: int, w: int, w_zero: int, conv: bool) -> Value | None:
-    """The sums by dot products of bytes, in int32, where there are such."""
-    constant = _signed_weight(op, w, w_zero)
-    if constant is None:
-        return None
-    zero = _zero(op, x_zero)
-    if not conv:
-        return dots.product(op.low, op.value(x), zero, constant, op.shape())
-    begins = plain_begins(op)
-    made = dots.convolution(op, op.value(x), zero, constant, begins) if begins else None
-    if made is None or made.dtype == D.INT32:
-        return made
-    return combine(op.low, lambda code, e: cast(e, "int32"), [made], D.INT32, made.shape)
-
-
 def _matmul_integer(op: Op) -> Sequence[Value]:
-    if (made := _dots(op, 0, 2, 1, 3, conv=False)) is not None:
-        return [made]
     if (made := _by_integer_constant(op, 0, 2, 1, 3)) is not None:
         return [made]
     return [product(op.low, _centred(op, 0, 2, -2), _centred(op, 1, 3, -1), D.INT32)]
 
 
 def _conv_integer(op: Op) -> Sequence[Value]:
-    if (made := _dots(op, 0, 2, 1, 3, conv=True)) is not None:
-        return [made]
     x, w = _centred(op, 0, 2, 1), _centred(op, 1, 3, 0)
     return [convolved(op, x, w, None, D.INT32, op.shape())]
 
@@ -233,8 +199,6 @@ def _requantized(op: Op, made: Value, scales: Sequence[Value], zero: Value) -> V
 def _qlinear_matmul(op: Op) -> Sequence[Value]:
     made = _by_integer_constant(op, 0, 2, 3, 5)
     if made is None:
-        made = _dots(op, 0, 2, 3, 5, conv=False)
-    if made is None:
         made = product(op.low, _centred(op, 0, 2, -2), _centred(op, 3, 5, -1), D.INT32)
     left, right = op.operand(1), op.operand(4)
     scales = [
@@ -246,13 +210,9 @@ def _qlinear_matmul(op: Op) -> Sequence[Value]:
 
 
 def _qlinear_conv(op: Op) -> Sequence[Value]:
+    x, w = _centred(op, 0, 2, 1), _centred(op, 3, 5, 0)
     bias = op.operand(8) if op.has(8) else None
-    made = _dots(op, 0, 2, 3, 5, conv=True)
-    if made is None:
-        x, w = _centred(op, 0, 2, 1), _centred(op, 3, 5, 0)
-        made = convolved(op, x, w, bias, D.INT32, op.shape())
-    else:
-        made = biased(op.low, made, bias)
+    made = convolved(op, x, w, bias, D.INT32, op.shape())
     weight = op.operand(4)
     if not weight.is_one:
         weight = channel(weight, made.rank)
