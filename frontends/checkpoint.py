@@ -104,11 +104,13 @@ class Places:
     """Where in a checkpoint's files the bytes of a weight lie.
 
     Libraries rename weights when they load them, and merge them (a stack of experts from one file
-    entry each). Bytes tell them again: a weight is one tensor of the files, or several in a row.
+    entry each). Bytes tell them again: a weight is one tensor of the files, or several in a row. Of
+    tensors that are equal, as fresh biases are, each is found once before one is found again.
     """
 
     def __init__(self, checkpoint: Mapping[str, StoredTensor]) -> None:
         self._named = checkpoint
+        self._found: set[str] = set()
         self._starts: dict[tuple[ir.DataType, bytes], list[StoredTensor]] = {}
         for place in checkpoint.values():
             if place.length:
@@ -128,6 +130,7 @@ class Places:
             place = self._named.get(name)
             if place is not None and place.dtype == dtype and place.shape == values.shape:
                 if _same_bytes(place, wanted):
+                    self._found.add(place.name)
                     return [place]
         found: list[StoredTensor] = []
         at = 0
@@ -137,6 +140,7 @@ class Places:
                 return []
             found.append(place)
             at += place.length
+        self._found.update(place.name for place in found)
         return found
 
     def _at(self, dtype: ir.DataType, wanted: npt.NDArray[np.uint8]) -> StoredTensor | None:
@@ -147,7 +151,7 @@ class Places:
             for place in self._starts.get((dtype, wanted[:length].tobytes()), ())
             if place.length <= wanted.size
         ]
-        candidates.sort(key=lambda place: place.length, reverse=True)
+        candidates.sort(key=lambda place: (-place.length, place.name in self._found))
         return next((p for p in candidates if _same_bytes(p, wanted[: p.length])), None)
 
 

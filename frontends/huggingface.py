@@ -372,19 +372,31 @@ def _remap(
 ) -> dict[str, list[StoredTensor]]:
     """Let ``model`` read what is unchanged from ``files``; where every weight lies, by name.
 
-    The library maps the files too, but keeps every page it has read.
+    The library maps the files too, but keeps every page it has read. What the files have by name goes
+    first: the others are told by bytes, and take of equal tensors those that are left.
     """
     found: dict[str, list[StoredTensor]] = {}
+    first: dict[int, str] = {}  # tied weights are one object
     places = Places(checkpoint)
     prefix = str(getattr(model, "base_model_prefix", ""))
     weights = {
         **dict(model.named_parameters(remove_duplicate=False)),
         **dict(model.named_buffers(remove_duplicate=False)),
     }
-    for name in list(model.state_dict()):  # the dict itself would hold on to all that was mapped
-        weight, array = weights[name], _numpy(weights[name])
-        names = (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}")
-        found[name] = places.find(names, ir.DataType.from_numpy(array.dtype), array)
+
+    def names(name: str) -> tuple[str, ...]:
+        return name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}"
+
+    # the dict of the state itself would hold on to all that was mapped
+    for name in sorted(
+        model.state_dict(), key=lambda name: checkpoint.keys().isdisjoint(names(name))
+    ):
+        weight = weights[name]
+        if (tied := first.setdefault(id(weight), name)) != name:
+            found[name] = found[tied]
+            continue
+        array = _numpy(weight)
+        found[name] = places.find(names(name), ir.DataType.from_numpy(array.dtype), array)
         if len(found[name]) == 1:
             mapped = _torch(files.array(found[name][0]))
             weight.data = mapped.reshape(weight.shape)
