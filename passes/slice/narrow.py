@@ -7,6 +7,7 @@ what :func:`netlathe.analysis.axes.delete` does for d - k positions of the chann
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -94,6 +95,11 @@ def sizes(layout: Layout, kept: Mapping[str, int], names: Mapping[str, Stretch])
 
     wanted = {names[name].group.atom: np.arange(count) for name, count in kept.items()}
     selection = Selection(wanted)
+    read: dict[ir.Value | None, set[int]] = defaultdict(
+        set
+    )  # sizes that a shared vector is needed in
+    for (node, index), (axis,) in layout.axes.related.copies.items():
+        read[node.inputs[index]].add(int(selection.size(axis)))
     total = 0
     for value in layout.model.graph.initializers.values():
         tensor = value.const_value
@@ -101,7 +107,7 @@ def sizes(layout: Layout, kept: Mapping[str, int], names: Mapping[str, Stretch])
             continue
         axes = layout.axes.related.axes.get(value)
         if axes is None:
-            total += tensor.size
+            total += sum(read[value]) if value in read else tensor.size
             continue
         count = 1
         for axis in axes:

@@ -14,6 +14,7 @@ cancel in what is summed over; a rotation passes from an input to the output or 
 
 from __future__ import annotations
 
+import dataclasses
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -205,9 +206,19 @@ class _Laws:
         self.axes, self.group = axes, group
         self.of: dict[Place, list[Law]] = defaultdict(list)
         for relation, letter in axes.letters[group.atom]:
-            law = _law(relation, letter)
+            law = self._without_zeros(_law(relation, letter))
             for place in law.places:
                 self.of[place].append(law)
+
+    def _without_zeros(self, law: Law) -> Law:
+        """A law without products by zeros that several nodes read: these are the same in every basis."""
+        known = self.axes.related.axes
+        shared = {place[0] for side in law.sides for place in side.factors} - known.keys()
+        zeros = {value for value in shared if not weights.array(value).any()}
+        if not zeros:
+            return law
+        sides = [s for s in law.sides if zeros.isdisjoint(value for value, _ in s.factors)]
+        return dataclasses.replace(law, sides=tuple(sides))
 
     @cached_property
     def outside(self) -> frozenset[ir.Value]:
