@@ -17,7 +17,7 @@ _REST_S = 0.005  # threads of ONNX Runtime and TVM have gone to sleep by then
 
 @dataclass(frozen=True)
 class Timing:
-    """Wall times of one function in milliseconds: median, and the quartiles around it."""
+    """Times of one function in milliseconds: median, and the quartiles around it."""
 
     median_ms: float
     low_ms: float
@@ -31,11 +31,13 @@ def in_turn(
     rounds: int = 20,
     warmup: int = 2,
     progress: Progress | None = None,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Timing]:
     """Run every function once a round, A B C A B C ..., and return the median of each.
 
     Rounds are alternately forward and backward, so that no function always follows the same one. There is
     a rest before each run: idle threads of the runtime before it spin for a while, on the same cores.
+    ``clock`` gives seconds: ``time.thread_time`` of what runs on one thread does not count other processes.
 
     Raises:
         ValueError: ``rounds`` is below 3: quartiles need that many.
@@ -50,9 +52,9 @@ def in_turn(
     for number in (progress or SilentProgress()).track(range(rounds), "measuring", rounds):
         for name in names if number % 2 == 0 else reversed(names):
             time.sleep(_REST_S)
-            start = time.perf_counter()
+            start = clock()
             functions[name]()
-            taken[name].append(1e3 * (time.perf_counter() - start))
+            taken[name].append(1e3 * (clock() - start))
     timings = {}
     for name, times in taken.items():
         low, median, high = statistics.quantiles(times, n=4)
