@@ -186,7 +186,6 @@ def measure(folder: Path, chosen: argparse.Namespace) -> None:
 
     def step(name: str, model: ir.Model, note: str = "") -> None:
         nonlocal clock
-        normal.normalize(model)
         weights.give_back(model)
         pieces.give_back()
         now = time.monotonic()
@@ -210,10 +209,12 @@ def measure(folder: Path, chosen: argparse.Namespace) -> None:
         feeds.append(fed)
     ctx = Context(calibration=feeds, device=chosen.device, progress=progress, pieces=pieces)
     FoldNorms().run(model, ctx)
+    normal.normalize(model)
     step("fold_norms", model)
     drop = Drop(kind="attention", count=chosen.drop)
     few = Context(calibration=feeds[: chosen.drop_windows], device=chosen.device, progress=progress)
     drop.edit(model, drop.choose(model, few), few)
+    normal.normalize(model)
     step("drop", model, f"{chosen.drop} attentions, {len(few.calibration)} windows")
     pass_ = Slice(ratio=0.25, adapters=chosen.adapters, round_to=chosen.round_to)
     start = time.monotonic()
@@ -222,6 +223,7 @@ def measure(folder: Path, chosen: argparse.Namespace) -> None:
     solving = pieces.seconds / chosen.layers
     held = sum(array.nbytes for entry in entries for array in entry.arrays.values())
     pass_.edit(model, entries, ctx)
+    normal.normalize(model)
     note = (
         f"`{pass_}`: {seconds:.2f} s and {held / chosen.layers / (1 << 20):.1f} MiB a layer,"
         f" {solving:.2f} s of it for eigenvectors"

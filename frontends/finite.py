@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import ml_dtypes
@@ -10,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from netlathe.diagnostics import Diagnostic, InputError
+from netlathe.execute.ort import default_threads
 
 CHUNK = 1 << 22  # elements looked at together: bounds the check's memory to some 20 MB
 
@@ -20,26 +23,41 @@ def check_finite(
     *,
     allow: frozenset[str] = frozenset(),
 ) -> None:
-    """Look at every float weight once, a chunk at a time (about 1 s for 2 GB).
+    """Look at every float weight once, a chunk at a time, in as many threads as may compute.
 
     ``allow`` names tensors that may hold -inf, as masks do.
 
     Raises:
         InputError: with one diagnostic per tensor that holds NaN or infinity.
     """
-    wrong: list[Diagnostic] = []
-    for name, array in weights:
-        problem = _problem(array, minus_inf=name in allow)
-        if problem:
-            wrong.append(
-                Diagnostic(
-                    "weights.not_finite",
-                    f"weight {name!r} of {what} holds {problem}",
-                    help="the checkpoint is damaged or training diverged: use an earlier one",
-                )
-            )
+    wrong = [
+        Diagnostic(
+            "weights.not_finite",
+            f"weight {name!r} of {what} holds {problem}",
+            help="the checkpoint is damaged or training diverged: use an earlier one",
+        )
+        for name, problem in _problems(weights, allow)
+        if problem
+    ]
     if wrong:
         raise InputError(wrong)
+
+
+def _problems(
+    weights: Iterable[tuple[str, npt.NDArray[Any]]], allow: frozenset[str]
+) -> Iterator[tuple[str, str]]:
+    """What is wrong with each, in order; no more weights are held than threads."""
+    threads = default_threads()
+    waiting: deque[tuple[str, Future[str]]] = deque()
+    with ThreadPoolExecutor(threads, "finite") as pool:
+        for name, array in weights:
+            waiting.append((name, pool.submit(_problem, array, minus_inf=name in allow)))
+            del array  # a map of a file: it goes when it has been looked at
+            if len(waiting) > threads:
+                first, problem = waiting.popleft()
+                yield first, problem.result()
+        for name, problem in waiting:
+            yield name, problem.result()
 
 
 def _problem(array: npt.NDArray[Any], *, minus_inf: bool) -> str:

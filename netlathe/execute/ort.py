@@ -123,6 +123,15 @@ def run(
     return results
 
 
+def run_each(model: ir.Model, samples: Sequence[Mapping[str, npt.NDArray[Any]]]) -> list[Arrays]:
+    """:func:`run` on several feeds of the same inputs; weights that are not held at once are read once."""
+    session = Session(model)
+    results = session.run_each(samples)
+    del session
+    weights.give_back(model)
+    return results
+
+
 def fits(model: ir.Model) -> bool:
     """Whether the weights of ``model`` are few enough to be held at once, dequantized ones too."""
     return sum(_held(node, v) for node in model.graph for v in _reads(node)) <= SEGMENT_BYTES
@@ -181,29 +190,39 @@ class Session:
 
     def run(self, feeds: Mapping[str, npt.NDArray[Any]]) -> Arrays:
         """Evaluate once; see :func:`run` for what it raises."""
-        self._check(feeds)
-        held = {name: self._held(name, array) for name, array in feeds.items()}
-        for value in self._graph.inputs:  # an input with a default that was not given
-            if value.name and value.name not in held and value.const_value is not None:
-                held[value.name] = self._held(value.name, value.const_value.numpy())
+        return self.run_each([feeds])[0]
+
+    def run_each(self, samples: Sequence[Mapping[str, npt.NDArray[Any]]]) -> list[Arrays]:
+        """Evaluate several times, reading every weight once; see :func:`run` for what it raises."""
+        helds = [self._given(feeds) for feeds in samples]
         for number, segment in enumerate(self._segments):
-            prepared = self._kept or self._session(segment, held)
+            prepared = self._kept or self._session(segment, helds[0])
             if len(self._segments) == 1:
                 self._kept = prepared
-            inputs = {self._edge(name): held[name] for name in segment.inputs}
-            try:
-                results = prepared.session.run_with_ort_values(
-                    [self._edge(name) for name in segment.outputs], inputs | prepared.weights
-                )
-            except Exception as error:
-                raise self._failure(error, segment.nodes) from error
+            later = {name for rest in self._segments[number + 1 :] for name in rest.inputs}
+            for at, held in enumerate(helds):
+                inputs = {self._edge(name): held[name] for name in segment.inputs}
+                try:
+                    results = prepared.session.run_with_ort_values(
+                        [self._edge(name) for name in segment.outputs], inputs | prepared.weights
+                    )
+                except Exception as error:
+                    raise self._failure(error, segment.nodes) from error
+                made = held | dict(zip(segment.outputs, results, strict=True))
+                helds[at] = {n: a for n, a in made.items() if n in later or n in self.outputs}
             del prepared  # before the next segment's weights are read
             if len(self._segments) > 1:
                 weights.give_back(self._model)
-            held.update(zip(segment.outputs, results, strict=True))
-            later = {name for rest in self._segments[number + 1 :] for name in rest.inputs}
-            held = {n: a for n, a in held.items() if n in later or n in self.outputs}
-        return {name: self._result(name, held) for name in self.outputs}
+        return [{name: self._result(name, held) for name in self.outputs} for held in helds]
+
+    def _given(self, feeds: Mapping[str, npt.NDArray[Any]]) -> dict[str, onnxruntime.OrtValue]:
+        """The feeds, and the defaults of inputs that were not given."""
+        self._check(feeds)
+        held = {name: self._held(name, array) for name, array in feeds.items()}
+        for value in self._graph.inputs:
+            if value.name and value.name not in held and value.const_value is not None:
+                held[value.name] = self._held(value.name, value.const_value.numpy())
+        return held
 
     def _result(self, name: str, held: Mapping[str, onnxruntime.OrtValue]) -> npt.NDArray[Any]:
         if name in held:
@@ -335,12 +354,14 @@ class Session:
                 edge = self._edge(name)
                 graph.input.append(onnx.helper.make_tensor_value_info(edge, element, None))
         graph.output.extend(onnx.ValueInfoProto(name=self._edge(n)) for n in segment.outputs)
+        # CastLike reads a type, not numbers.
+        typed = {v for node in segment.nodes if node.op_type == "CastLike" for v in node.inputs[1:]}
         outside: dict[str, ir.TensorProtocol] = {}
         for name, value in sorted(read.items()):
             tensor = value.const_value
             if tensor is None or not _is_weight(value):
                 continue
-            if tensor.dtype in _WIDER:
+            if tensor.dtype in _WIDER and value not in typed:
                 tensor = weights.converted(tensor, _WIDER[tensor.dtype], name)
             dims = tensor.shape.numpy()
             whole = tensor.dtype in _NUMPY_DTYPES or tensor.dtype in _AS_BITS

@@ -92,4 +92,9 @@ def _by_bytes(values: list[ir.Value]) -> list[tuple[Hashable, ir.Value]]:
 def _probe(value: ir.Value) -> bytes:
     """A few elements, spread over the tensor."""
     flat = weights.array(value).reshape(-1)
-    return flat[:: max(1, flat.size // _PROBES)].tobytes()
+    found = flat[:: max(1, flat.size // _PROBES)].tobytes()
+    if value.const_value is not None:
+        weights.give_back_tensor(
+            value.const_value
+        )  # around each element the system maps many pages
+    return found

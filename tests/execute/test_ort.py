@@ -40,6 +40,23 @@ def test_ranges_give_what_the_whole_gives() -> None:
         assert all(np.array_equal(parts[name], whole[name]) for name in whole)
 
 
+@pytest.mark.parametrize("max_bytes", [ort.SEGMENT_BYTES, 2 * 32 * 32 * 4])
+def test_several_samples_read_each_weight_once(
+    max_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = []
+    real = ort.Session._session
+    monkeypatch.setattr(ort.Session, "_session", lambda *args: made.append(1) or real(*args))
+    model = chain()
+    samples = [{"x": text.normal(rows, 32, seed=rows)} for rows in (3, 5)]
+    session = ort.Session(model, ["y", "h1"], max_bytes=max_bytes)
+    results = session.run_each(samples)
+    assert len(made) == len(session._segments) == (1 if max_bytes == ort.SEGMENT_BYTES else 3)
+    for feeds, found in zip(samples, results, strict=True):
+        alone = ort.run(model, feeds, ["y", "h1"])
+        assert all(np.array_equal(found[name], alone[name]) for name in alone)
+
+
 def test_no_more_weights_than_allowed_are_in_a_session(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[int] = []
     real = ort.Session._proto
