@@ -3,7 +3,7 @@
 lanes    a register of one row of A holds several values of k, and each multiplies a vector of B as a
          lane (``fmla v0.4s, v1.4s, v2.s[3]``, ``sdot v0.4s, v1.16b, v2.4b[3]``). Broadcasting would load
          once for each value, and on the Neoverse cores shuffle once more.
-pairs    ``smmla`` multiplies two rows by two columns, eight values of k each.
+pairs    ``smmla`` multiplies two rows by two columns, eight values of k each; a block of A is packed for it.
 
 16 accumulators hide the latency of the multiplications, 8 registers hold A, and B goes through the rest.
 """
@@ -51,7 +51,7 @@ class Scheme:
 
     @property
     def paired(self) -> bool:
-        """Whether rows are multiplied two at a time."""
+        """Whether A is packed two rows at a time: ``a`` then has a register for each pair and step."""
         return self.vectors == 4
 
 
@@ -105,26 +105,15 @@ def _dot(held: Expr, b: Expr, a: Expr, lane: int) -> Expr:
 
 
 def _multiply_pairs(code: Code, sums: Sequence[Any], a: Sequence[Expr], load: Load) -> None:
-    """Sum [pair of rows][pair of columns] is [r0 c0, r0 c1, r1 c0, r1 c1]."""
-    wide = [tirx.reinterpret("int64x2", row) for row in a]
-    for half in range(2):
-        rows = [
-            code.bind(
-                tirx.reinterpret(
-                    "int8x16",
-                    tirx.Shuffle(
-                        [wide[i], wide[i + 1]],
-                        [tirx.IntImm("int32", half), tirx.IntImm("int32", 2 + half)],
-                    ),
-                )
-            )
-            for i in range(0, len(a), 2)
-        ]
+    """Sum [pair of rows][pair of columns] is [r0 c0, r0 c1, r1 c0, r1 c1]; ``a`` [pair of rows][step]."""
+    for step in range(2):
         for number in range(4):
-            b = code.bind(load(i64(half), number))
-            for i, pair in enumerate(rows):
+            b = code.bind(load(i64(step), number))
+            for i in range(len(a) // 2):
                 held = sums[i * 4 + number]
-                value = _intrinsic("smmla.v4i32.v16i8", "int32x4", code.vload(held, 0, 4), pair, b)
+                value = _intrinsic(
+                    "smmla.v4i32.v16i8", "int32x4", code.vload(held, 0, 4), a[2 * i + step], b
+                )
                 code.vstore(held, 0, value, 4)
 
 
@@ -195,7 +184,7 @@ class Tile:
         """A row alone has too few sums to hide latency: every lane gets its own."""
         scheme = self.scheme
         columns = 8 if scheme.sum_type == "float16" else 4
-        count = 4 if rows == 1 and scheme.paired else 8 if rows == 1 else 2 * rows
+        count = 8 if rows == 1 else 2 * rows
         return self.code.registers(count, columns, scheme.sum_type)
 
     def _blocks(self, rows: int, sums: list[Any], first: Expr, count: Expr) -> None:
@@ -214,6 +203,4 @@ class Tile:
             self._multiply(a, sums, i64(whole * scheme.elements))
 
     def _multiply(self, a: list[Expr], sums: list[Any], k: Expr) -> None:
-        if self.scheme.paired and len(a) == 1:
-            a = [*a, *a]
         self.scheme.multiply(self.code, sums, a, lambda step, number: self.b(k, step, number))

@@ -43,6 +43,7 @@ from netlathe.ir.dims import Shape
 D = ir.DataType
 # Rows of A that one task works on: with K = 1536 in float32 they fill most of a level-2 cache.
 _ROW_BLOCK = 128
+_PANELS = 8  # that one task takes where it packs A first
 
 
 def by_constant(
@@ -141,6 +142,9 @@ class _Product:
         return Pending(dtype, shape, self.build)
 
     def build(self, kernel: Kernel, store: Store) -> str:
+        """Write the kernel; its schedule's name."""
+        if self.scheme.paired:
+            return self._build_pairs(kernel, store)
         code, scheme = kernel.code, self.scheme
         rows = kernel.size(self.a.shape[0])
         lead = kernel.shape(self.lead)
@@ -156,7 +160,7 @@ class _Product:
             store(code, [*unflatten(row, lead), column], value)
 
         def register(start: Expr) -> Expr:
-            return self._signed(code.vload(buffer, start, scheme.elements))
+            return self._signed(code.vload(buffer, start, scheme.elements), scheme.elements)
 
         def task(size: int, first: Expr, end: Expr, panel: Expr) -> None:
             out = code.alloc([size * scheme.width], out_type, scope="global")
@@ -179,7 +183,9 @@ class _Product:
                     self.inner,
                     lambda i, k: register(start[i] + k),
                     b,
-                    lambda i: self._signed(code.vload(tails, i * scheme.elements, scheme.elements)),
+                    lambda i: self._signed(
+                        code.vload(tails, i * scheme.elements, scheme.elements), scheme.elements
+                    ),
                 )
                 made.run(size, out)
                 put_rows(code, size, row, panel, scheme.width, self.columns, out, finish)
@@ -187,15 +193,78 @@ class _Product:
             down(code, size, first, end, rows, tile)
 
         tasks(code, rows, self.count, task)
-        names = {id(neon.FLOAT32): "float32", id(neon.FLOAT16): "float16", id(neon.DOT): "dot"}
-        return "neon." + names.get(id(scheme), "matrix")
+        names = {"float32": "float32", "float16": "float16", "int8": "dot"}
+        return f"neon.{names[scheme.a_type]}"
 
-    def _signed(self, value: Expr) -> Expr:
+    def _build_pairs(self, kernel: Kernel, store: Store) -> str:
+        """A task packs its rows by pairs, then takes some panels: that is done once for all of these."""
+        code, scheme, padded = kernel.code, self.scheme, self.padded
+        rows = kernel.size(self.a.shape[0])
+        lead = kernel.shape(self.lead)
+        buffer, weight = kernel.read(self.a), kernel.read(self.weight)
+        number = known(rows)
+        size = 2 if number is not None and number <= 2 else ROWS
+
+        def finish(row: Expr, column: Expr, value: Expr) -> None:
+            if self.shift is not None:
+                value = self.shift.add(code, column, value)
+            store(code, [*unflatten(row, lead), column], value)
+
+        groups = -(-self.count // _PANELS)
+        blocks = idiv(rows + i64(_ROW_BLOCK - 1), i64(_ROW_BLOCK))
+        with code.loop(blocks * i64(groups), PARALLEL) as task:
+            first = code.bind(idiv(task, i64(groups)) * i64(_ROW_BLOCK))
+            end = code.bind(tirx.min(first + i64(_ROW_BLOCK), rows))
+            start = code.bind(imod(task, i64(groups)) * i64(_PANELS))
+            panels = tirx.min(i64(_PANELS), i64(self.count) - start)
+            tiles = code.bind(idiv(end - first + i64(size - 1), i64(size)))
+            most = _ROW_BLOCK if number is None else min(_ROW_BLOCK, -(-number // size) * size)
+            packed = code.alloc([most * padded], "int8", scope="global")
+            out = code.alloc([size * scheme.width], "int32", scope="global")
+            with code.loop(tiles * i64(size)) as i:
+                row = code.bind(tirx.min(first + i, rows - i64(1)) * i64(self.inner))
+                pair = idiv(i, i64(2)) * i64(2 * padded) + imod(i, i64(2)) * i64(8)
+                self._pack_row(code, buffer, packed, row, code.bind(pair))
+            with code.loop(panels) as number_, code.loop(tiles) as tile:
+                panel = code.bind(start + number_)
+                base = code.bind(panel * i64(padded * scheme.width))
+                at = code.bind(tile * i64(size * padded))
+
+                def a(i: int, k: Expr, at: Expr = at) -> Expr:
+                    pair, step = divmod(i, 2)
+                    where = at + i64(pair * 2 * padded + step * 16) + k * i64(2)
+                    return code.vload(packed, where, 16)
+
+                def b(k: Expr, step: Expr, number: int, base: Expr = base) -> Expr:
+                    where = base + k * i64(scheme.width) + step * i64(64)
+                    return code.vload(weight, where + i64(number * 16), 16)
+
+                Tile(code, scheme, padded, a, b, lambda i: i64(0)).run(size, out)
+                row = code.bind(first + tile * i64(size))
+                count = tirx.min(i64(size), end - row)
+                put_rows(code, count, row, panel, scheme.width, self.columns, out, finish)
+        return "neon.matrix"
+
+    def _pack_row(self, code: Code, buffer: Any, packed: Any, row: Expr, at: Expr) -> None:
+        """Values of k by eights, each behind those of the row before in the pair; zeros behind the last."""
+        whole, rest = divmod(self.inner, 8)
+        if whole:
+            with code.loop(whole) as eight:
+                value = self._signed(code.vload(buffer, row + eight * i64(8), 8), 8)
+                code.vstore(packed, at + eight * i64(16), value, 8)
+        for eight in range(whole, self.padded // 8):
+            code.vstore(packed, at + i64(eight * 16), broadcast(const(0, "int8"), 8), 8)
+        for j in range(rest):
+            value = tirx.BufferLoad(buffer, [row + i64(whole * 8 + j)])
+            if self.a.dtype == D.UINT8:
+                value = tirx.reinterpret("int8", value ^ const(128, "uint8"))
+            code.store(packed, at + i64(whole * 16 + j), value)
+
+    def _signed(self, value: Expr, lanes: int) -> Expr:
         """uint8 less 128, as int8."""
         if self.a.dtype != D.UINT8:
             return value
-        flipped = value ^ broadcast(const(128, "uint8"), self.scheme.elements)
-        return tirx.reinterpret(f"int8x{self.scheme.elements}", flipped)
+        return tirx.reinterpret(f"int8x{lanes}", value ^ broadcast(const(128, "uint8"), lanes))
 
     def _copy_tails(
         self, code: Code, buffer: Any, tails: Any, stored: str, start: list[Expr], rest: int
@@ -244,7 +313,7 @@ def down(
 
 def put_rows(
     code: Code,
-    size: int,
+    size: int | Expr,
     row: Expr,
     panel: Expr,
     width: int,
