@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 import onnx_ir as ir
 
-from netlathe.ir import edit, types
+from netlathe.ir import edit
 
 from . import lookups, pairs, products, stored
 
@@ -36,7 +36,11 @@ class Written:
 
 
 def rewrite(model: ir.Model, accuracy_level: int) -> Written:
-    """Rewrite ``model``, in the IR's opset and normal form, in place; weights stay recipes."""
+    """Rewrite ``model``, in the IR's opset and normal form, in place; weights stay recipes.
+
+    What is written is typed as it is made: there are no shape rules for ONNX Runtime's operators, and
+    deriving all types anew would lose those of every value behind one.
+    """
     written = Written()
     taken = edit.names_in(model.graph)
     written.unsigned = pairs.unsign(model.graph, taken)
@@ -53,7 +57,6 @@ def rewrite(model: ir.Model, accuracy_level: int) -> Written:
     if written.operators:
         model.graph.opset_imports[DOMAIN] = 1
         edit.remove_dead(model.graph)
-        types.annotate(model)
     return written
 
 

@@ -29,7 +29,7 @@ def write(packed: Packed) -> list[ir.Node]:
     width = packed.length * packed.weight.bits // 8
     shape = packed.constant(np.array([packed.rows, width], np.int64), f"{packed.name}_table_shape")
     table = packed.node(
-        "Reshape", [packed.codes, shape], f"{packed.name}_table", packed.weight.node, allowzero=0
+        "Reshape", [packed.codes, shape], f"{packed.name}_table", (packed.rows, width), allowzero=0
     )
     home = packed.weight.node.graph
     assert isinstance(home, ir.Graph)

@@ -233,12 +233,26 @@ class Packed:
         op_type: str,
         inputs: list[ir.Value | None],
         name: str,
-        like: ir.Node,
+        dims: tuple[int, ...],
         **attributes: Any,
     ) -> ir.Node:
-        """A node of the main graph; its output gets a free name."""
+        """A node of the main graph; its output gets a free name, ``dims``, and its type of its first input.
+
+        That of a Cast is float32.
+        """
         free = edit.unique_name(self.graph, name, self._taken)
-        return edit.node(op_type, inputs, attributes, name=free, like=like, created_by=CREATED_BY)
+        first = inputs[0]
+        assert first is not None
+        return edit.node(
+            op_type,
+            inputs,
+            attributes,
+            name=free,
+            dtype=ir.DataType.FLOAT if op_type == "Cast" else first.dtype,
+            shape=ir.Shape(dims),
+            like=self.weight.node,
+            created_by=CREATED_BY,
+        )
 
     def constant(self, array: Array, name: str) -> ir.Value:
         """A new initializer."""
@@ -248,9 +262,14 @@ class Packed:
         return edit.constant(self.graph, array, name, self._taken)
 
     def _add(
-        self, op_type: str, inputs: list[ir.Value | None], name: str, **attrs: Any
+        self,
+        op_type: str,
+        inputs: list[ir.Value | None],
+        name: str,
+        dims: tuple[int, ...],
+        **attrs: Any,
     ) -> ir.Value:
-        self.nodes.append(self.node(op_type, inputs, name, self.weight.node, **attrs))
+        self.nodes.append(self.node(op_type, inputs, name, dims, **attrs))
         return self.nodes[-1].outputs[0]
 
     def _scales(self) -> ir.Value:
@@ -272,10 +291,12 @@ class Packed:
         scales = self._constant(made, name)
         if tensor.dtype != ir.DataType.FLOAT:
             to = ir.DataType.FLOAT.value
-            scales = self._add("Cast", [scales], f"{name}_wide", to=to, saturate=1, round_mode="up")
+            wide: dict[str, Any] = {"to": to, "saturate": 1, "round_mode": "up"}
+            scales = self._add("Cast", [scales], f"{name}_wide", (rows, columns), **wide)
         if (rows, columns) != (self.rows, self.blocks):
             shape = self.constant(np.array([self.rows, self.blocks], np.int64), f"{name}_shape")
-            scales = self._add("Expand", [scales, shape], f"{name}_all")
+            every = (self.rows, self.blocks)
+            scales = self._add("Expand", [scales, shape], f"{name}_all", every)
         return scales
 
     def _zeros(self) -> ir.Value | None:

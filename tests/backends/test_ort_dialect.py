@@ -226,6 +226,27 @@ def test_integer_products_take_uint8(scales: Any) -> None:
         )
 
 
+def test_pairs_by_token_behind_a_product_keep_their_types(tmp_path: Path) -> None:
+    """Blocks along tokens need ranks at older opsets, and no shape rule knows MatMulNBits."""
+    body = "h = MatMul (x, w) r = Relu (h) y = MatMul (r, v)"
+    before = settled("float[b,s,64] x", body, w=matrix(64, 32), v=matrix(32, 16))
+    after, reference = quantized(
+        before,
+        weights="int4",
+        group_size=16,
+        activations="int8",
+        activation_scales="token",
+        activation_form="qdq",
+    )
+    artifact = OnnxBackend().compile(after, TARGET)
+    artifact.save(tmp_path)
+    fed = feeds(before, {"b": 2, "s": 5})
+    wanted = ort.run(reference, fed)["y"]
+    found = ort.run(ort_dialect.at_level(ir.load(tmp_path / "model.onnx"), 1), fed)["y"]
+    assert np.abs(found - wanted).max() <= 64 * 2.0**-23 * np.sqrt(np.square(wanted).mean())
+    assert artifact.report()["dialect"]["operators"]["MatMulNBits"] == 2
+
+
 def test_static_pairs_of_products_stay(tmp_path: Path) -> None:
     before = settled("float[b,s,64] x", "y = MatMul (x, w)", w=matrix(64, 32))
     fed, after = feeds(before, {"b": 2, "s": 5}), before.clone()
