@@ -65,6 +65,7 @@ class Lowering:
         self.builder = relax.BlockBuilder()
         self.values: dict[ir.Value, Value] = {}
         self.parameters: dict[object, tuple[Parameter, Ready]] = {}
+        self.shifted: dict[Value, Value] = {}  # 8-bit activations -> as unsigned ones in memory
         self._names: dict[str, Expr] = {}  # size name -> variable of the Relax function
         self._functions: dict[int, list[tuple[Any, Any]]] = {}
         self._given: set[Any] = set()  # relax variables of the graph's inputs

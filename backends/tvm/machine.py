@@ -77,7 +77,7 @@ def native() -> str:
     from netlathe.backends.tvm.runtime import cpu_features
 
     have = cpu_features()
-    for level in reversed(LEVELS):
+    for level in reversed(list(LEVELS)):
         if have.issuperset(LEVELS[level][1]):
             return level
     raise OptionError(

@@ -152,17 +152,63 @@ def scales(tensor: ir.TensorProtocol, axis: int, block: int, count: int, width: 
 
 def window_panels(tensor: ir.TensorProtocol, groups: int, count: int, width: int) -> Array:
     """A kernel [groups * outputs, inputs, *taps] as [groups, count, taps * inputs, width]."""
+    return np.stack([_panels(matrix, count, width) for matrix in _by_group(tensor, groups)])
+
+
+def _by_group(tensor: ir.TensorProtocol, groups: int) -> Array:
+    """A kernel [groups * outputs, inputs, *taps] as [groups, taps * inputs, outputs]."""
     values = array(tensor)
-    values = values.reshape(groups, values.shape[0] // groups, values.shape[1], -1)
-    rows = values.transpose(0, 3, 2, 1)  # [groups, taps, inputs, outputs]
-    rows = rows.reshape(groups, -1, rows.shape[3])
-    return np.stack([_panels(matrix, count, width) for matrix in rows])
+    parts = values.reshape(groups, values.shape[0] // groups, values.shape[1], -1)
+    rows = parts.transpose(0, 3, 2, 1)
+    return rows.reshape(groups, -1, rows.shape[3])
+
+
+def dot_panels(
+    tensor: ir.TensorProtocol, groups: int, rows: int, inputs: int, count: int, width: int
+) -> Array:
+    """Bytes for dot products of four: a kernel as [groups, count, K / 4, width, 4].
+
+    K goes over ``rows`` taps and ``inputs`` channels, zeros beyond those that there are. Of no groups it
+    is a matrix [K, columns].
+    """
+    values = _by_group(tensor, groups) if groups else array(tensor)[None]
+    groups, _, outputs = values.shape
+    padded = np.zeros((groups, rows, inputs, count * width), values.dtype)
+    parts = values.reshape(groups, rows, -1, outputs)
+    padded[:, :, : parts.shape[2], :outputs] = parts
+    fours = padded.reshape(groups, rows * inputs // 4, 4, count, width)
+    return np.ascontiguousarray(fours.transpose(0, 3, 1, 4, 2))
+
+
+def dot_sums(tensor: ir.TensorProtocol, groups: int, factor: int) -> Array:
+    """The sum of every column of such a kernel, times ``factor``: [groups * outputs] in int32."""
+    values = _by_group(tensor, groups) if groups else array(tensor)[None]
+    sums: Array = values.sum(1, dtype=np.int32).reshape(-1) * np.int32(factor)
+    return sums
+
+
+def products(one: ir.TensorProtocol, other: ir.TensorProtocol, count: int) -> Array:
+    """A scale times one or ``count`` scales, [count] in float32."""
+    return np.ascontiguousarray(
+        np.broadcast_to(array(one).reshape(-1) * array(other).reshape(-1), count)
+    )
+
+
+def dequantized(data: ir.TensorProtocol, scale: ir.TensorProtocol) -> Array:
+    """Integers times their scale or scales, in float32."""
+    found: Array = array(data).astype(np.float32) * array(scale)
+    return found
 
 
 def taps_first(tensor: ir.TensorProtocol) -> Array:
     """A depthwise kernel [channels, 1, *taps] as [taps, channels]."""
     values = array(tensor)
     return np.ascontiguousarray(values.reshape(values.shape[0], -1).T)
+
+
+def taps_first_float(tensor: ir.TensorProtocol) -> Array:
+    """:func:`taps_first` of integers, in float32."""
+    return taps_first(tensor).astype(np.float32)
 
 
 def _panels(matrix: Array, count: int, width: int) -> Array:

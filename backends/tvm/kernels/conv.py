@@ -4,7 +4,8 @@ conv.direct      a register tile of neighbouring columns of one output row by ve
                  the sum goes over the window's rows, columns and the input channels. Of a window of one
                  element that is a matrix product, and :mod:`netlathe.backends.tvm.kernels.gemm` does it.
 conv.depthwise   one channel a lane; a tile of neighbouring columns shares the elements it loads
-conv.padded      the input with its border of zeros, where a window reaches beyond the plane
+conv.dots        the same of bytes, four products at a time
+conv.padded      the input with its border, where a window reaches beyond the plane
 
 Every vector lies along the channels, so neighbours in it are neighbours in memory whatever the window's
 strides are. Weights are packed at compile time.
@@ -12,6 +13,7 @@ strides are. Weights are packed at compile time.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,14 +21,15 @@ from tvm import tirx
 
 from netlathe.backends.tvm.kernel import Kernel
 from netlathe.backends.tvm.kernels.general import vectors
-from netlathe.backends.tvm.kernels.tile import Panels, Tiles, by_rows
+from netlathe.backends.tvm.kernels.tile import Arithmetic, Panels, Tiles, by_rows
 from netlathe.backends.tvm.machine import Machine
 from netlathe.backends.tvm.tir import (
     PARALLEL,
     VECTORIZED,
+    Code,
     Expr,
+    broadcast,
     cast,
-    const,
     flat_index,
     i64,
     known,
@@ -64,40 +67,56 @@ class Geometry:
 
 
 def padded(
-    kernel: Kernel, x: Value, begins: tuple[int, int], whole: list[Expr], dtype: str, store: Store
+    kernel: Kernel,
+    x: Value,
+    begins: tuple[int, int],
+    whole: list[Expr],
+    border: Callable[[Code], Expr],
+    store: Store,
 ) -> str:
-    """store([b, row, column, channel], element): ``x`` within a border of zeros; ``whole`` is that shape."""
+    """store([b, row, column, channel], element): ``x`` within a border; ``whole`` is that shape.
+
+    There may be more channels than ``x`` has; these are of the border too.
+    """
     code = kernel.code
-    height, width, _ = kernel.shape(x.shape)[1:]
-    lanes = kernel.lowering.machine.lanes(dtype)
-    channels = known(whole[3])
-    while channels is not None and lanes > 1 and lanes > channels:
+    height, width, channels = kernel.shape(x.shape)[1:]
+    # Lanes of 4-byte elements, whatever the type: LLVM splits what is wider.
+    lanes = kernel.lowering.machine.lanes("float32")
+    most = known(whole[3])
+    while most is not None and lanes > 1 and lanes > most:
         lanes //= 2
-    zero = const(0, dtype)
+    outside = code.bind(border(code))
     with code.loop(whole[0] * whole[1], PARALLEL) as line:
         b, row = (code.bind(i) for i in unflatten(line, whole[:2]))
         inner = code.bind(row - i64(begins[0]))
 
-        def clear(column: Expr) -> None:
-            vectors(code, whole[3], lanes, lambda c: store(code, [b, row, column, c], zero))
+        def clear(column: Expr, first: Expr) -> None:
+            vectors(
+                code,
+                whole[3] - first,
+                lanes,
+                lambda c: store(code, [b, row, column, first + c], outside),
+            )
 
         def copy() -> None:
             with code.loop(i64(begins[1])) as column:
-                clear(column)
+                clear(column, i64(0))
             with code.loop(width) as column:
                 at = code.bind(column + i64(begins[1]))
                 vectors(
                     code,
-                    whole[3],
+                    channels,
                     lanes,
                     lambda c: store(code, [b, row, at, c], x.at(code, [b, inner, column, c])),
                 )
+                if known(whole[3] - channels) != 0:
+                    clear(at, channels)
             with code.loop(whole[2] - width - i64(begins[1])) as column:
-                clear(width + i64(begins[1]) + column)
+                clear(width + i64(begins[1]) + column, i64(0))
 
         def nothing() -> None:
             with code.loop(whole[2]) as column:
-                clear(column)
+                clear(column, i64(0))
 
         code.branch(tirx.And(inner >= i64(0), inner < height), copy, nothing)
     return "conv.padded"
@@ -110,13 +129,14 @@ def direct(
     cut: Panels,
     geometry: Geometry,
     out: list[Expr],
-    dtype: str,
+    arithmetic: Arithmetic,
     store: Store,
 ) -> str:
     """store([b, row, column, channel], product); ``out`` is that shape.
 
     ``x`` is [b, rows, columns, groups * inputs] with its border, ``weight`` [groups, panels, K, width],
-    where K goes over the window's rows, its columns and the input channels.
+    where K goes over the window's rows, its columns and the input channels; several steps of K lie
+    side by side if the arithmetic takes several at once.
     """
     code, g = kernel.code, geometry
     b_, h, w, c = kernel.shape(x.shape)
@@ -126,10 +146,12 @@ def direct(
     # Along a row of a window its columns and channels follow each other, unless something is skipped.
     joined = g.groups == 1 and g.dilations[1] == 1
     extents = [g.kernel[0], g.kernel[1] * g.inputs] if joined else [*g.kernel, g.inputs]
+    step = arithmetic.step
+    extents[-1] //= step
 
     def tasks(tile_rows: int) -> None:
         number_of_lines = [out[0], out[1]]
-        heavy = 4 * depth * g.outputs > _CACHED_BYTES
+        heavy = (4 // arithmetic.step) * depth * g.outputs > _CACHED_BYTES
         order = [i64(cut.count), *number_of_lines] if heavy else [*number_of_lines, i64(cut.count)]
         whole = [i64(g.groups), *order]
         with code.loop(total(whole), PARALLEL) as task:
@@ -142,26 +164,33 @@ def direct(
 
             def element(column: Expr, index: list[Expr]) -> Expr:
                 at = begin + column * (c * i64(g.strides[1])) + index[0] * (w * c * g.dilations[0])
-                if joined:
-                    at = at + index[1]
-                else:
-                    at = at + index[1] * (c * i64(g.dilations[1])) + index[2]
-                return cast(tirx.BufferLoad(data, [at]), dtype)
+                if not joined:
+                    at = at + index[1] * (c * i64(g.dilations[1]))
+                return arithmetic.element(code, data, at + index[-1] * i64(step))
 
             def vector(index: list[Expr], number: int) -> Expr:
                 k = flat_index(index, [i64(extent) for extent in extents])
-                return code.vload(
-                    factors, first + k * i64(cut.width) + i64(number * cut.lanes), cut.lanes
-                )
+                at = (k * i64(cut.width) + i64(number * cut.lanes)) * i64(step)
+                return arithmetic.vector(code, factors, first + at, cut.lanes)
 
             def finish(column: Expr, channel: Expr, value: Expr) -> None:
                 store(code, [b, row, column, group * i64(g.outputs) + channel], value)
 
-            job = Tiles(code, cut.lanes, dtype, [i64(e) for e in extents], columns, element, finish)
+            sizes = [i64(extent) for extent in extents]
+            job = Tiles(
+                code,
+                cut.lanes,
+                arithmetic.dtype,
+                sizes,
+                columns,
+                element,
+                finish,
+                arithmetic.add,
+            )
             job.panel(tile_rows, i64(0), columns, cut, panel, vector)
 
     by_rows(code, columns, cut.rows, tasks)
-    return "conv.direct"
+    return "conv.direct" if step == 1 else "conv.dots"
 
 
 # -- depthwise --------------------------------------------------------------------------------------
@@ -176,10 +205,12 @@ def depthwise(
     out: list[Expr],
     dtype: str,
     store: Store,
+    zero: Callable[[Code], Expr] | None = None,
 ) -> str:
     """store([b, row, column, channel], product); ``out`` is that shape.
 
-    ``x`` is [b, rows, columns, channels] without its border, ``weight`` [taps, channels].
+    ``x`` is [b, rows, columns, channels] without its border, ``weight`` [taps, channels]. ``zero`` is
+    what is taken off every element of ``x``.
     """
     code, machine = kernel.code, kernel.lowering.machine
     lanes = machine.lanes(dtype)
@@ -188,7 +219,8 @@ def depthwise(
     columns = known(out[2])
     with code.loop(out[0] * out[1], PARALLEL) as line:
         b, row = (code.bind(i) for i in unflatten(line, out[:2]))
-        job = _Depthwise(kernel, x, weight, geometry, begins, lanes, dtype, b, row, store)
+        offset = None if zero is None else code.bind(zero(code))
+        job = _Depthwise(kernel, x, weight, geometry, begins, lanes, dtype, b, row, store, offset)
         if columns is None:
             with code.loop(out[2]) as column:
                 job.tile(1, column)
@@ -209,6 +241,7 @@ class _Depthwise:
     b: Expr
     row: Expr
     store: Store
+    zero: Expr | None
 
     def line(self, columns: int) -> None:
         """One output row in tiles, the last of which starts early enough to be whole.
@@ -283,7 +316,10 @@ class _Depthwise:
                     taps: list[Expr] = taps,
                 ) -> None:
                     loaded = code.vload(data, origin + at * channels, lanes)
-                    value = code.bind(cast_vector(loaded, self.dtype, lanes))
+                    value = cast_vector(loaded, self.dtype, lanes)
+                    if self.zero is not None:
+                        value = value - broadcast(self.zero, lanes)
+                    value = code.bind(value)
                     for i, kw in uses:
                         held = code.vload(sums[i], 0, lanes)
                         code.vstore(sums[i], 0, held + value * taps[kw], lanes)

@@ -1,6 +1,7 @@
 """Matrix products by register tiles (:mod:`netlathe.backends.tvm.kernels.tile`).
 
 gemm.packed    B is a constant, packed at compile time as [panels, K, width]
+gemm.dots      both are bytes: four products at a time, summed in int32
 gemm.batched   B is computed: each task packs its panel, then runs down the rows
 
 Tasks (row block, panel) run in parallel; a task goes down its rows a tile at a time.
@@ -15,7 +16,7 @@ from tvm import tirx
 
 from netlathe.backends.tvm import storage
 from netlathe.backends.tvm.kernel import Kernel
-from netlathe.backends.tvm.kernels.tile import Panels, Tiles, by_rows, panels
+from netlathe.backends.tvm.kernels.tile import DOTS, Panels, Tiles, by_rows, panels
 from netlathe.backends.tvm.tir import (
     PARALLEL,
     VECTORIZED,
@@ -102,9 +103,60 @@ def packed(
         store(code, [*unflatten(row, lead), column], value)
 
     job = Tiles(code, cut.lanes, dtype, [i64(inner)], rows, element, finish)
+    _tasks(job, cut, 4 * inner, load, at_least)
+    return "gemm.packed"
+
+
+def dots(
+    kernel: Kernel,
+    a: Ready,
+    weight: Ready,
+    cut: Panels,
+    lead: list[Expr],
+    inner: int,
+    store: Store,
+    at_least: int = 0,
+) -> str:
+    """store([*lead, column], sum over k of a[row, k] * weight) in int32.
+
+    ``a`` is unsigned bytes [rows, inner], ``weight`` signed ones [panels, inner / 4, width, 4].
+    """
+    code = kernel.code
+    rows = kernel.size(a.shape[0])
+    left, right = kernel.read(a), kernel.read(weight)
+
+    def load(panel: Expr) -> Callable[[list[Expr], int], Expr]:
+        base = code.bind(panel * i64(inner * cut.width))
+
+        def vector(index: list[Expr], number: int) -> Expr:
+            at = base + (index[0] * i64(cut.width) + i64(number * cut.lanes)) * i64(4)
+            return DOTS.vector(code, right, at, cut.lanes)
+
+        return vector
+
+    def element(row: Expr, index: list[Expr]) -> Expr:
+        return DOTS.element(code, left, row * i64(inner) + index[0] * i64(4))
+
+    def finish(row: Expr, column: Expr, value: Expr) -> None:
+        store(code, [*unflatten(row, lead), column], value)
+
+    job = Tiles(code, cut.lanes, "int32", [i64(inner // 4)], rows, element, finish, DOTS.add)
+    _tasks(job, cut, inner, load, at_least)
+    return "gemm.dots"
+
+
+def _tasks(
+    job: Tiles,
+    cut: Panels,
+    row_bytes: int,
+    load: Callable[[Expr], Callable[[list[Expr], int], Expr]],
+    at_least: int,
+) -> None:
+    """All blocks of rows and panels; ``load`` gives the vectors of a panel."""
+    code, rows = job.code, job.rows
 
     def panel_tasks(tile_rows: int) -> None:
-        size = row_block(inner, tile_rows)
+        size = row_block(row_bytes, tile_rows)
         blocks = idiv(rows + i64(size - 1), i64(size))
         with code.loop(blocks * i64(cut.count), PARALLEL) as task:
             block = code.bind(idiv(task, i64(cut.count)))
@@ -114,13 +166,12 @@ def packed(
             job.panel(tile_rows, first, end, cut, panel, load(panel))
 
     by_rows(code, rows, cut.rows, panel_tasks, at_least)
-    return "gemm.packed"
 
 
-def row_block(inner: int, tile_rows: int) -> int:
-    """Rows of A, ``inner`` wide, that one task works on: whole tiles."""
+def row_block(row_bytes: int, tile_rows: int) -> int:
+    """Rows of A that one task works on: whole tiles."""
     least, most = _ROW_BLOCKS
-    fitting = max(least, min(most, _BLOCK_BYTES // (4 * max(inner, 1))))
+    fitting = max(least, min(most, _BLOCK_BYTES // max(row_bytes, 1)))
     return max(fitting // tile_rows, 1) * tile_rows
 
 
@@ -201,4 +252,4 @@ def _pack_panel(
         code.branch(columns - column >= i64(width), whole, part)
 
 
-__all__ = ["Panels", "Weight", "batched", "packed", "panels"]
+__all__ = ["Panels", "Weight", "batched", "dots", "packed", "panels"]

@@ -16,7 +16,7 @@ from tvm import tirx
 
 from netlathe.backends.tvm.kernels.general import vectors
 from netlathe.backends.tvm.machine import Machine
-from netlathe.backends.tvm.tir import Code, Expr, broadcast, i64, idiv, known
+from netlathe.backends.tvm.tir import Code, Expr, broadcast, cast, i64, idiv, known
 
 # Sums of a tile of one row that are kept apart, to hide the latency of the addition.
 _CHAINS = 4
@@ -104,8 +104,56 @@ def by_rows(
     code.branch(rows >= i64(tile_rows), lambda: tasks(tile_rows), few)
 
 
+@dataclass(frozen=True)
+class Arithmetic:
+    """How a tile multiplies ``dtype``: ``step`` neighbours along K at once, from flat buffers."""
+
+    dtype: str
+    step: int
+    element: Callable[[Code, Any, Expr], Expr]  # of A, from a position on
+    vector: Callable[[Code, Any, Expr, int], Expr]  # of B, from a position on, so many columns
+    add: Callable[[Expr, Expr, Expr], Expr]  # sums, A's element in each lane, B
+
+
+def plain(dtype: str) -> Arithmetic:
+    """One product at a time, in ``dtype``."""
+    return Arithmetic(
+        dtype,
+        1,
+        lambda code, buffer, at: cast(tirx.BufferLoad(buffer, [at]), dtype),
+        lambda code, buffer, at, lanes: code.vload(buffer, at, lanes),
+        _multiply_add,
+    )
+
+
 def _multiply_add(held: Expr, a: Expr, b: Expr) -> Expr:
     return held + a * b
+
+
+def _four_bytes(code: Code, buffer: Any, at: Expr) -> Expr:
+    return tirx.reinterpret("int32", code.vload(buffer, at, 4))
+
+
+def _add_dots(held: Expr, a: Expr, b: Expr) -> Expr:
+    """vpdpbusd: to each 32-bit lane, four products of an unsigned byte of ``a`` and a signed one of ``b``."""
+    lanes = int(str(held.ty.dtype).partition("x")[2])
+    bits = 32 * lanes
+    return tirx.call_llvm_pure_intrin(
+        f"int32x{lanes}",
+        f"llvm.x86.avx512.vpdpbusd.{bits}",
+        held,
+        tirx.reinterpret(f"int8x{4 * lanes}", a),
+        b,
+    )
+
+
+DOTS = Arithmetic(
+    "int32",
+    4,
+    _four_bytes,
+    lambda code, buffer, at, lanes: code.vload(buffer, at, 4 * lanes),
+    _add_dots,
+)
 
 
 @dataclass

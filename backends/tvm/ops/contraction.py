@@ -8,7 +8,7 @@ import onnx_ir as ir
 from tvm import tirx
 
 from netlathe.backends.tvm import packing, storage
-from netlathe.backends.tvm.arm import products
+from netlathe.backends.tvm.arm import codes, products
 from netlathe.backends.tvm.kernel import Kernel
 from netlathe.backends.tvm.kernels import gemm
 from netlathe.backends.tvm.kernels import reduce as template
@@ -57,6 +57,8 @@ def _quantized(value: ir.Value) -> ir.Node | None:
 
 def by_quantized(low: Lowering, a: Ready, node: ir.Node, dtype: D, shape: Shape) -> Pending:
     """``a`` [..., K] times a constant [K, N] that stays quantized: it is scaled in the kernel."""
+    if (made := codes.by_quantized(low, a, node, dtype, shape)) is not None:
+        return made
     data, scale = node.inputs[0], node.inputs[1]
     assert data is not None and scale is not None and data.const_value is not None
     tensor = data.const_value

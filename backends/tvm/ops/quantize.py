@@ -5,18 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+import onnx_ir as ir
 from tvm import tirx
 
-from netlathe.backends.tvm import storage
+from netlathe.backends.tvm import packing, storage
 from netlathe.backends.tvm.arm import products
+from netlathe.backends.tvm.ops import dots
 from netlathe.backends.tvm.ops.contraction import product
 from netlathe.backends.tvm.ops.elementwise import convert, is_float, like
 from netlathe.backends.tvm.ops.norm import channel
 from netlathe.backends.tvm.ops.op import D, Op, Rule, combine, is_cheap
 from netlathe.backends.tvm.ops.reduction import reduced
-from netlathe.backends.tvm.ops.window import convolved
-from netlathe.backends.tvm.tir import Code, Expr, Index, cast, i64, idiv, select
-from netlathe.backends.tvm.values import Lazy, Value
+from netlathe.backends.tvm.ops.window import biased, convolved, plain_begins
+from netlathe.backends.tvm.packing import Recipe
+from netlathe.backends.tvm.tir import Code, Expr, Index, cast, dtype_of, i64, idiv, select
+from netlathe.backends.tvm.values import ChannelsLast, Lazy, Value
 from netlathe.ir import weights
 from netlathe.ir.dims import Shape
 
@@ -55,7 +58,10 @@ def _integers(x: Expr) -> Expr:
 
 
 def _dequantize(op: Op) -> Sequence[Value]:
-    x = op.operand(0)
+    constant = weights.is_weight(op.node.inputs[0]) if op.node.inputs[0] is not None else False
+    if constant and (folded := _constant_vector(op)) is not None:
+        return [folded]
+    x = op.operand(0) if constant else dots.stored(op.low, op.value(0))
     axis = op.axis(max(x.rank, 1), 1) if x.rank else 0
     block = op.integer("block_size")
     operands = [x, _spread(op.operand(1), x.shape, axis, block)]
@@ -71,9 +77,24 @@ def _dequantize(op: Op) -> Sequence[Value]:
         return cast(held, wide) * cast(scale, wide)
 
     made = combine(op.low, dequantize, operands, target, x.shape)
-    if isinstance(made, Lazy) and weights.is_weight(op.node.inputs[0]):
-        made.cheap = True  # a quantized weight is scaled where it is read, not written out
+    inner = made.last if isinstance(made, ChannelsLast) else made
+    if isinstance(inner, Lazy) and (constant or op.operand(1).is_one):
+        inner.cheap = True  # it is scaled where it is read, not written out
     return [made]
+
+
+def _constant_vector(op: Op) -> Value | None:
+    """A quantized bias as floats, made when it is packed."""
+    data, scale = op.node.inputs[:2]
+    if data is None or scale is None or op.has(2) or op.integer("block_size"):
+        return None
+    shape = tuple(data.shape.numpy()) if data.shape is not None else ()
+    if data.dtype != D.INT32 or len(shape) != 1 or op.dtype() != D.FLOAT:
+        return None
+    if not weights.is_weight(scale) or data.name is None or scale.name is None:
+        return None
+    recipe = Recipe(packing.dequantized, (data.name, scale.name))
+    return op.low.parameter(data.name, D.FLOAT, shape, recipe, (data, scale, "floats"))
 
 
 def _quantize(op: Op) -> Sequence[Value]:
@@ -90,17 +111,49 @@ def _quantize(op: Op) -> Sequence[Value]:
         operands.append(_spread(op.operand(2), x.shape, axis, block))
 
     def quantize(code: Code, value: Expr, factor: Expr, *zero: Expr) -> Expr:
-        ratio = cast(value, division) / cast(factor, division)
+        value, factor = cast(value, division), cast(factor, division)
+        ratio = value / factor
         if narrow in (D.FLOAT16, D.BFLOAT16):
             ratio = storage.rounded(code, narrow, ratio)
         if target not in _RANGE:
             return convert(code, ratio, scale.dtype, target, bool(op.integer("saturate", 1)))
-        rounded = tirx.nearbyint(ratio)
-        if zero:
-            rounded = rounded + cast(_integers(zero[0]), division)
-        return cast(cast(_held(code, rounded, *_RANGE[target]), "int32"), storage.computed(target))
+        offset = cast(_integers(zero[0]), division) if zero else like(ratio, 0)
+        low, high = (like(ratio, end) - offset for end in _RANGE[target])
+        if isinstance(factor, tirx.FloatImm) and division == "float32":
+            ratio = _divided(code, value, float(factor.value), low, high)
+        return cast(
+            cast(nearest(code, ratio, low, high) + offset, "int32"), storage.computed(target)
+        )
 
     return [combine(op.low, quantize, operands, target, x.shape)]
+
+
+# Added and taken off again, it leaves the nearest integer, halves to even, of what is small beside it.
+_ROUNDER = {"float32": 1.5 * 2**23, "float64": 1.5 * 2**52}
+
+
+def nearest(code: Code, x: Expr, low: Expr, high: Expr) -> Expr:
+    """``x`` held between two integers, and rounded to the nearest."""
+    rounder = like(x, _ROUNDER[dtype_of(x)])
+    return (_between(code, x, low, high) + rounder) - rounder
+
+
+def _divided(code: Code, x: Expr, divisor: float, low: Expr, high: Expr) -> Expr:
+    """x / divisor without a division, and as exact, between two limits; beyond them beyond them.
+
+    P. Markstein, IBM J. Res. Dev. 34 (1990), 111: a quotient by the rounded reciprocal, and one step.
+    """
+    inverse = like(x, float(np.float32(1 / np.float64(np.float32(divisor)))))
+    x = code.bind(x)
+    one = like(x, 1.0)
+    quotient = code.bind(_between(code, x * inverse, low - one, high + one))
+    return quotient + (x - quotient * like(x, divisor)) * inverse
+
+
+def _between(code: Code, x: Expr, low: Expr, high: Expr) -> Expr:
+    x = code.bind(x)
+    x = code.bind(select(x < low, low, x))
+    return select(x > high, high, x)
 
 
 def _held(code: Code, x: Expr, low: float, high: float) -> Expr:
@@ -132,8 +185,9 @@ def _dynamic_quantize(op: Op) -> Sequence[Value]:
     zero = low.force(combine(low, zero_of, [least, scale], D.UINT8, ()))
 
     def quantize(code: Code, a: Expr, s: Expr, z: Expr) -> Expr:
-        value = tirx.nearbyint(a / divisor(s)) + cast(z, "float32")
-        return cast(cast(_held(code, value, 0, 255), "int32"), "uint8")
+        offset = cast(z, "float32")
+        ends = (like(a, end) - offset for end in (0, 255))
+        return cast(cast(nearest(code, a / divisor(s), *ends) + offset, "int32"), "uint8")
 
     y = combine(low, quantize, [x, scale, zero], D.UINT8, x.shape)
     return [y, scale, zero]
@@ -173,13 +227,43 @@ def _by_integer_constant(op: Op, a: int, a_zero: int, b: int, b_zero: int) -> Va
     return products.by_integers(op.low, op.ready(a), zero, constant, int(np.max(zeros)), shape)
 
 
+def _zero(op: Op, index: int) -> Value | None:
+    return op.operand(index) if op.has(index) else None
+
+
+def _signed_weight(op: Op, index: int, zero_index: int) -> ir.Value | None:
+    """The constant at ``index``, if it is signed bytes around zero."""
+    value = op.node.inputs[index]
+    zero = op.node.inputs[zero_index] if op.has(zero_index) else None
+    return value if dots.is_signed_weight(value, zero) else None
+
+
+def _dots(op: Op, x: int, x_zero: int, w: int, w_zero: int, conv: bool) -> Value | None:
+    """The sums by dot products of bytes, in int32, where there are such."""
+    constant = _signed_weight(op, w, w_zero)
+    if constant is None:
+        return None
+    zero = _zero(op, x_zero)
+    if not conv:
+        return dots.product(op.low, op.value(x), zero, constant, op.shape())
+    begins = plain_begins(op)
+    made = dots.convolution(op, op.value(x), zero, constant, begins) if begins else None
+    if made is None or made.dtype == D.INT32:
+        return made
+    return combine(op.low, lambda code, e: cast(e, "int32"), [made], D.INT32, made.shape)
+
+
 def _matmul_integer(op: Op) -> Sequence[Value]:
+    if (made := _dots(op, 0, 2, 1, 3, conv=False)) is not None:
+        return [made]
     if (made := _by_integer_constant(op, 0, 2, 1, 3)) is not None:
         return [made]
     return [product(op.low, _centred(op, 0, 2, -2), _centred(op, 1, 3, -1), D.INT32)]
 
 
 def _conv_integer(op: Op) -> Sequence[Value]:
+    if (made := _dots(op, 0, 2, 1, 3, conv=True)) is not None:
+        return [made]
     x, w = _centred(op, 0, 2, 1), _centred(op, 1, 3, 0)
     return [convolved(op, x, w, None, D.INT32, op.shape())]
 
@@ -190,14 +274,18 @@ def _requantized(op: Op, made: Value, scales: Sequence[Value], zero: Value) -> V
 
     def requantize(code: Code, x: Expr, a: Expr, b: Expr, y: Expr, z: Expr) -> Expr:
         factor = cast(a, "float64") * cast(b, "float64") / cast(y, "float64")
-        value = tirx.nearbyint(cast(x, "float64") * factor) + cast(z, "float64")
-        return cast(cast(_held(code, value, low, high), "int32"), storage.computed(target))
+        offset = cast(z, "float64")
+        value = cast(x, "float64") * factor
+        ends = (like(value, end) - offset for end in (low, high))
+        return cast(cast(nearest(code, value, *ends) + offset, "int32"), storage.computed(target))
 
     return combine(op.low, requantize, [made, *scales, zero], target, made.shape)
 
 
 def _qlinear_matmul(op: Op) -> Sequence[Value]:
     made = _by_integer_constant(op, 0, 2, 3, 5)
+    if made is None:
+        made = _dots(op, 0, 2, 3, 5, conv=False)
     if made is None:
         made = product(op.low, _centred(op, 0, 2, -2), _centred(op, 3, 5, -1), D.INT32)
     left, right = op.operand(1), op.operand(4)
@@ -210,9 +298,13 @@ def _qlinear_matmul(op: Op) -> Sequence[Value]:
 
 
 def _qlinear_conv(op: Op) -> Sequence[Value]:
-    x, w = _centred(op, 0, 2, 1), _centred(op, 3, 5, 0)
     bias = op.operand(8) if op.has(8) else None
-    made = convolved(op, x, w, bias, D.INT32, op.shape())
+    made = _dots(op, 0, 2, 3, 5, conv=True)
+    if made is None:
+        x, w = _centred(op, 0, 2, 1), _centred(op, 3, 5, 0)
+        made = convolved(op, x, w, bias, D.INT32, op.shape())
+    else:
+        made = biased(op.low, made, bias)
     weight = op.operand(4)
     if not weight.is_one:
         weight = channel(weight, made.rank)

@@ -14,6 +14,7 @@ from netlathe.backends.tvm.kernels import conv as kernels
 from netlathe.backends.tvm.kernels import gemm, pool, tile
 from netlathe.backends.tvm.kernels import reduce as template
 from netlathe.backends.tvm.lowering import Lowering
+from netlathe.backends.tvm.ops import dots
 from netlathe.backends.tvm.ops.elementwise import absolute, like
 from netlathe.backends.tvm.ops.norm import channel
 from netlathe.backends.tvm.ops.op import D, Op, Rule, channels_last, combine, cost_of
@@ -83,6 +84,14 @@ def windows(op: Op, kernel: Sequence[int], shape: Shape) -> Windows:
     return Windows(tuple(kernel), strides, dilations, pads[:rank], pads[rank:])
 
 
+def plain_begins(op: Op) -> tuple[int, int] | None:
+    """How far the windows of a node over planes reach before them, if ``pads`` says so."""
+    if op.text("auto_pad", "NOTSET") != "NOTSET":
+        return None
+    pads = op.integers("pads") or (0, 0, 0, 0)
+    return (pads[0], pads[1]) if len(pads) == 4 else None
+
+
 # -- convolution ------------------------------------------------------------------------------------
 
 
@@ -90,6 +99,8 @@ def _conv(op: Op) -> Sequence[Value]:
     bias = op.operand(2) if op.has(2) else None
     value = op.node.inputs[1]
     constant = value if value is not None and weights.is_weight(value) else None
+    if (made := dots.pair_convolution(op, plain_begins(op))) is not None:
+        return [biased(op.low, made, bias)]
     return [convolved(op, op.operand(0), op.operand(1), bias, op.dtype(), op.shape(), constant)]
 
 
@@ -127,10 +138,11 @@ def convolved(
         if len(kernel) == 1:
             last = last.then(lambda code, at, e: e, dtype, turned, lambda at: [at[0], *at[2:]])
         made = ChannelsLast(dtype, shape, last)
-    return _biased(low, made, bias)
+    return biased(low, made, bias)
 
 
-def _biased(low: Lowering, made: Value, bias: Value | None) -> Value:
+def biased(low: Lowering, made: Value, bias: Value | None) -> Value:
+    """``made`` plus a bias per channel."""
     if bias is None:
         return made
     held = channel(bias, made.rank)
@@ -203,7 +215,9 @@ def _conv_2d(
 
     def build(kernel: Kernel, store: Store) -> str:
         out = kernel.shape(shape)
-        return kernels.direct(kernel, bordered, held, cut, geometry, out, computed, store)
+        return kernels.direct(
+            kernel, bordered, held, cut, geometry, out, tile.plain(computed), store
+        )
 
     return Pending(dtype, shape, build)
 
@@ -303,7 +317,9 @@ def _bordered(low: Lowering, x: Value, spans: Windows, geometry: kernels.Geometr
     def build(kernel: Kernel, store: Store) -> str:
         begins = (spans.begins[0], spans.begins[1])
         dtype = storage.computed(source.dtype)
-        return kernels.padded(kernel, source, begins, kernel.shape(whole), dtype, store)
+        return kernels.padded(
+            kernel, source, begins, kernel.shape(whole), lambda code: const(0, dtype), store
+        )
 
     return low.force(Pending(x.dtype, whole, build))
 
