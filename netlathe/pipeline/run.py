@@ -528,7 +528,8 @@ def _interface_problems(
     removed = {name for name, new in result.renamed.items() if new is None and removable}
     narrowed = interface.kept(after) if removable else {}
     stored = coded.coded(after) if removable else {}
-    beside = {name for how in stored.values() for name in how.names}
+    known = {value.name for value in (*before.graph.inputs, *before.graph.outputs)}
+    beside = {name for how in stored.values() for name in how.names} - known
     found = []
     for kind, old, new in (
         ("input", before.graph.inputs, after.graph.inputs),
