@@ -43,6 +43,10 @@ class FoldBatchNorm(Pass):
     name = "fold_batch_norm"
     exactness = Equivalent(TOLERANCE)
 
+    def cannot_follow(self, earlier: Pass) -> str:
+        """Codes take in no factor."""
+        return "weights are codes by then" if earlier.name == "quantize" else ""
+
     def run(self, model: ir.Model, ctx: Context) -> Result:
         """Fold what can be folded, in the order of the graph."""
         graph = model.graph

@@ -61,7 +61,13 @@ class FoldNorms(Pass):
     )
 
     def cannot_follow(self, earlier: Pass) -> str:
-        """Blocks that share weights have norms of their own, which have to go into weights of their own."""
+        """Codes take in no scale; blocks that share weights have norms and thus scales of their own."""
+        if earlier.name == "quantize":
+            return "weights are codes by then, which take in no scale"
+        if earlier.name == "sparsify":
+            return (
+                "a mean taken from weights that write to a LayerNormalization's stream fills zeros"
+            )
         if self.untie and earlier.name == "tie_blocks":
             return "norms would be folded into a copy of the shared weights for each block"
         return ""

@@ -106,9 +106,11 @@ class Slice(ChoosingPass):
             raise OptionError(Diagnostic("slice.options", problem))
 
     def cannot_follow(self, earlier: Pass) -> str:
-        """Codes do not turn; and where every block has a basis, there is no other to find."""
+        """Codes and zeros do not turn; and where every block has a basis, there is no other to find."""
         if earlier.name == "quantize":
             return "weights are codes by then, which take in no basis"
+        if earlier.name == "sparsify":
+            return "zeros of weights would be turned into other numbers"
         if earlier.name == "slice" and earlier.option_values()["adapters"]:
             return "every block has a basis of its own by then, and every skip a matrix"
         return ""

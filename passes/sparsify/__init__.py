@@ -28,7 +28,16 @@ from netlathe.passes.sparsify import in_order, permute, reference
 from netlathe.passes.sparsify.form import form_of
 from netlathe.passes.sparsify.in_order import Job, Score, Settings
 from netlathe.pipeline.ledger import Entry
-from netlathe.pipeline.pass_ import ChoosingPass, Context, Lossy, Reference, Result, option, options
+from netlathe.pipeline.pass_ import (
+    ChoosingPass,
+    Context,
+    Lossy,
+    Pass,
+    Reference,
+    Result,
+    option,
+    options,
+)
 
 
 def _pattern(text: str) -> str:
@@ -118,6 +127,10 @@ class Sparsify(ChoosingPass):
         if self.refine and self._patterns_of("tiles"):
             raise ValueError("refine swaps single elements: it cannot keep tiles")
         return self
+
+    def cannot_follow(self, earlier: Pass) -> str:
+        """Of codes none is made zero."""
+        return "weights are codes by then" if earlier.name == "quantize" else ""
 
     def choose(self, model: ir.Model, ctx: Context) -> list[Entry]:
         """Decide about every weight matrix and find its zeros; each is read.
