@@ -125,9 +125,14 @@ def _put_pairs(code: Code, sums: Sequence[Any], rows: int, out: Any) -> None:
             code.vstore(out, row * 8 + 2 * number, _pick(value, [first, first + 1]), 2)
 
 
+def fused_lane(held: Expr, b: Expr, a: Expr, lane: int) -> Expr:
+    """A sum with lane ``lane`` of ``a`` times ``b``."""
+    return held + b * _lane(a, lane, 4)
+
+
 FLOAT32 = Scheme(
     "float32", "float32", "float32", 4, 4, 2, 8,
-    **_by_lanes(4, 4, lambda held, b, a, lane: held + b * _lane(a, lane, 4), "float32"),
+    **_by_lanes(4, 4, fused_lane, "float32"),
 )  # fmt: skip
 # Sums of 64 products in float16 stay within 2**-11 * 64 of the sum of their sizes, and mostly far below.
 FLOAT16 = Scheme(

@@ -13,17 +13,73 @@ def neighbours(tensor: ir.TensorProtocol, count: int, width: int, inner: int, gr
 
     So ``group`` values of k of one column are neighbours, then the columns of a panel.
     """
-    values = _signed(array(tensor))
-    padded = np.zeros((inner, count * width), values.dtype)
-    padded[: values.shape[0], : values.shape[1]] = values
-    parts = padded.reshape(inner // group, group, count, width)
-    return np.ascontiguousarray(parts.transpose(2, 0, 3, 1)).reshape(-1)
+    panels = neighbours_of(_signed(array(tensor)), count, width, inner)
+    parts = panels.reshape(count, inner // group, group, width)
+    return np.ascontiguousarray(parts.transpose(0, 1, 3, 2)).reshape(-1)
 
 
 def column_sums(tensor: ir.TensorProtocol) -> Array:
     """The sum of every column of [K, N], unsigned bytes less 128, in int32."""
-    return _signed(array(tensor)).sum(0, dtype=np.int32)
+    sums: Array = _signed(array(tensor)).sum(0, dtype=np.int32)
+    return sums
 
 
 def _signed(values: Array) -> Array:
-    return (values ^ 128).view(np.int8) if values.dtype == np.uint8 else values
+    if values.dtype != np.uint8:
+        return values
+    signed: Array = (values ^ 128).view(np.int8)
+    return signed
+
+
+def codes(tensor: ir.TensorProtocol, count: int, width: int, inner: int, bits: int) -> Array:
+    """Codes [K, N] as bytes [count, inner, width]; signed ones plus the middle of the unsigned range.
+
+    Of 4 bits, those of four rows are 2 * ``width`` bytes: rows 0 and 1 in the low halves, 2 and 3 above.
+    """
+    centred = neighbours_of(_centred(tensor), count, width, inner)
+    values = (centred + np.int16(1 << bits - 1)).astype(np.uint8)
+    if bits == 8:
+        return values.reshape(-1)
+    fours = values.reshape(count, inner // 4, 2, 2 * width)
+    return np.ascontiguousarray(fours[:, :, 0] | fours[:, :, 1] << 4).reshape(-1)
+
+
+def code_scales(tensor: ir.TensorProtocol, blocks: int, count: int, width: int) -> Array:
+    """Scales, one, [N] or [blocks, N], as float32 [count, blocks, width]."""
+    return _spread(tensor.numpy().astype(np.float32), blocks, count, width)
+
+
+def code_zeros(
+    tensor: ir.TensorProtocol, blocks: int, count: int, width: int, none: int = 0
+) -> Array:
+    """Zero points likewise, as int8, less the middle of an unsigned range; ``none``: all are zero."""
+    centred = _centred(tensor)
+    if none:  # of codes that have no zero point, only the middle is left
+        half = 8 if tensor.dtype == ir.DataType.UINT4 else 128
+        centred = np.full(1, -half, np.int8)
+    return _spread(centred, blocks, count, width)
+
+
+def neighbours_of(values: Array, count: int, width: int, inner: int) -> Array:
+    """[K, N] as [count, inner, width], zero beyond K and N."""
+    padded = np.zeros((inner, count * width), values.dtype)
+    padded[: values.shape[0], : values.shape[1]] = values
+    return np.ascontiguousarray(padded.reshape(inner, count, width).transpose(1, 0, 2))
+
+
+def _centred(tensor: ir.TensorProtocol) -> Array:
+    values = tensor.numpy().astype(np.int16)
+    if tensor.dtype == ir.DataType.UINT4:
+        values = values - 8
+    elif tensor.dtype == ir.DataType.UINT8:
+        values = values - 128
+    return values.astype(np.int8)
+
+
+def _spread(values: Array, blocks: int, count: int, width: int) -> Array:
+    if values.ndim < 2:
+        values = values.reshape(1, -1)
+    columns = count * width if values.shape[1] == 1 else values.shape[1]
+    whole = np.zeros((blocks, count * width), values.dtype)
+    whole[:, :columns] = np.broadcast_to(values, (blocks, columns))
+    return np.ascontiguousarray(whole.reshape(blocks, count, width).transpose(1, 0, 2)).reshape(-1)
