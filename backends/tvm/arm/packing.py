@@ -9,26 +9,19 @@ from netlathe.backends.tvm.packing import Array, array
 
 
 def neighbours(tensor: ir.TensorProtocol, count: int, width: int, inner: int, group: int) -> Array:
-    """[K, N] as [count, inner / group, width, group], zero beyond K and N; unsigned bytes less 128, as int8.
+    """[K, N] as [count, inner / group, width, group], zero beyond K and N.
 
     So ``group`` values of k of one column are neighbours, then the columns of a panel.
     """
-    panels = neighbours_of(_signed(array(tensor)), count, width, inner)
+    panels = neighbours_of(array(tensor), count, width, inner)
     parts = panels.reshape(count, inner // group, group, width)
     return np.ascontiguousarray(parts.transpose(0, 1, 3, 2)).reshape(-1)
 
 
 def column_sums(tensor: ir.TensorProtocol) -> Array:
-    """The sum of every column of [K, N], unsigned bytes less 128, in int32."""
-    sums: Array = _signed(array(tensor)).sum(0, dtype=np.int32)
+    """The sum of every column of [K, N] in int32."""
+    sums: Array = array(tensor).sum(0, dtype=np.int32)
     return sums
-
-
-def _signed(values: Array) -> Array:
-    if values.dtype != np.uint8:
-        return values
-    signed: Array = (values ^ 128).view(np.int8)
-    return signed
 
 
 def codes(tensor: ir.TensorProtocol, count: int, width: int, inner: int, bits: int) -> Array:

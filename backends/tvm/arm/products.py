@@ -62,22 +62,18 @@ def by_constant(
 
 
 def by_integers(
-    low: Lowering, a: Ready, a_zero: Value | None, constant: ir.Value, b_zero: int, shape: Shape
+    low: Lowering, a: Value, a_zero: Value | None, constant: ir.Value, shape: Shape
 ) -> Pending | None:
-    """``a`` - ``a_zero`` [..., K] times a constant [K, N], all of 8 bits, in int32.
-
-    ``b_zero`` must be the middle of B's range: 0 for int8, 128 for uint8.
-    """
+    """``a`` - ``a_zero`` [..., K], of 8 bits, times a constant [K, N] of int8, in int32."""
     features = low.machine.features
     if "asimddp" not in features or low.machine.architecture != "aarch64":
         return None
-    types = {D.INT8: 0, D.UINT8: 128}
-    if a.dtype not in types or constant.dtype not in types or b_zero != types[constant.dtype]:
+    if a.dtype not in (D.INT8, D.UINT8) or constant.dtype != D.INT8:
         return None
     if a_zero is not None and not a_zero.is_one:
         return None
     scheme = neon.MATRIX if "i8mm" in features else neon.DOT
-    product = _Product(low, a, constant, scheme)
+    product = _Product(low, low.force(a), constant, scheme)
     if a_zero is not None or a.dtype == D.UINT8:
         product.shift_by(a_zero)
     return product.pending(D.INT32, shape)

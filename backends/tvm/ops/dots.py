@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from netlathe.backends.tvm import packing
+from netlathe.backends.tvm.arm import products
 from netlathe.backends.tvm.kernel import Kernel
 from netlathe.backends.tvm.kernels import conv, gemm, tile
 from netlathe.backends.tvm.lowering import Lowering
@@ -163,6 +164,8 @@ def product(
 ) -> Value | None:
     """sum (x - zero) w in int32 of ``x`` [..., K] and a constant [K, N]; None where that is for others."""
     sizes = tuple(weight.shape.numpy()) if weight.shape is not None else ()
+    if len(sizes) == 2 and (made := products.by_integers(low, x, zero, weight, shape)) is not None:
+        return made
     if not low.machine.dot_bytes or len(sizes) != 2 or sizes[0] % 4 or x.rank < 2:
         return None
     if x.dtype not in _BYTES or (zero is not None and not zero.is_one):

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-import numpy as np
 import onnx_ir as ir
 from tvm import tirx
 
 from netlathe.backends.tvm import packing, storage
-from netlathe.backends.tvm.arm import products
 from netlathe.backends.tvm.ops import dots
 from netlathe.backends.tvm.ops.contraction import product
 from netlathe.backends.tvm.ops.elementwise import convert, is_float, like
@@ -214,19 +212,6 @@ def _centred(op: Op, index: int, zero_index: int, axis: int) -> Value:
     return op.low.force(combine(op.low, subtract, operands, D.INT32, x.shape))
 
 
-def _by_integer_constant(op: Op, a: int, a_zero: int, b: int, b_zero: int) -> Value | None:
-    """The product of inputs ``a`` and ``b`` by a kernel for bytes, where this machine has one."""
-    constant = op.node.inputs[b]
-    if constant is None or not weights.is_weight(constant) or len(constant.shape or ()) != 2:
-        return None
-    zeros = op.array(b_zero) if op.has(b_zero) else 0
-    if zeros is None or np.ptp(zeros) != 0 or op.value(a).rank < 1:
-        return None
-    zero = op.operand(a_zero) if op.has(a_zero) else None
-    shape = (*op.value(a).shape[:-1], constant.shape[1])  # type: ignore[index]
-    return products.by_integers(op.low, op.ready(a), zero, constant, int(np.max(zeros)), shape)
-
-
 def _zero(op: Op, index: int) -> Value | None:
     return op.operand(index) if op.has(index) else None
 
@@ -256,8 +241,6 @@ def _dots(op: Op, x: int, x_zero: int, w: int, w_zero: int, conv: bool) -> Value
 def _matmul_integer(op: Op) -> Sequence[Value]:
     if (made := _dots(op, 0, 2, 1, 3, conv=False)) is not None:
         return [made]
-    if (made := _by_integer_constant(op, 0, 2, 1, 3)) is not None:
-        return [made]
     return [product(op.low, _centred(op, 0, 2, -2), _centred(op, 1, 3, -1), D.INT32)]
 
 
@@ -283,9 +266,7 @@ def _requantized(op: Op, made: Value, scales: Sequence[Value], zero: Value) -> V
 
 
 def _qlinear_matmul(op: Op) -> Sequence[Value]:
-    made = _by_integer_constant(op, 0, 2, 3, 5)
-    if made is None:
-        made = _dots(op, 0, 2, 3, 5, conv=False)
+    made = _dots(op, 0, 2, 3, 5, conv=False)
     if made is None:
         made = product(op.low, _centred(op, 0, 2, -2), _centred(op, 3, 5, -1), D.INT32)
     left, right = op.operand(1), op.operand(4)
