@@ -139,6 +139,7 @@ def bisect(
         strict=False,
         target=None,
         opset=None,
+        settings={},
     )
     finished = open_cache(cache, none=no_cache)
     captured = capture(model, kv_cache=kv_cache, dims=dims, cache=finished)

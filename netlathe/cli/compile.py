@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -59,6 +59,7 @@ def compile_(
     strict: bool,
     target: str | None,
     opset: int | None,
+    settings: dict[str, Any],
     output: Path,
     overwrite: bool,
     locked: bool,
@@ -106,6 +107,7 @@ def compile_(
         strict=strict,
         target=target,
         opset=opset,
+        settings=settings,
     )
     read = [file for file in (model_path(model), recipe, request.calibration) if file is not None]
     finished = open_cache(cache, none=no_cache)

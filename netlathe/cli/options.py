@@ -60,6 +60,14 @@ def pipeline() -> Decorator:
         click.option(
             "--opset", type=int, metavar="N", help="ONNX opset to write, 17 to 25.  [default: 24]"
         ),
+        click.option(
+            "--set",
+            "settings",
+            multiple=True,
+            metavar="NAME=VALUE",
+            callback=_parse_settings,
+            help="A setting of the target, such as features=avx2; `netlathe targets` shows them.",
+        ),
     )
 
 
@@ -110,6 +118,24 @@ def _together(*decorators: Decorator) -> Decorator:
         return function
 
     return add
+
+
+def _parse_settings(
+    ctx: click.Context, parameter: click.Parameter, texts: tuple[str, ...]
+) -> dict[str, Any]:
+    given: dict[str, Any] = {}
+    for text in texts:
+        name, equals, value = (word.strip() for word in text.partition("="))
+        if not name or not equals:
+            raise OptionError(
+                Diagnostic(
+                    "cli.set",
+                    f"--set takes NAME=VALUE, got {text!r}",
+                    help="for example --set features=avx2",
+                )
+            )
+        given[name] = int(value) if value.isascii() and value.isdigit() else value
+    return given
 
 
 def _parse_sizes(

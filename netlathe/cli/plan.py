@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -27,6 +28,7 @@ def plan(
     strict: bool,
     target: str | None,
     opset: int | None,
+    settings: dict[str, Any],
     kv_cache: bool,
     dims: dict[str, int],
     cache: Path | None,
@@ -54,6 +56,7 @@ def plan(
         strict=strict,
         target=target,
         opset=opset,
+        settings=settings,
     )
     finished = open_cache(cache, none=no_cache)
     captured = capture(model, kv_cache=kv_cache, dims=dims, cache=finished)

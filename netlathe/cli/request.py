@@ -104,6 +104,7 @@ class Request:
         strict: bool,
         target: str | None,
         opset: int | None,
+        settings: Mapping[str, Any],
     ) -> Request:
         """Read everything, and check what can be checked without the model.
 
@@ -139,8 +140,8 @@ class Request:
                 target or read.target,
                 {} if other_target else read.settings,  # they are those of the recipe's target
             )
-        if opset is not None:
-            made = dataclasses.replace(made, settings={**made.settings, "opset": opset})
+        given = settings if opset is None else {**settings, "opset": opset}
+        made = dataclasses.replace(made, settings={**made.settings, **given})
         registry.find_target(made.target, **made.settings)
         order.check(made.passes)
         if made.calibration is not None:
