@@ -174,7 +174,11 @@ def _judged(artifact: Artifact) -> list[str]:
     for way in ("optimizations_off", "optimizations_on", "read_back"):
         if (error := report.get(f"error_{way}")) is not None:
             bound = report.get(f"bound_{way}")
-            limit = f"of at most {bound:.1e}" if bound is not None else "in integer kernels"
+            if bound is not None:
+                limit = f"of at most {bound:.1e}"
+            else:
+                cosine, least = (report[f"{key}_{way}"] for key in ("cosine", "least_cosine"))
+                limit = f"in integer kernels (cosine {cosine:.6f} of at least {least:.6f})"
             lines.append(f"run with {way.replace('_', ' ')}: {error:.1e} {limit}")
     dialect = report.get("dialect")
     if dialect is not None:

@@ -287,9 +287,16 @@ def moved_by_rounding(
     Values named in ``alike`` are not off. It matters: a float that becomes an index, or chooses an expert,
     may move an output without bound.
     """
-    disturbed = _disturbed(model, alike)
-    moved = ort.run(disturbed, inputs_of(disturbed, feeds))
+    moved = disturbed_outputs(model, feeds, alike=alike)
     return {name: relative_error(moved[name], array) for name, array in outputs.items()}
+
+
+def disturbed_outputs(
+    model: ir.Model, feeds: Feeds, ulps: int = 1, alike: Collection[str] = ()
+) -> Arrays:
+    """The outputs when every value that is computed, but ``alike``, is off by up to ``ulps``."""
+    disturbed = _disturbed(model, alike, ulps)
+    return ort.run(disturbed, inputs_of(disturbed, feeds))
 
 
 def computed_alike(a: ir.Model, b: ir.Model) -> set[str]:
@@ -332,8 +339,8 @@ def _setting(attribute: ir.Attr) -> str:
     return f"{attribute.type} {value if isinstance(value, _PLAIN) else id(value)}"
 
 
-def _disturbed(model: ir.Model, alike: Collection[str] = ()) -> ir.Model:
-    """``model`` with a factor of 1 - ulp, 1 or 1 + ulp behind everything that rounds, but ``alike``."""
+def _disturbed(model: ir.Model, alike: Collection[str] = (), ulps: int = 1) -> ir.Model:
+    """``model`` with a factor of 1 - ulps, 1 or 1 + ulps behind everything that rounds, but ``alike``."""
     model = model.clone()
     graph, rng, taken = model.graph, np.random.default_rng(0), edit.names_in(model.graph)
     for node in list(graph):
@@ -346,7 +353,7 @@ def _disturbed(model: ir.Model, alike: Collection[str] = ()) -> ir.Model:
             width = value.shape[-1] if value.shape else 1
             width = width if isinstance(width, int) else 1
             shape = (width,) if value.shape else ()
-            off = (1 + ulp * rng.integers(-1, 2, shape)).astype(value.dtype.numpy())
+            off = (1 + ulps * ulp * rng.integers(-1, 2, shape)).astype(value.dtype.numpy())
             readers = list(value.uses())
             factor = edit.constant(graph, np.asarray(off), f"{value.name}_off", taken)
             name = edit.unique_name(graph, f"{value.name}_rounded", taken)

@@ -13,12 +13,13 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 
-from netlathe.backends import ort_dialect
+from netlathe.backends import onnx_file, ort_dialect
 from netlathe.backends.onnx_file import DIALECT, OnnxBackend
-from netlathe.diagnostics import OptionError
+from netlathe.diagnostics import OptionError, VerifyError
 from netlathe.execute import ort
 from netlathe.ir import normal, weights
 from netlathe.passes.quantize import Quantize
+from netlathe.pipeline import verification
 from netlathe.pipeline.pass_ import Context
 from netlathe.pipeline.registry import find_target
 from tests.ir.onnx_text import feeds, matrix, model, node, ops
@@ -245,6 +246,48 @@ def test_pairs_by_token_behind_a_product_keep_their_types(tmp_path: Path) -> Non
     found = ort.run(ort_dialect.at_level(ir.load(tmp_path / "model.onnx"), 1), fed)["y"]
     assert np.abs(found - wanted).max() <= 64 * 2.0**-23 * np.sqrt(np.square(wanted).mean())
     assert artifact.report()["dialect"]["operators"]["MatMulNBits"] == 2
+
+
+def test_codes_that_change_are_told_from_wrong_kernels(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A few codes may change by rounding; what changes the outputs more than these do is wrong."""
+    body = "h = MatMul (x, w) r = Relu (h) y = MatMul (r, v)"
+    before = settled("float[b,s,64] x", body, w=matrix(64, 96), v=matrix(96, 16))
+    after = before.clone()
+    fed = feeds(before, {"b": 8, "s": 40})
+    pass_ = Quantize(min_size=0, activations="int8", activation_form="qdq")
+    pass_.run(after, Context(calibration=[fed]))
+    normal.normalize(after)
+    wrong = 0.0
+    real = onnx_file.run_file
+
+    def run_file(file: Path, given: Any, *, optimize: bool, exact: bool = True) -> dict[str, Array]:
+        found = real(file, given, optimize=optimize, exact=exact)
+        far = wrong * np.sqrt(np.square(found["y"]).mean()) * matrix(*found["y"].shape, seed=7)
+        return {"y": found["y"] + far} if optimize else found
+
+    monkeypatch.setattr(onnx_file, "run_file", run_file)
+    moved = verification.disturbed_outputs(after, fed, 64)["y"]
+    expected = ort.run(after, fed)["y"]
+    share = np.sqrt(np.square(moved - expected).mean() / np.square(expected).mean())
+    assert 1e-4 < share < 0.1, "some codes change"
+    for number, (wrong, fine) in enumerate(
+        [(0.0, True), (1.0 * share, True), (3.0 * share, False)]
+    ):
+        artifact = OnnxBackend().compile(after, find_target("onnx")[1])
+        artifact.sample = fed
+        (tmp_path / str(number)).mkdir()
+        if not fine:
+            with pytest.raises(VerifyError, match="where codes change by rounding"):
+                artifact.save(tmp_path / str(number))
+            continue
+        artifact.save(tmp_path / str(number))
+        report = artifact.report()
+        if wrong:
+            assert report["least_cosine_optimizations_on"] <= report["cosine_optimizations_on"] < 1
+        else:
+            assert report["error_optimizations_on"] <= report["bound_optimizations_on"]
 
 
 def test_static_pairs_of_products_stay(tmp_path: Path) -> None:
