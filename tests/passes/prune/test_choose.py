@@ -307,6 +307,17 @@ def test_a_budget_below_what_is_reachable() -> None:
     assert cost(after).params == least
 
 
+def test_a_latency_below_what_is_reachable(tmp_path: Path) -> None:
+    table = tmp_path / "times.csv"
+    rows = [f"transformer.h.{layer}.mlp,{width},{1 + width / 256}"
+            for layer in (0, 1) for width in (1, 256)]  # fmt: skip
+    table.write_text("\n".join(["candidate,width,ms", *rows]))
+    error = refused("gpt2", latency=1.0, table=str(table), scope=("ffn",))
+    (diagnostic,) = error.diagnostics
+    assert diagnostic.code == "prune.budget"
+    assert "cannot go down to 1 ms: 2.00781 ms is the least" in diagnostic.message
+
+
 def test_multiples_that_cannot_be_met() -> None:
     error = refused("llama", ratio=0.3, scope=("ffn",), round_to=256)
     assert error.diagnostics[0].code == "prune.round_to"

@@ -12,6 +12,7 @@ import onnx_ir as ir
 import pytest
 
 from netlathe.analysis import axes as axis_analysis
+from netlathe.analysis.cost import cost
 from netlathe.diagnostics import PassError
 from netlathe.execute.executor import Executor
 from netlathe.ir import normal
@@ -21,7 +22,7 @@ from netlathe.passes.prune.scores import SCORES, measure
 from netlathe.pipeline.pass_ import Context
 from tests import zoo_ir
 from tests.execute import text
-from tests.passes.prune.helpers import error_to_reference, pruned
+from tests.passes.prune.helpers import check, error_to_reference, pruned
 
 Array = np.ndarray[Any, np.dtype[Any]]
 VOCAB, WIDTH, INNER = 13, 8, 10
@@ -244,7 +245,24 @@ def test_every_score_prunes_to_its_masked_reference(name: Any) -> None:
     assert error_to_reference(model, after, pass_, chosen, ctx.calibration[:1]) <= 1e-4
 
 
+def test_gains_of_batch_norms_prune_to_the_masked_reference() -> None:
+    pass_ = Prune(ratio=0.5, scope=("channels",), score="bn_gamma")
+    chosen = check(zoo_ir.captured("resnet"), pass_, zoo_ir.feeds("resnet")[:1])
+    assert all("bn_gamma" in entry.reason for entry in chosen if entry.status == "applied")
+
+
 # -- allocation -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", sorted(allocation.ALLOCATIONS))
+def test_every_allocation_prunes_to_its_masked_reference(name: Any) -> None:
+    feeds = zoo_ir.feeds("llama")
+    pass_ = Prune(ratio=0.5, scope=("ffn", "heads"), score="l2", allocation=name, compensate="none")
+    model, ctx = _llama(), Context(calibration=feeds)
+    after, chosen = pruned(model, pass_, ctx)
+    assert any(entry.status == "applied" for entry in chosen)
+    assert cost(after).params < cost(model).params
+    assert error_to_reference(model, after, pass_, chosen, feeds[:1]) <= 1e-4
 
 
 @lru_cache
