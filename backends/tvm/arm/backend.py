@@ -22,14 +22,14 @@ from netlathe.ir import normal
 from netlathe.pipeline.interfaces import Artifact, Backend, Target
 
 _FORMS = ("library", "bare")
-_DEFAULTS: Mapping[str, Any] = {"form": "library", "dims": "", "name": "model"}
+_DEFAULTS: Mapping[str, Any] = {"form": "library", "dims": "", "prefix": "model"}
 
 
 class ArmBackend(Backend):
     """Generates code for aarch64.
 
     Target settings: ``form`` is library or bare. For the bare form, ``dims`` gives every dynamic dim its size
-    (``batch=1, sequence=128``), and ``name`` begins the names of its files and of what they define in C.
+    (``batch=1, sequence=128``), and ``prefix`` begins the names of its files and of what they define in C.
     """
 
     name: ClassVar[str] = "arm"
@@ -94,7 +94,7 @@ class ArmBackend(Backend):
             return TvmArtifact(model.clone(), core.machine, cross.compiler())
         from netlathe.backends.tvm.arm.artifact import BareArtifact
 
-        return BareArtifact(_sized(model, target), core, settings["name"])
+        return BareArtifact(_sized(model, target), core, settings["prefix"])
 
 
 def _core(target: Target) -> Core:
@@ -120,9 +120,9 @@ def _settings(target: Target) -> dict[str, str]:
         raise _error(
             f"there is no form {found['form']!r}", did_you_mean(found["form"], list(_FORMS))
         )
-    if not re.fullmatch(r"[a-z][a-z0-9_]*", found["name"]) or found["name"] == "main":
+    if not re.fullmatch(r"[a-z][a-z0-9_]*", found["prefix"]) or found["prefix"] == "main":
         raise _error(
-            f"name {found['name']!r} cannot begin names in C",
+            f"prefix {found['name']!r} cannot begin names in C",
             "lower-case letters, digits and _, a letter first, and not main",
         )
     if found["form"] == "library" and found["dims"]:
