@@ -196,5 +196,5 @@ def _judged(artifact: Artifact) -> list[str]:
             f" as ONNX Runtime then rounds activations to 8 bits too; {hint} them in float32"
         )
     if reason := report.get("not_run"):
-        lines.append(f"note: ONNX Runtime's CPU kernels cannot run it: {reason}")
+        lines.append(f"note: it was not run here: {reason}")
     return lines

@@ -94,9 +94,17 @@ class BareArtifact(Artifact):
                 "not_run": "this machine is no aarch64, and qemu-aarch64 is not installed"
             }
         else:
-            checked = compare(self._model, self.sample, lambda feeds: self._run(folder, feeds))
+            checked = compare(self._model, self._fitting(), lambda feeds: self._run(folder, feeds))
         self._report = {"bytes": sum(file.stat().st_size for file in files), **checked}
         return files
+
+    def _fitting(self) -> Feeds | None:
+        """The sample, if it has the sizes that the artifact was built for."""
+        if self.sample is not None:
+            sizes = {tensor.name: tensor.shape for tensor in self._inputs}
+            if all(np.shape(self.sample[name]) == shape for name, shape in sizes.items()):
+                return self.sample
+        return None
 
     def _require_emulator(self) -> None:
         if emulator.command(self.core) is None:

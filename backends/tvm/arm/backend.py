@@ -122,7 +122,7 @@ def _settings(target: Target) -> dict[str, str]:
         )
     if not re.fullmatch(r"[a-z][a-z0-9_]*", found["prefix"]) or found["prefix"] == "main":
         raise _error(
-            f"prefix {found['name']!r} cannot begin names in C",
+            f"prefix {found['prefix']!r} cannot begin names in C",
             "lower-case letters, digits and _, a letter first, and not main",
         )
     if found["form"] == "library" and found["dims"]:
