@@ -7,6 +7,7 @@ loading one can run any code.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import mmap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -98,6 +99,36 @@ class Files:
         if hasattr(mmap, "MADV_DONTNEED"):  # not on Windows
             for held in self._maps.values():
                 held.madvise(mmap.MADV_DONTNEED)
+
+
+class OthersMaps:
+    """Where a library has mapped a checkpoint's files by itself.
+
+    It lets go of a map when the last weight in it goes: of a shard of 10 GB, all that was read stays.
+    """
+
+    def __init__(self, files: Iterable[Path]) -> None:
+        named = {str(file.resolve()) for file in files}
+        self._ranges: list[tuple[int, int]] = []
+        maps = Path("/proc/self/maps")  # address range, permissions, offset, device, inode, path
+        for line in maps.read_text().splitlines() if maps.exists() else ():
+            fields = line.split(maxsplit=5)
+            if len(fields) == 6 and fields[5] in named:
+                low, high = (int(end, 16) for end in fields[0].split("-"))
+                self._ranges.append((low, high))
+
+    def give_back(self, array: npt.NDArray[Any]) -> None:
+        """Give back the pages of ``array``, which has the bytes of the file, if it lies in such a map."""
+        start = array.__array_interface__["data"][0]
+        end = start + array.nbytes
+        if any(low <= start and end <= high for low, high in self._ranges):
+            start, end = (
+                -(-start // mmap.PAGESIZE),
+                end // mmap.PAGESIZE,
+            )  # pages that are wholly its own
+            if end > start:
+                where, size = ctypes.c_void_p(start * mmap.PAGESIZE), (end - start) * mmap.PAGESIZE
+                ctypes.CDLL(None).madvise(where, ctypes.c_size_t(size), mmap.MADV_DONTNEED)
 
 
 class Places:

@@ -28,7 +28,13 @@ from torch import nn
 from transformers.initialization import no_init_weights
 
 from netlathe.diagnostics import CaptureError, Diagnostic, InputError
-from netlathe.frontends.checkpoint import Files, Places, StoredTensor, read_checkpoint
+from netlathe.frontends.checkpoint import (
+    Files,
+    OthersMaps,
+    Places,
+    StoredTensor,
+    read_checkpoint,
+)
 from netlathe.frontends.compare import Original
 from netlathe.frontends.finish import finish
 from netlathe.frontends.finite import check_finite
@@ -378,6 +384,7 @@ def _remap(
     found: dict[str, list[StoredTensor]] = {}
     first: dict[int, str] = {}  # tied weights are one object
     places = Places(checkpoint)
+    others = OthersMaps({place.file for place in checkpoint.values()})
     prefix = str(getattr(model, "base_model_prefix", ""))
     weights = {
         **dict(model.named_parameters(remove_duplicate=False)),
@@ -400,6 +407,7 @@ def _remap(
         if len(found[name]) == 1:
             mapped = _torch(files.array(found[name][0]))
             weight.data = mapped.reshape(weight.shape)
+            others.give_back(array)
     return found
 
 

@@ -287,6 +287,7 @@ def digest(tensor: ir.TensorProtocol) -> str:
     if (known := tensor.meta.get(_DIGEST)) is not None:
         return str(known)
     found = _digest(tensor)
+    give_back_tensor(tensor)  # whoever digests a whole model would have all of it in memory
     if all(isinstance(read, ir.ExternalTensor) for read in _read(tensor)):
         tensor.meta[_DIGEST] = found
     return found

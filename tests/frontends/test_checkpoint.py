@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import mmap
 import os
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from netlathe.diagnostics import InputError
-from netlathe.frontends.checkpoint import Files, Places, read_checkpoint
+from netlathe.frontends.checkpoint import Files, OthersMaps, Places, read_checkpoint
 
 F32 = ir.DataType.FLOAT
 
@@ -107,6 +108,23 @@ def test_views_of_a_file_are_private_and_can_be_given_back(tmp_path: Path) -> No
     assert np.array_equal(place.array(), a), "what is written does not reach the file"
     files.give_back()
     assert np.array_equal(view[1:], a[1:])
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="reads Linux' list of maps")
+def test_pages_of_a_map_that_another_made_are_given_back(tmp_path: Path) -> None:
+    """What was written to a private map tells: it goes with the page."""
+    file, other = tmp_path / "a", tmp_path / "b"
+    maps, arrays = [], []
+    for path in (file, other):
+        path.write_bytes(bytes(3 * mmap.PAGESIZE))
+        with path.open("rb") as stream:
+            maps.append(mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY))
+        arrays.append(np.frombuffer(maps[-1], np.uint8))
+        arrays[-1][:] = 1
+    OthersMaps([file]).give_back(arrays[0][10:])  # the first page is not all its own
+    OthersMaps([file]).give_back(arrays[1])
+    assert arrays[0].reshape(3, -1).any(1).tolist() == [True, False, False]
+    assert arrays[1].all()
 
 
 @pytest.mark.parametrize("link", [os.symlink, os.link], ids=["symbolic", "hard"])
