@@ -133,6 +133,16 @@ def panels(tensor: ir.TensorProtocol, count: int, width: int) -> Array:
     return _panels(array(tensor), count, width)
 
 
+def nibble_panels(tensor: ir.TensorProtocol, count: int, width: int) -> Array:
+    """[K, N] of 4-bit numbers as [count, K / 8, width] words, row 8 i + j in bits 4 j of word i."""
+    values = _panels(array(tensor).view(np.uint8), count, width)
+    parts = (values & 15).reshape(count, -1, 8, width).astype(np.uint32)
+    words = np.zeros(parts[:, :, 0].shape, np.uint32)
+    for place in range(8):
+        words |= parts[:, :, place] << np.uint32(4 * place)
+    return words.view(np.int32)
+
+
 def scales(tensor: ir.TensorProtocol, axis: int, block: int, count: int, width: int) -> Array:
     """Scales or zero points of a quantized [K, N] as float32 [count, blocks, width].
 

@@ -12,10 +12,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
+import onnx_ir as ir
 from tvm import tirx
 
 from netlathe.backends.tvm import storage
 from netlathe.backends.tvm.kernel import Kernel
+from netlathe.backends.tvm.kernels import gemv
 from netlathe.backends.tvm.kernels.tile import DOTS, Panels, Tiles, by_rows, panels
 from netlathe.backends.tvm.tir import (
     PARALLEL,
@@ -23,10 +26,12 @@ from netlathe.backends.tvm.tir import (
     Code,
     Expr,
     broadcast,
+    cast,
     const,
     i64,
     idiv,
     imod,
+    known,
     unflatten,
 )
 from netlathe.backends.tvm.values import Ready, Store, Value
@@ -34,6 +39,7 @@ from netlathe.backends.tvm.values import Ready, Store, Value
 # Bytes of A that one task works on: most of a level-2 cache.
 _BLOCK_BYTES = 3 << 18
 _ROW_BLOCKS = (32, 512)  # the least and the most rows of a task
+_LINE = 64  # bytes of a cache line
 
 
 @dataclass(frozen=True)
@@ -41,7 +47,8 @@ class Weight:
     """A packed constant: [panels, K, width], and for a quantized one its scales and zero points.
 
     These are [panels, blocks, width] in float32, one block for every ``block`` rows of K. With one block
-    in all, the scale is applied to the sums, else to every element.
+    in all, the scale is applied to the sums, else to every element. ``words_of`` is the
+    type of values of 4 bits, eight of which lie in a word (:mod:`netlathe.backends.tvm.kernels.gemv`).
     """
 
     values: Ready
@@ -49,6 +56,12 @@ class Weight:
     zeros: Ready | None = None
     block: int = 0
     blocks: int = 1
+    words_of: ir.DataType | None = None
+
+    @property
+    def in_words(self) -> bool:
+        """Whether a word holds eight values."""
+        return self.words_of is not None
 
 
 def packed(
@@ -69,7 +82,8 @@ def packed(
     rows = kernel.size(a.shape[0])
     dtype = storage.computed(a.dtype)
     read_b = kernel.read(weight.values)
-    panel_size = inner * cut.width
+    machine = kernel.lowering.machine
+    panel_rows = inner // gemv.WORD if weight.in_words else inner
 
     def of_block(buffer: Ready, k: Expr, panel: Expr, number: int) -> Expr:
         """The scales or zero points of a vector of the panel, in row k."""
@@ -78,14 +92,20 @@ def packed(
         at = row * i64(cut.width) + i64(number * cut.lanes)
         return code.vload(kernel.read(buffer), at, cut.lanes)
 
-    def load(panel: Expr) -> Callable[[list[Expr], int], Expr]:
-        base = code.bind(panel * i64(panel_size))
+    def stored(panel: Expr, k: Expr, number: int) -> Expr:
+        """Where a vector of the panel lies in row k; rows of words count as one."""
+        return (panel * i64(panel_rows) + k) * i64(cut.width) + i64(number * cut.lanes)
 
+    def load(panel: Expr) -> Callable[[list[Expr], int], Expr]:
         def vector(index: list[Expr], number: int) -> Expr:
+            held = code.vload(read_b, stored(panel, index[0], number), cut.lanes)
             k = index[0]
-            start = base + k * i64(cut.width) + i64(number * cut.lanes)
-            stored = code.vload(read_b, start, cut.lanes)
-            value = storage.load_vector(weight.values.dtype, stored, dtype, cut.lanes)
+            if weight.words_of is not None:
+                k = index[0] * i64(gemv.WORD) + index[1]
+                place = cast(index[1], "int32")
+                value = gemv.nibbles(machine, weight.words_of, held, place, cut.lanes)
+            else:
+                value = storage.load_vector(weight.values.dtype, held, dtype, cut.lanes)
             if weight.zeros is not None:
                 value = value - of_block(weight.zeros, k, panel, number)
             if weight.scales is not None and weight.blocks > 1:
@@ -95,15 +115,79 @@ def packed(
         return vector
 
     def element(row: Expr, index: list[Expr]) -> Expr:
-        return a.at(code, [row, *index])
+        k = index[0] * i64(gemv.WORD) + index[1] if weight.in_words else index[0]
+        return a.at(code, [row, k])
 
     def finish(row: Expr, column: Expr, value: Expr) -> None:
         if weight.scales is not None and weight.blocks == 1:
             value = value * tirx.BufferLoad(kernel.read(weight.scales), [column])
         store(code, [*unflatten(row, lead), column], value)
 
-    job = Tiles(code, cut.lanes, dtype, [i64(inner)], rows, element, finish)
-    _tasks(job, cut, 4 * inner, load, at_least)
+    extents = [i64(panel_rows), i64(gemv.WORD)] if weight.in_words else [i64(inner)]
+    job = Tiles(code, cut.lanes, dtype, extents, rows, element, finish)
+
+    def many() -> None:
+        _tasks(job, cut, 4 * inner, load, at_least)
+
+    block = weight.block or inner
+    if dtype != "float32" or not block or block % gemv.WORD or inner % block or at_least > 1:
+        many()
+        return "gemm.packed"
+
+    def numbers(panel: Expr, k: Expr, number: int) -> Callable[[int], Expr]:
+        if (kind := weight.words_of) is not None:
+            at = stored(panel, idiv(k, gemv.WORD), number)
+            words = code.bind(code.vload(read_b, at, cut.lanes))
+            return lambda place: gemv.nibbles(
+                machine, kind, words, const(place, "int32"), cut.lanes
+            )
+        return lambda place: storage.load_vector(
+            weight.values.dtype,
+            code.vload(read_b, stored(panel, k + i64(place), number), cut.lanes),
+            dtype,
+            cut.lanes,
+        )
+
+    def block_of(buffer: Ready | None) -> Callable[[Expr, Expr, int], Expr] | None:
+        if buffer is None:
+            return None
+        return lambda panel, number, vector: of_block(buffer, number * i64(block), panel, vector)
+
+    def ahead(panel: Expr, k: Expr) -> None:
+        """The memory's own look ahead ends with each page."""
+        size = np.dtype(storage.STORED[weight.values.dtype]).itemsize
+        row = idiv(k, gemv.WORD) if weight.in_words else k
+        rows_read = 1 if weight.in_words else gemv.WORD
+        for line in range(-(-rows_read * cut.width * size // _LINE)):
+            place = stored(panel, row, 0) + i64((line * _LINE + gemv.AHEAD) // size)
+            address = tirx.address_of(tirx.BufferLoad(read_b, [place]))
+            hint = tirx.call_llvm_intrin(
+                "void", "llvm.prefetch", address, *(const(n, "int32") for n in (0, 3, 1))
+            )
+            code.emit(tirx.Evaluate(hint))
+
+    def single() -> None:
+        gemv.single(
+            code,
+            cut,
+            inner,
+            block,
+            gemv.WORD,
+            lambda k: a.at(code, [i64(0), k]),
+            numbers,
+            block_of(weight.scales) if weight.blocks > 1 else None,
+            block_of(weight.zeros),
+            ahead,
+            lambda column, value: finish(i64(0), column, value),
+        )
+
+    number = known(rows)
+    if number is None:
+        code.branch(rows == i64(1), single, many)
+    elif number == 1:
+        single()
+    else:
+        many()
     return "gemm.packed"
 
 

@@ -10,7 +10,7 @@ from tvm import tirx
 from netlathe.backends.tvm import packing, storage
 from netlathe.backends.tvm.arm import codes, products
 from netlathe.backends.tvm.kernel import Kernel
-from netlathe.backends.tvm.kernels import gemm
+from netlathe.backends.tvm.kernels import gemm, gemv
 from netlathe.backends.tvm.kernels import reduce as template
 from netlathe.backends.tvm.lowering import Lowering
 from netlathe.backends.tvm.ops import dots
@@ -84,16 +84,27 @@ def by_quantized(low: Lowering, a: Ready, node: ir.Node, dtype: D, shape: Shape)
             (value, what, cut),
         )
 
-    values = low.parameter(
-        data.name or "weight",
-        tensor.dtype,
-        (cut.count, inner, cut.width),
-        Recipe(packing.panels, (_name(data),), (cut.count, cut.width)),
-        (data, "packed", cut),
-    )
+    in_words = tensor.dtype in (D.INT4, D.UINT4) and not inner % gemv.WORD
+    if in_words:
+        values = low.parameter(
+            _name(data),
+            D.INT32,
+            (cut.count, inner // gemv.WORD, cut.width),
+            Recipe(packing.nibble_panels, (_name(data),), (cut.count, cut.width)),
+            (data, "words", cut),
+        )
+    else:
+        values = low.parameter(
+            _name(data),
+            tensor.dtype,
+            (cut.count, inner, cut.width),
+            Recipe(packing.panels, (_name(data),), (cut.count, cut.width)),
+            (data, "packed", cut),
+        )
     zero = node.inputs[2] if len(node.inputs) > 2 else None
     zeros = parameter(zero, "zeros") if zero is not None else None
-    weight = gemm.Weight(values, parameter(scale, "scales"), zeros, rows, blocks)
+    scales = parameter(scale, "scales")
+    weight = gemm.Weight(values, scales, zeros, rows, blocks, tensor.dtype if in_words else None)
     return _packed(a, weight, cut, inner, dtype, shape)
 
 
