@@ -34,6 +34,7 @@ from netlathe.ir.provenance import location
 Edit: TypeAlias = Literal["delete", "permute"]
 EVERY: frozenset[Edit] = frozenset({"delete", "permute"})
 MOVING: frozenset[Edit] = frozenset({"permute"})
+DELETING: frozenset[Edit] = frozenset({"delete"})
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class Pin:
         return "" if self.node is None else location(self.node)
 
 
-ALONE = Pin(frozenset({"delete"}), "it is the only position of a dim")
+ALONE = Pin(DELETING, "it is the only position of a dim")
 
 
 @dataclass(frozen=True)
@@ -136,6 +137,7 @@ class _Walk:
                 self._apply(signature)
             except NoSignature as why:
                 self._pin_node(f"{_op(node)} {why}")
+        self._keep_apart()
         self.node = None
         for value in self.graph.outputs if self.boundary else ():
             if value not in state:
@@ -270,6 +272,20 @@ class _Walk:
             for row in algebra.factors(axis):
                 if row.size == 1 and row.stays is None:
                     algebra.hold(row, ALONE)
+
+    def _keep_apart(self) -> None:
+        """Pin what stands in two axes of a node of which one deletion takes only one."""
+        for relation in self.found.relations:
+            for letter, names in relation.signature.apart.items():
+                others = [axis for name in names.split() if (axis := relation.axes[name]).size != 1]
+                if relation.axes[letter].size == 1 or not others:
+                    continue
+                shared = {atom for axis in others for atom in algebra.atoms(axis)}
+                shared.intersection_update(algebra.atoms(relation.axes[letter]))
+                self.node = relation.node
+                reason = f"{_op(self.node)} has it in the number of its groups and in the channels of each"
+                for atom in shared:
+                    self._pin(atom, reason, DELETING)
 
     def _use(self, spot: Spot, axis: Axis) -> None:
         """Note a use of a size; pin the axis where the number comes out of a computation."""

@@ -28,6 +28,8 @@ class Signature:
     ``fixed``       letters that no edit may touch, with the reason: ``{"s t": "slides a window"}``
     ``ordered``     letters whose order matters: positions may go, but not move
     ``least``       letters that need some number of positions: ``{"n": 2}``
+    ``apart``       letters of which no deletion may take positions together with some of others:
+                    ``{"g": "i o"}``
     ``normalizes``  letters along which input 0 is divided by its norm or deviation: the scale
                     (input 1) and the epsilon belong to their number of positions
     ``linear``      the outputs as sums of products of inputs, ``0*1 + 2`` for a convolution; inputs
@@ -47,6 +49,7 @@ class Signature:
     fixed: Mapping[str, str] = field(default_factory=dict)
     ordered: Mapping[str, str] = field(default_factory=dict)
     least: Mapping[str, int] = field(default_factory=dict)
+    apart: Mapping[str, str] = field(default_factory=dict)
     normalizes: str = ""
     linear: str = ""
     inner: str = ""

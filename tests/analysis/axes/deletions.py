@@ -2,7 +2,8 @@
 
 Elements of tensors are equal in pairs; an element is gone if one of its positions is. So of each pair,
 with the places ``l1 l2 ..`` of the one element and ``r1 r2 ..`` of the other, holds
-``l1 or l2 or .. == r1 or r2 or ..``. :class:`Deletions` makes rules of these:
+``l1 or l2 or .. == r1 or r2 or ..``. Of some pairs of dims only one may lose places. :class:`Deletions` makes
+rules of the elements:
 
     edge    x goes, then y goes
     clause  x goes, then all places of one of several options go
@@ -32,11 +33,22 @@ Pairs: TypeAlias = tuple[Array, Array]  # places of equal elements: [pairs, dims
 class Deletions:
     """What can go of places 0 to n - 1, which lie in ranges of which none may go entirely."""
 
-    def __init__(self, starts: Sequence[int], stays: Array, pairs: Iterable[Pairs]) -> None:
+    def __init__(
+        self,
+        starts: Sequence[int],
+        stays: Array,
+        pairs: Iterable[Pairs],
+        apart: Iterable[tuple[int, int]] = (),
+    ) -> None:
         """``starts``: of the ranges, and n at the end. ``stays``: [n] bool, places that may not go.
 
-        Those that cannot go are added to ``stays`` while ``pairs`` come.
+        ``apart``: ranges of which one stays as a whole. Places that cannot go are added to ``stays`` while
+        ``pairs`` come.
         """
+        self.apart: dict[int, set[int]] = defaultdict(set)
+        for one, other in apart:
+            self.apart[one].add(other)
+            self.apart[other].add(one)
         self.sizes = np.diff(starts)
         self.range_of = np.repeat(np.arange(len(self.sizes)), self.sizes)
         self.stays = stays
@@ -224,24 +236,6 @@ class Deletions:
             self._found[start] = [self._places(one) for one in dict.fromkeys(least)]
         return self._found[start]
 
-    def is_minimal(self, places: Array, named: Array) -> bool:
-        """Whether of the ``named`` places ([n] bool) these can go, and each only with all of them."""
-        others = named.copy()
-        others[places] = False
-        fits = all(self._set(at, STAYS) for at in np.unique(self.joined[others]).tolist())
-        mark = len(self.trail)
-        for at in np.unique(self.joined[places]).tolist() if fits else ():
-            solutions: list[frozenset[int]] = []
-            if self._set(at, GONE):
-                self._search(solutions)
-            self._undo(mark)
-            gone = [self._places(one) for one in solutions]
-            fits = bool(gone) and all(np.array_equal(g[named[g]], places) for g in gone)
-            if not fits:
-                break
-        self._undo(0)
-        return fits
-
     def _places(self, of: frozenset[int]) -> Array:
         gone = np.isin(self.joined, list(of))
         for left, right in self.pairs:
@@ -299,6 +293,8 @@ class Deletions:
                     self.left[range_] -= 1
                     if self.left[range_] == 1:
                         todo += [(o, STAYS) for o in self.ranges[range_] if self.value[o] != GONE]
+                    for other in self.apart.get(range_, ()):
+                        todo += [(o, STAYS) for o in self.ranges[other]]
             else:
                 todo += [(other, STAYS) for other in self.before[at]]
             for number in (*self.heads.get(at, ()), *self.of.get(at, ())):
@@ -308,17 +304,24 @@ class Deletions:
                 todo += more
         return True
 
-    def _unit(self, number: int) -> list[tuple[int, int]] | None:
+    def _unit(self, number: int) -> Sequence[tuple[int, int]] | None:
         """What a clause says by now; None where it cannot hold."""
         head, options = self.rules[number]
-        if self.value[head] == STAYS:
-            return []
-        alive = [o for o in options if all(self.value[at] != STAYS for at in o)]
-        if not alive:
-            return None if self.value[head] == GONE else [(head, STAYS)]
-        if len(alive) == 1 and self.value[head] == GONE:
-            return [(at, GONE) for at in alive[0] if self.value[at] == OPEN]
-        return []
+        value = self.value
+        if value[head] == STAYS:
+            return ()
+        alive: Option = ()
+        for option in options:
+            for at in option:
+                if value[at] == STAYS:
+                    break
+            else:
+                if alive:
+                    return ()  # still a choice
+                alive = option
+        if value[head] == GONE:
+            return [(at, GONE) for at in alive if value[at] == OPEN] if alive else None
+        return () if alive else [(head, STAYS)]
 
     def _undo(self, mark: int) -> None:
         while len(self.trail) > mark:

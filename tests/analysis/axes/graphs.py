@@ -302,6 +302,21 @@ def _units(b: Builder, x: ir.Value, width: int, out: int) -> ir.Value:
     return _conv(b, y, 2 * half, out)
 
 
+def _stage(b: Builder, x: ir.Value, width: int, out: int) -> ir.Value:
+    """Units of ShuffleNetV1, grouped all through, behind an input that is concatenated or is not."""
+    g, c = b.choose(2, 3), b.choose(4, 6)
+    stem = g * b.choose(0, 1, 2)  # the input is as wide, where it is concatenated
+    y = _conv(b, x, width, stem or g * c)
+    for first in (True, False) if stem else (False, False):
+        inner, made = g * b.choose(g, 2, 3), g * c - stem if first else g * c
+        z = _conv(b, y, stem if first else g * c, inner, group=1 if first else g)
+        z = b.op("Reshape", z, b.ints(0, g, inner // g, 8, 8))
+        z = b.op("Reshape", b.op("Transpose", z, perm=[0, 2, 1, 3, 4]), b.ints(0, inner, 8, 8))
+        z = _conv(b, _conv(b, z, inner, inner, 3, group=inner), inner, made, group=g)
+        y = b.op("Concat", y, z, axis=1) if first else b.op("Add", y, z)
+    return _conv(b, y, g * c, out)
+
+
 def _pixels(b: Builder, x: ir.Value, width: int, out: int) -> ir.Value:
     """Pixel shuffle and back."""
     c = b.choose(2, 3)
@@ -336,7 +351,7 @@ def _group_norm(b: Builder, x: ir.Value, width: int, out: int) -> ir.Value:
     return _conv(b, y, g * c, out)
 
 
-IMAGE = (_plain, _grouped, _shuffled, _units, _pixels, _branches, _excite, _group_norm)
+IMAGE = (_plain, _grouped, _shuffled, _units, _stage, _pixels, _branches, _excite, _group_norm)
 
 
 @st.composite

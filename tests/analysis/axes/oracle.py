@@ -4,8 +4,9 @@ Every dim of every value gets a mask of its positions, fully written out. Operat
 are run on arrays of element numbers, which says for each element of their output where it comes from:
 an element must be gone on both sides or on neither. Other operators tie whole masks together. A
 deletion is consistent if every tensor that is left is a block (an element is gone exactly if one of its
-positions is), no dim is empty, and nothing pinned is touched. `minimal` finds the smallest consistent
-deletions that contain a position; they are what the axis analysis calls a position of a group.
+positions is), no dim is empty, of a grouped convolution groups go or channels of each but not both, and
+nothing pinned is touched. `minimal` finds the smallest consistent deletions that contain a position; they
+are what the axis analysis calls a position of a group.
 """
 
 from __future__ import annotations
@@ -93,6 +94,7 @@ class Oracle:
         self.pinned: set[Var] = set()
         self.vars: dict[str, tuple[Var, ...]] = {}
         self.ties: list[Tie] = []
+        self.apart: list[tuple[Var, Var]] = []  # a deletion takes positions of one of them
         self.positions: dict[str, Var] = {}  # integers that are positions of a mask
         for value in (*graph.inputs, *graph.initializers.values()):
             self._add(value)
@@ -228,7 +230,9 @@ class Oracle:
                 self.dims[self.find(var)].append((name, dim))
         self.var_at = np.repeat(roots, [self.size[var] for var in roots])
         pairs = (pair for tie in self.ties for pair in self._pairs(tie, stays))
-        self.deletions = Deletions(starts.tolist(), stays, pairs)
+        number = {var: index for index, var in enumerate(roots)}
+        apart = [(number[self.find(a)], number[self.find(b)]) for a, b in self.apart]
+        self.deletions = Deletions(starts.tolist(), stays, pairs, apart)
 
     def _pairs(self, tie: Tie, stays: Array) -> Iterator[Pairs]:
         """The places of equal elements, in dims that are not known to stay as a whole."""
@@ -256,12 +260,6 @@ class Oracle:
         """The smallest consistent deletions that delete this position."""
         found = self.deletions.minimal(self._place(name, dim, position))
         return [self._shown(solution) for solution in found]
-
-    def is_minimal(self, deletion: Deletion) -> bool:
-        """Whether a deletion is consistent, and no part of it is."""
-        places = np.unique([self._place(*place) for place in deletion])
-        named = np.array([bool(self.dims[var]) for var in self.var_at.tolist()])
-        return self._shown(places) == deletion and self.deletions.is_minimal(places, named)
 
     def _place(self, name: str, dim: int, position: int) -> int:
         return self.start[self.find(self.vars[name][dim])] + position
@@ -511,8 +509,10 @@ def _conv(o: Oracle, node: ir.Node) -> None:
         o.same(x[1], w[1])
         return
     g, i = o.split(x[1], groups, o.size[x[1]] // groups)
+    made = o.new(o.size[w[0]] // groups)
     o.same(i, w[1])
-    o.merged(w[0], [g, o.new(o.size[w[0]] // groups)])
+    o.merged(w[0], [g, made])
+    o.apart += [(g, i), (g, made)]  # groups go, or channels of each
 
 
 def _conv_transpose(o: Oracle, node: ir.Node) -> None:

@@ -146,6 +146,30 @@ def test_a_channel_shuffle_mixes_groups_and_channels() -> None:
     assert len(attribute) == 1
 
 
+def test_no_deletion_takes_groups_of_a_convolution_and_channels_of_those_that_stay() -> None:
+    made = model(
+        "float[b,3,5] x", "float y",
+        """h = Conv(x, i) a = Conv<group=2>(h, v) r = Reshape(a, m)
+        t = Transpose<perm=[0,2,1,3]>(r) f = Reshape(t, n) c = Conv<group=2>(f, w) z = Add(h, c)
+        y = Conv(z, o)""",
+        i=matrix(8, 3, 1), v=matrix(8, 4, 1), m=[0, 2, 4, 5], n=[0, 8, 5], w=matrix(8, 4, 1),
+        o=matrix(2, 8, 1),
+    )  # fmt: skip
+    normal.normalize(made)
+    axes = analyse(made)
+    assert terms(axes, "i").startswith("(<2> <4>)") and terms(axes, "v").startswith(
+        "(<2> (<2> <2>))"
+    )
+    groups, channels = (group(axes, "i", 0, index) for index in (0, 1))
+    assert channels.allows("delete") and group(axes, "v", 0, 1).allows("delete")
+    assert (
+        groups is group(axes, "v", 0) and not groups.allows("delete") and groups.allows("permute")
+    )
+    assert {pin.reason for pin in groups.forbidding("delete")} == {
+        "Conv has it in the number of its groups and in the channels of each"
+    }
+
+
 def test_a_chain_of_shuffles_does_not_carry_rows_that_stay() -> None:
     """What one half keeps is in a row of every shuffle before: 12 of them would stand in its term."""
     unit = (

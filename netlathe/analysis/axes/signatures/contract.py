@@ -5,6 +5,9 @@ from __future__ import annotations
 from netlathe.analysis.axes.signature import Signature, Site, Table
 
 _WINDOW = "slides a window along it"
+# Groups are one axis and the channels of each another. Where neither can go by itself, a group might still
+# go with some channels of the groups that stay; that would be an edit of two axes, and is not offered.
+_APART = {"g": "i o"}
 
 
 def _matmul(s: Site) -> Signature:
@@ -51,6 +54,7 @@ def _conv(s: Site) -> Signature:
         "b (g i) *s, (g o) i *k, (g o)? -> b (g o) *t",
         uses={"group": "g"},
         fixed={"s k t": _WINDOW},
+        apart=_APART,
         linear="0*1 + 2" if s.has(2) else "0*1",
     )
 
@@ -60,6 +64,7 @@ def _conv_transpose(s: Site) -> Signature:
         "b (g i) *s, (g i) o *k, (g o)? -> b (g o) *t",
         uses={"group": "g"},
         fixed={"s k t": _WINDOW},
+        apart=_APART,
         linear="0*1 + 2" if s.has(2) else "0*1",
     )
 
