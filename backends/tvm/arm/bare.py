@@ -35,6 +35,7 @@ def program(model: ir.Model, machine: Machine, prefix: str, *, only_plan: bool) 
         LowerError: with every node that has no form here, or a size that only data decides.
     """
     lowered = Lowering(model, machine).run()
+    _check_sizes(lowered.module["main"])
     kernels = {
         variable.name_hint: _Kernel(function, f"{prefix}_{variable.name_hint}")
         for variable, function in lowered.module.functions_items()
@@ -72,6 +73,38 @@ def _compiled(functions: Sequence[Any], machine: Machine) -> bytes:
         path = Path(folder) / "kernels.o"
         generate(module, target).write_to_file(str(path), "o")
         return path.read_bytes()
+
+
+def _check_sizes(main: Any) -> None:
+    """Let every binding be a call of a kernel or another view: then all sizes are numbers.
+
+    Raises:
+        LowerError: with every binding that looks at data for a size.
+    """
+    gaps = [
+        Diagnostic(
+            "tvm.bare.size",
+            f"{binding.var.name} has sizes that are decided by data, and a static memory plan"
+            " needs numbers",
+            help="build with form='library'",
+        )
+        for block in main.body.blocks
+        for binding in block.bindings
+        if not isinstance(binding, relax.VarBinding) or not _is_planned(binding.value)
+    ]
+    if gaps:
+        raise LowerError(gaps)
+
+
+def _is_planned(value: Any) -> bool:
+    if isinstance(value, relax.TupleGetItem):
+        return True
+    name = _operator(value)
+    return name == "relax.reshape" or (name == "relax.call_tir" and len(value.args) == 2)
+
+
+def _operator(value: Any) -> str:
+    return str(getattr(getattr(value, "op", None), "name", ""))
 
 
 class _Kernel:
@@ -122,14 +155,7 @@ def _bytes(type_: Any) -> int:
 
 def _number(dim: Any) -> int:
     found = tvm.sym.Analyzer().simplify(dim)
-    if not isinstance(found, tirx.IntImm):
-        raise LowerError(
-            Diagnostic(
-                "tvm.bare.size",
-                f"the size {dim} is decided by data, and a static memory plan needs numbers",
-                help="build with form='library'",
-            )
-        )
+    assert isinstance(found, tirx.IntImm), f"{dim} is no number"
     return int(found.value)
 
 
@@ -193,19 +219,9 @@ class _Calls:
         if isinstance(value, relax.TupleGetItem):
             self._values[binding.var] = [self._values[value.tuple_value][int(value.index)]]
             return
-        operator = getattr(getattr(value, "op", None), "name", "")
-        if operator == "relax.reshape":
+        if _operator(value) == "relax.reshape":
             self._values[binding.var] = self._values[value.args[0]]
             return
-        if operator != "relax.call_tir" or len(value.args) != 2:
-            raise LowerError(
-                Diagnostic(
-                    "tvm.bare.size",
-                    f"{binding.var.name_hint} has sizes that are decided by data, and a static memory"
-                    " plan needs numbers",
-                    help="build with form='library'",
-                )
-            )
         at = len(self._calls)
         name = value.args[0].name_hint
         arguments = [self._values[item][0] for item in value.args[1].fields]
