@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 from tvm import tirx
 
+from netlathe.backends.tvm.cuda.code import GpuCode
 from netlathe.backends.tvm.tir import NAMED, Code, Expr, cast, const, is_nan, select
 
 
@@ -54,6 +55,8 @@ def from_bfloat16(stored: Expr) -> Expr:
 
 def to_bfloat16(code: Code, value: Expr) -> Expr:
     """float32 as bfloat16 bits, to nearest even."""
+    if isinstance(code, GpuCode):
+        return code.bfloat16(value)
     value = code.bind(value, NAMED)
     whole = code.bind(as_int(value), NAMED)
     odd = (whole >> _int(16)) & _int(1)

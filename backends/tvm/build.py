@@ -6,7 +6,7 @@ This is what runs in the worker process (:mod:`netlathe.backends.tvm.worker`).
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +58,8 @@ def _tir_pipeline() -> tuple[Any, Any, Any]:
     return run, pipeline.finalize_host_passes, pipeline.finalize_device_passes
 
 
-def _relax_pipeline() -> Any:
+def relax_pipeline() -> Any:
+    """From the calls that lowering emits to a program of the Relax VM."""
     passes = relax.transform
     return tvm.ir.transform.Sequential(
         [
@@ -104,9 +105,18 @@ def executable(lowered: Lowered, machine: Machine) -> Any:
     return relax.build(
         lowered.module,
         target(machine),
-        relax_pipeline=_relax_pipeline(),
+        relax_pipeline=relax_pipeline(),
         tir_pipeline=_PIPELINE,
     )
+
+
+def linked_by(linker: Sequence[str]) -> Callable[..., None]:
+    """What links object files to a library, as TVM calls it."""
+
+    def link(output: str, objects: Sequence[str], **_options: Any) -> None:
+        toolchain.run([*linker, "-shared", "-fPIC", "-o", output, *objects])
+
+    return link
 
 
 def library(model: ir.Model, machine: Machine, path: Path, linker: Sequence[str]) -> Built:
@@ -117,8 +127,5 @@ def library(model: ir.Model, machine: Machine, path: Path, linker: Sequence[str]
     """
     lowered = Lowering(model, machine).run()
 
-    def link(output: str, objects: Sequence[str], **_options: Any) -> None:
-        toolchain.run([*linker, "-shared", "-fPIC", "-o", output, *objects])
-
-    executable(lowered, machine).export_library(os.fspath(path), fcompile=link)
+    executable(lowered, machine).export_library(os.fspath(path), fcompile=linked_by(linker))
     return Built(lowered.parameters, lowered.kernels)

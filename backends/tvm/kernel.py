@@ -8,6 +8,8 @@ import onnx_ir as ir
 from tvm import tirx
 
 from netlathe.backends.tvm import sizes, storage
+from netlathe.backends.tvm.cuda.code import GpuCode
+from netlathe.backends.tvm.cuda.machine import Gpu
 from netlathe.backends.tvm.tir import Code, Expr, i64
 from netlathe.ir.dims import Dim, Shape
 
@@ -27,9 +29,10 @@ class Kernel:
 
     def __init__(self, lowering: Lowering) -> None:
         self.lowering = lowering
-        self.code = Code(self)
+        self.code = GpuCode(self) if isinstance(lowering.machine, Gpu) else Code(self)
         self._inputs: dict[Any, tuple[Any, Any]] = {}  # relax var -> parameter, flat view
         self._outputs: list[tuple[ir.DataType, Shape, Any, Any]] = []
+        self._workspaces: list[tuple[str, Expr, Any]] = []  # type, elements, flat view
         self._sizes: dict[str, Expr] = {}
 
     def size(self, dim: Dim) -> Expr:
@@ -57,6 +60,12 @@ class Kernel:
         self._outputs.append((dtype, shape, parameter, flat))
         return flat
 
+    def workspace(self, count: Expr, dtype: str) -> Any:
+        """Scratch memory of ``count`` elements that the caller provides: a flat buffer."""
+        flat = tirx.decl_buffer([count], dtype, f"work{len(self._workspaces)}")
+        self._workspaces.append((dtype, count, flat))
+        return flat
+
     def _parameter(self, shape: Shape, dtype: ir.DataType, stem: str) -> tuple[Any, Any]:
         dims = [self.size(dim) for dim in shape]
         name = f"{stem}{len(self._inputs) + len(self._outputs)}"
@@ -80,6 +89,7 @@ class Kernel:
             *(parameter for parameter, _ in inputs),
             *self._sizes.values(),
             *(parameter for parameter, _ in outputs),
+            *(flat for _, _, flat in self._workspaces),
         ]
         function = tirx.PrimFunc(parameters, body)
         function = function.with_attr({"tirx.noalias": True, SCHEDULE: schedule})
@@ -87,6 +97,7 @@ class Kernel:
             function,
             list(self._inputs),
             [(dtype, shape) for dtype, shape, _, _ in self._outputs],
-            list(self._sizes),
+            [(dtype, count) for dtype, count, _ in self._workspaces],
+            self._sizes,
             schedule,
         )

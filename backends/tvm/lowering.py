@@ -22,7 +22,7 @@ from netlathe.backends.tvm.kernel import Kernel
 from netlathe.backends.tvm.kernels import general
 from netlathe.backends.tvm.machine import Machine
 from netlathe.backends.tvm.packing import Parameter, Recipe
-from netlathe.backends.tvm.tir import Expr
+from netlathe.backends.tvm.tir import Expr, substituted
 from netlathe.backends.tvm.values import (
     ChannelsLast,
     Known,
@@ -328,17 +328,25 @@ class Lowering:
         function: Any,
         inputs: Sequence[Any],
         outputs: Sequence[tuple[ir.DataType, Shape]],
-        names: Sequence[str],
+        workspaces: Sequence[tuple[str, Expr]],
+        names: Mapping[str, Expr],
         schedule: str,
     ) -> list[Ready]:
-        """Emit a call; an equal kernel that exists already is used instead."""
+        """Emit a call; an equal kernel that exists already is used instead.
+
+        ``names`` maps size names to the kernel's variables, in which ``workspaces`` (TIR dtype,
+        elements) are stated.
+        """
         target = self._function(function, schedule)
         out_types = [self.tensor(dtype, shape) for dtype, shape in outputs]
+        inside = {variable: self._names[name] for name, variable in names.items()}
+        for stored, count in workspaces:
+            out_types.append(relax.TensorType([substituted(count, inside)], stored))
         self._read.update(inputs)
-        arguments = [*inputs, *(self._names[name] for name in names)]
+        arguments = [*inputs, *inside.values()]
         call: Any = relax.call_tir  # its annotation knows no lists of arguments
         result = self.builder.emit(call(target, arguments, out_types))
-        if len(outputs) == 1:
+        if len(out_types) == 1:
             parts = [result]
         else:
             parts = [

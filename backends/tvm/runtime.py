@@ -6,7 +6,9 @@
 It needs Python 3.11, numpy, ``apache-tvm-ffi`` and ``libtvm_runtime.so`` (from the ``apache-tvm``
 wheel, from this folder, or wherever NETLATHE_TVM_RUNTIME points). No compiler, torch or onnx.
 
-Nothing of the model's library runs before the CPU is known to have the instructions it was built for.
+Nothing of the model's library runs before the CPU is known to have the instructions it was built for. An
+artifact for CUDA also needs ``libtvm_runtime_cuda.so`` (beside the other one), CUDA's runtime library, and
+a GPU of an architecture that it has machine code for; constants are uploaded once, when it is loaded.
 """
 
 from __future__ import annotations
@@ -46,7 +48,7 @@ _KEYS = {
     "parameters",
 }
 _RUNTIME = "libtvm_runtime.so"
-_CPU = 1  # DLPack's device type
+_CPU, _CUDA = 1, 2  # DLPack's device types
 _POOLED = 2  # the allocator that keeps memory for the next run
 _loaded: list[ctypes.CDLL] = []
 _pool: list[int] = []  # the size of TVM's pool of threads, once it is set
@@ -104,6 +106,9 @@ def load(folder: str | os.PathLike[str], *, threads: int | None = None) -> Model
     _check_versions(meta)
     _check_library(path, meta)
     _runtime(path)
+    if meta.get("archs"):
+        check_gpu(meta["archs"])
+        _cuda_runtime(path)
     if threads is None:
         start_threads(_default_threads())
     else:
@@ -121,10 +126,15 @@ class Model:
         self.inputs: list[dict[str, Any]] = meta["inputs"]
         self.outputs: list[dict[str, Any]] = meta["outputs"]
         self._ffi = _runtime(library.parent)
-        self._parameters = [self._ffi.from_dlpack(_aligned(array)) for array in parameters]
+        self._on_gpu = bool(meta.get("archs"))
+        if self._on_gpu:
+            cudart = _cuda_runtime(library.parent)
+            _check_room(cudart, sum(array.nbytes for array in parameters))
+        self._parameters = [self._placed(array) for array in parameters]
         module = self._ffi.load_module(os.fspath(library))
         self._machine = module["vm_load_executable"]()
-        self._machine["vm_initialization"](_CPU, 0, _POOLED)
+        devices = [_CUDA, 0, _POOLED] if self._on_gpu else []
+        self._machine["vm_initialization"](*devices, _CPU, 0, _POOLED)
         self._main = self._machine["main"]
 
     def __call__(self, **feeds: npt.ArrayLike) -> dict[str, npt.NDArray[Any]]:
@@ -137,13 +147,44 @@ class Model:
         Raises:
             ArtifactError: a name, dtype or shape is not the model's.
         """
-        arrays = check_feeds(self.inputs, feeds)
-        given = [self._ffi.from_dlpack(_aligned(array)) for array in arrays]
-        results = self._main(*given, *self._parameters)
+        results = self.invoke(self.place(feeds))
         return {
-            record["name"]: restored(np.from_dlpack(result), record["dtype"])
+            record["name"]: restored(self._fetched(result), record["dtype"])
             for record, result in zip(self.outputs, results, strict=True)
         }
+
+    def place(self, feeds: Mapping[str, npt.NDArray[Any]]) -> list[Any]:
+        """The inputs as tensors where the kernels run, in the order of ``inputs``.
+
+        Raises:
+            ArtifactError: as :meth:`run`.
+        """
+        return [self._placed(array) for array in check_feeds(self.inputs, feeds)]
+
+    def invoke(self, given: Sequence[Any]) -> Sequence[Any]:
+        """The outputs for tensors from :meth:`place`, or for outputs of an earlier call, as tensors.
+
+        On a GPU they may not be finished when this returns: work is queued on the current stream.
+        """
+        results: Sequence[Any] = self._main(*given, *self._parameters)
+        return results
+
+    def _placed(self, array: npt.NDArray[Any]) -> Any:
+        host = _aligned(array)
+        if not self._on_gpu:
+            return self._ffi.from_dlpack(host)
+        tensor = _empty(self._ffi, host.shape, host.dtype.name)
+        copy = self._ffi.get_global_func("runtime.TVMTensorCopyFromBytes")
+        copy(tensor, ctypes.c_void_p(host.ctypes.data), host.nbytes)
+        return tensor
+
+    def _fetched(self, tensor: Any) -> npt.NDArray[Any]:
+        if not self._on_gpu:
+            return np.from_dlpack(tensor)
+        array = np.empty(tuple(tensor.shape), np.dtype(str(tensor.dtype)))
+        copy = self._ffi.get_global_func("runtime.TVMTensorCopyToBytes")
+        copy(tensor, ctypes.c_void_p(array.ctypes.data), array.nbytes)
+        return array
 
 
 def set_threads(count: int) -> None:
@@ -445,6 +486,86 @@ def _runtime_candidates(folder: Path | None) -> list[Path]:
     if spec is not None and spec.origin is not None:
         found.append(Path(spec.origin).parent / "lib" / _RUNTIME)
     return found
+
+
+# -- GPUs ------------------------------------------------------------------------------------------
+
+
+def gpu_lack(archs: Sequence[str]) -> str:
+    """Why no kernel for one of ``archs`` (``sm_80``, ``sm_90a``, ...) runs here; empty if it does."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return "there is no NVIDIA driver (libcuda.so.1)"
+    device, major, minor = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
+    if driver.cuInit(0) or driver.cuDeviceGet(ctypes.byref(device), 0):
+        return "the NVIDIA driver finds no GPU"
+    for number, attribute in ((major, 75), (minor, 76)):  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_*
+        driver.cuDeviceGetAttribute(ctypes.byref(number), attribute, device)
+    here = f"sm_{major.value}{minor.value}"
+    # Machine code runs on its own major version, at its own minor or a later one; `a` on its own alone.
+    for arch in archs:
+        if here == arch.rstrip("a"):
+            return ""
+        if not arch.endswith("a") and here[:-1] == arch[:-1] and here[-1] >= arch[-1]:
+            return ""
+    return f"the code is for {', '.join(archs)}, and this GPU is {here}"
+
+
+def check_gpu(archs: Sequence[str]) -> None:
+    """Return if the first GPU runs code for one of ``archs``.
+
+    Raises:
+        ArtifactError: there is none, or it is of another architecture.
+    """
+    if lack := gpu_lack(archs):
+        raise ArtifactError(f"{lack}: build the artifact for the GPU that is to run it")
+
+
+def _cuda_runtime(folder: Path) -> ctypes.CDLL:
+    """Load TVM's CUDA part, which registers the device; CUDA's runtime, which it is linked to."""
+    if len(_loaded) > 1:
+        return _loaded[1]
+    for path in _runtime_candidates(folder):
+        part = path.with_name("libtvm_runtime_cuda.so")
+        if not part.is_file():
+            continue
+        for cudart in _cudart_candidates(folder):
+            try:
+                _loaded.append(ctypes.CDLL(cudart, mode=ctypes.RTLD_GLOBAL))
+                break
+            except OSError:
+                continue
+        else:
+            raise ArtifactError("libcudart.so.13 was not found: install nvidia-cuda-runtime 13")
+        _loaded.append(ctypes.CDLL(os.fspath(part), mode=ctypes.RTLD_GLOBAL))
+        return _loaded[1]
+    raise ArtifactError(f"libtvm_runtime_cuda.so was not found beside {_RUNTIME}")
+
+
+def _cudart_candidates(folder: Path) -> list[str]:
+    name = "libcudart.so.13"
+    found = [os.fspath(folder / name), name, f"/usr/local/cuda/lib64/{name}"]
+    spec = importlib.util.find_spec("nvidia")
+    for place in (spec.submodule_search_locations or []) if spec is not None else []:
+        found.append(os.path.join(place, "cu13", "lib", name))
+    return found
+
+
+def _empty(ffi: Any, shape: Sequence[int], dtype: str) -> Any:
+    allocate = ffi.get_global_func("runtime.TVMTensorAllocWithScope")
+    return allocate(ffi.Shape(shape), ffi.dtype(dtype), ffi.device("cuda", 0), None)
+
+
+def _check_room(cudart: Any, wanted: int) -> None:
+    free, total = ctypes.c_size_t(), ctypes.c_size_t()
+    if status := cudart.cudaMemGetInfo(ctypes.byref(free), ctypes.byref(total)):
+        raise ArtifactError(f"CUDA's runtime does not start (error {status})")
+    if wanted > free.value:
+        raise ArtifactError(
+            f"the constants take {wanted} bytes of the GPU's memory, and {free.value} of"
+            f" {total.value} are free"
+        )
 
 
 def _parameters(folder: Path, meta: Mapping[str, Any]) -> list[npt.NDArray[Any]]:

@@ -7,9 +7,10 @@ and nowhere else. Indices are int64. Every loop variable is fresh: TIR takes a n
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+import tvm
 import tvm_ffi
 from tvm import tirx
 
@@ -94,6 +95,12 @@ def idiv(a: Expr, b: int | Expr) -> Expr:
 def imod(a: Expr, b: int | Expr) -> Expr:
     """a % b of an index by a size."""
     return tirx.truncmod(a, i64(b))
+
+
+def substituted(expr: Expr, values: Mapping[Expr, Expr]) -> Expr:
+    """``expr`` with values in the place of variables."""
+    changed = (tvm.ir.Var, lambda var: values.get(var, var))
+    return tvm_ffi.structural_map(expr, changed, order="post")
 
 
 def total(dims: Sequence[Expr]) -> Expr:

@@ -18,6 +18,7 @@ from pathlib import Path
 import onnx
 import onnx_ir as ir
 
+from netlathe.backends.tvm.cuda.machine import Gpu
 from netlathe.backends.tvm.process import ANSWER, JOB, Bare, Build, Failed, Job, Lower, Refused, Run
 from netlathe.diagnostics import LowerError
 
@@ -50,6 +51,13 @@ def _do(job: Job) -> object:
 
             Lowering(_model(job.model), job.machine).run()
             return None
+        case Build(machine=Gpu() as machine):
+            from netlathe.backends.tvm.cuda import toolkit
+
+            toolkit.load()  # before anything imports TVM
+            from netlathe.backends.tvm.cuda import build as cuda
+
+            return cuda.library(_model(job.model), machine, job.library, job.linker)
         case Build():
             from netlathe.backends.tvm import build
 

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from tvm import tirx
 
 from netlathe.backends.tvm import mathfn
+from netlathe.backends.tvm.cuda import grids
+from netlathe.backends.tvm.cuda.code import GpuCode
 from netlathe.backends.tvm.kernel import Kernel
 from netlathe.backends.tvm.kernels.general import vectors
 from netlathe.backends.tvm.kernels.reduce import COMBINE, row
@@ -57,6 +59,8 @@ class Spec:
 def attention(kernel: Kernel, spec: Spec, store: Store) -> str:
     """store([b, h, query, v], element)."""
     code = kernel.code
+    if isinstance(code, GpuCode) and code.on_host:
+        return grids.attention(kernel, code, spec, COMBINE, store)
     machine = kernel.lowering.machine
     batch, heads, queries = (kernel.size(dim) for dim in spec.q.shape[:3])
     blocks = code.bind(idiv(queries + i64(_QUERY_BLOCK - 1), i64(_QUERY_BLOCK)))

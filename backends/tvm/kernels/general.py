@@ -8,6 +8,8 @@ general.small   the same without threads: a launch would cost more than the work
 from __future__ import annotations
 
 from netlathe.backends.tvm import storage
+from netlathe.backends.tvm.cuda import grids
+from netlathe.backends.tvm.cuda.code import GpuCode
 from netlathe.backends.tvm.kernel import Kernel
 from netlathe.backends.tvm.tir import (
     PARALLEL,
@@ -56,6 +58,10 @@ def elementwise(kernel: Kernel, value: Value, store: Store) -> str:
     code = kernel.code
     shape = kernel.shape(value.shape)
     count = total(shape)
+    if isinstance(code, GpuCode) and code.on_host:
+        return grids.elementwise(
+            code, shape, is_flat(value), lambda at: store(code, at, value.at(code, at))
+        )
     number = known(count)
     small = number is not None and number <= SMALL
     if is_flat(value):

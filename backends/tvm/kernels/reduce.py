@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 from tvm import tirx
 
+from netlathe.backends.tvm.cuda import grids
+from netlathe.backends.tvm.cuda.code import GpuCode
 from netlathe.backends.tvm.kernel import Kernel
 from netlathe.backends.tvm.kernels.general import SMALL
 from netlathe.backends.tvm.tir import (
@@ -141,6 +143,8 @@ def reduce(
 ) -> str:
     """store(index of kept, combined element(code, index of kept, index of reduced))."""
     code = kernel.code
+    if isinstance(code, GpuCode) and code.on_host:
+        return grids.reduce(code, kept, reduced, by_rows, dtype, combine, element, store)
     lanes = kernel.lowering.machine.lanes(dtype)
     small = known(total(kept + reduced))
     kind = SERIAL if small is not None and small <= SMALL else PARALLEL

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from tvm import tirx
 
 from netlathe.backends.tvm import mathfn
+from netlathe.backends.tvm.cuda import grids
+from netlathe.backends.tvm.cuda.code import GpuCode
 from netlathe.backends.tvm.kernel import Kernel
 from netlathe.backends.tvm.kernels.general import vectors
 from netlathe.backends.tvm.kernels.reduce import COMBINE, row
@@ -71,6 +73,8 @@ def softmax(
 ) -> str:
     """Softmax or its logarithm along the last axis; the largest element is taken off first."""
     code = kernel.code
+    if isinstance(code, GpuCode) and code.on_host:
+        return grids.softmax(code, x, lead, length, dtype, log, COMBINE, store)
 
     def body(line: _Row, index: Index) -> None:
         largest = line.combined("max", lambda j: line.put(j, x.at(code, [*index, j])))
@@ -108,6 +112,8 @@ def normalize(
 ) -> str:
     """(x - mean) / sqrt(variance + epsilon), or without the mean x / sqrt(mean square + epsilon)."""
     code = kernel.code
+    if isinstance(code, GpuCode) and code.on_host:
+        return grids.normalize(code, x, lead, length, dtype, epsilon, centred, COMBINE, finish)
 
     def body(line: _Row, index: Index) -> None:
         count = cast(length, dtype)

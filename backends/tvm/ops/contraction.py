@@ -9,6 +9,8 @@ from tvm import tirx
 
 from netlathe.backends.tvm import packing, storage
 from netlathe.backends.tvm.arm import codes, products
+from netlathe.backends.tvm.cuda import products as cuda_products
+from netlathe.backends.tvm.cuda.machine import Gpu
 from netlathe.backends.tvm.kernel import Kernel
 from netlathe.backends.tvm.kernels import gemm, gemv
 from netlathe.backends.tvm.kernels import reduce as template
@@ -29,7 +31,11 @@ def _matmul(op: Op) -> Sequence[Value]:
     if constant is not None and op.value(0).rank >= 1:
         if _is_matrix(constant) and _is_plain(constant):
             return [by_constant(op.low, op.ready(0), constant, op.dtype(), op.shape())]
-        if (quantized := _quantized(constant)) is not None:
+        if isinstance(op.low.machine, Gpu):
+            held = cuda_products.of_quantized(op.low, op.ready(0), constant, op.shape())
+            if held is not None:
+                return [held]
+        elif (quantized := _quantized(constant)) is not None:
             return [by_quantized(op.low, op.ready(0), quantized, op.dtype(), op.shape())]
     return [product(op.low, op.operand(0), op.operand(1), op.dtype())]
 
@@ -110,6 +116,8 @@ def by_quantized(low: Lowering, a: Ready, node: ir.Node, dtype: D, shape: Shape)
 
 def by_constant(low: Lowering, a: Ready, constant: ir.Value, dtype: D, shape: Shape) -> Pending:
     """``a`` [..., K] times a constant [K, N], packed at compile time."""
+    if isinstance(low.machine, Gpu):
+        return cuda_products.of_constant(low, a, constant, dtype, shape)
     if (made := products.by_constant(low, a, constant, dtype, shape)) is not None:
         return made
     tensor = constant.const_value
@@ -168,6 +176,9 @@ def product(low: Lowering, a: Value, b: Value, dtype: D) -> Value:
     wide_left, wide_right = spread(left), spread(right)
 
     def build(kernel: Kernel, store: Store) -> str:
+        if isinstance(low.machine, Gpu):
+            whole_batch = kernel.shape(batch)
+            return cuda_products.of_values(kernel, wide_left, wide_right, whole_batch, store)
         return gemm.batched(kernel, wide_left, wide_right, cut, kernel.shape(batch), store)
 
     result = Pending(dtype, whole, build)

@@ -244,11 +244,12 @@ def _counted(op: Op, mask: Value) -> Ready:
     code = kernel.code
     out = kernel.write(D.INT64, (1,))
     count = total(kernel.shape(mask.shape))
-    code.store(out, i64(0), i64(0))
-    with code.loop(count) as i:
-        where = unflatten(i, kernel.shape(mask.shape))
-        with code.when(_true(mask.at(code, where))):
-            code.store(out, i64(0), tirx.BufferLoad(out, [i64(0)]) + i64(1))
+    with code.loop(1):
+        code.store(out, i64(0), i64(0))
+        with code.loop(count) as i:
+            where = unflatten(i, kernel.shape(mask.shape))
+            with code.when(_true(mask.at(code, where))):
+                code.store(out, i64(0), tirx.BufferLoad(out, [i64(0)]) + i64(1))
     return kernel.finish("select.count")[0]
 
 

@@ -9,6 +9,8 @@ import onnx_ir as ir
 from tvm import tirx
 
 from netlathe.backends.tvm import packing, storage
+from netlathe.backends.tvm.cuda import products
+from netlathe.backends.tvm.cuda.machine import Gpu
 from netlathe.backends.tvm.kernel import Kernel
 from netlathe.backends.tvm.kernels import conv as kernels
 from netlathe.backends.tvm.kernels import gemm, pool, tile
@@ -17,7 +19,7 @@ from netlathe.backends.tvm.lowering import Lowering
 from netlathe.backends.tvm.ops import dots
 from netlathe.backends.tvm.ops.elementwise import absolute, like
 from netlathe.backends.tvm.ops.norm import channel
-from netlathe.backends.tvm.ops.op import D, Op, Rule, channels_last, combine, cost_of
+from netlathe.backends.tvm.ops.op import D, Op, Rule, channels_last, combine, cost_of, is_cheap
 from netlathe.backends.tvm.ops.reduction import reduced
 from netlathe.backends.tvm.packing import Recipe
 from netlathe.backends.tvm.tir import (
@@ -125,7 +127,12 @@ def convolved(
     groups = op.integer("group", 1)
     channels = (groups, outputs // groups, inputs)
     made: Value
-    if len(kernel) > 2:
+    if isinstance(low.machine, Gpu) and not (outputs == groups and inputs == 1):
+        x, weight = (v if is_cheap(v) else low.force(v) for v in (x, weight))
+        made = products.convolution(
+            x, weight, spans.strides, spans.dilations, spans.begins, groups, dtype, shape
+        )
+    elif len(kernel) > 2 or isinstance(low.machine, Gpu):  # there, a thread for each result
         made = _conv_by_reduction(x, weight, spans, channels, dtype, shape)
     else:
         source = channels_last(low, _widened(x), x.rank)

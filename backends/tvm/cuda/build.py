@@ -1,0 +1,91 @@
+"""Relax and TIR to a library with embedded machine code for GPUs; runs in the worker process."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import tvm
+import tvm_ffi
+from tvm import relax, tirx
+
+from netlathe.backends.tvm import build
+from netlathe.backends.tvm.cuda import toolkit
+from netlathe.backends.tvm.cuda.machine import Gpu
+from netlathe.backends.tvm.lowering import Lowering
+from netlathe.backends.tvm.packing import Built
+
+_PIPELINE = "netlathe-cuda"
+
+
+@dataclass(frozen=True)
+class CudaBuilt(Built):
+    """``resources`` of every kernel on every architecture."""
+
+    resources: tuple[toolkit.Resources, ...]
+
+
+def target(machine: Gpu) -> Any:
+    """TVM's target: the first architecture decides what its code generator may write."""
+    return tvm.target.Target(
+        {
+            "kind": "cuda",
+            "arch": machine.archs[0],
+            "max_threads_per_block": 1024,
+            "max_shared_memory_per_block": machine.shared_bytes,
+            "thread_warp_size": 32,
+        },
+        host={"kind": "llvm", "mcpu": machine.mcpu},
+    )
+
+
+def _tir_pipeline() -> tuple[Any, Any, Any]:
+    passes = tirx.transform
+    sequential = tvm.ir.transform.Sequential
+
+    @tvm.transform.module_pass(opt_level=0)  # type: ignore[untyped-decorator]  # TVM has no types
+    def run(module: Any, _context: Any) -> Any:
+        return sequential(
+            [
+                passes.VectorizeLoop(True),
+                passes.AnnotateEntryFunc(),
+                passes.SplitHostDevice(),
+                passes.MakePackedAPI(),
+            ]
+        )(module)
+
+    return (
+        run,
+        tirx.compilation_pipeline.finalize_host_passes,
+        lambda: sequential([passes.LowerIntrin()]),
+    )
+
+
+def library(model: ir.Model, machine: Gpu, path: Path, linker: Sequence[str]) -> CudaBuilt:
+    """Lower and compile ``model``, whose weights are not read, and link it to ``path``.
+
+    Raises:
+        LowerError: with every node that has no form here, or nvcc refused a kernel.
+    """
+    found: list[toolkit.Resources] = []
+
+    def compiled(source: str) -> bytes:
+        binary, resources = toolkit.compile_fatbin(source, machine.archs)
+        found.extend(resources)
+        return binary
+
+    tvm_ffi.register_global_func("tvm_callback_cuda_compile", compiled, override=True)
+    lowered = Lowering(model, machine).run()
+    tirx.compilation_pipeline.register_tir_pipeline(_PIPELINE, _tir_pipeline)
+    executable = relax.build(
+        lowered.module,
+        target(machine),
+        relax_pipeline=build.relax_pipeline(),
+        tir_pipeline=_PIPELINE,
+    )
+    executable.export_library(os.fspath(path), fcompile=build.linked_by(linker))
+    return CudaBuilt(lowered.parameters, lowered.kernels, tuple(found))

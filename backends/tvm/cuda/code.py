@@ -1,0 +1,225 @@
+"""The builder of TIR where loops run on a GPU: a parallel loop becomes a grid of threads.
+
+The outermost loop of a kernel that any template or operator writes must be parallel, or of one step;
+each becomes a launch of its own, in the order they are written. Inside, loops are serial: a thread is a
+task. Kernels that let threads work together open their grid themselves (:meth:`GpuCode.launch`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from tvm import tirx
+from tvm.backend.cuda.op import cuda_func_call
+from tvm.ir import PointerType, PrimType
+
+from netlathe.backends.tvm.tir import (
+    _ON_STACK,
+    PARALLEL,
+    SERIAL,
+    VECTORIZED,
+    Code,
+    Expr,
+    _body,
+    cast,
+    dtype_of,
+    i64,
+    idiv,
+    known,
+    plain,
+)
+
+if TYPE_CHECKING:
+    from netlathe.backends.tvm.kernel import Kernel
+
+UNROLLED = tirx.ForKind.UNROLLED
+THREADS = 256  # of a block, where nothing else is asked for
+
+
+class GpuCode(Code):
+    """:class:`Code` for a GPU. Outside of a grid there is only the host: it can compute sizes."""
+
+    def __init__(self, kernel: Kernel) -> None:
+        super().__init__(kernel)
+        self._task: tuple[Expr, Expr] | None = (
+            None  # number and count of the tasks of the open grid
+        )
+
+    @property
+    def on_host(self) -> bool:
+        """Whether no grid is open, so that one can be."""
+        return not self._loops
+
+    def bind(self, value: Expr, cost: int = 0) -> Expr:
+        """A name inside a grid; on the host the expression itself, since it may size scratch memory."""
+        return super().bind(value, cost) if self._loops else plain(value)
+
+    @contextlib.contextmanager
+    def loop(self, extent: int | Expr, kind: Any = SERIAL) -> Iterator[Expr]:
+        """for index in range(extent); the outermost one is a grid with a thread for each index."""
+        if self._loops:
+            with super().loop(extent, UNROLLED if kind == VECTORIZED else SERIAL) as var:
+                yield var
+            return
+        assert kind == PARALLEL or known(extent) == 1, "a kernel's outermost loop is not parallel"
+        count = i64(extent)
+        with self.launch(idiv(count + i64(THREADS - 1), THREADS), THREADS) as (block, thread):
+            index = self.bind(block * i64(THREADS) + thread)
+            self._task = (index, count)
+            with self.when(index < count):
+                yield index
+            self._task = None
+
+    @contextlib.contextmanager
+    def launch(
+        self, blocks: Expr, threads: int, cluster: int = 1, least: int = 0, early: bool = False
+    ) -> Iterator[tuple[Expr, Expr]]:
+        """A grid of blocks; what is written inside runs in every thread: (block, thread) in int64.
+
+        ``cluster`` blocks of the grid run side by side; at least ``least`` of them fit a multiprocessor;
+        ``early``: the grid may start before the one in front has ended, and waits for it itself.
+        """
+        grid, lane = (tirx.Var(self.var("int32", stem).name, "int32") for stem in ("b", "t"))
+        self._loops += 1
+        with self._block() as statements:
+            yield cast(grid, "int64"), cast(lane, "int64")
+        self._loops -= 1
+        body = _body(statements)
+        if least:
+            bound = "tirx.launch_bounds_min_blocks_per_sm"
+            body = tirx.AttrStmt(tirx.IntImm("int32", 0), bound, tirx.IntImm("int32", least), body)
+        if early:
+            start = "tirx.use_programtic_dependent_launch"  # TVM's spelling
+            body = tirx.AttrStmt(tirx.IntImm("int32", 0), start, tirx.IntImm("int32", 1), body)
+        launched = [
+            (lane, "threadIdx.x", tirx.IntImm("int32", threads)),
+            (grid, "blockIdx.x", cast(blocks, "int32")),
+        ]
+        if cluster > 1:
+            member = tirx.Var(self.var("int32", "m").name, "int32")
+            launched.insert(1, (member, "clusterCtaIdx.x", tirx.IntImm("int32", cluster)))
+        for var, tag, extent in launched:
+            axis = tirx.IterVar(None, var, tirx.IterVar.ThreadIndex, tag)
+            body = tirx.AttrStmt(axis, "thread_extent", extent, body)
+        self.emit(body)
+
+    def alloc(self, shape: Sequence[int | Expr], dtype: str, scope: str = "local") -> Any:
+        """Scratch memory: ``local`` of a thread, ``shared`` by a block.
+
+        ``global``, of sizes known at run time, is a part for each task of a workspace that the
+        caller of the kernel provides.
+        """
+        dims = [i64(dim) for dim in shape]
+        if scope != "global":
+            self._count += 1
+            buffer = tirx.decl_buffer(dims, dtype, f"scratch{self._count}", scope=scope)
+            self.emit(tirx.AllocBuffer(buffer, _ON_STACK))
+            return buffer
+        if all(known(dim) is not None for dim in dims):
+            return self.alloc(shape, dtype)
+        assert self._task is not None
+        task, count = self._task
+        size = i64(1)
+        for dim in dims:
+            size = size * dim
+        whole = self.kernel.workspace(size * count, dtype)
+        self._count += 1
+        pointer = tirx.Var(f"own{self._count}", PointerType(PrimType(dtype), "global"))
+        self.emit(tirx.Bind(pointer, tirx.address_of(tirx.BufferLoad(whole, [task * size]))))
+        buffer = tirx.decl_buffer([size], dtype, f"scratch{self._count}", data=pointer)
+        self.emit(tirx.DeclBuffer(buffer, data=pointer))
+        return buffer
+
+    # -- threads that work together -----------------------------------------------------------------
+
+    def barrier(self) -> None:
+        """Wait for all threads of the block."""
+        self.emit(tirx.Evaluate(tirx.call_intrin("", "tirx.tvm_storage_sync", "shared")))
+
+    def call(self, name: str, source: str, dtype: str, *arguments: Expr) -> Expr:
+        """A call of the device function ``name``, which ``source`` defines, as an expression."""
+        return cuda_func_call(name, *arguments, source_code=source, return_type=dtype)
+
+    def run(self, name: str, source: str, *arguments: Expr) -> None:
+        """A call of a device function that gives nothing back."""
+        self.emit(
+            tirx.Evaluate(cuda_func_call(name, *arguments, source_code=source, return_type="void"))
+        )
+
+    def tensor_map(
+        self, source: Any, rows: Expr, columns: Expr, box: tuple[int, int], bytes_: int
+    ) -> Expr:
+        """A descriptor of the matrix ``source`` [rows, columns] for copies of ``box``, made on the host.
+
+        A box is written to shared memory as rows of 128 bytes with the 128-byte swizzle; zeros stand for
+        what lies outside of the matrix.
+        """
+        self._count += 1
+        made = tirx.Var(f"map{self._count}", PointerType(tirx.TensorMapType()))
+        self.emit(tirx.Bind(made, tirx.tvm_stack_alloca("tensormap", 1)))
+        one = i64(1)
+        encode = tirx.tensormap_encode_tiled(
+            made,
+            tirx.address_of(tirx.BufferLoad(source, [i64(0)])),
+            *(columns, rows),
+            columns * i64(bytes_),
+            *(i64(box[1]), i64(box[0])),
+            *(one, one),
+            descriptor_dtype={1: "uint8", 2: "uint16", 4: "uint32"}[bytes_],
+            rank=2,
+            swizzle=3,
+            l2_promotion=2,
+        )
+        self.emit(tirx.Evaluate(encode))
+        return made
+
+    def address(self, buffer: Any, at: int | Expr = 0) -> Expr:
+        """A pointer to an element of a buffer."""
+        return tirx.address_of(tirx.BufferLoad(buffer, [i64(at)]))
+
+    def null(self) -> Expr:
+        """A pointer to nothing."""
+        return self.call("netlathe_null", _NULL, "handle")
+
+    def shuffled(self, value: Expr, mask: int) -> Expr:
+        """The value that the thread whose number differs in ``mask`` holds, within a warp."""
+        return self._exchanged("netlathe_exchange", _EXCHANGE, value, tirx.IntImm("int32", mask))
+
+    def broadcasted(self, value: Expr, lane: Expr) -> Expr:
+        """The value that thread ``lane`` of the warp holds."""
+        return self._exchanged("netlathe_broadcast", _BROADCAST, value, cast(lane, "int32"))
+
+    def bfloat16(self, value: Expr) -> Expr:
+        """A float32 as the bits of a bfloat16, to nearest even: one instruction."""
+        return self.call("netlathe_bfloat16", _BFLOAT16, "uint16", value)
+
+    def _exchanged(self, name: str, source: str, value: Expr, other: Expr) -> Expr:
+        dtype = dtype_of(value)
+        narrow = dtype == "bool" or dtype.endswith(("8", "16"))  # warps exchange whole registers
+        wide = "int32" if narrow else dtype
+        # Under a name: inside a condition not every thread would take part.
+        return cast(self.bind(self.call(name, source, wide, cast(value, wide), other)), dtype)
+
+
+_NULL = """
+__device__ __forceinline__ void* netlathe_null() { return nullptr; }
+"""
+_BFLOAT16 = """
+__device__ __forceinline__ uint16_t netlathe_bfloat16(float value) {
+  uint16_t bits;
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(value));
+  return bits;
+}
+"""
+_EXCHANGE = """
+template <typename T> __device__ __forceinline__ T netlathe_exchange(T value, int mask) {
+  return __shfl_xor_sync(0xffffffffu, value, mask);
+}
+"""
+_BROADCAST = """
+template <typename T> __device__ __forceinline__ T netlathe_broadcast(T value, int lane) {
+  return __shfl_sync(0xffffffffu, value, lane);
+}
+"""

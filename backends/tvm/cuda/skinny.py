@@ -1,0 +1,261 @@
+"""Device code for products with few rows, as decoding has them: bound by reading the weights once.
+
+A block makes 16 columns of the result: its 8 warps share K, and their sums meet in shared memory. The
+weight is the left operand of mma.m16n8k16 (PTX ISA 8.5, section 9.7.13.4.8), the rows of x are the 8
+columns of the right one. The order of K inside a product is free as long as both operands agree, so
+that every thread reads 16 neighbouring bytes of a row of the weight, and of x.
+
+Weights of 8 and 4 bits are packed so (:func:`netlathe.backends.tvm.cuda.packing.quantized`): thread q of a
+quad finds, in 16 bytes, K = 32 p + 8 q + e for p below 2 or 4 and e below 8. They become halves by placing
+bits under an exponent: two to four instructions for two elements.
+"""
+
+from __future__ import annotations
+
+WARPS = 8
+THREADS = 32 * WARPS
+COLUMNS = 16  # of the result, for a block
+MOST_ROWS = 16
+
+
+def chunk(bits: int) -> int:
+    """How much of K the 16 bytes of the four threads of a quad cover."""
+    return 4 * 128 // bits
+
+
+def source(dtype: str) -> str:
+    """The device functions; ``dtype`` is ``bf16`` or ``f16``."""
+    # 128 or 1024, whose last bits count ones; two ones.
+    magic, value, ones = (
+        ("0x4300u", 128, "0x3F803F80") if dtype == "bf16" else ("0x6400u", 1024, "0x3C003C00")
+    )
+    if dtype == "bf16":
+        bytes_ = """
+  const uint32_t h0 = __byte_perm(w, 0x43434343u, 0x4140), h1 = __byte_perm(w, 0x43434343u, 0x4342);
+  to[0] = minus(h0 & 0xFF7FFF7Fu, h0 & 0xFF80FF80u);  // 128 + low bits, less 128 or (negative) 256
+  to[1] = minus(h1 & 0xFF7FFF7Fu, h1 & 0xFF80FF80u);"""
+    else:
+        bytes_ = """
+  w ^= 0x80808080u;
+  to[0] = minus(__byte_perm(w, 0x64646464u, 0x4140), 0x64806480u);
+  to[1] = minus(__byte_perm(w, 0x64646464u, 0x4342), 0x64806480u);"""
+    widened = (
+        "__uint_as_float((uint32_t)bits << 16)"
+        if dtype == "bf16"
+        else "__half2float(__ushort_as_half(bits))"
+    )
+    return f"""
+#ifndef NETLATHE_SKINNY_{dtype}
+#define NETLATHE_SKINNY_{dtype}
+#include <cuda_fp16.h>
+namespace netlathe_skinny_{dtype} {{
+constexpr float kMagic = {value}.0f;
+__device__ constexpr uint32_t kOnes[2] = {{{ones}u, {ones}u}};
+// Weights are constants: reading them may begin before the kernel in front of this one has ended.
+__device__ __forceinline__ void ready() {{
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}}
+__device__ __forceinline__ float wide(uint16_t bits) {{ return {widened}; }}
+__device__ __forceinline__ uint32_t minus(uint32_t a, uint32_t b) {{
+  uint32_t d;
+  {_MINUS[dtype]}
+  return d;
+}}
+__device__ __forceinline__ void multiply(float* d, const uint32_t* w, const uint32_t* u, const uint32_t* x) {{
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.{dtype}.{dtype}.f32 {{%0, %1, %2, %3}}, {{%4, %5, %6, %7}},"
+      " {{%8, %9}}, {{%0, %1, %2, %3}};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(w[0]), "r"(u[0]), "r"(w[1]), "r"(u[1]), "r"(x[0]), "r"(x[1]));
+}}
+__device__ __forceinline__ void from_bytes(uint32_t w, uint32_t* to) {{{bytes_}
+}}
+// kMagic more than what they are; products take off kMagic, and zero points, times the sum of x.
+__device__ __forceinline__ void from_nibbles(uint32_t w, uint32_t* to) {{
+#pragma unroll
+  for (int i = 0; i < 4; ++i) to[i] = ((w >> (4 * i)) & 0x000F000Fu) | ({magic} * 0x10001u);
+}}
+// The halves of 16 bytes of weight: word p is K = 32 p + 8 q + (0 .. 7), 4 registers of 2.
+template <int kBits>
+__device__ __forceinline__ void halves(const uint4& w, int p, uint32_t* to) {{
+  const uint32_t* words = reinterpret_cast<const uint32_t*>(&w);
+  if constexpr (kBits == 16) {{
+    for (int i = 0; i < 4; ++i) to[i] = words[i];
+  }} else if constexpr (kBits == 8) {{
+    from_bytes(words[2 * p], to);
+    from_bytes(words[2 * p + 1], to + 2);
+  }} else {{
+    from_nibbles(words[p], to);
+  }}
+}}
+__device__ __forceinline__ uint4 streamed(const uint4* at) {{
+  uint4 v;
+  asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {{%0, %1, %2, %3}}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(at));
+  return v;
+}}
+
+// Sums over the warp's share of K into its part of `sums`, [warp][row of x][column], for 16 * kRows
+// columns from `first` on and 8 * kTiles rows. kGroup: rows of K that share a scale; 0: none, or one for a
+// column, which the caller applies. kZero: what 4 bits stand for zero, or -1 where `zeros` has it for every
+// group, as a half.
+template <int kBits, int kTiles, int kRows, int kGroup, int kZero>
+__device__ __forceinline__ void product(
+    const void* __restrict__ x_, const void* __restrict__ weight, const void* __restrict__ scales_,
+    const void* __restrict__ zeros_, float* sums, int rows, int inner, int padded, int columns, int first) {{
+  const uint16_t *x = static_cast<const uint16_t*>(x_), *scales = static_cast<const uint16_t*>(scales_);
+  const uint16_t* zeros = static_cast<const uint16_t*>(zeros_);
+  constexpr int kChunk = 4 * 128 / kBits, kPieces = kChunk / 32, kHalves = 2 * kRows;
+  constexpr int kAhead = (kBits == 4 ? 2 : 4) / kRows, kStep = {WARPS} * kChunk * kAhead;
+  const int g = threadIdx.x % 32 / 4, q = threadIdx.x % 4;
+  const int groups = kGroup ? padded / (kGroup ? kGroup : 1) : 1;
+  const uint4* from[kHalves];
+#pragma unroll
+  for (int half = 0; half < kHalves; ++half)
+    from[half] =
+        static_cast<const uint4*>(weight) + (int64_t)(first + g + half * 8) * padded * kBits / 128 + q;
+  float total[kTiles][kRows][4] = {{}};
+  uint4 held[2][kAhead][kHalves];
+  uint16_t scale[2][kAhead][kHalves], zero[2][kAhead][kHalves];
+
+  auto fetch = [&](int buffer, int start) {{
+#pragma unroll
+    for (int n = 0; n < kAhead; ++n)
+#pragma unroll
+      for (int half = 0; half < kHalves; ++half) {{
+        const int k = start + n * kChunk, here = first + g + half * 8;
+        // With 16 bits rows are as they are: their last chunk may end early.
+        const bool inside = here < columns && (kBits == 16 ? k + q * 8 < inner : k < padded);
+        held[buffer][n][half] = inside ? streamed(from[half] + k * kBits / 128) : make_uint4(0, 0, 0, 0);
+        const int64_t group = (int64_t)here * groups + (kGroup ? k / (kGroup ? kGroup : 1) : 0);
+        if (kGroup) scale[buffer][n][half] = inside ? scales[group] : 0;
+        if (kZero < 0) zero[buffer][n][half] = inside ? zeros[group] : 0;
+      }}
+  }};
+  auto use = [&](int buffer, int start) {{
+#pragma unroll
+    for (int n = 0; n < kAhead; ++n) {{
+      const int k = start + n * kChunk;
+      float part[kTiles][kRows][4] = {{}}, whole[kTiles][4] = {{}};
+#pragma unroll
+      for (int p = 0; p < kPieces; ++p) {{
+        uint32_t w[kHalves][4], r[kTiles][4];
+        const int own = k + p * 32 + q * 8;
+#pragma unroll
+        for (int tile = 0; tile < kTiles; ++tile) {{
+          const int row = tile * 8 + g;
+          uint4 v = make_uint4(0, 0, 0, 0);
+          if (row < rows && own < inner) v = *reinterpret_cast<const uint4*>(x + row * inner + own);
+          r[tile][0] = v.x, r[tile][1] = v.y, r[tile][2] = v.z, r[tile][3] = v.w;
+        }}
+#pragma unroll
+        for (int half = 0; half < kHalves; ++half) halves<kBits>(held[buffer][n][half], p, w[half]);
+#pragma unroll
+        for (int tile = 0; tile < kTiles; ++tile) {{
+#pragma unroll
+          for (int i = 0; i < kRows; ++i)
+#pragma unroll
+            for (int two = 0; two < 4; two += 2)
+              multiply(part[tile][i], w[2 * i] + two, w[2 * i + 1] + two, r[tile] + two);
+          if (kBits == 4) {{
+            multiply(whole[tile], kOnes, kOnes, r[tile]);
+            multiply(whole[tile], kOnes, kOnes, r[tile] + 2);
+          }}
+        }}
+      }}
+#pragma unroll
+      for (int i = 0; i < kRows; ++i)
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {{
+          const int half = 2 * i + j / 2;
+          const float factor = kGroup ? wide(scale[buffer][n][half]) : 1.0f;
+          const float offset = kBits != 4 ? 0.0f : kZero < 0 ? wide(zero[buffer][n][half]) : kMagic + kZero;
+#pragma unroll
+          for (int tile = 0; tile < kTiles; ++tile) {{
+            float value = part[tile][i][j];
+            if (kBits == 4) value -= offset * whole[tile][j % 2];
+            total[tile][i][j] += value * factor;
+          }}
+        }}
+    }}
+  }};
+
+  int start = threadIdx.x / 32 * kChunk * kAhead;
+  fetch(0, start);
+  ready();
+  while (start < padded) {{
+    fetch(1, start + kStep);
+    use(0, start);
+    start += kStep;
+    if (start >= padded) break;
+    fetch(0, start + kStep);
+    use(1, start);
+    start += kStep;
+  }}
+  float* to = sums + threadIdx.x / 32 * {MOST_ROWS} * {COLUMNS} * kRows;
+#pragma unroll
+  for (int tile = 0; tile < kTiles; ++tile)
+#pragma unroll
+    for (int i = 0; i < kRows; ++i)
+#pragma unroll
+      for (int j = 0; j < 4; ++j)
+        to[(tile * 8 + q * 2 + j % 2) * {COLUMNS} * kRows + i * 16 + g + j / 2 * 8] = total[tile][i][j];
+}}
+template <int kRows>
+__device__ __forceinline__ float sum(const float* sums, int64_t row, int64_t column) {{
+  float value = 0.0f;
+#pragma unroll
+  for (int warp = 0; warp < {WARPS}; ++warp)
+    value += sums[(warp * {MOST_ROWS} + row) * {COLUMNS} * kRows + column];
+  return value;
+}}
+// One chunk of a quantized weight as plain halves [columns, inner], scaled: a thread for each 16 bytes.
+template <int kBits, int kGroup, int kZero>
+__device__ __forceinline__ void expand(
+    const void* __restrict__ weight, const void* __restrict__ scales_, const void* __restrict__ zeros_,
+    uint16_t* __restrict__ to, int64_t inner, int64_t padded, int64_t piece) {{
+  const uint16_t* scales = static_cast<const uint16_t*>(scales_);
+  const uint16_t* zeros = static_cast<const uint16_t*>(zeros_);
+  constexpr int kChunk = 4 * 128 / kBits, kPieces = kChunk / 32;
+  const int64_t each = padded * kBits / 128, column = piece / each, within = piece % each;
+  const int64_t k = within / 4 * kChunk, q = within % 4, groups = kGroup ? padded / (kGroup ? kGroup : 1) : 1;
+  const int64_t group = column * groups + (kGroup ? k / (kGroup ? kGroup : 1) : 0);
+  const uint4 held = streamed(static_cast<const uint4*>(weight) + piece);
+  const float offset = kBits != 4 ? 0.0f : kZero < 0 ? wide(zeros[group]) : kMagic + kZero;
+  const float scale = wide(scales[group]);
+#pragma unroll
+  for (int p = 0; p < kPieces; ++p) {{
+    uint32_t w[4];
+    halves<kBits>(held, p, w);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {{
+      const float low = (wide((uint16_t)w[i]) - offset) * scale;
+      const float high = (wide((uint16_t)(w[i] >> 16)) - offset) * scale;
+      asm("cvt.rn.{dtype}x2.f32 %0, %1, %2;" : "=r"(w[i]) : "f"(high), "f"(low));
+    }}
+    const int64_t own = k + p * 32 + q * 8;
+    uint4* place = reinterpret_cast<uint4*>(to + column * inner + own);
+    if (own < inner) *place = make_uint4(w[0], w[1], w[2], w[3]);
+  }}
+}}
+}}  // namespace
+#endif
+"""
+
+
+# bf16 has no packed subtraction before sm_90: there it is a product and a sum.
+_MINUS = {
+    "bf16": (
+        'asm("{.reg .b32 one; mov.b32 one, 0xBF80BF80; fma.rn.bf16x2 %0, %2, one, %1;}"'
+        ' : "=r"(d) : "r"(a), "r"(b));'
+    ),
+    "f16": 'asm("sub.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));',
+}
+
+
+def name(dtype: str, function: str) -> str:
+    """The function's name in C++."""
+    return f"netlathe_skinny_{dtype}::{function}"

@@ -1,0 +1,221 @@
+"""Matrix products on tensor cores: the kernels around the device code, with whatever follows the product."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import onnx_ir as ir
+from tvm import tirx
+
+from netlathe.backends.tvm import storage
+from netlathe.backends.tvm.cuda import ampere, hopper, skinny
+from netlathe.backends.tvm.cuda.code import GpuCode
+from netlathe.backends.tvm.tir import PARALLEL, VECTORIZED, Expr, cast, i64, idiv, imod
+
+PROCESSORS = 132  # of an H100 or H200; more blocks than a GPU has wait their turn
+
+
+def warpgroups(
+    code: GpuCode,
+    shape: hopper.Shape,
+    dtype: str,
+    a: Any,
+    b: Any,
+    sizes: tuple[Expr, Expr, Expr],
+    finish: Callable[[Expr, Expr, Expr], None],
+) -> None:
+    """finish(row, column, sum over k of a[row, k] * b[column, k]), on sm_90a.
+
+    ``a`` [rows, inner] and ``b`` [columns, inner] are flat buffers of 2-byte elements, ``dtype`` is
+    ``bf16`` or ``f16``; inner is a multiple of 8. The grid is as large as the GPU; a block walks over tiles,
+    one warpgroup copying ahead while two multiply.
+    """
+    rows, inner, columns = sizes
+    text = hopper.source(shape, dtype)
+
+    def named(function: str) -> str:
+        return hopper.name(shape, dtype, function)
+
+    cluster = shape.cluster
+    down = idiv(rows + i64(hopper.ROWS * cluster - 1), hopper.ROWS * cluster)
+    across = idiv(columns + i64(shape.columns - 1), shape.columns)
+    tiles = down * across
+    groups = tirx.min(tiles, i64(PROCESSORS // cluster))
+    steps = cast(idiv(inner + i64(hopper.DEEP - 1), hopper.DEEP), "int32")
+    map_a = code.tensor_map(a, rows, inner, (hopper.ROWS, hopper.DEEP), 2)
+    map_b = code.tensor_map(b, columns, inner, (shape.columns // cluster, hopper.DEEP), 2)
+    with code.launch(groups * i64(cluster), hopper.THREADS, cluster, least=1) as (block, thread):
+        memory = code.alloc([shape.shared_bytes], "uint8", scope="shared.dyn")
+        shared = code.address(memory)
+        code.run(named("start"), text, shared)
+        first = code.bind(idiv(block, cluster))
+
+        def copy() -> None:
+            maps = (tirx.address_of(map_a), tirx.address_of(map_b))
+            places = (first, groups, tiles, down, across, steps)
+            code.run(named("produce"), text, shared, *maps, *places)
+
+        def multiply() -> None:
+            code.run(named("prepare"), text)
+            sums = code.alloc([shape.columns // 2], "float32")
+            with code.loop(idiv(tiles - first + groups - i64(1), groups)) as number:
+                code.run(named("consume"), text, shared, code.address(sums), number, steps)
+                tile = code.bind(first + number * groups)
+                top = code.call(named("tile_row"), text, "int64", tile, down, across)
+                left = code.call(named("tile_column"), text, "int64", tile, down, across)
+                group = idiv(thread, hopper.GROUP) - i64(1)
+                top, left = code.bind(top + group * i64(64)), code.bind(left)
+                member = code.bind(imod(thread, hopper.GROUP))
+
+                def results(part: int, inside: bool) -> None:
+                    with code.loop(32, VECTORIZED) as step:
+                        line = code.bind(step * i64(2) + idiv(member, 64))
+                        at = code.bind(imod(member, 64))
+                        row, column = code.bind(top + line), code.bind(left + i64(part * 64) + at)
+
+                        def one() -> None:
+                            value = code.call(named("staged"), text, "float32", shared, line, at)
+                            finish(row, column, code.bind(value))
+
+                        if inside:
+                            one()
+                        else:
+                            with code.when(tirx.And(row < rows, column < columns)):
+                                one()
+
+                # Without conditions loads and stores of all steps may overlap.
+                whole = tirx.And(top + i64(64) <= rows, left + i64(shape.columns) <= columns)
+                for part in range(shape.columns // 64):
+                    code.run(named("stage"), text, shared, code.address(sums, part * 32))
+                    code.branch(
+                        whole,
+                        lambda part=part: results(part, True),  # type: ignore[misc]
+                        lambda part=part: results(part, False),  # type: ignore[misc]
+                    )
+                    code.run(named("unstage"), text)
+
+        code.branch(thread < i64(hopper.GROUP), copy, multiply)
+        code.run(named("finish"), text)
+
+
+def warps(
+    code: GpuCode,
+    dtype: str,
+    a: Any,
+    b: Any,
+    sizes: tuple[Expr, Expr, Expr],
+    finish: Callable[[Expr, Expr, Expr], None],
+) -> None:
+    """The same on sm_80 and later, a tile of 128 x 128 for each block."""
+    rows, inner, columns = sizes
+    text = ampere.source(dtype)
+    down = idiv(rows + i64(ampere.TILE - 1), ampere.TILE)
+    across = idiv(columns + i64(ampere.TILE - 1), ampere.TILE)
+    with code.launch(down * across, ampere.THREADS) as (block, thread):
+        memory = code.alloc([ampere.SHARED_BYTES], "uint8", scope="shared.dyn")
+        shared = code.address(memory)
+        # Neighbouring blocks share columns of b, which is the larger operand.
+        top = code.bind(imod(block, down) * i64(ampere.TILE))
+        left = code.bind(idiv(block, down) * i64(ampere.TILE))
+        pointers = (code.address(a), code.address(b))
+        places = (rows, inner, columns, top, left)
+        code.run(ampere.name(dtype, "product"), text, shared, *pointers, *places)
+        count = ampere.TILE * ampere.TILE // ampere.THREADS
+        with code.loop(count) as step:
+            at = code.bind(step * i64(ampere.THREADS) + thread)
+            line, within = code.bind(idiv(at, ampere.TILE)), code.bind(imod(at, ampere.TILE))
+            row, column = code.bind(top + line), code.bind(left + within)
+            with code.when(tirx.And(row < rows, column < columns)):
+                value = code.call(ampere.name(dtype, "sum"), text, "float32", shared, line, within)
+                finish(row, column, code.bind(value))
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A constant right operand [columns, inner]: halves (16 bits), or packed integers of 8 or 4 bits.
+
+    ``scales`` [columns, groups] are halves, one for every ``group`` elements; ``group`` 0: one for a column.
+    ``zeros`` likewise, or None where 4 bits stand for zero as ``zero``.
+    """
+
+    values: Any
+    bits: int = 16
+    scales: Any = None
+    zeros: Any = None
+    group: int = 0
+    zero: int = 8
+
+    @property
+    def parameters(self) -> str:
+        """Template parameters that device functions have in common."""
+        return f"{self.group}, {self.zero if self.zeros is None else -1}"
+
+    def padded(self, inner: int) -> int:
+        """What a row has of K in memory."""
+        chunk = skinny.chunk(self.bits)
+        return inner if self.bits == 16 else -(-inner // chunk) * chunk
+
+
+def few_rows(
+    code: GpuCode,
+    dtype: str,
+    a: Any,
+    weight: Weight,
+    sizes: tuple[Expr, int, int],
+    tiles: int,
+    early: bool,
+    finish: Callable[[Expr, Expr, Expr], None],
+) -> None:
+    """finish(row, column, sum over k of a[row, k] * weight[column, k]) for at most 8 * ``tiles`` rows.
+
+    ``a`` [rows, inner] is a flat buffer of halves; inner is a multiple of 8. ``early``: the GPU may start
+    this kernel before the one in front of it has ended (sm_90 and later).
+    """
+    rows, inner, columns = sizes
+    text = skinny.source(dtype)
+    # Twice the columns halve what a block reads of x, where there are blocks enough.
+    wide = 2 if columns >= 4 * PROCESSORS * skinny.COLUMNS else 1
+    across = wide * skinny.COLUMNS
+    blocks = i64(-(-columns // across))
+    with code.launch(blocks, skinny.THREADS, early=early) as (block, thread):
+        count = skinny.WARPS * skinny.MOST_ROWS * across
+        sums = code.address(code.alloc([count], "float32", scope="shared"))
+        pointers = [code.address(a), code.address(weight.values)]
+        for buffer in (weight.scales, weight.zeros):
+            pointers.append(code.null() if buffer is None else code.address(buffer))
+        first = code.bind(block * i64(across))
+        numbers = [cast(item, "int32") for item in (rows, i64(inner), i64(weight.padded(inner)))]
+        numbers += [cast(item, "int32") for item in (i64(columns), first)]
+        product = skinny.name(
+            dtype, f"product<{weight.bits}, {tiles}, {wide}, {weight.parameters}>"
+        )
+        code.run(product, text, *pointers, sums, *numbers)
+        code.barrier()
+        with code.loop(wide, VECTORIZED) as step:
+            at = code.bind(step * i64(skinny.THREADS) + thread)
+            row, within = code.bind(idiv(at, across)), code.bind(imod(at, across))
+            column = code.bind(first + within)
+            with code.when(tirx.And(row < rows, column < i64(columns))):
+                total = skinny.name(dtype, f"sum<{wide}>")
+                value = code.call(total, text, "float32", sums, row, within)
+                if weight.scales is not None and weight.group == 0:
+                    kind = ir.DataType.BFLOAT16 if dtype == "bf16" else ir.DataType.FLOAT16
+                    scale = tirx.BufferLoad(weight.scales, [column])
+                    value = value * storage.load(code, kind, scale)
+                finish(row, column, code.bind(value))
+
+
+def expanded(code: GpuCode, dtype: str, weight: Weight, inner: int, columns: int) -> Any:
+    """A quantized weight as halves [columns, inner] in scratch memory, written by a launch of its own."""
+    text = skinny.source(dtype)
+    made = code.kernel.workspace(i64(columns * inner), "uint16")
+    pieces = columns * weight.padded(inner) * weight.bits // 128
+    with code.loop(pieces, PARALLEL) as piece:
+        pointers = [code.address(weight.values), code.address(weight.scales)]
+        pointers += [code.null() if weight.zeros is None else code.address(weight.zeros)]
+        expand = skinny.name(dtype, f"expand<{weight.bits}, {weight.parameters}>")
+        numbers = (i64(inner), i64(weight.padded(inner)), piece)
+        code.run(expand, text, *pointers, code.address(made), *numbers)
+    return made

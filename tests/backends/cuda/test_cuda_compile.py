@@ -1,0 +1,152 @@
+"""Every kind of kernel, compiled for every architecture without a GPU: what is embedded, what it takes."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+pytest.importorskip("tvm", reason="the tvm extra is not installed")
+
+from netlathe.backends.tvm.cuda import toolkit
+from netlathe.backends.tvm.cuda.artifact import CudaArtifact
+from netlathe.backends.tvm.cuda.machine import gpu
+from netlathe.backends.tvm.cuda.toolkit import Resources
+from netlathe.diagnostics import LowerError
+from netlathe.ir import normal
+
+
+def _has_nvcc() -> bool:
+    try:
+        toolkit.nvcc()
+    except LowerError:
+        return False
+    return True
+
+
+pytestmark = pytest.mark.skipif(not _has_nvcc(), reason="nvcc is not installed")
+
+FAMILIES = [("sm_80", "sm_89"), ("sm_90a",)]
+_FATBIN = 0xBA55ED50
+
+
+def everything() -> ir.Model:
+    """A product in halves with what follows it, one of int4, attention, norm, softmax, reduction, scan."""
+    model = ir.from_onnx_text(
+        """
+        <ir_version: 11, opset_import: ["" : 25]>
+        g (bfloat16[n, 256] x, bfloat16[b, 4, s, 64] q) => (bfloat16[n, 128] y, bfloat16[b, 4, s, 64] z,
+            float[n, 256] p, float[n] r, float[n, 256] c, bfloat16[n, 128] u, float[n, 128] v)
+        {
+            a = MatMul (x, w)
+            h = Add (a, bias)
+            y = Relu (h)
+            d = DequantizeLinear <axis = 0, block_size = 128> (four, scale)
+            u = MatMul (x, d)
+            z = Attention <is_causal = 1> (q, q, q)
+            f = Cast <to = 1> (x)
+            t = RMSNormalization (f, gain)
+            p = Softmax (t)
+            r = ReduceSum <keepdims = 0> (p, last)
+            c = CumSum (p, one)
+            v = MatMul (f, single)
+        }
+        """
+    )
+    rng = np.random.default_rng(0)
+    half = lambda *shape: ir.Tensor(  # noqa: E731
+        (rng.standard_normal(shape) / 16).astype(ir.DataType.BFLOAT16.numpy())
+    )
+    four = rng.integers(-8, 8, (256, 128)).astype(ir.DataType.INT4.numpy())
+    constants = {
+        "w": half(256, 128),
+        "bias": half(128),
+        "four": ir.Tensor(four, dtype=ir.DataType.INT4),
+        "scale": half(2, 128),
+        "gain": ir.Tensor(rng.random(256, dtype=np.float32)),
+        "last": ir.Tensor(np.array([1])),
+        "one": ir.Tensor(np.array(1)),
+        "single": ir.Tensor(rng.random((256, 128), dtype=np.float32)),
+    }
+    values = {v.name: v for node in model.graph for v in node.inputs if v is not None}
+    for name, tensor in constants.items():
+        value = values[name]
+        value.const_value = tensor
+        value.dtype, value.shape = tensor.dtype, ir.Shape(tensor.shape)
+        model.graph.register_initializer(value)
+    normal.normalize(model)
+    return model
+
+
+@pytest.fixture(scope="module", params=FAMILIES, ids=["mma", "wgmma"])
+def artifact(request: pytest.FixtureRequest) -> CudaArtifact:
+    return CudaArtifact(everything(), gpu(request.param))
+
+
+def resources(artifact: CudaArtifact) -> tuple[Resources, ...]:
+    found: tuple[Resources, ...] = artifact._built.resources  # type: ignore[attr-defined]
+    return found
+
+
+def embedded(library: bytes) -> Iterator[tuple[int, bytes]]:
+    """(architecture, ELF file) of everything in every fatbin of a library."""
+    start = -1
+    while (start := library.find(struct.pack("<I", _FATBIN), start + 1)) >= 0:
+        _, header, size = struct.unpack_from("<HHQ", library, start + 4)
+        at = start + header
+        while at < start + header + size:
+            kind, _, entry, payload = struct.unpack_from("<HHIQ", library, at)
+            (arch,) = struct.unpack_from("<I", library, at + 28)
+            assert kind == 2  # machine code; 1 would be PTX
+            yield arch, library[at + entry : at + entry + payload]
+            at += entry + payload
+
+
+def test_the_library_holds_machine_code_for_each(artifact: CudaArtifact, tmp_path: Path) -> None:
+    artifact.save(tmp_path)
+    found = list(embedded((tmp_path / "model.so").read_bytes()))
+    numbers = [int(arch.strip("sm_a")) for arch in artifact.machine.archs]
+    assert sorted(arch for arch, _ in found) == numbers
+    meta = json.loads((tmp_path / "meta.json").read_text())
+    assert meta["archs"] == list(artifact.machine.archs)
+    report = artifact.report()
+    assert report["spilling"] == [] and 0 < report["most_registers"] <= 255
+
+
+def test_every_kernel_is_there_on_each(artifact: CudaArtifact) -> None:
+    by_arch: dict[str, set[str]] = {}
+    for r in resources(artifact):
+        by_arch.setdefault(r.arch, set()).add(r.kernel)
+    assert by_arch.keys() == set(artifact.machine.archs)
+    assert len({frozenset(kernels) for kernels in by_arch.values()}) == 1
+    (kernels, *_) = by_arch.values()
+    stems = {name.rpartition("_kernel")[0].rstrip("0123456789").rstrip("_") for name in kernels}
+    product = "gemm_warpgroups" if artifact.machine.has_wgmma else "gemm_warps"
+    wanted = {
+        product,
+        "attention_warp",
+        "rows_rms_norm",
+        "rows_softmax",
+        "reduce_rows",
+        "scan_rows",
+    }
+    assert stems >= wanted | {"gemm_blocks"}
+
+
+def test_nothing_spills_and_nothing_is_indexed_in_local_memory(artifact: CudaArtifact) -> None:
+    for r in resources(artifact):
+        assert r.spill_bytes == 0 and r.stack_bytes == 0, r
+
+
+def test_a_product_fits_a_multiprocessor(artifact: CudaArtifact) -> None:
+    """65536 registers and 2048 threads: two blocks of 256 threads for mma, one of 384 for wgmma."""
+    for r in resources(artifact):
+        if r.kernel.startswith("gemm_warpgroups"):
+            assert r.registers * 384 <= 65536
+        elif r.kernel.startswith("gemm_warps"):
+            assert r.registers * 256 * 2 <= 65536

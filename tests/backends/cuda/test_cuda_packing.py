@@ -1,0 +1,90 @@
+"""Weights as GPU kernels read them, taken apart again by the arithmetic that the kernels do."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+import pytest
+
+from netlathe.backends.tvm.cuda import packing
+
+Array = npt.NDArray[Any]
+INT4: Any = ml_dtypes.int4
+UINT4: Any = ml_dtypes.uint4
+
+
+def tensor(values: Array, dtype: ir.DataType) -> ir.Tensor:
+    return ir.Tensor(values, dtype=dtype)
+
+
+def halves(bits: Array, magic: int, zero: int, half: Any) -> Array:
+    """Low bits placed under an exponent, less the same for ``zero``: exact in both half types."""
+    value = (bits.astype(np.uint16) | np.uint16(magic)).view(half).astype(np.float64)
+    return value - np.array(magic + zero, np.uint16).view(half).astype(np.float64)
+
+
+@pytest.mark.parametrize(("magic", "half"), [(0x4300, ml_dtypes.bfloat16), (0x6400, np.float16)])
+@pytest.mark.parametrize("inner", [128, 384, 200])
+def test_nibbles_come_back(inner: int, magic: int, half: Any) -> None:
+    values = np.random.default_rng(inner).integers(-8, 8, (inner, 5)).astype(INT4)
+    packed = packing.quantized(tensor(values, ir.DataType.INT4), 4)
+    padded = -(-inner // 128) * 128
+    assert packed.dtype == np.int8 and packed.shape == (5, padded // 2)
+    words = packed.view(np.uint32).reshape(5, padded // 128, 4, 4)  # [column, chunk, q, p]
+    found = np.empty((5, padded))
+    for chunk in range(padded // 128):
+        for q in range(4):
+            for p in range(4):
+                word = words[:, chunk, q, p]
+                for pair in range(4):
+                    two = (word >> np.uint32(4 * pair)) & np.uint32(0x000F000F)
+                    at = chunk * 128 + 32 * p + 8 * q + 2 * pair
+                    found[:, at] = halves(two & np.uint32(0xFFFF), magic, 8, half)
+                    found[:, at + 1] = halves(two >> np.uint32(16), magic, 8, half)
+    np.testing.assert_array_equal(found[:, :inner], values.astype(np.float64).T)
+    np.testing.assert_array_equal(found[:, inner:], 0)
+
+
+@pytest.mark.parametrize("inner", [64, 200])
+def test_bytes_come_back(inner: int) -> None:
+    values = np.random.default_rng(inner).integers(-128, 128, (inner, 3)).astype(np.int8)
+    packed = packing.quantized(tensor(values, ir.DataType.INT8), 8)
+    padded = -(-inner // 64) * 64
+    assert packed.shape == (3, padded)
+    pieces = packed.reshape(3, padded // 64, 4, 2, 8)  # [column, chunk, q, p, e]
+    found = pieces.swapaxes(2, 3).reshape(3, padded)  # K = 32 p + 8 q + e
+    np.testing.assert_array_equal(found[:, :inner], values.T)
+    # As bfloat16: 128 + the low seven bits, less 128, or 256 where the byte is negative.
+    every = np.arange(-128, 128, dtype=np.int8).view(np.uint8)
+    low, sign = halves(every & 0x7F, 0x4300, 0, ml_dtypes.bfloat16), every & 0x80
+    np.testing.assert_array_equal(low - sign, np.arange(-128, 128))
+
+
+def test_zero_points_stand_as_the_halves_that_are_taken_off() -> None:
+    values = np.array([[-8, 7], [0, 3]], np.int8).astype(INT4)
+    for base, half in ((0x4300, ml_dtypes.bfloat16), (0x6400, np.float16)):
+        made = packing.group_zeros(tensor(values, ir.DataType.INT4), 2, 2, 8, base)
+        offset = np.array(base, np.uint16).view(half).astype(np.float64)
+        np.testing.assert_array_equal(
+            made.view(half).astype(np.float64) - offset - 8, values.astype(np.float64).T
+        )
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (4,), (3, 4)])
+def test_scales_lie_by_column(shape: tuple[int, ...]) -> None:
+    values = np.random.default_rng(0).random(shape).astype(np.float16)
+    blocks = shape[0] if len(shape) == 2 else 1
+    made = packing.group_values(tensor(values, ir.DataType.FLOAT16), blocks, 4)
+    np.testing.assert_array_equal(made, np.broadcast_to(values, (blocks, 4)).T)
+    assert made.flags.c_contiguous
+
+
+def test_a_transposed_weight() -> None:
+    values = np.arange(6, dtype=np.float16).reshape(2, 3)
+    made = packing.transposed(tensor(values, ir.DataType.FLOAT16))
+    np.testing.assert_array_equal(made, values.T)
+    assert made.flags.c_contiguous
