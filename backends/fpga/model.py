@@ -192,7 +192,7 @@ def last_slot(start: int, count: int, rate: tuple[int, int]) -> int:
 
 @dataclasses.dataclass
 class Timing:
-    """In which cycle an instruction was taken from its queue, and in which its tokens were given."""
+    """In which cycle an instruction was accepted by its unit, and in which its tokens were given."""
 
     taken: int
     done: int
@@ -214,7 +214,7 @@ def cycles(program: Sequence[Instruction], spec: Spec, memory: Memory) -> list[T
         offered += 1
         if len(queue) >= spec.queue:
             offered = max(offered, queue[-spec.queue] + 1)
-        queue.append(max(offered + 1, taken[unit]))
+        queue.append(max(offered + 1, taken[unit] + 1))
         start = max(queue[-1] + 1, free[unit])
         for other in step.pops:
             pair = (other, unit)
@@ -227,12 +227,12 @@ def cycles(program: Sequence[Instruction], spec: Spec, memory: Memory) -> list[T
                 start = max(start, jobs[-JOBS] + 1)
             if fill:
                 start = max(start, written + 1)
-                jobs.append(start + 1)
-                done = start + 1 + count
+                jobs.append(start + 2)
+                done = start + 2 + count
                 free[unit] = done + 1
             else:
-                jobs.append(max(start + 1, written + 1))
-                asked = last_slot(start + 1, count, memory.read)
+                jobs.append(max(start + 2, written + 1))
+                asked = last_slot(start + 2, count, memory.read)
                 done = asked + memory.latency
                 free[unit] = asked + 1
             written = done
@@ -242,13 +242,13 @@ def cycles(program: Sequence[Instruction], spec: Spec, memory: Memory) -> list[T
             free[unit] = start + 3 + count
         elif unit == "requantize":
             count = step["n0"] * step["n1"] * (4 if step["raw"] else 1)
-            done = start + 2 + spec.columns + count + REQUANTIZE_STAGES
+            done = start + 3 + spec.columns + count + REQUANTIZE_STAGES
             free[unit] = done + 1
         else:
             count = step["group"] * step["n0"] * step["n1"] * spec.vector_beats
-            done = last_slot(start + 2, count, memory.write)
+            done = last_slot(start + 3, count, memory.write)
             free[unit] = done + 1
-        taken[unit] = start
+        taken[unit] = start + 1
         for other in step.pushes:
             tokens.setdefault((unit, other), []).append(done)
         times.append(Timing(start, done))

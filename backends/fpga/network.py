@@ -14,12 +14,15 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from netlathe.backends.fpga import recognise, simulate
+from netlathe.backends.fpga.chip import Chip
+from netlathe.backends.fpga.emit import Report
 from netlathe.backends.fpga.isa import Instruction
-from netlathe.backends.fpga.layers import Builder, Image, Report, Window
+from netlathe.backends.fpga.layers import Builder
 from netlathe.backends.fpga.model import Machine, Memory, Timing, cycles
 from netlathe.backends.fpga.program import link
 from netlathe.backends.fpga.recognise import Operation, Pool, Product, Rename, Sum
 from netlathe.backends.fpga.spec import Pattern, Spec
+from netlathe.backends.fpga.tensors import Image, Place, Window
 from netlathe.diagnostics import LowerError
 from netlathe.execute import ort
 from netlathe.pipeline.pass_ import Feeds
@@ -146,14 +149,13 @@ class Network:
         for value, array in arrays.items():
             images[value] = builder.image(*_size(array))
         inputs = dict(images)
-        for item in items:
-            images[item.output] = self._build(builder, item, images)
-        outside = {
-            item.output: images[item.output]
-            for item in items
-            if item.output.is_graph_output() or self._leaves(item, items)
-        }
-        program = link(builder.steps)
+        leaving = {i.output for i in items if i.output.is_graph_output() or self._leaves(i, items)}
+        chip = Chip(self.spec, items, leaving)
+        for number, item in enumerate(items):
+            seen = {value: chip.seen(item, images[value]) for value in item.inputs}
+            images[item.output] = self._build(builder, item, seen, chip.place(number, images))
+        outside = {item.output: images[item.output] for item in items if item.output in leaving}
+        program = link(builder.steps, self.spec.queue)
         return Launch(builder, program, builder.memory(), inputs, outside)
 
     @staticmethod
@@ -161,22 +163,25 @@ class Network:
         inside = {node for other in items for node in other.nodes}
         return any(reader not in inside for reader in item.output.consumers())
 
-    def _build(self, builder: Builder, item: Operation, images: Mapping[ir.Value, Image]) -> Image:
+    def _build(
+        self, builder: Builder, item: Operation, images: Mapping[ir.Value, Image], place: Place
+    ) -> Image:
         x = images[item.inputs[0]]
         if isinstance(item, Product):
             return builder.product(
                 item.name, x, item.weights, item.scale, item.window, groups=item.groups,
                 zero=item.zero, pattern=self._pattern(item), raw=item.raw,
-                nibbles=bool(np.abs(item.weights.astype(int) + 0.5).max() < 8),
+                nibbles=bool(np.abs(item.weights.astype(int) + 0.5).max() < 8), place=place,
             )  # fmt: skip
         if isinstance(item, Sum):
             terms = [(images[v], f) for v, f in zip(item.inputs, item.factors, strict=True)]
-            return builder.add(item.name, terms, item.scale)
+            return builder.add(item.name, terms, item.scale, place)
         if isinstance(item, Pool):
             window = item.window or Window(kernel=(x.height, x.width))
             return builder.pool(
-                item.name, x, window, item.scale, maximum=item.window is not None, zero=item.zero
-            )
+                item.name, x, window, item.scale, maximum=item.window is not None, zero=item.zero,
+                place=place,
+            )  # fmt: skip
         assert isinstance(item, Rename)
         return x
 

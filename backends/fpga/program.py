@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from netlathe.backends.fpga.isa import GIVES, Instruction, Unit
+from netlathe.backends.fpga.isa import GIVES, TOKEN_BITS, Instruction, Unit
+from netlathe.diagnostics import Diagnostic, LowerError
 
 Span = tuple[str, int, int]  # a scratchpad or "memory", first word, one past the last
 
@@ -33,11 +34,14 @@ class _Past:
     )  # ..., step, unit, wrote
 
 
-def link(steps: Sequence[Step]) -> list[Instruction]:
+def link(steps: Sequence[Step], queue: int = 8) -> list[Instruction]:
     """The instructions, with tokens.
 
     What is found through a third unit is not waited for again; a wait that an earlier one of the same unit
     covers is left out.
+
+    Raises:
+        LowerError: more tokens would be given ahead of their use than a counter of the core holds.
     """
     past: dict[str, _Past] = {}
     waited: dict[tuple[Unit, Unit], int] = {}  # (waits, for whom) -> the last step waited for
@@ -59,7 +63,34 @@ def link(steps: Sequence[Step]) -> list[Instruction]:
         for spans, writing in ((step.reads, False), (step.writes, True)):
             for pad, start, end in spans:
                 _touch(past.setdefault(pad, _Past()).spans, start, end, number, mine.unit, writing)
-    return [step.instruction for step in steps]
+    made = [step.instruction for step in steps]
+    _count_tokens(made, queue)
+    return made
+
+
+def _count_tokens(program: Sequence[Instruction], queue: int) -> None:
+    """Refuse a program whose counters could overflow, however the units run.
+
+    Instructions are handed out in order. So when one gives a token, what is given and unused is at most what
+    is so in program order, and what the other unit still has to use of its queue, its head and at work.
+    """
+    most = (1 << TOKEN_BITS) - 1 - (queue + 2)
+    given: dict[tuple[Unit, Unit], int] = {}
+    for number, step in enumerate(program):
+        for other in step.pops:
+            given[other, step.unit] -= 1
+        for other in step.pushes:
+            pair = step.unit, other
+            given[pair] = given.get(pair, 0) + 1
+            if given[pair] > most:
+                raise LowerError(
+                    Diagnostic(
+                        "fpga.tokens",
+                        f"instruction {number}: {given[pair]} tokens of {step.unit} for {other} are unused;"
+                        f" {most} are safe in a counter of {TOKEN_BITS} bits",
+                        help="report this with the model",
+                    )
+                )
 
 
 def _touch(

@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from netlathe.backends.fpga.layers import Scale, Window
+from netlathe.backends.fpga.tensors import Scale, Window
 from netlathe.diagnostics import Diagnostic
 from netlathe.ir import edit
 

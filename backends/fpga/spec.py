@@ -105,6 +105,11 @@ class Spec:
         largest = max((min(p.group, 8) for p in self.kept), default=0)
         return 0 if not largest else 2 if largest <= 4 else 4
 
+    def hidden_pitch(self, channels: int) -> int:
+        """Vectors from pixel to pixel in ``hidden``: whole rows, which patterns read at once."""
+        row = self.columns * self.wide_vectors
+        return -(-channels // row) * self.wide_vectors
+
     @property
     def vector_beats(self) -> int:
         """Beats of a vector."""

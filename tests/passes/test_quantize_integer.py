@@ -206,6 +206,24 @@ def test_convolutions_sums_pools_and_means() -> None:
     assert error <= 7 * (8 / 255) ** 2
 
 
+def test_a_clip_from_zero_is_the_end_of_the_range() -> None:
+    body = "a = Conv (x, w) r = Clip (a, zero, top) b = Conv (r, v) y = Clip (b, zero, top)"
+    ends = {"zero": np.float32(0), "top": np.float32(0.5)}
+    before = settled(
+        "float[b,3,6,6] x", body, w=matrix(8, 3, 3, 3), v=matrix(4, 8, 1, 1, seed=1), **ends
+    )
+    after, chosen, _ = quantized(before)
+    assert set(numbers(chosen)) == {"x", "r"}, "the range is that of what Clip leaves"
+    y = ort.run(after, feeds(before, {"b": 2}, 5))["y"]
+    assert y.min() == 0 and y.max() == 0.5, "behind the last sums, which are floats, it stands"
+    below = settled(
+        "float[b,3,6,6] x",
+        body.replace("zero", "low"),
+        w=matrix(8, 3, 3, 3), v=matrix(4, 8, 1, 1, seed=1), low=np.float32(-0.1), top=ends["top"],
+    )  # fmt: skip
+    assert ops(quantized(below)[0])["QuantizeLinear"] == 2, "not one that lets less than zero by"
+
+
 def test_a_mean_with_axes_and_other_readers() -> None:
     body = (
         "a = Conv (x, w) n = Neg (a) b1 = Conv (a, v) q = ReduceMean <keepdims=0> (b1, axes)"

@@ -61,18 +61,20 @@ class Compute(Elaboratable):
         weights, base, row = Signal(14), Signal(14), Signal(14)
         pushes, issue = Signal(len(head.pushes)), Signal()
         first, final, end = nest.first[2], nest.last[2], nest.last[4]
+        with m.If(head.take):
+            m.d.comb += nest.start.eq(1)
+            m.d.sync += [now[key].eq(f[key]) for key in keys]
+            m.d.sync += [
+                weights.eq(f["weights"]),
+                base.eq(f["weights"]),
+                row.eq(f["sums"]),
+                pushes.eq(head.pushes),
+            ]
         with m.FSM():
             with m.State("IDLE"):
                 m.d.comb += self.idle.eq(~head.valid)
                 with m.If(head.ready):
-                    m.d.comb += [head.take.eq(1), nest.start.eq(1)]
-                    m.d.sync += [now[key].eq(f[key]) for key in keys]
-                    m.d.sync += [
-                        weights.eq(f["weights"]),
-                        base.eq(f["weights"]),
-                        row.eq(f["sums"]),
-                        pushes.eq(head.pushes),
-                    ]
+                    m.d.comb += head.accept.eq(1)
                     m.next = "START"
             with m.State("START"):
                 m.next = "READY"
@@ -103,7 +105,8 @@ class Compute(Elaboratable):
         keep = now["accumulate"]
         afresh, maximum = late("afresh", ~keep, last), late("max", now["what"] == isa.MAXIMUM, last)
         lanes = late("lanes", now["what"] != isa.DOT, 3)
-        pattern, source = late("pattern", now["pattern"], 3), late("source", now["source"], 2)
+        modes = Cat(now["pattern"] == number + 1 for number in range(len(spec.kept)))
+        pattern, source = late("pattern", modes, 3), late("source", now["source"], 2)
         factor = late("factor", now["factor"], 3)
 
         # -- stages 2 and 3: what the scratchpads gave
@@ -229,5 +232,5 @@ class Compute(Elaboratable):
             index = indices[(o * spec.rows + p) * width :][: log2(pattern.group)]
             start = p // pattern.kept * pattern.group
             group = windows[number][8 * start : 8 * (start + pattern.group)]
-            chosen = Mux(mode == number + 1, group.word_select(index, 8).as_signed(), chosen)
+            chosen = Mux(mode[number], group.word_select(index, 8).as_signed(), chosen)
         return chosen

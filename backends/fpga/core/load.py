@@ -64,15 +64,19 @@ class Load(Elaboratable):
         ]
         filling = Signal()  # a FILL was handed over and is not done
         may = head.ready & jobs.w_rdy & ~filling & (~fill | ~(busy | jobs.r_rdy))
+        m.d.comb += [jobs.w_en.eq(head.take), ask.start.eq(head.take)]
         with m.FSM(name="asking"):
             with m.State("IDLE"):
                 m.d.comb += self.idle.eq(~busy & ~jobs.r_rdy & ~head.valid)
                 with m.If(may):
-                    m.d.comb += [head.take.eq(1), jobs.w_en.eq(1), ask.start.eq(~fill)]
-                    with m.If(fill):
-                        m.d.sync += filling.eq(1)
-                    with m.Else():
-                        m.next = "ASK"
+                    m.d.comb += head.accept.eq(1)
+                    m.next = "START"
+            with m.State("START"):
+                with m.If(fill):
+                    m.d.sync += filling.eq(1)
+                    m.next = "IDLE"
+                with m.Else():
+                    m.next = "ASK"
             with m.State("ASK"):
                 m.d.comb += self.address_valid.eq(1)
                 with m.If(self.address_ready):

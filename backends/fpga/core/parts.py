@@ -136,9 +136,10 @@ class Delay(Elaboratable):
 class Head(Elaboratable):
     """The next instruction of a unit, taken apart, and whether it may start.
 
-    It stands in a register: ``fetch`` takes it from the queue as soon as there is room. ``ready``: there is one
-    and the tokens it waits for are there. ``take`` removes both. The bits in ``pushes`` say which units get a
-    token when it is done.
+    It stands in a register, which ``fetch`` fills from the queue when it is empty. ``ready``: there is one
+    and the tokens it waits for are there. ``accept`` uses those; in the next cycle ``take`` says that the
+    unit starts with it: a register, as hundreds of bits wait for that signal. The bits in ``pushes`` say
+    which units get a token when it is done.
     """
 
     def __init__(self, unit: isa.Unit) -> None:
@@ -151,7 +152,7 @@ class Head(Elaboratable):
         self.valid = Signal(name="valid")  # there is one here or in the queue
         self.tokens = {other: Signal(name=f"has_{other}") for other in isa.WAITS[unit]}
         self.used = {other: Signal(name=f"use_{other}") for other in isa.WAITS[unit]}
-        self.ready, self.take = Signal(name="ready"), Signal(name="take")
+        self.ready, self.accept, self.take = Signal(name="ready"), Signal(), Signal(name="take")
         self.pushes = Signal(len(isa.GIVES[unit]), name="pushes")
         self.field: dict[str, Signal] = {
             name: Signal(signed(-width) if width < 0 else width, name=name)
@@ -162,18 +163,19 @@ class Head(Elaboratable):
         m = Module()
         waits = [~self.word[2 + i] | has for i, has in enumerate(self.tokens.values())]
         full = Signal()
+        m.d.sync += self.take.eq(self.accept)
         with m.If(self.take):
             m.d.sync += full.eq(0)
         with m.If(self.fetch):
             m.d.sync += [full.eq(1), self.word.eq(self.queue_word)]
         m.d.comb += [
-            self.fetch.eq(self.queued & (~full | self.take)),
+            self.fetch.eq(self.queued & ~full),
             self.valid.eq(full | self.queued),
             self.ready.eq(full & Cat(*waits).all()),
             self.pushes.eq(self.word[5 : 5 + len(self.pushes)]),
         ]
         for i, used in enumerate(self.used.values()):
-            m.d.comb += used.eq(self.take & self.word[2 + i])
+            m.d.comb += used.eq(self.accept & self.word[2 + i])
         at = sum(isa.HEADER.values())
         for name, width in isa.FIELDS[self.unit].items():
             m.d.comb += self.field[name].eq(self.word[at : at + abs(width)])

@@ -61,22 +61,26 @@ class Requantize(Elaboratable):
         parameters = [Signal(64, name=f"parameters{o}") for o in range(spec.columns)]
         m.d.comb += self.parameter_word.eq(word)
         m.d.sync += given.eq(self.parameter_data)
+        with m.If(head.take):
+            m.d.comb += nest.start.eq(1)
+            m.d.sync += [now[key].eq(f[key]) for key in keys]
+            m.d.sync += [
+                now["odd"].eq(Cat(1, f["zero"])),
+                row.eq(f["sums"]),
+                place.eq(f["output"]),
+                word.eq(f["parameters"]),
+                pushes.eq(head.pushes),
+                column.eq(0),
+                byte.eq(0),
+            ]
         with m.FSM():
             with m.State("IDLE"):
                 m.d.comb += self.idle.eq(~head.valid)
                 with m.If(head.ready):
-                    m.d.comb += [head.take.eq(1), nest.start.eq(1)]
-                    m.d.sync += [now[key].eq(f[key]) for key in keys]
-                    m.d.sync += [
-                        now["odd"].eq(Cat(1, f["zero"])),
-                        row.eq(f["sums"]),
-                        place.eq(f["output"]),
-                        word.eq(f["parameters"]),
-                        pushes.eq(head.pushes),
-                        column.eq(0),
-                        byte.eq(0),
-                    ]
-                    m.next = "PARAMETERS"
+                    m.d.comb += head.accept.eq(1)
+                    m.next = "START"
+            with m.State("START"):
+                m.next = "PARAMETERS"
             with m.State("PARAMETERS"):  # one word a cycle; what is read follows by two
                 m.d.sync += [word.eq(word + 1), column.eq(column + 1)]
                 for o in range(spec.columns):

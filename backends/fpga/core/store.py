@@ -46,13 +46,17 @@ class Store(Elaboratable):
             if beats == 1
             else self.output_data.word_select(part, 8 * spec.beat_bytes)
         )
+        with m.If(head.take):
+            m.d.comb += nest.start.eq(1)
+            m.d.sync += [place.eq(f["output"]), part.eq(0), pushes.eq(head.pushes)]
         with m.FSM():
             with m.State("IDLE"):
                 m.d.comb += self.idle.eq(~head.valid)
                 with m.If(head.ready):
-                    m.d.comb += [head.take.eq(1), nest.start.eq(1)]
-                    m.d.sync += [place.eq(f["output"]), part.eq(0), pushes.eq(head.pushes)]
-                    m.next = "READ"
+                    m.d.comb += head.accept.eq(1)
+                    m.next = "START"
+            with m.State("START"):
+                m.next = "READ"
             with m.State("READ"):
                 m.d.comb += self.output_enable.eq(1)
                 m.d.sync += place.eq(place + 1)

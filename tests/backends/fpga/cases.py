@@ -9,9 +9,10 @@ import numpy as np
 import numpy.typing as npt
 
 from netlathe.backends.fpga.isa import Instruction
-from netlathe.backends.fpga.layers import Builder, Image, Scale, Window
+from netlathe.backends.fpga.layers import Builder
 from netlathe.backends.fpga.program import link
 from netlathe.backends.fpga.spec import PATTERNS, Spec
+from netlathe.backends.fpga.tensors import Image, Scale, Window
 
 Array = npt.NDArray[Any]
 

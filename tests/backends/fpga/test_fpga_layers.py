@@ -7,10 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from netlathe.backends.fpga.layers import Builder, Scale, Window
+from netlathe.backends.fpga.layers import Builder
 from netlathe.backends.fpga.model import Machine
 from netlathe.backends.fpga.program import link
 from netlathe.backends.fpga.spec import Spec
+from netlathe.backends.fpga.tensors import Scale, Window
 from netlathe.diagnostics import LowerError
 from tests.backends.fpga.cases import LAYERS, Layer, build, requantized
 
