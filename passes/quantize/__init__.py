@@ -32,7 +32,7 @@ import pydantic
 from typing_extensions import TypedDict
 
 from netlathe.analysis.products import Use
-from netlathe.diagnostics import Diagnostic, GateError, OptionError, PassError, did_you_mean
+from netlathe.diagnostics import Diagnostic, GateError, OptionError
 from netlathe.ir import types, weights
 from netlathe.ir.provenance import module_path
 from netlathe.ir.sparsity import sparsity_of
@@ -235,7 +235,7 @@ class Quantize(ChoosingPass):
             model = model.clone()
             again.to_floats(model)
         found = candidates.find(model)
-        self._check_patterns(found)
+        candidates.check_patterns(self.name, found, self.ignore, self.overrides)
         self._check_schemes(found)
         self._check_target(found, ctx)
         shares = self._shares(model, found, ctx) if self.bits else {}
@@ -321,20 +321,6 @@ class Quantize(ChoosingPass):
         return reference.build(before, chosen)
 
     # -- choosing ---------------------------------------------------------------------------------
-
-    def _check_patterns(self, found: Sequence[Candidate]) -> None:
-        given = [("ignore", p) for p in self.ignore] + [("overrides", p) for p in self.overrides]
-        problems = [
-            Diagnostic(
-                f"quantize.{option_}",
-                f"{option_}={pattern!r} matches no weight of the model",
-                help=did_you_mean(pattern, sorted({n for c in found for n in c.names})),
-            )
-            for option_, pattern in given
-            if not any(c.matches(pattern) for c in found)
-        ]
-        if problems:
-            raise PassError(problems)
 
     def _check_schemes(self, found: Sequence[Candidate]) -> None:
         passes = [self, *map(self._in, self.formats)]
@@ -556,12 +542,8 @@ class Quantize(ChoosingPass):
         return Entry(name, "applied", reason, where, ledger.detail(name, own, scheme))
 
     def _left_out(self, candidate: Candidate) -> str:
-        for pattern in self.ignore:
-            if candidate.matches(pattern):
-                return f"ignored: it matches {pattern!r}"
-        size = math.prod(candidate.dims)
-        if size < self.min_size:
-            return f"{size} elements, fewer than min_size={self.min_size}"
+        if reason := candidates.left_out(candidate, self.ignore, self.min_size):
+            return reason
         lookups = [use for use in candidate.uses if use.is_lookup]
         if lookups and not self.embeddings:
             tied = len(lookups) < len(candidate.uses)

@@ -7,7 +7,7 @@ reads; biases and scales of normalizations, which are vectors, are none.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ import onnx_ir as ir
 
 from netlathe.analysis.cost import is_parameter
 from netlathe.analysis.products import Use, uses_of
+from netlathe.diagnostics import Diagnostic, PassError, did_you_mean
 from netlathe.ir import provenance, weights
 from netlathe.ir.provenance import module_path
 
@@ -134,6 +135,40 @@ def _origin(value: ir.Value | None) -> ir.Value | None:
 
 
 _MOVES = frozenset({"Cast", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze"})
+
+
+# -- what options say of them ---------------------------------------------------------------------
+
+
+def check_patterns(
+    name: str, found: Sequence[Candidate], ignore: Iterable[str], overrides: Iterable[str]
+) -> None:
+    """Return if each pattern of the pass ``name`` is about some weight.
+
+    Raises:
+        PassError: one matches none; all are listed.
+    """
+    given = [("ignore", p) for p in ignore] + [("overrides", p) for p in overrides]
+    problems = [
+        Diagnostic(
+            f"{name}.{option_}",
+            f"{option_}={pattern!r} matches no weight of the model",
+            help=did_you_mean(pattern, sorted({n for c in found for n in c.names})),
+        )
+        for option_, pattern in given
+        if not any(c.matches(pattern) for c in found)
+    ]
+    if problems:
+        raise PassError(problems)
+
+
+def left_out(candidate: Candidate, ignore: Iterable[str], min_size: int) -> str:
+    """Which option leaves a weight as it is; empty if none does."""
+    for pattern in ignore:
+        if candidate.matches(pattern):
+            return f"ignored: it matches {pattern!r}"
+    size = math.prod(candidate.dims)
+    return f"{size} elements, fewer than min_size={min_size}" if size < min_size else ""
 
 
 # -- refusals -------------------------------------------------------------------------------------

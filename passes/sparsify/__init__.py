@@ -18,7 +18,6 @@ import pydantic
 from typing_extensions import TypedDict
 
 from netlathe.analysis.products import Use
-from netlathe.diagnostics import Diagnostic, PassError, did_you_mean
 from netlathe.ir import sparsity
 from netlathe.ir.provenance import module_path
 from netlathe.ir.sparsity import Pattern, sparsity_of
@@ -140,7 +139,7 @@ class Sparsify(ChoosingPass):
                 calibration data and there is none, or it never reaches a weight.
         """
         found = candidates.find(model)
-        self._check_patterns(found)
+        candidates.check_patterns(self.name, found, self.ignore, self.overrides)
         settings = Settings(self.score, self.damping, self.refine, self.sweeps)
         entries: dict[str, Entry] = {}
         jobs: list[Job] = []
@@ -188,20 +187,6 @@ class Sparsify(ChoosingPass):
         texts = [self.pattern, *(o["pattern"] for o in self.overrides.values() if "pattern" in o)]
         return [text for text in texts if Pattern.parse(text).kind == kind]
 
-    def _check_patterns(self, found: Sequence[Candidate]) -> None:
-        given = [("ignore", p) for p in self.ignore] + [("overrides", p) for p in self.overrides]
-        problems = [
-            Diagnostic(
-                f"sparsify.{option_}",
-                f"{option_}={pattern!r} matches no weight of the model",
-                help=did_you_mean(pattern, sorted({n for c in found for n in c.names})),
-            )
-            for option_, pattern in given
-            if not any(c.matches(pattern) for c in found)
-        ]
-        if problems:
-            raise PassError(problems)
-
     def _asked(self, candidate: Candidate) -> tuple[Pattern, float]:
         """The pattern of one weight, and its share of zeros."""
         text, ratio = self.pattern, self.ratio
@@ -243,12 +228,8 @@ class Sparsify(ChoosingPass):
         return Job(candidate, form, pattern, ratio)
 
     def _left_out(self, candidate: Candidate) -> str:
-        for pattern in self.ignore:
-            if candidate.matches(pattern):
-                return f"ignored: it matches {pattern!r}"
-        size = math.prod(candidate.dims)
-        if size < self.min_size:
-            return f"{size} elements, fewer than min_size={self.min_size}"
+        if reason := candidates.left_out(candidate, self.ignore, self.min_size):
+            return reason
         rows = [use for use in candidate.uses if _is_row(use, candidate)]
         if rows:
             tied = len(rows) < len(candidate.uses)
