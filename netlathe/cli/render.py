@@ -145,9 +145,12 @@ def line(text: str = "") -> None:
 def ledger(step: Step, *, every: bool) -> None:
     """What a pass decided: every candidate, or some of those applied or refused, and a count.
 
+    Where there are none, those are shown that it skipped though no option left them out.
+
     Where a pass says what the outputs of layers lose, those that lose most come first among some.
     """
     shown = [e for e in step.entries if every or e.status != "skipped"]
+    shown = shown or [e for e in step.entries if not e.left_out]
     judged = any("error" in e.detail for e in shown)
     if not every and len(shown) > _MOST_ROWS:
         shown = sorted(shown, key=lambda e: -e.detail.get("error", 0.0))[:_MOST_ROWS]
