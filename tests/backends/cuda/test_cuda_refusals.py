@@ -75,8 +75,8 @@ class Driver:
     def cuDeviceGet(self, device: Any, number: int) -> int:
         return 0
 
-    def cuDeviceGetAttribute(self, number: ctypes.c_int, attribute: int, device: Any) -> int:
-        number.value = self.capability[attribute]
+    def cuDeviceGetAttribute(self, number: Any, attribute: int, device: Any) -> int:
+        number._obj.value = self.capability[attribute]
         return 0
 
 
