@@ -20,7 +20,17 @@ SCHEMES = [
     for name in ("int8", "int4", "int3", "int2")
     for symmetric in (True, False)
     for scales in ("float32", "float16", "bfloat16")
-] + [Scheme(weights="nf4")]
+] + [
+    Scheme("nf4"),
+    Scheme("codebook3", codebook=(-1.0, -0.5, -0.25, 0.0, 0.125, 0.25, 0.5, 1.0), scales="float16"),
+    Scheme("int3", symmetric=False, zeros="float", scales="float16"),
+    Scheme("int8", symmetric=False, zeros="float"),
+    Scheme("float8e4m3fn"),
+    Scheme("float8e5m2", scales="bfloat16"),
+    Scheme("float4e2m1"),
+    Scheme("mxfp4"),
+    Scheme("nvfp4", tensor_scale=0.02),
+]
 
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=lambda s: f"{s}, {s.scales}")
@@ -38,9 +48,10 @@ def test_ranges_and_codes_are_those_of_numpy(scheme: Scheme, clip: Any) -> None:
     for wanted, got in zip(expected, found, strict=True):
         assert np.array_equal(wanted, got.numpy().reshape(-1))
     codes = device.from_matrix(device.nearest(tensor, *found, scheme), own).numpy()
-    assert np.array_equal(codes, rounding.codes(w, own, scheme, *expected))
+    assert np.array_equal(codes, rounding.codes(w, own, scheme, *expected).view(codes.dtype))
     wide = device.numbers(codes, own, scheme, *expected, "cpu")
-    assert np.array_equal(wide.numpy(), rounding.numbers(codes, own, scheme, *expected, np.float32))
+    held = codes.view(scheme.code_type)
+    assert np.array_equal(wide.numpy(), rounding.numbers(held, own, scheme, *expected, np.float32))
 
 
 @pytest.mark.parametrize(
