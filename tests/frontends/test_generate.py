@@ -5,6 +5,7 @@ Everything runs in ONNX Runtime: one run for the prompts, then one a token, `pre
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from netlathe.execute import ort
 from netlathe.execute.compare import relative_error
 from netlathe.frontends.huggingface import HuggingFaceDirectory
 from netlathe.pipeline.interfaces import Captured
+from netlathe.pipeline.pass_ import Feeds
 from tests import zoo
 
 Ids = npt.NDArray[np.int64]
@@ -88,14 +90,19 @@ def empty_past(captured: Captured, batch: int) -> dict[str, npt.NDArray[Any]]:
     return past
 
 
-def generated(captured: Captured, ids: Ids, mask: Ids) -> list[list[int]]:
-    """Greedy decoding; a model without a cache sees the whole text again in every step."""
-    session = ort.Session(captured.model)
+def generated(
+    captured: Captured, ids: Ids, mask: Ids, run: Callable[[Feeds], Feeds] | None = None
+) -> list[list[int]]:
+    """Greedy decoding; a model without a cache sees the whole text again in every step.
+
+    ONNX Runtime runs it unless another ``run`` is given.
+    """
+    run = run or ort.Session(captured.model).run
     past = empty_past(captured, len(ids))
     new = ids
     for _ in range(NEW_TOKENS):
         feeds = {"input_ids": new if past else ids, "attention_mask": mask, **past}
-        got = session.run(feeds)
+        got = run(feeds)
         new = got["logits"][:, -1].argmax(-1, keepdims=True).astype(np.int64)
         ids = np.concatenate([ids, new], axis=1)
         mask = np.concatenate([mask, np.ones_like(new)], axis=1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -66,6 +67,42 @@ def test_in_tvm(name: str) -> None:
 
     after, _, _ = sliced(folded(name), Slice(ratio=0.25, refit=True), data(name))
     artifact, executor = InProcess(after), Executor(after)
+    for fed in zoo_ir.feeds(name):
+        actual, expected = artifact.run(fed), executor.run(fed)
+        for output, tensor in expected.items():
+            # the project's bar for TVM
+            assert relative_error(actual[output], tensor.numpy()) < 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_sliced_and_dropped_it_writes_the_same_text_in_tvm(tmp_path: Path, name: str) -> None:
+    pytest.importorskip("tvm", reason="the tvm extra is not installed")
+    from tests.backends.tvm.in_process import InProcess
+
+    captured = HuggingFaceDirectory(cache=True).capture(Families(tmp_path).folder(name))
+    ids = np.random.default_rng(0).integers(3, 128, (16, 24))
+    fed = {"input_ids": ids, "attention_mask": np.ones_like(ids), **empty_past(captured, 16)}
+    passes = [Drop(kind="attention", score="kl"), FoldNorms(untie=True), Slice(ratio=0.25)]
+    compiled = run.run(captured, passes, Context(calibration=[fed]))
+    small = dataclasses.replace(captured, model=compiled.model)
+    assert len(empty_past(small, 1)) == len(empty_past(captured, 1)) - 2
+    mask = (PROMPTS > 0).astype(np.int64)
+    by_tvm = generated(small, PROMPTS, mask, InProcess(compiled.model).run)
+    assert by_tvm == generated(small, PROMPTS, mask)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "kind"), [("llama", "attention"), ("vit", "block"), ("convnext", "block")]
+)
+def test_dropped_models_in_tvm(name: str, kind: Literal["attention", "block"]) -> None:
+    pytest.importorskip("tvm", reason="the tvm extra is not installed")
+    from tests.backends.tvm.in_process import InProcess
+
+    captured = captured_of(zoo_ir.captured(name))
+    compiled = run.run(captured, [Drop(kind=kind, score="uniform")], Context())
+    artifact, executor = InProcess(compiled.model), Executor(compiled.model)
     for fed in zoo_ir.feeds(name):
         actual, expected = artifact.run(fed), executor.run(fed)
         for output, tensor in expected.items():
