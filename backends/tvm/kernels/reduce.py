@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 from tvm import tirx
 
 from netlathe.backends.tvm.cuda import grids
@@ -36,6 +37,9 @@ from netlathe.backends.tvm.tir import (
 from netlathe.backends.tvm.values import Store
 
 Element = Callable[[Code, Index], Expr]
+
+# Of the partial results of a row: the widest vectors that any of our machines has.
+_PARTIAL_BYTES = 64
 
 
 @dataclass(frozen=True)
@@ -95,8 +99,16 @@ def row(
     combine: Combine,
     element: Callable[[list[Expr]], Expr],
 ) -> Expr:
-    """Combine ``element(index)`` over all indices below ``extents``, vectors along the last one."""
-    width = known(extents[-1])
+    """Combine ``element(index)`` over all indices below ``extents``, vectors along the last one.
+
+    As many partial results are kept on every machine, so that all give the same bits.
+    """
+    width, most = (
+        known(extents[-1]),
+        4 * lanes,
+    )  # four vectors at a time hold what an element is made of
+    if lanes > 1 and dtype != "bool":
+        lanes = max(lanes, _PARTIAL_BYTES // max(np.dtype(dtype).itemsize, 4))
     if width is not None and width % (4 * lanes) == 0:
         lanes *= 4  # four vectors at a time hide the latency of one
     while width is not None and lanes > 1 and lanes > width:
@@ -112,10 +124,13 @@ def row(
         last = extents[-1]
         whole = i64(width // lanes) if width is not None else code.bind(idiv(last, lanes))
         if lanes > 1:
-            with code.loop(whole) as block, code.loop(lanes, VECTORIZED) as lane:
-                value = element([*index, block * i64(lanes) + lane])
-                held = tirx.BufferLoad(partial, [lane])
-                code.store(partial, lane, combine.function(held, value))
+            with code.loop(whole) as block:
+                for start_ in range(0, lanes, most):
+                    with code.loop(min(most, lanes), VECTORIZED) as lane:
+                        at = i64(start_) + lane if start_ else lane
+                        value = element([*index, block * i64(lanes) + at])
+                        held = tirx.BufferLoad(partial, [at])
+                        code.store(partial, at, combine.function(held, value))
         done = whole * i64(lanes) if lanes > 1 else i64(0)
         if known(last - done) != 0:
             with code.loop(last - done) as j:
