@@ -74,12 +74,11 @@ class GpuCode(Code):
 
     @contextlib.contextmanager
     def launch(
-        self, blocks: Expr, threads: int, cluster: int = 1, least: int = 0, early: bool = False
+        self, blocks: Expr, threads: int, cluster: int = 1, least: int = 0
     ) -> Iterator[tuple[Expr, Expr]]:
         """A grid of blocks; what is written inside runs in every thread: (block, thread) in int64.
 
-        ``cluster`` blocks of the grid run side by side; at least ``least`` of them fit a multiprocessor;
-        ``early``: the grid may start before the one in front has ended, and waits for it itself.
+        ``cluster`` blocks of the grid run side by side; at least ``least`` of them fit a multiprocessor.
         """
         grid, lane = (tirx.Var(self.var("int32", stem).name, "int32") for stem in ("b", "t"))
         self._loops += 1
@@ -90,9 +89,6 @@ class GpuCode(Code):
         if least:
             bound = "tirx.launch_bounds_min_blocks_per_sm"
             body = tirx.AttrStmt(tirx.IntImm("int32", 0), bound, tirx.IntImm("int32", least), body)
-        if early:
-            start = "tirx.use_programtic_dependent_launch"  # TVM's spelling
-            body = tirx.AttrStmt(tirx.IntImm("int32", 0), start, tirx.IntImm("int32", 1), body)
         launched = [
             (lane, "threadIdx.x", tirx.IntImm("int32", threads)),
             (grid, "blockIdx.x", cast(blocks, "int32")),

@@ -182,8 +182,7 @@ def _on_tensor_cores(
 
         def few(tiles: int) -> None:
             sizes = (rows, inner, columns)
-            early = machine.has_wgmma
-            tensor.few_rows(code, half, read, weight, sizes, tiles, early, finish)
+            tensor.few_rows(code, half, read, weight, sizes, tiles, finish)
 
         def many() -> None:
             values = weight.values

@@ -51,13 +51,6 @@ def source(dtype: str) -> str:
 namespace netlathe_skinny_{dtype} {{
 constexpr float kMagic = {value}.0f;
 __device__ constexpr uint32_t kOnes[2] = {{{ones}u, {ones}u}};
-// Weights are constants: reading them may begin before the kernel in front of this one has ended.
-__device__ __forceinline__ void ready() {{
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
-}}
 __device__ __forceinline__ float wide(uint16_t bits) {{ return {widened}; }}
 __device__ __forceinline__ uint32_t minus(uint32_t a, uint32_t b) {{
   uint32_t d;
@@ -185,7 +178,6 @@ __device__ __forceinline__ void product(
 
   int start = threadIdx.x / 32 * kChunk * kAhead;
   fetch(0, start);
-  ready();
   while (start < padded) {{
     fetch(1, start + kStep);
     use(0, start);

@@ -113,7 +113,7 @@ def warps(
     text = ampere.source(dtype)
     down = idiv(rows + i64(ampere.TILE - 1), ampere.TILE)
     across = idiv(columns + i64(ampere.TILE - 1), ampere.TILE)
-    with code.launch(down * across, ampere.THREADS) as (block, thread):
+    with code.launch(down * across, ampere.THREADS, least=1) as (block, thread):
         memory = code.alloc([ampere.SHARED_BYTES], "uint8", scope="shared.dyn")
         shared = code.address(memory)
         # Neighbouring blocks share columns of b, which is the larger operand.
@@ -165,13 +165,11 @@ def few_rows(
     weight: Weight,
     sizes: tuple[Expr, int, int],
     tiles: int,
-    early: bool,
     finish: Callable[[Expr, Expr, Expr], None],
 ) -> None:
     """finish(row, column, sum over k of a[row, k] * weight[column, k]) for at most 8 * ``tiles`` rows.
 
-    ``a`` [rows, inner] is a flat buffer of halves; inner is a multiple of 8. ``early``: the GPU may start
-    this kernel before the one in front of it has ended (sm_90 and later).
+    ``a`` [rows, inner] is a flat buffer of halves; inner is a multiple of 8.
     """
     rows, inner, columns = sizes
     text = skinny.source(dtype)
@@ -179,7 +177,7 @@ def few_rows(
     wide = 2 if columns >= 4 * PROCESSORS * skinny.COLUMNS else 1
     across = wide * skinny.COLUMNS
     blocks = i64(-(-columns // across))
-    with code.launch(blocks, skinny.THREADS, early=early) as (block, thread):
+    with code.launch(blocks, skinny.THREADS) as (block, thread):
         count = skinny.WARPS * skinny.MOST_ROWS * across
         sums = code.address(code.alloc([count], "float32", scope="shared"))
         pointers = [code.address(a), code.address(weight.values)]

@@ -1,0 +1,254 @@
+"""Speed of the CUDA backend's products on a GPU, against torch's and against a copy of memory.
+
+    python benchmarks/bench_cuda.py build DIR          # where nvcc and NetLathe are; no GPU needed
+    python DIR/bench_cuda.py run DIR                   # where the GPU is; torch, tvm_ffi and TVM's runtime
+
+``build`` compiles one library for each weight shape and format and puts this file and the loader beside
+them; no weights are stored, ``run`` makes random ones. Products with many rows are timed in turn with
+torch.matmul, and checked against it in float64. Products with few rows are launches in one CUDA graph
+that walks over copies of the weight that no cache holds; their share is of what copying a gigabyte moves,
+counted in bytes of weights, scales, inputs and results. Times are medians of CUDA events.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import shutil
+import statistics
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+# (K, N) of 7B and 70B models of the LLaMA family, and the square ones.
+LARGE = {
+    (4096, 4096): (2048, 4096),
+    (4096, 8192): (8192,),
+    (4096, 11008): (2048,),
+    (11008, 4096): (2048,),
+}
+SMALL = [(4096, 4096), (4096, 11008), (11008, 4096), (8192, 8192), (8192, 28672), (28672, 8192)]
+ROWS = (1, 4, 16)
+GROUP = 128
+ROUNDS, INSIDE = 7, 10
+BEYOND_CACHE = 600_000_000  # bytes of weights that one graph reads
+
+
+# -- building --------------------------------------------------------------------------------------
+
+
+def build(folder: Path, archs: str) -> None:
+    """Compile every library."""
+    from netlathe.backends.tvm import process, runtime, toolchain
+    from netlathe.backends.tvm.cuda.machine import gpu
+
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(__file__, folder / "bench_cuda.py")
+    shutil.copyfile(runtime.__file__, folder / "runtime.py")
+    machine = gpu(archs.split(","))
+    wanted = [(shape, half) for shape in LARGE for half in ("bf16", "f16")]
+    jobs = [(shape, half, half) for shape, half in wanted]
+    jobs += [(shape, kind, "bf16") for shape in SMALL for kind in ("bf16", "int8", "int4")]
+    for (inner, columns), kind, half in dict.fromkeys(jobs):
+        name = f"{kind}-{inner}-{columns}"
+        model = linear(inner, columns, kind, half)
+        library = folder / f"{name}.so"
+        built = process.build(model, machine, library, (toolchain.compiler(),))
+        facts = {
+            "inner": inner,
+            "columns": columns,
+            "kind": kind,
+            "parameters": [(p.dtype, p.shape) for p in built.parameters],
+        }
+        (folder / f"{name}.json").write_text(json.dumps(facts))
+        print(name, flush=True)
+
+
+def linear(inner: int, columns: int, kind: str, half: str) -> Any:
+    """A MatMul of [n, inner] with a constant that has a shape and no contents."""
+    import onnx_ir as ir
+
+    dtypes = {"bf16": ir.DataType.BFLOAT16, "f16": ir.DataType.FLOAT16}
+    dtype = dtypes[half]
+    graph = ir.Graph([], [], nodes=[], opset_imports={"": 25}, name="linear")
+
+    def constant(name: str, dtype: ir.DataType, shape: list[int]) -> ir.Value:
+        value = ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(shape))
+        size = int(shape[0] * (shape[1] if len(shape) > 1 else 1) * dtype.itemsize)
+        value.const_value = ir.ExternalTensor("", 0, size, dtype, shape=ir.Shape(shape), name=name)
+        graph.register_initializer(value)
+        return value
+
+    def node(
+        kind: str, inputs: list[ir.Value], shape: list[int | str], **attributes: int
+    ) -> ir.Value:
+        made = ir.Node("", kind, inputs, [ir.AttrInt64(k, v) for k, v in attributes.items()])
+        (output,) = made.outputs
+        output.name, output.type, output.shape = kind, ir.TensorType(dtype), ir.Shape(shape)
+        graph.append(made)
+        return output
+
+    x = ir.Value(name="x", type=ir.TensorType(dtype), shape=ir.Shape(["n", inner]))
+    graph.inputs.append(x)
+    if kind in dtypes:
+        weight = constant("w", dtype, [inner, columns])
+    elif kind == "int8":
+        parts = [constant("w", ir.DataType.INT8, [inner, columns]), constant("s", dtype, [columns])]
+        weight = node("DequantizeLinear", parts, [inner, columns], axis=1)
+    else:
+        scales = constant("s", dtype, [inner // GROUP, columns])
+        parts = [constant("w", ir.DataType.INT4, [inner, columns]), scales]
+        weight = node("DequantizeLinear", parts, [inner, columns], axis=0, block_size=GROUP)
+    graph.outputs.append(node("MatMul", [x, weight], ["n", columns]))
+    return ir.Model(graph, ir_version=12)
+
+
+# -- measuring -------------------------------------------------------------------------------------
+
+
+class Bench:
+    """The libraries in a folder on the first GPU."""
+
+    def __init__(self, folder: Path) -> None:
+        sys.path.insert(0, os.fspath(folder))
+        self.torch: Any = importlib.import_module("torch")
+        runtime: Any = importlib.import_module("runtime")
+        self.ffi: Any = runtime._runtime(folder)
+        runtime._cuda_runtime(folder)
+        self.folder = folder
+        self.results: dict[str, Any] = {"gpu": self.torch.cuda.get_device_name(0)}
+
+    def milliseconds(self, run: Callable[[], object], count: int) -> float:
+        """The time of ``count`` calls, for one of them."""
+        first, last = (self.torch.cuda.Event(enable_timing=True) for _ in range(2))
+        first.record()
+        for _ in range(count):
+            run()
+        last.record()
+        last.synchronize()
+        return float(first.elapsed_time(last)) / count
+
+    def copy_rate(self) -> float:
+        """Bytes a millisecond of copying a gigabyte, read and written."""
+        source = self.torch.empty(1 << 30, dtype=self.torch.uint8, device="cuda")
+        target = self.torch.empty_like(source)
+        for _ in range(3):
+            target.copy_(source)
+        times = [self.milliseconds(lambda: target.copy_(source), 5) for _ in range(ROUNDS)]
+        return 2 * source.numel() / statistics.median(times)
+
+    def load(self, name: str) -> tuple[Callable[..., Any], dict[str, Any]]:
+        """The library's program, and what it takes."""
+        module = self.ffi.load_module(os.fspath(self.folder / f"{name}.so"))
+        machine = module["vm_load_executable"]()
+        machine["vm_initialization"](2, 0, 2, 1, 0, 2)  # the GPU and the CPU, memory from pools
+        return machine["main"], json.loads((self.folder / f"{name}.json").read_text())
+
+    def tensor(self, dtype: str, shape: tuple[int, ...], scale: float) -> tuple[Any, Any]:
+        """Random contents: torch's tensor, and the same as the program takes it."""
+        torch = self.torch
+        if dtype == "int8":
+            made = torch.randint(-128, 128, shape, dtype=torch.int8, device="cuda")
+            return made, self.ffi.from_dlpack(made)
+        half = torch.bfloat16 if dtype == "uint16" else torch.float16
+        made = (torch.randn(shape, device="cuda") * scale).to(half)
+        bits = made.view(torch.uint16) if dtype == "uint16" else made
+        return made, self.ffi.from_dlpack(bits)
+
+    def large(self, name: str, rows: int) -> None:
+        """Against torch.matmul, in turn."""
+        torch = self.torch
+        main, facts = self.load(name)
+        ((dtype, shape),) = facts["parameters"]
+        inner, columns = facts["inner"], facts["columns"]
+        x, own_x = self.tensor(dtype, (rows, inner), 1.0)
+        weight, own_weight = self.tensor(dtype, tuple(shape), inner**-0.5)
+        found = torch.from_dlpack(main(own_x, own_weight)[0]).view(x.dtype).double()
+        wanted = x.double() @ weight.double().t()
+        error = float((found - wanted).norm() / wanted.norm())
+        del found, wanted
+        turned = weight.t()
+        sides = (lambda: main(own_x, own_weight), lambda: torch.matmul(x, turned))
+        for side in sides:
+            self.milliseconds(side, INSIDE)
+        times = [[self.milliseconds(side, INSIDE) for side in sides] for _ in range(ROUNDS)]
+        ours, theirs = (statistics.median(column) for column in zip(*times, strict=True))
+        work = 2 * rows * inner * columns / 1e9
+        self.results[f"{name} rows {rows}"] = {"ms": ours, "torch_ms": theirs, "error": error}
+        print(
+            f"{name:18s} {rows:5d} rows: {work / ours:5.0f} TFLOP/s, torch {work / theirs:5.0f},"
+            f" share {theirs / ours:.3f}, error {error:.1e}",
+            flush=True,
+        )
+
+    def few(self, name: str, rate: float) -> None:
+        """Against the rate of a copy."""
+        torch = self.torch
+        main, facts = self.load(name)
+        sizes = [
+            int(torch.Size(shape).numel()) * (1 if dtype == "int8" else 2)
+            for dtype, shape in facts["parameters"]
+        ]
+        copies = max(3, BEYOND_CACHE // sum(sizes) + 1)
+        weights = [
+            [self.tensor(dtype, tuple(shape), 0.03)[1] for dtype, shape in facts["parameters"]]
+            for _ in range(copies)
+        ]
+        for rows in ROWS:
+            _, x = self.tensor("uint16", (rows, facts["inner"]), 1.0)
+            kept = [main(x, *weight) for weight in weights]  # memory for the graph to take
+            del kept
+            graph = torch.cuda.CUDAGraph()
+            with self.ffi.use_torch_stream(torch.cuda.graph(graph)):
+                for weight in weights:
+                    main(x, *weight)
+            self.milliseconds(graph.replay, 1)
+            times = [self.milliseconds(graph.replay, 1) / copies for _ in range(ROUNDS)]
+            time = statistics.median(times)
+            moved = sum(sizes) + 2 * rows * (facts["inner"] + facts["columns"])
+            self.results[f"{name} rows {rows}"] = {"ms": time, "bytes": moved}
+            print(
+                f"{name:18s} {rows:5d} rows: {time * 1e3:6.1f} us, {moved / time / 1e6:5.0f} GB/s,"
+                f" share {moved / time / rate:.3f}",
+                flush=True,
+            )
+
+
+def run(folder: Path, write: Path | None) -> None:
+    """Measure every library of the folder."""
+    bench = Bench(folder.resolve())
+    rate = bench.copy_rate()
+    bench.results["copy_GB_per_s"] = rate / 1e6
+    print(f"{bench.results['gpu']}: copies {rate / 1e6:.0f} GB/s")
+    for (inner, columns), many in LARGE.items():
+        for half in ("bf16", "f16"):
+            for rows in many:
+                bench.large(f"{half}-{inner}-{columns}", rows)
+    for inner, columns in SMALL:
+        for kind in ("bf16", "int8", "int4"):
+            bench.few(f"{kind}-{inner}-{columns}", rate)
+    if write is not None:
+        write.write_text(json.dumps(bench.results, indent=1) + "\n")
+
+
+def main() -> None:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("what", choices=["build", "run"])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--archs", default="sm_90a", help="build: architectures, with commas")
+    parser.add_argument("--json", type=Path, help="run: write the numbers here too")
+    given = parser.parse_args()
+    if given.what == "build":
+        build(given.folder, given.archs)
+    else:
+        run(given.folder, given.json)
+
+
+if __name__ == "__main__":
+    main()
