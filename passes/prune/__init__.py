@@ -157,8 +157,14 @@ class Prune(ChoosingPass):
         return (Path(self.table),) if self.table else ()
 
     def cannot_follow(self, earlier: Pass) -> str:
-        """Of codes no position can go, and nothing can be made up for."""
-        return "weights are codes by then" if earlier.name == "quantize" else ""
+        """Of codes no position can go, and nothing can be made up for; scales are those of all positions."""
+        if earlier.name == "quantize":
+            return "weights are codes by then"
+        if earlier.name == "quantize_cache" and not {"heads", "kv_groups"}.isdisjoint(
+            self.scope or SCOPES
+        ):
+            return "what the cache holds shares scales by then with what would go"
+        return ""
 
     def choose(self, model: ir.Model, ctx: Context) -> list[Entry]:
         """Score the positions of every candidate and say which stay.

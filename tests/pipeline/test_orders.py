@@ -51,6 +51,7 @@ REFUSED = {
     ("quantize", "rotate"): (FOLDED, CODES),
     ("quantize", "equalize"): (CODES,),
     ("quantize", "sparsify"): (CODES,),
+    ("cache", "prune"): ("what the cache holds shares scales by then with what would go",),
     ("sparsify", "slice"): (FILLED, TURNED),
     ("sparsify", "adapters"): (FILLED, TURNED),
     ("sparsify", "rotate"): (FILLED, TURNED),
