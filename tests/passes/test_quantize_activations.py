@@ -19,6 +19,7 @@ from netlathe.passes.fold_batch_norm import FoldBatchNorm
 from netlathe.passes.quantize import Quantize
 from netlathe.passes.quantize.activation_ranges import Histogram, range_of
 from netlathe.passes.quantize.number import NUMBERS
+from netlathe.pipeline import verification
 from netlathe.pipeline.ledger import Entry
 from netlathe.pipeline.pass_ import Context
 from netlathe.pipeline.run import run
@@ -38,7 +39,11 @@ def settled(inputs: str, body: str, outputs: str = "float y", **constants: Any) 
 def quantized(
     before: ir.Model, order: float = 0.0, samples: Any = None, **options: Any
 ) -> tuple[ir.Model, list[Entry]]:
-    """Quantize; ONNX Runtime gives what the reference gives, bit for bit, our executor up to ``order``."""
+    """Quantize; ONNX Runtime gives what the reference gives, bit for bit, our executor up to ``order``.
+
+    Where its sums in another order change codes, it may be twice as far off (RMS) as the model itself is
+    when all that it computes is off by 64 ulp.
+    """
     sizes = ({"b": 2, "s": 5}, {"b": 3, "s": 8})
     fed = samples or [feeds(before, one, seed) for seed, one in enumerate(sizes)]
     pass_ = Quantize(min_size=0, **options)
@@ -54,7 +59,11 @@ def quantized(
         for name, expected in ort.run(reference, inputs_of(reference, one)).items():
             assert np.array_equal(actual[name], expected)
             again = Executor(after).run(inputs_of(after, one))[name].numpy()
-            assert np.abs(again - expected).max() <= order * np.abs(expected).max()
+            if np.abs(again - expected).max() <= order * np.abs(expected).max():
+                continue
+            moved = verification.disturbed_outputs(after, one, 64)[name]
+            off, allowed = (np.sqrt(np.square(y - expected).mean()) for y in (again, moved))
+            assert off <= 2 * allowed
     return after, chosen
 
 
