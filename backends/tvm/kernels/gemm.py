@@ -83,6 +83,7 @@ def packed(
     dtype = storage.computed(a.dtype)
     read_b = kernel.read(weight.values)
     machine = kernel.lowering.machine
+    item = np.dtype(storage.STORED[weight.values.dtype]).itemsize
     panel_rows = inner // gemv.WORD if weight.in_words else inner
 
     def of_block(buffer: Ready, k: Expr, panel: Expr, number: int) -> Expr:
@@ -98,7 +99,10 @@ def packed(
 
     def load(panel: Expr) -> Callable[[list[Expr], int], Expr]:
         def vector(index: list[Expr], number: int) -> Expr:
-            held = code.vload(read_b, stored(panel, index[0], number), cut.lanes)
+            at = code.bind(stored(panel, index[0], number))
+            if cut.lanes * item == _LINE and not weight.in_words:
+                gemv.ask(code, read_b, at + i64(gemv.AHEAD // item))
+            held = code.vload(read_b, at, cut.lanes)
             k = index[0]
             if weight.words_of is not None:
                 k = index[0] * i64(gemv.WORD) + index[1]
@@ -154,17 +158,11 @@ def packed(
         return lambda panel, number, vector: of_block(buffer, number * i64(block), panel, vector)
 
     def ahead(panel: Expr, k: Expr) -> None:
-        """The memory's own look ahead ends with each page."""
-        size = np.dtype(storage.STORED[weight.values.dtype]).itemsize
         row = idiv(k, gemv.WORD) if weight.in_words else k
         rows_read = 1 if weight.in_words else gemv.WORD
-        for line in range(-(-rows_read * cut.width * size // _LINE)):
-            place = stored(panel, row, 0) + i64((line * _LINE + gemv.AHEAD) // size)
-            address = tirx.address_of(tirx.BufferLoad(read_b, [place]))
-            hint = tirx.call_llvm_intrin(
-                "void", "llvm.prefetch", address, *(const(n, "int32") for n in (0, 3, 1))
-            )
-            code.emit(tirx.Evaluate(hint))
+        for line in range(-(-rows_read * cut.width * item // _LINE)):
+            start = stored(panel, row, 0) + i64((line * _LINE + gemv.AHEAD) // item)
+            gemv.ask(code, read_b, start)
 
     def single() -> None:
         gemv.single(

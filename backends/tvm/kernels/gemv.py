@@ -10,6 +10,7 @@ is one lane. Where a table of 16 floats fits a register, one instruction looks t
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import onnx_ir as ir
 from tvm import tirx
@@ -32,6 +33,13 @@ WORD = 8  # numbers of 4 bits in a word
 AHEAD = 2048  # bytes
 _CHAINS = 2
 _F = "float32"
+
+
+def ask(code: Code, buffer: Any, at: Expr) -> None:
+    """Ask for a cache line before it is read: what the CPU asks for by itself ends with each page."""
+    address = tirx.address_of(tirx.BufferLoad(buffer, [at]))
+    numbers = (const(number, "int32") for number in (0, 3, 1))  # to read, to all levels, data
+    code.emit(tirx.Evaluate(tirx.call_llvm_intrin("void", "llvm.prefetch", address, *numbers)))
 
 
 def nibbles(machine: Machine, dtype: ir.DataType, words: Expr, place: Expr, lanes: int) -> Expr:

@@ -21,8 +21,9 @@ from netlathe.backends.tvm.tir import Code, Expr, broadcast, cast, i64, idiv, kn
 # Sums of a tile of one row that are kept apart, to hide the latency of the addition.
 _CHAINS = 4
 _LATENCY = 4  # cycles of a multiply-add; two start in each cycle
-_CACHE_BYTES = 24  # that a level-2 cache gives in a cycle: panels of B do not stay in level 1
+_CACHE_BYTES = 16  # that a level-2 cache gives in a cycle: panels of B do not stay in level 1
 _MOST_ROWS = 14
+_USUAL_ROWS = 64  # where nothing is known: sequences are often a multiple of some power of two
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ def panels(machine: Machine, columns: int, dtype: str, rows: int | None = None) 
     def cycles(shape: tuple[int, int]) -> float:
         """Of one step along K, for all rows and columns."""
         height, count = shape
-        down = 64 / height if rows is None else math.ceil(max(rows, 1) / height)
+        down = math.ceil((_USUAL_ROWS if rows is None else max(rows, 1)) / height)
         step = partial(_step, machine.vector_bytes, height)
         return down * (whole // count * step(count) + step(whole % count))
 
