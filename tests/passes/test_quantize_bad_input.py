@@ -152,7 +152,12 @@ def test_data_that_never_reaches_a_layer() -> None:
     "target, settings, options, says",
     [
         ("onnx", {"opset": 20}, {"weights": "mxfp4"}, "cannot hold mxfp4: a tensor of float4e2m1"),
-        ("onnx", {"opset": 23}, {"weights": "mxfp4"}, "does not take tensor.float8e8m0. at opset 23"),
+        (
+            "onnx",
+            {"opset": 23},
+            {"weights": "mxfp4"},
+            "does not take tensor.float8e8m0. at opset 23",
+        ),
         ("onnx-ort", {"opset": 18}, {"weights": "float8e5m2"}, "float8e5m2 cannot exist"),
         ("onnx", {"opset": 22}, {"overrides": {"v": {"weights": "nvfp4"}}}, "cannot hold nvfp4"),
         (
