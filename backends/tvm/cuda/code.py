@@ -97,7 +97,8 @@ class GpuCode(Code):
             member = tirx.Var(self.var("int32", "m").name, "int32")
             launched.insert(1, (member, "clusterCtaIdx.x", tirx.IntImm("int32", cluster)))
         for var, tag, extent in launched:
-            axis = tirx.IterVar(None, var, tirx.IterVar.ThreadIndex, tag)
+            no_range: Any = None  # the annotation forgets that a thread's axis has none
+            axis = tirx.IterVar(no_range, var, tirx.IterVar.ThreadIndex, tag)
             body = tirx.AttrStmt(axis, "thread_extent", extent, body)
         self.emit(body)
 

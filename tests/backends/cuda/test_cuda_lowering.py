@@ -48,10 +48,11 @@ def on_host(statement: Any) -> Iterator[Any]:
 
 @pytest.mark.parametrize("case", _parameters())
 def test_node(case: TestCase) -> None:
+    assert case.model is not None
     model = _prepared(ir.serde.deserialize_model(case.model))
     for arch in FAMILIES:
         lowered = Lowering(model, gpu([arch])).run()
-        kernels = [
+        kernels: list[Any] = [
             function
             for _, function in lowered.module.functions_items()
             if isinstance(function, tirx.PrimFunc) and SCHEDULE in function.attrs
