@@ -32,7 +32,7 @@ from tests.analysis.axes.architectures import image_network
 from tests.published import networks
 
 ROOT = Path(__file__).parent.parent
-LIMIT_S = 600
+LIMIT_S = 1800
 RATIO = 0.5
 HEADS = ("vit_b", "swin_t", "llama", "bert")  # for onnxsim
 STRUCTURE: Mapping[str, str] = {  # network: its last layer
@@ -43,6 +43,7 @@ STRUCTURE: Mapping[str, str] = {  # network: its last layer
     "swin_t": "classifier",
     "bert": "cls.predictions.decoder",
     "gpt2": "lm_head",
+    "llama": "lm_head",
 }
 
 
