@@ -10,6 +10,7 @@
 // What could make the library trap is checked before it is loaded: format, architecture, CPU features, and
 // that params.bin is whole. Exit code 2: the artifact or the sizes cannot be used, and why.
 #include <fcntl.h>
+#include <sys/auxv.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <sys/utsname.h>
@@ -88,6 +89,16 @@ static ffi::Tensor ones(const json::Object& record, const std::map<std::string, 
 
 // What this CPU can do, in the words of /proc/cpuinfo.
 static std::set<std::string> cpu_features() {
+#ifdef __aarch64__
+  static const struct { unsigned long entry; int bit; const char* name; } known[] = {
+      {AT_HWCAP, 0, "fp"},        {AT_HWCAP, 1, "asimd"},     {AT_HWCAP, 9, "fphp"},
+      {AT_HWCAP, 10, "asimdhp"},  {AT_HWCAP, 12, "asimdrdm"}, {AT_HWCAP, 14, "fcma"},
+      {AT_HWCAP, 20, "asimddp"},  {AT_HWCAP, 23, "asimdfhm"}, {AT_HWCAP2, 13, "i8mm"}};
+  std::set<std::string> have;
+  for (const auto& feature : known)
+    if (getauxval(feature.entry) >> feature.bit & 1) have.insert(feature.name);
+  return have;
+#endif
   std::ifstream file("/proc/cpuinfo");
   for (std::string line; std::getline(file, line);) {
     if (line.rfind("flags", 0) != 0) continue;
