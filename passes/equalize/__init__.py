@@ -94,8 +94,12 @@ class Equalize(ChoosingPass):
         return Scheme(self.weights, self.symmetric, self.group_size)
 
     def cannot_follow(self, earlier: Pass) -> str:
-        """Of codes none is scaled."""
-        return "weights are codes by then" if earlier.name == "quantize" else ""
+        """Of codes none is scaled, and what becomes codes rounds otherwise."""
+        reasons = {
+            "quantize": "weights are codes by then",
+            "quantize_cache": "what the cache holds would round to other codes",
+        }
+        return reasons.get(earlier.name, "")
 
     def choose(self, model: ir.Model, ctx: Context) -> list[Entry]:
         """Find the factors of every candidate, one after the other in the order of the graph.

@@ -67,6 +67,7 @@ class Rotate(ChoosingPass):
         reasons = {
             "quantize": "weights are codes by then",
             "sparsify": "zeros of weights would be turned into other numbers",
+            "quantize_cache": "what the cache holds would round to other codes",
         }
         return reasons.get(earlier.name, "")
 

@@ -52,6 +52,8 @@ REFUSED = {
     ("quantize", "equalize"): (CODES,),
     ("quantize", "sparsify"): (CODES,),
     ("cache", "prune"): ("what the cache holds shares scales by then with what would go",),
+    ("cache", "rotate"): ("what the cache holds would round to other codes",),
+    ("cache", "equalize"): ("what the cache holds would round to other codes",),
     ("sparsify", "slice"): (FILLED, TURNED),
     ("sparsify", "adapters"): (FILLED, TURNED),
     ("sparsify", "rotate"): (FILLED, TURNED),
@@ -67,7 +69,7 @@ SOME = ("prune", "hidden", "slice", "adapters", "drop", "tie", "quantize")
 QUICK = (
     ("slice", "drop"), ("hidden", "slice"), ("tie", "prune"), ("tie", "gptq"), ("adapters", "tie"),
     ("quantize", "drop"), ("sparsify", "quantize"), ("rotate", "quantize"), ("equalize", "slice"),
-    ("sparsify", "prune"), ("cache", "drop"), ("cache", "rotate"), ("prune", "cache"),
+    ("sparsify", "prune"), ("cache", "drop"), ("rotate", "cache"), ("prune", "cache"),
 )  # fmt: skip
 
 
