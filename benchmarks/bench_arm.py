@@ -352,9 +352,9 @@ def instructions(kernel: Kernel, core: Core) -> int:
                 )
             )
             program = build_program(folder, "model", folder)
-            (folder / "in").write_bytes(
-                bytes(int(re.search(r"in\.\w+ = file\(argv\[2\], (\d+)", text)[1]))
-            )  # type: ignore[index]
+            size = re.search(r"in\.\w+ = file\(argv\[2\], (\d+)", text)
+            assert size is not None
+            (folder / "in").write_bytes(bytes(int(size[1])))
             words = [
                 str(program),
                 str(folder / "model.weights"),

@@ -135,12 +135,16 @@ class _Kernel:
             return tirx.IfThenElse(part.condition, self._walked(part.then_case), other)
         if isinstance(part, tirx.While):
             return tirx.While(part.condition, self._walked(part.body))
-        if isinstance(part, tirx.AllocBuffer) and part.buffer.ty.storage_scope == "global":
+        if isinstance(part, tirx.AllocBuffer) and _type(part.buffer).storage_scope == "global":
             pointer = _pointer(part.buffer, f"scratch{len(self._scratch)}")
             self._scratch.append(pointer)
             self.scratch.append(_bytes(part.buffer.ty))
             return tirx.DeclBuffer(part.buffer, data=pointer)
         return part
+
+
+def _type(buffer: Any) -> Any:
+    return buffer.ty
 
 
 def _pointer(buffer: Any, name: str) -> Any:
@@ -228,8 +232,8 @@ class _Calls:
         for tensor in arguments:
             if tensor.span is not None:
                 tensor.span.last = at
-        type_ = value.ty
-        types = list(type_.fields) if isinstance(type_, relax.TupleType) else [type_]
+        type_: Any = value.ty
+        types = list(type_.fields) if hasattr(type_, "fields") else [type_]
         made = [self._tensor(_relax_bytes(item), at) for item in types]
         scratch = [self._tensor(size, at) for size in self.kernels[name].scratch]
         self._values[binding.var] = made

@@ -297,7 +297,7 @@ class _Panel:
 
 def _sum_of(vector: Expr) -> Expr:
     """The sum of four lanes, in each of four."""
-    parts = [tirx.Shuffle([vector], [tirx.IntImm("int32", i)]) for i in range(4)]
+    parts: list[Expr] = [tirx.Shuffle([vector], [tirx.IntImm("int32", i)]) for i in range(4)]
     return broadcast((parts[0] + parts[1]) + (parts[2] + parts[3]), 4)
 
 
