@@ -24,6 +24,7 @@ from netlathe.backends.tvm.arm.artifact import BareArtifact, build_program
 from netlathe.backends.tvm.arm.backend import ArmBackend
 from netlathe.backends.tvm.arm.cores import CORES
 from netlathe.backends.tvm.arm.plan import Span, aligned, place
+from netlathe.cli import main
 from netlathe.diagnostics import InputError, LowerError, OptionError
 from netlathe.execute import ort
 from netlathe.pipeline.interfaces import Target
@@ -230,3 +231,13 @@ def test_a_missing_cross_compiler_is_told_before_any_work(monkeypatch: pytest.Mo
     (diagnostic,) = caught.value.diagnostics
     assert diagnostic.code == "tvm.cross_compiler"
     assert "netlathe[arm]" in diagnostic.help and "gcc-aarch64-linux-gnu" in diagnostic.help
+
+
+@pytest.mark.own_process
+def test_from_the_command_line(tmp_path: Path) -> None:
+    """The sample of the capture has other sizes than the artifact; one is made that fits."""
+    ir.save(odd(), tmp_path / "odd.onnx")
+    words = ["compile", str(tmp_path / "odd.onnx"), "--passes", "", "-o", str(tmp_path / "out")]
+    words += ["--target", "arm-cortex-a72", "--set", "form=bare", "--set", "dims=batch=3"]
+    assert main(words) == 0
+    assert "float32[3, 10]" in (tmp_path / "out" / "model.h").read_text()
