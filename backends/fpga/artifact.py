@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from netlathe.backends.fpga import simulate
-from netlathe.backends.fpga.model import Memory
+from netlathe.backends.fpga.boards import BOARDS, Board
 from netlathe.backends.fpga.network import Launch, Network
 from netlathe.backends.fpga.spec import Spec
 from netlathe.diagnostics import Diagnostic, InputError, VerifyError
@@ -31,7 +32,7 @@ from netlathe.pipeline.interfaces import Artifact
 from netlathe.pipeline.pass_ import Feeds
 
 META_FILE, MODEL_FILE, CORE_FILE = "meta.json", "model.onnx", "core.v"
-FORMAT = 1
+FORMAT = 2
 # The host's float operators are the same kernels in smaller graphs; integers are equal bit for bit.
 _BOUND = 1e-6
 
@@ -43,8 +44,8 @@ class FpgaArtifact(Artifact):
         LowerError: nothing of the model is the core's.
     """
 
-    def __init__(self, model: ir.Model, spec: Spec) -> None:
-        self.network = Network(model, spec)
+    def __init__(self, model: ir.Model, board: Board) -> None:
+        self.board, self.network = board, Network(model, board.spec)
         self._manifest = ""
         self._report: dict[str, Any] = {}
 
@@ -65,7 +66,12 @@ class FpgaArtifact(Artifact):
 
     def report(self) -> dict[str, Any]:
         """What runs where; after :meth:`save` cycles, limits and bytes of every layer."""
-        return {**self.network.shares(), **self._report}
+        return {
+            "target": self.board.name,
+            "analytical": self.board.analytical,
+            **self.network.shares(),
+            **self._report,
+        }
 
     def save(self, folder: Path) -> list[Path]:
         """Run the sample, compare with the IR, and write the files.
@@ -83,7 +89,7 @@ class FpgaArtifact(Artifact):
         (folder / CORE_FILE).write_text(simulate.verilog(spec), "utf-8")
         (folder / MODEL_FILE).write_bytes(ir.to_proto(model).SerializeToString(deterministic=True))
         files = [folder / CORE_FILE, folder / MODEL_FILE]
-        layers = self.network.reports(Memory())
+        layers = self.network.reports(self.board.memory)
         records = []
         for number, launch in enumerate(self.network.launches.values()):
             files += _write(launch, folder, number)
@@ -93,6 +99,8 @@ class FpgaArtifact(Artifact):
         self._report |= {
             "cycles": cycles,
             "utilization": macs / (cycles * spec.rows * spec.columns),
+            "bytes_moved": sum(layer["bytes_read"] + layer["bytes_written"] for layer in layers),
+            "energy_proxy_uj": sum(layer["energy_proxy_uj"] for layer in layers),
             "instruction_bytes": sum(record["instruction_bytes"] for record in records),
             "layers": layers,
         }
@@ -147,7 +155,16 @@ def load(folder: Path) -> FpgaArtifact:
     core: dict[str, Any] = {
         name: tuple(v) if isinstance(v, list) else v for name, v in meta["core"].items()
     }
-    return FpgaArtifact(model, Spec(**core))
+    if meta.get("target") not in BOARDS:
+        raise InputError(
+            Diagnostic(
+                "fpga.artifact",
+                f"target {meta.get('target')!r} is not known",
+                at=str(folder),
+                help="known targets: " + ", ".join(BOARDS),
+            )
+        )
+    return FpgaArtifact(model, replace(BOARDS[meta["target"]], spec=Spec(**core)))
 
 
 def _write(launch: Launch, folder: Path, number: int) -> list[Path]:

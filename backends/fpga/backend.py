@@ -10,11 +10,9 @@ import onnx_ir as ir
 
 from netlathe.backends.fpga import recognise
 from netlathe.backends.fpga.artifact import FpgaArtifact
-from netlathe.backends.fpga.spec import Spec
+from netlathe.backends.fpga.boards import BOARDS
 from netlathe.diagnostics import Diagnostic, OptionError, missing_extra
 from netlathe.pipeline.interfaces import Backend, Target
-
-CORES = {"fpga-ecp5-85f": Spec()}
 
 
 class FpgaBackend(Backend):
@@ -24,15 +22,16 @@ class FpgaBackend(Backend):
 
     @classmethod
     def targets(cls) -> Sequence[Target]:
-        """``fpga-ecp5-85f``."""
-        return (
+        """``fpga-ecp5-85f``, and the analytical ``fpga-u280`` and ``fpga-vhk158``."""
+        return tuple(
             Target(
-                "fpga-ecp5-85f",
+                board.name,
                 cls.name,
-                "an 8 x 8 int8 array for Lattice ECP5-85F: Verilog, programs and cycle counts;"
+                f"{board.what}: Verilog, programs and cycle counts;"
                 " takes graphs of quantize(activations='int8')",
-                width_multiple=8,
-            ),
+                width_multiple=board.spec.columns,
+            )
+            for board in BOARDS.values()
         )
 
     def check(self, target: Target) -> None:
@@ -75,4 +74,4 @@ class FpgaBackend(Backend):
             OptionError, MissingExtraError: as :meth:`check`.
         """
         self.check(target)
-        return FpgaArtifact(model.clone(), CORES[target.name])
+        return FpgaArtifact(model.clone(), BOARDS[target.name])

@@ -114,7 +114,11 @@ def cycles(p: Product, height: int, width: int, memory: Memory) -> float:
     # Behind the last load: its own part, or what the last inputs let begin.
     last = parts[-1] * pixels + delay
     waiting = max(last, delay + n * array - (n - 1) * own)
-    ends = by_load + memory.latency + waiting, before + first + by_array + delay, by_both + last
+    ends: tuple[float, ...] = (
+        by_load + memory.latency + waiting,
+        before + first + by_array + delay,
+        by_both + last,
+    )
     return 5 + max(ends) + behind
 
 
@@ -156,12 +160,10 @@ def outputs(spec: Spec, y: Image) -> int:
     return min(room, spec.output_vectors // y.group if y.address >= 0 else room) // 2
 
 
-def _candidates(p: Product, granule: int) -> Iterator[tuple[int, int]]:
+def _candidates(p: Product) -> Iterator[tuple[int, int]]:
     height, width = p.y.size
     room, limit = p.spec.input_vectors // 2, outputs(p.spec, p.y)
     widths = sorted({math.ceil(width / d) for d in range(1, width + 1)})
-    if granule > 1 and height == 1:  # the same tiles for all lengths up to the next multiple
-        widths = list(range(granule, math.ceil(width / granule) * granule + 1, granule))
     for h in sorted({math.ceil(height / d) for d in range(1, height + 1)}):
         for w in widths:
             area = p.window.taken(0, h) * p.window.taken(1, w) * p.kernel.pitch
@@ -169,7 +171,7 @@ def _candidates(p: Product, granule: int) -> Iterator[tuple[int, int]]:
                 yield h, w
 
 
-def tiling(p: Product, name: str, granule: int = 1) -> tuple[int, int]:
+def tiling(p: Product, name: str) -> tuple[int, int]:
     """Height and width of the tiles that take least; of those within 1 %, the largest: fewer instructions.
 
     Raises:
@@ -178,7 +180,7 @@ def tiling(p: Product, name: str, granule: int = 1) -> tuple[int, int]:
     if p.x.hidden < 0:
         check_window(p.spec, name, p.window.span(0) * p.window.span(1) * p.kernel.pitch)
     memory = Memory()
-    taken = {tile: cycles(p, *tile, memory) for tile in _candidates(p, granule)}
+    taken = {tile: cycles(p, *tile, memory) for tile in _candidates(p)}
     least = min(taken.values())
     return max((t for t, c in taken.items() if c <= 1.01 * least), key=lambda t: t[0] * t[1])
 

@@ -40,7 +40,6 @@ class Emitter:
     """Instructions of one layer after the other, and what memory holds at the start."""
 
     spec: Spec
-    granule: int = 1  # rows of tokens are laid out, and cut, in multiples of it
     steps: list[Step] = field(default_factory=list)
     beats: int = 0  # of memory, in use
     data: list[tuple[int, Array]] = field(default_factory=list)  # (beat, bytes)
@@ -56,8 +55,7 @@ class Emitter:
         vectors = math.ceil(channels / self.spec.columns) * group
         address = -1
         if place.stored:
-            room = math.ceil(width / self.granule) * self.granule if height == 1 else width
-            address = self._room(height * room * vectors * self.spec.vector_beats)
+            address = self._room(height * width * vectors * self.spec.vector_beats)
         pitch = self.spec.hidden_pitch(channels)
         return Image(address, height, width, channels, vectors, group, place.hidden, pitch)
 

@@ -63,7 +63,7 @@ class Builder(Emitter):
         parameters = self._parameters(weights, scale, zero)
         tables = self._table(scale.table)
         addresses = [self._kernel_data(kernel, n) for n in range(kernel.tiles)]
-        plan = cost.tiling(cost.Product(self.spec, kernel, window, x, y), name, self.granule)
+        plan = cost.tiling(cost.Product(self.spec, kernel, window, x, y), name)
         report = self._begin(name, weights.size * height * width)
         for tile in tiles(height, width, *plan):
             slots: dict[tuple[int, int], _Held] = {}

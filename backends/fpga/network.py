@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from netlathe.analysis.cost import Meter, cost
 from netlathe.backends.fpga import recognise, simulate
 from netlathe.backends.fpga.chip import Chip
 from netlathe.backends.fpga.emit import Report
@@ -28,6 +29,9 @@ from netlathe.execute import ort
 from netlathe.pipeline.pass_ import Feeds
 
 Array = npt.NDArray[Any]
+# Picojoules of an int8 product and its sum, of a byte of a small SRAM and of DRAM, at 45 nm (Horowitz,
+# ISSCC 2014, fig. 1.1.9: 0.2 + 0.1; 10 and 1300 for 8 bytes). For comparing programs, not a power supply.
+PJ_MAC, PJ_SRAM, PJ_DRAM = 0.3, 1.25, 160.0
 
 
 @dataclass
@@ -87,10 +91,20 @@ class Network:
                 start = max(start, end)
         return made
 
-    def shares(self) -> dict[str, float]:
-        """Which part of the operators runs on the core."""
+    def shares(self) -> dict[str, float | None]:
+        """Which part of the operators, and of the multiplications at default sizes, runs on the core.
+
+        Multiplications are None if those of some operator cannot be known.
+        """
         mine = sum(len(operation.nodes) for operation in self.found)
-        return {"operators": mine / sum(1 for _ in self.model.graph)}
+        products = [o.nodes[0] for o in self.found if isinstance(o, Product)]
+        meter, total = Meter(self.model), cost(self.model).macs
+        macs = [meter.macs(node) for node in products]
+        known = total and not any(n is None for n in macs)
+        return {
+            "operators": mine / sum(1 for _ in self.model.graph),
+            "macs": sum(n or 0 for n in macs) / total if total and known else None,
+        }
 
     # -- the host -----------------------------------------------------------------------------------
 
@@ -239,6 +253,9 @@ def _as_array(image: Array, value: ir.Value, arrays: Mapping[ir.Value, Array]) -
 
 
 def _layer_report(report: Report, taken: int, spec: Spec) -> dict[str, Any]:
+    sram = report.computed * (spec.rows + 1) * spec.columns  # a row of weights, and of activations
+    moved = (report.beats_in + report.beats_out) * spec.beat_bytes
+    energy = report.macs * PJ_MAC + sram * PJ_SRAM + moved * PJ_DRAM
     parts = {"load": report.beats_in, "compute": report.computed, "store": report.beats_out}
     return {
         "layer": report.name,
@@ -248,4 +265,5 @@ def _layer_report(report: Report, taken: int, spec: Spec) -> dict[str, Any]:
         "bytes_read": report.beats_in * spec.beat_bytes,
         "bytes_written": report.beats_out * spec.beat_bytes,
         "macs": report.macs,
+        "energy_proxy_uj": energy * 1e-6,
     }

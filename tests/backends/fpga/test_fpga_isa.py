@@ -89,6 +89,23 @@ def test_tokens_stand_where_words_are_shared_and_nowhere_else() -> None:
     assert not elsewhere.pops and not elsewhere.pushes
 
 
+def test_more_tokens_than_a_counter_holds_are_refused() -> None:
+    def steps(count: int) -> list[Step]:
+        loads = [Step(Instruction("load"), writes=[("input", i, i + 1)]) for i in range(count)]
+        sums = ("sums", 0, 1)
+        return loads + [
+            Step(Instruction("compute"), reads=[("input", i, i + 1)], writes=[sums])
+            for i in range(count)
+        ]
+
+    safe = 2**isa.TOKEN_BITS - 1 - 10  # eight queued, one at the head, one at work
+    assert sum(len(i.pops) for i in link(steps(safe))) == safe
+    with pytest.raises(
+        LowerError, match=f"{safe + 1} tokens of load for compute are unused; {safe} "
+    ):
+        link(steps(safe + 1))
+
+
 def test_one_wait_covers_what_came_before() -> None:
     first = Step(Instruction("load"), writes=[("input", 0, 1)])
     second = Step(Instruction("load"), writes=[("input", 1, 2)])

@@ -106,6 +106,41 @@ def test_the_core_takes_what_it_can_of_an_image_network() -> None:
     assert last["bytes_read"] >= 240 and last["bytes_written"] == 4 * 16  # 32-bit sums
 
 
+def test_results_stay_on_the_chip_where_they_can() -> None:
+    """Pixelwise layers and a sum: what lies between them is neither stored nor read."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.up = nn.Conv2d(16, 16, 1), nn.Conv2d(16, 32, 1)
+            self.down, self.last = nn.Conv2d(32, 16, 1), nn.Conv2d(16, 8, 1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.first(x).relu()
+            return self.last(x + self.down(self.up(x).relu()))
+
+    torch.manual_seed(0)
+    shape = (1, 16, 6, 6)
+    captured = netlathe.capture(Net().eval(), args=(torch.randn(shape),))
+    data = [{"x": np.random.default_rng(1).standard_normal(shape, np.float32)}]
+    compiled = netlathe.compile(captured, PASSES.partition(", ")[2], calibration=data)
+    network = Network(compiled.model, Spec())
+    expected = ort.run(compiled.model, data[0])
+    for hardware in (False, True):
+        for name, array in network.run(data[0], hardware=hardware).items():
+            np.testing.assert_array_equal(array, expected[name])
+    layers = network.reports(Memory())
+    assert len(layers) == 5
+    assert layers[0]["bytes_read"] >= 36 * 16
+    # Weights and parameters (8 bytes a channel), once a tile, and nothing else.
+    for layer, (inputs, outputs) in zip(layers[1:3], ((16, 32), (32, 16)), strict=True):
+        assert layer["bytes_read"] % (inputs * outputs + 8 * outputs) == 0
+    assert layers[3]["bytes_read"] == 8 * 8, "one setting for all columns"
+    assert layers[4]["bytes_read"] % (16 * 8 + 8 * 8) == 0
+    assert not any(layer["bytes_written"] for layer in layers[:-1])
+    assert layers[-1]["bytes_written"] == 36 * 8 * 4, "32-bit sums"
+
+
 def test_pruned_weights_take_less_time() -> None:
     torch.manual_seed(0)
     net = nn.Linear(256, 64)

@@ -1,0 +1,69 @@
+"""The closed form that tiles are chosen by, against the cycles of the core, over shapes not fitted on."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from netlathe.backends.fpga import cost, simulate
+from netlathe.backends.fpga.isa import Instruction
+from netlathe.backends.fpga.kernel import Kernel
+from netlathe.backends.fpga.layers import Builder
+from netlathe.backends.fpga.model import Memory, cycles
+from netlathe.backends.fpga.program import link
+from netlathe.backends.fpga.spec import PATTERNS, Spec
+from netlathe.backends.fpga.tensors import Scale, Window
+
+SPEC = Spec()
+MEMORIES = (Memory(), Memory(40, (1, 2), (1, 2)), Memory(24, (2, 3), (1, 1)))
+
+
+def _drawn(seed: int, most: int) -> tuple[float, list[Instruction], np.ndarray, Memory]:
+    """A layer at random: what the closed form says, its program, its memory, and how that answers."""
+    rng = np.random.default_rng([seed, 9])
+    kind = ["tokens", "token", "convolution", "pointwise", "depthwise"][seed % 5]
+    groups, window, pattern = 1, Window(), None
+    if kind in ("tokens", "token"):
+        size = (1, int(rng.integers(2, 200)) if kind == "tokens" else 1)
+        channels, out = (int(n) for n in rng.integers((64, 64), (1400, most)))
+    else:
+        size = int(rng.integers(8, 40)), int(rng.integers(8, 40))
+        channels, out = (int(n) for n in rng.integers((16, 16), (128, 128)))
+        if kind != "pointwise":
+            step = int(rng.integers(1, 3))
+            window = Window((3, 3), (step, step), pads=(1, 1, 1, 1))
+        if kind == "depthwise":
+            out = groups = channels
+    if kind != "depthwise" and rng.integers(3) == 0:
+        pattern = PATTERNS["2:4"]
+    nibbles, raw = bool(rng.integers(3) == 0), bool(rng.integers(4) == 0)
+    weights = np.zeros((out, channels // groups, *window.kernel), np.int8)
+    ones = np.ones(out, np.int64)
+    builder = Builder(SPEC)
+    x = builder.image(*size, channels)
+    y = builder.product(
+        "layer", x, weights, Scale(0 * ones, ones << 15, 20 * ones), window, groups=groups,
+        pattern=pattern, nibbles=nibbles, raw=raw,
+    )  # fmt: skip
+    memory = MEMORIES[int(rng.integers(3))]
+    layer = cost.Product(SPEC, Kernel(SPEC, weights, groups, pattern, nibbles), window, x, y)
+    said = cost.cycles(layer, *cost.tiling(layer, "layer"), memory)
+    return said, link(builder.steps), builder.memory(), memory
+
+
+def test_the_closed_form_is_within_two_percent() -> None:
+    errors = []
+    for seed in range(40):
+        said, program, _, memory = _drawn(seed, 160)
+        taken = max(time.done for time in cycles(program, SPEC, memory))
+        errors.append(abs(said / taken - 1))
+    assert np.mean(errors) < 0.005
+    assert np.sort(errors)[-3] < 0.02 and max(errors) < 0.05  # of 40, two may be further off
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(100, 120))
+def test_the_closed_form_is_close_to_the_core_itself(seed: int) -> None:
+    said, program, held, memory = _drawn(seed, 400)
+    run = simulate.run(program, held, SPEC, memory)
+    assert abs(said / (int(run.sent[-1])) - 1) < 0.05
