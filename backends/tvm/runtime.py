@@ -509,7 +509,7 @@ def gpu_lack(archs: Sequence[str]) -> str:
             return ""
         if not arch.endswith("a") and here[:-1] == arch[:-1] and here[-1] >= arch[-1]:
             return ""
-    return f"the code is for {', '.join(archs)}, and this GPU is {here}"
+    return f"the code is for {', '.join(archs)}, and this GPU is {here}: build it for that one"
 
 
 def check_gpu(archs: Sequence[str]) -> None:
@@ -519,7 +519,7 @@ def check_gpu(archs: Sequence[str]) -> None:
         ArtifactError: there is none, or it is of another architecture.
     """
     if lack := gpu_lack(archs):
-        raise ArtifactError(f"{lack}: build the artifact for the GPU that is to run it")
+        raise ArtifactError(lack)
 
 
 def _cuda_runtime(folder: Path) -> ctypes.CDLL:
