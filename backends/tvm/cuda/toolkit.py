@@ -61,8 +61,7 @@ def nvcc() -> Path:
             "cuda.nvcc",
             "compiling for CUDA needs nvcc, and none is installed",
             notes=("looked on PATH and in " + ", ".join(PLACES),),
-            help="install the CUDA toolkit, 12.4 or newer (nvidia-cuda-toolkit, or cuda-nvcc and"
-            " cuda-cudart from NVIDIA)",
+            help="install the CUDA toolkit, release 13 (cuda-nvcc and cuda-cudart from NVIDIA)",
         )
     )
 
