@@ -8,7 +8,17 @@ import onnx_ir as ir
 import pytest
 
 from netlathe.backends.tvm import process
+from netlathe.backends.tvm.arm import cross
 from netlathe.backends.tvm.machine import Machine
+from netlathe.diagnostics import LowerError
+
+
+@pytest.fixture(autouse=True)
+def _compiler() -> None:
+    try:
+        cross.compiler()
+    except LowerError as error:
+        pytest.skip(f"nothing was compiled for ARM: {error.diagnostics[0].help}")
 
 
 @pytest.fixture(autouse=True)
