@@ -194,7 +194,7 @@ def test_files_that_are_no_artifact_are_refused(tmp_path: Path) -> None:
         artifact.load(tmp_path)
     (tmp_path / "meta.json").write_text('{"format": 99}')
     ir.save(_quantized("mlp")[0].model, tmp_path / "model.onnx")
-    with pytest.raises(InputError, match="format 99, and 1 is known"):
+    with pytest.raises(InputError, match="format 99, and 2 is known"):
         artifact.load(tmp_path)
 
 
