@@ -146,6 +146,8 @@ def test_the_schema_is_one_and_explains_every_option() -> None:
         "cuda-sm89",
         "cuda-sm90",
         "fpga-ecp5-85f",
+        "fpga-u280",
+        "fpga-vhk158",
         "onnx",
         "onnx-ort",
         "torch",

@@ -55,6 +55,8 @@ def test_targets_and_their_settings() -> None:
         "cuda-sm89",
         "cuda-sm90",
         "fpga-ecp5-85f",
+        "fpga-u280",
+        "fpga-vhk158",
         "onnx",
         "onnx-ort",
         "torch",
@@ -229,7 +231,8 @@ from netlathe.pipeline import registry
 assert sorted(registry.frontends()) == ["onnx_file"], registry.frontends()
 arm = ["arm-cortex-a72", "arm-neoverse-n1", "arm-neoverse-v1"]
 cuda = [f"cuda-sm{number}" for number in (80, 86, 89, 90)]
-names = [*arm, *cuda, "fpga-ecp5-85f", "onnx", "onnx-ort", "tvm-x86"]  # they ask when used
+fpga = ["fpga-ecp5-85f", "fpga-u280", "fpga-vhk158"]
+names = [*arm, *cuda, *fpga, "onnx", "onnx-ort", "tvm-x86"]  # they ask when used
 assert [target.name for target in registry.targets()] == names
 assert registry.find_frontend("model.onnx").name == "onnx_file"
 for ask in (
