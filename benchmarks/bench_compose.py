@@ -46,7 +46,9 @@ STEPS: Mapping[str, Sequence[str]] = {
 SHARES = (0.9, 0.8, 0.7)
 # In groups that divide every width, with both tables in float16.
 HALF = "{'weights': 'float16', 'group_size': 0, 'symmetric': True}"
-TABLES = "vectors='float16', overrides={'embed_tokens': HALF, 'lm_head': HALF}".replace("HALF", HALF)
+TABLES = "vectors='float16', overrides={'embed_tokens': HALF, 'lm_head': HALF}".replace(
+    "HALF", HALF
+)
 SOLVED = "symmetric=False, scales='float16', clip='mse', solver='gptq', sweeps=3"
 INT4 = f"quantize(weights='int4', group_size=64, {SOLVED}, {TABLES})"
 FINE = INT4.replace("=64", "=32")

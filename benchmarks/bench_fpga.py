@@ -118,7 +118,7 @@ def minilm() -> Case:
 def llama(new: int, past: int, settings: Mapping[str, int] = LLAMA) -> Case:
     """``new`` tokens behind ``past`` in the cache."""
     rng = np.random.default_rng(0)
-    recipe = Recipe(hf("Llama", "ForCausalLM", **settings), "text", ("logits",), ())
+    recipe = Recipe(hf("Llama", "ForCausalLM", None, **settings), "text", ("logits",), ())
     with tempfile.TemporaryDirectory() as folder:
         zoo.made("llama", recipe).module.save_pretrained(folder)  # type: ignore[operator]
         captured = netlathe.capture(folder, cache=True)
@@ -189,7 +189,8 @@ def layer(
 ) -> int:
     """Cycles of one layer alone, its first load to its last beat."""
     spec, builder = Spec(), Builder(Spec())
-    window = Window((side, side), pads=(side // 2,) * 4)
+    pad = side // 2
+    window = Window((side, side), pads=(pad, pad, pad, pad))
     weights = np.zeros((outputs, inputs // groups, side, side), np.int8)
     ones = np.ones(outputs, np.int64)
     builder.product(

@@ -153,7 +153,7 @@ def module(name: str) -> Any:
     raise ValueError(name)
 
 
-LLAMAS: Mapping[str, dict[str, int]] = {
+LLAMAS: Mapping[str, dict[str, Any]] = {
     "llama": {
         "hidden_size": 768,
         "intermediate_size": 2048,
