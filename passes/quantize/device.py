@@ -102,7 +102,7 @@ class Rounder:
     def codes(self, units: torch.Tensor, z: torch.Tensor | None) -> torch.Tensor:
         """Codes as bytes, of what :meth:`units` gave."""
         if self.is_table:
-            return torch.bucketize(units, self._middles).to(torch.uint8)
+            return torch.bucketize(units.contiguous(), self._middles).to(torch.uint8)
         if self.is_float:
             made = units.cpu().double().numpy().astype(self.scheme.code_type)
             return torch.from_numpy(made.view(np.uint8)).to(units.device)

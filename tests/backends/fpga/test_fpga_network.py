@@ -200,7 +200,7 @@ def test_files_that_are_no_artifact_are_refused(tmp_path: Path) -> None:
 
 def test_compile_refuses_what_unsupported_lists() -> None:
     captured = netlathe.capture(Mlp().eval(), args=(torch.randn(2, 7, 20),))
-    (target,) = FpgaBackend.targets()
+    target, *_ = FpgaBackend.targets()
     (gap,) = FpgaBackend().unsupported(captured.model, target)
     with pytest.raises(LowerError, match=gap.message):
         FpgaBackend().compile(captured.model, target)
