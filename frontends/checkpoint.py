@@ -122,10 +122,8 @@ class OthersMaps:
         start = array.__array_interface__["data"][0]
         end = start + array.nbytes
         if any(low <= start and end <= high for low, high in self._ranges):
-            start, end = (
-                -(-start // mmap.PAGESIZE),
-                end // mmap.PAGESIZE,
-            )  # pages that are wholly its own
+            # Pages that are wholly its own: what shares a page with it may have been changed.
+            start, end = -(-start // mmap.PAGESIZE), end // mmap.PAGESIZE
             if end > start:
                 where, size = ctypes.c_void_p(start * mmap.PAGESIZE), (end - start) * mmap.PAGESIZE
                 ctypes.CDLL(None).madvise(where, ctypes.c_size_t(size), mmap.MADV_DONTNEED)

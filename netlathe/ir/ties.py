@@ -93,8 +93,6 @@ def _probe(value: ir.Value) -> bytes:
     """A few elements, spread over the tensor."""
     flat = weights.array(value).reshape(-1)
     found = flat[:: max(1, flat.size // _PROBES)].tobytes()
-    if value.const_value is not None:
-        weights.give_back_tensor(
-            value.const_value
-        )  # around each element the system maps many pages
+    if value.const_value is not None:  # around each element the system has mapped many pages
+        weights.give_back_tensor(value.const_value)
     return found
