@@ -133,13 +133,18 @@ def panels(tensor: ir.TensorProtocol, count: int, width: int) -> Array:
     return _panels(array(tensor), count, width)
 
 
-def nibble_panels(tensor: ir.TensorProtocol, count: int, width: int) -> Array:
-    """[K, N] of 4-bit numbers as [count, K / 8, width] words, row 8 i + j in bits 4 j of word i."""
-    values = _panels(array(tensor).view(np.uint8), count, width)
-    parts = (values & 15).reshape(count, -1, 8, width).astype(np.uint32)
+def word_panels(tensor: ir.TensorProtocol, count: int, width: int, bits: int, offset: int) -> Array:
+    """[K, N] of numbers of 4 or 8 bits, with ``offset`` added, as [count, K * bits / 32, width] words.
+
+    Of 8 bits, row 4 i + j is byte j of word i. Of 4 bits, row 8 i + j is the low half of byte j, row
+    8 i + 4 + j the high one.
+    """
+    mask = (1 << bits) - 1
+    values = _panels((array(tensor).view(np.uint8) + np.uint8(offset)) & mask, count, width)
+    parts = values.reshape(count, -1, 32 // bits, width)
     words = np.zeros(parts[:, :, 0].shape, np.uint32)
-    for place in range(8):
-        words |= parts[:, :, place] << np.uint32(4 * place)
+    for place in range(32 // bits):
+        words |= parts[:, :, place].astype(np.uint32) << np.uint32(8 * (place % 4) + place // 4 * 4)
     return words.view(np.int32)
 
 

@@ -13,12 +13,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-import onnx_ir as ir
 from tvm import tirx
 
 from netlathe.backends.tvm import storage
 from netlathe.backends.tvm.kernel import Kernel
-from netlathe.backends.tvm.kernels import gemv
+from netlathe.backends.tvm.kernels import gemv, limbs
 from netlathe.backends.tvm.kernels.tile import DOTS, Panels, Tiles, by_rows, panels
 from netlathe.backends.tvm.tir import (
     PARALLEL,
@@ -47,8 +46,8 @@ class Weight:
     """A packed constant: [panels, K, width], and for a quantized one its scales and zero points.
 
     These are [panels, blocks, width] in float32, one block for every ``block`` rows of K. With one block
-    in all, the scale is applied to the sums, else to every element. ``words_of`` is the
-    type of values of 4 bits, eight of which lie in a word (:mod:`netlathe.backends.tvm.kernels.gemv`).
+    in all, the scale is applied to the sums, else to every element. ``words`` says how values lie in words,
+    which are int32 [panels, K / words.rows, width].
     """
 
     values: Ready
@@ -56,12 +55,7 @@ class Weight:
     zeros: Ready | None = None
     block: int = 0
     blocks: int = 1
-    words_of: ir.DataType | None = None
-
-    @property
-    def in_words(self) -> bool:
-        """Whether a word holds eight values."""
-        return self.words_of is not None
+    words: gemv.Words | None = None
 
 
 def packed(
@@ -84,7 +78,9 @@ def packed(
     read_b = kernel.read(weight.values)
     machine = kernel.lowering.machine
     item = np.dtype(storage.STORED[weight.values.dtype]).itemsize
-    panel_rows = inner // gemv.WORD if weight.in_words else inner
+    layout = weight.words
+    deep = 1 if layout is None else layout.rows  # rows of K in one of the panel's
+    panel_rows = inner // deep
 
     def of_block(buffer: Ready, k: Expr, panel: Expr, number: int) -> Expr:
         """The scales or zero points of a vector of the panel, in row k."""
@@ -100,14 +96,13 @@ def packed(
     def load(panel: Expr) -> Callable[[list[Expr], int], Expr]:
         def vector(index: list[Expr], number: int) -> Expr:
             at = code.bind(stored(panel, index[0], number))
-            if cut.lanes * item == _LINE and not weight.in_words:
+            if cut.lanes * item == _LINE and layout is None:
                 gemv.ask(code, read_b, at + i64(gemv.AHEAD // item))
             held = code.vload(read_b, at, cut.lanes)
             k = index[0]
-            if weight.words_of is not None:
-                k = index[0] * i64(gemv.WORD) + index[1]
-                place = cast(index[1], "int32")
-                value = gemv.nibbles(machine, weight.words_of, held, place, cut.lanes)
+            if layout is not None:
+                k = index[0] * i64(deep) + index[1]
+                value = layout.numbers(machine, held, cast(index[1], "int32"), cut.lanes)
             else:
                 value = storage.load_vector(weight.values.dtype, held, dtype, cut.lanes)
             if weight.zeros is not None:
@@ -119,7 +114,7 @@ def packed(
         return vector
 
     def element(row: Expr, index: list[Expr]) -> Expr:
-        k = index[0] * i64(gemv.WORD) + index[1] if weight.in_words else index[0]
+        k = index[0] if layout is None else index[0] * i64(deep) + index[1]
         return a.at(code, [row, k])
 
     def finish(row: Expr, column: Expr, value: Expr) -> None:
@@ -127,23 +122,28 @@ def packed(
             value = value * tirx.BufferLoad(kernel.read(weight.scales), [column])
         store(code, [*unflatten(row, lead), column], value)
 
-    extents = [i64(panel_rows), i64(gemv.WORD)] if weight.in_words else [i64(inner)]
+    extents = [i64(inner)] if layout is None else [i64(panel_rows), i64(deep)]
     job = Tiles(code, cut.lanes, dtype, extents, rows, element, finish)
 
     def many() -> None:
         _tasks(job, cut, 4 * inner, load, at_least)
 
     block = weight.block or inner
-    if dtype != "float32" or not block or block % gemv.WORD or inner % block or at_least > 1:
+    if dtype != "float32" or not block or block % gemv.STEP or inner % block or at_least > 1:
         many()
         return "gemm.packed"
 
+    def words(panel: Expr, k: Expr, number: int) -> Expr:
+        return code.vload(read_b, stored(panel, idiv(k, deep), number), cut.lanes)
+
     def numbers(panel: Expr, k: Expr, number: int) -> Callable[[int], Expr]:
-        if (kind := weight.words_of) is not None:
-            at = stored(panel, idiv(k, gemv.WORD), number)
-            words = code.bind(code.vload(read_b, at, cut.lanes))
-            return lambda place: gemv.nibbles(
-                machine, kind, words, const(place, "int32"), cut.lanes
+        if layout is not None:
+            held = [
+                code.bind(words(panel, k + i64(first), number))
+                for first in range(0, gemv.STEP, deep)
+            ]
+            return lambda place: layout.numbers(
+                machine, held[place // deep], const(place % deep, "int32"), cut.lanes
             )
         return lambda place: storage.load_vector(
             weight.values.dtype,
@@ -157,26 +157,44 @@ def packed(
             return None
         return lambda panel, number, vector: of_block(buffer, number * i64(block), panel, vector)
 
-    def ahead(panel: Expr, k: Expr) -> None:
-        row = idiv(k, gemv.WORD) if weight.in_words else k
-        rows_read = 1 if weight.in_words else gemv.WORD
-        for line in range(-(-rows_read * cut.width * item // _LINE)):
-            start = stored(panel, row, 0) + i64((line * _LINE + gemv.AHEAD) // item)
-            gemv.ask(code, read_b, start)
+    def ahead(rows_read: int) -> Callable[[Expr, Expr], None]:
+        def ask(panel: Expr, k: Expr) -> None:
+            for line in range(-(-rows_read * cut.width * item // _LINE)):
+                start = stored(panel, idiv(k, deep), 0)
+                gemv.ask(code, read_b, start + i64((line * _LINE + gemv.AHEAD) // item))
+
+        return ask
 
     def single() -> None:
+        scales = block_of(weight.scales) if weight.blocks > 1 else None
+        first = lambda k: a.at(code, [i64(0), k])  # noqa: E731
+        give = lambda column, value: finish(i64(0), column, value)  # noqa: E731
+        if layout is not None and machine.dot_bytes:
+            limbs.single(
+                code,
+                cut,
+                inner,
+                block,
+                layout,
+                first,
+                words,
+                scales,
+                block_of(weight.zeros),
+                ahead(1),
+                give,
+            )
+            return
         gemv.single(
             code,
             cut,
             inner,
             block,
-            gemv.WORD,
-            lambda k: a.at(code, [i64(0), k]),
+            first,
             numbers,
-            block_of(weight.scales) if weight.blocks > 1 else None,
+            scales,
             block_of(weight.zeros),
-            ahead,
-            lambda column, value: finish(i64(0), column, value),
+            ahead(gemv.STEP // deep),
+            give,
         )
 
     number = known(rows)

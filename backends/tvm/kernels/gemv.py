@@ -4,12 +4,14 @@ Every block of rows of a quantized matrix that share their scales is summed with
 scaled once. Several sums of each vector are kept apart, to hide the latency of the addition.
 
 Numbers of 4 bits lie eight to a 32-bit word, those of consecutive rows of one column; a column's word
-is one lane. Where a table of 16 floats fits a register, one instruction looks them up.
+is one lane. Where a table of 16 floats fits a register, one instruction looks them up. Where bytes have dot
+products, :mod:`netlathe.backends.tvm.kernels.limbs` does it, and numbers of 8 bits lie four to a word.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import onnx_ir as ir
@@ -29,7 +31,7 @@ from netlathe.backends.tvm.tir import (
     ramp,
 )
 
-WORD = 8  # numbers of 4 bits in a word
+STEP = 8  # rows taken at once
 AHEAD = 2048  # bytes
 _CHAINS = 2
 _F = "float32"
@@ -42,23 +44,47 @@ def ask(code: Code, buffer: Any, at: Expr) -> None:
     code.emit(tirx.Evaluate(tirx.call_llvm_intrin("void", "llvm.prefetch", address, *numbers)))
 
 
-def nibbles(machine: Machine, dtype: ir.DataType, words: Expr, place: Expr, lanes: int) -> Expr:
-    """The 4-bit numbers at a place (int32, 0 to 7) of words, as float32."""
-    shifted = words >> broadcast(place * const(4, "int32"), lanes)
-    if machine.vector_bytes == 64 and lanes == 16:
-        entry = cast(ramp(0, 16), "int32x16")
-        table = cast(_signed(entry, lanes) if dtype == ir.DataType.INT4 else entry, "float32x16")
-        return tirx.call_llvm_pure_intrin(
-            "float32x16", "llvm.x86.avx512.permvar.sf.512", table, shifted
-        )
-    low = shifted & broadcast(const(15, "int32"), lanes)
-    wide = _F if lanes == 1 else f"{_F}x{lanes}"
-    return cast(_signed(low, lanes) if dtype == ir.DataType.INT4 else low, wide)
+@dataclass(frozen=True)
+class Words:
+    """Numbers of 4 or 8 bits in 32-bit words, unsigned: signed ones have half their range added.
 
+    Of 8 bits rows k to k + 3 are the bytes; of 4 bits they are the low halves of the bytes, and the
+    next four the high ones.
+    """
 
-def _signed(value: Expr, lanes: int) -> Expr:
-    eight = broadcast(const(8, "int32"), lanes)
-    return (value ^ eight) - eight
+    dtype: ir.DataType
+
+    @property
+    def bits(self) -> int:
+        """Of one number."""
+        return 8 if self.dtype in (ir.DataType.INT8, ir.DataType.UINT8) else 4
+
+    @property
+    def rows(self) -> int:
+        """Numbers in a word."""
+        return 32 // self.bits
+
+    @property
+    def offset(self) -> int:
+        """What was added."""
+        signed = self.dtype in (ir.DataType.INT4, ir.DataType.INT8)
+        return 1 << (self.bits - 1) if signed else 0
+
+    def numbers(self, machine: Machine, words: Expr, place: Expr, lanes: int) -> Expr:
+        """The numbers of row ``place`` (int32, below :attr:`rows`) of words, as float32."""
+        four = const(4, "int32")
+        shift = tirx.truncmod(place, four) * const(8, "int32")
+        if self.bits == 4:
+            shift = shift + tirx.truncdiv(place, four) * four
+        shifted = words >> broadcast(shift, lanes)
+        offset = broadcast(const(self.offset, "int32"), lanes)
+        if self.bits == 4 and machine.vector_bytes == 64 and lanes == 16:
+            table = cast(cast(ramp(0, 16), "int32x16") - offset, "float32x16")
+            return tirx.call_llvm_pure_intrin(
+                "float32x16", "llvm.x86.avx512.permvar.sf.512", table, shifted
+            )
+        low = shifted & broadcast(const((1 << self.bits) - 1, "int32"), lanes)
+        return cast(low - offset, _F if lanes == 1 else f"{_F}x{lanes}")
 
 
 def single(
@@ -66,7 +92,6 @@ def single(
     cut: Panels,
     inner: int,
     block: int,
-    step: int,
     element: Callable[[Expr], Expr],
     numbers: Callable[[Expr, Expr, int], Callable[[int], Expr]],
     scale: Callable[[Expr, Expr, int], Expr] | None,
@@ -76,34 +101,33 @@ def single(
 ) -> None:
     """finish(column, sum over k of a[k] * (q[k, column] - zero) * scale).
 
-    ``element(k)`` is a's; ``numbers(panel, k, vector)`` gives the numbers of the ``step`` rows from k on in
+    ``element(k)`` is a's; ``numbers(panel, k, vector)`` gives the numbers of the STEP rows from k on in
     a vector of the panel, by row; ``scale`` and ``zero`` take (panel, block, vector). ``block``, a multiple
-    of ``step``, is how many rows share their scales. ``ahead(panel, k)`` asks for numbers that come later.
+    of STEP, is how many rows share their scales. ``ahead(panel, k)`` asks for numbers that come later.
     """
     lanes, count = cut.lanes, cut.vectors
     with code.loop(i64(cut.count), PARALLEL) as panel:
         sums = code.registers(count, lanes, _F)
         with code.loop(i64(inner // block)) as number:
-            chains = min(_CHAINS, step) if step > 1 else 1
-            parts = code.registers(chains * count, lanes, _F)
+            parts = code.registers(_CHAINS * count, lanes, _F)
             whole = code.registers(1, 1, _F)  # the sum of a, where zero points need it
-            with code.loop(i64(block // step)) as at:
-                first = code.bind(number * i64(block) + at * i64(step))
+            with code.loop(i64(block // STEP)) as at:
+                first = code.bind(number * i64(block) + at * i64(STEP))
                 ahead(panel, first)
                 rows = [numbers(panel, first, vector) for vector in range(count)]
-                for place in range(step):
+                for place in range(STEP):
                     a = code.bind(element(first + i64(place)))
                     if zero is not None:
                         code.vstore(whole[0], 0, code.vload(whole[0], 0, 1) + a, 1)
                     for vector in range(count):
-                        held = parts[(place % chains) * count + vector]
+                        held = parts[(place % _CHAINS) * count + vector]
                         value = code.vload(held, 0, lanes) + broadcast(a, lanes) * rows[vector](
                             place
                         )
                         code.vstore(held, 0, value, lanes)
             for vector in range(count):
                 part = code.vload(parts[vector], 0, lanes)
-                for chain in range(1, chains):
+                for chain in range(1, _CHAINS):
                     part = part + code.vload(parts[chain * count + vector], 0, lanes)
                 if zero is not None:
                     offset = broadcast(code.vload(whole[0], 0, 1), lanes)
@@ -111,21 +135,29 @@ def single(
                 if scale is not None:
                     part = part * scale(panel, number, vector)
                 code.vstore(sums[vector], 0, code.vload(sums[vector], 0, lanes) + part, lanes)
-        results = code.alloc([cut.width], _F, scope="global")
-        for vector in range(count):
-            code.vstore(results, vector * lanes, code.vload(sums[vector], 0, lanes), lanes)
-        column = code.bind(panel * i64(cut.width))
+        hand_on(code, cut, panel, sums, finish)
 
-        def one(j: Expr) -> None:
-            finish(column + j, tirx.BufferLoad(results, [j]))
 
-        def part_of_it() -> None:
-            vectors(code, i64(cut.last), lanes, one)
+def hand_on(
+    code: Code, cut: Panels, panel: Expr, sums: Sequence[Any], finish: Callable[[Expr, Expr], None]
+) -> None:
+    """finish(column, sum) for the columns of a panel, from a copy in memory."""
+    lanes = cut.lanes
+    results = code.alloc([cut.width], _F, scope="global")
+    for vector, held in enumerate(sums):
+        code.vstore(results, vector * lanes, code.vload(held, 0, lanes), lanes)
+    column = code.bind(panel * i64(cut.width))
 
-        def all_of_it() -> None:
-            vectors(code, i64(cut.width), lanes, one)
+    def one(j: Expr) -> None:
+        finish(column + j, tirx.BufferLoad(results, [j]))
 
-        if cut.columns % cut.width == 0:
-            all_of_it()
-        else:
-            code.branch(panel < i64(cut.count - 1), all_of_it, part_of_it)
+    def part() -> None:
+        vectors(code, i64(cut.last), lanes, one)
+
+    def whole() -> None:
+        vectors(code, i64(cut.width), lanes, one)
+
+    if cut.columns % cut.width == 0:
+        whole()
+    else:
+        code.branch(panel < i64(cut.count - 1), whole, part)

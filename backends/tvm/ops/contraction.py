@@ -90,13 +90,17 @@ def by_quantized(low: Lowering, a: Ready, node: ir.Node, dtype: D, shape: Shape)
             (value, what, cut),
         )
 
-    in_words = tensor.dtype in (D.INT4, D.UINT4) and not inner % gemv.WORD
-    if in_words:
+    layout = _layout(low, tensor.dtype, inner, rows)
+    if layout is not None:
         values = low.parameter(
             _name(data),
             D.INT32,
-            (cut.count, inner // gemv.WORD, cut.width),
-            Recipe(packing.nibble_panels, (_name(data),), (cut.count, cut.width)),
+            (cut.count, inner // layout.rows, cut.width),
+            Recipe(
+                packing.word_panels,
+                (_name(data),),
+                (cut.count, cut.width, layout.bits, layout.offset),
+            ),
             (data, "words", cut),
         )
     else:
@@ -110,8 +114,18 @@ def by_quantized(low: Lowering, a: Ready, node: ir.Node, dtype: D, shape: Shape)
     zero = node.inputs[2] if len(node.inputs) > 2 else None
     zeros = parameter(zero, "zeros") if zero is not None else None
     scales = parameter(scale, "scales")
-    weight = gemm.Weight(values, scales, zeros, rows, blocks, tensor.dtype if in_words else None)
+    weight = gemm.Weight(values, scales, zeros, rows, blocks, layout)
     return _packed(a, weight, cut, inner, dtype, shape)
+
+
+def _layout(low: Lowering, dtype: D, inner: int, block: int) -> gemv.Words | None:
+    """Words for numbers of 4 bits, and for those of 8 where a row of A is split into limbs."""
+    layout = gemv.Words(dtype)
+    if dtype in (D.INT4, D.UINT4):
+        return layout if inner % layout.rows == 0 else None
+    if dtype not in (D.INT8, D.UINT8) or not low.machine.dot_bytes:
+        return None
+    return layout if block % gemv.STEP == 0 and inner % block == 0 else None
 
 
 def by_constant(low: Lowering, a: Ready, constant: ir.Value, dtype: D, shape: Shape) -> Pending:

@@ -38,6 +38,8 @@ CASES = [
     ("uint4", 36, 50, 0, True),  # not whole words
     ("int8", 72, 50, 0, False),
     ("uint8", 64, 130, 32, True),
+    ("int8", 48, 33, 24, True),  # blocks that are no whole vectors
+    ("uint8", 272, 20, 0, False),  # 136 elements of a row share no exponent
 ]
 
 
@@ -81,7 +83,7 @@ def quantized(
     return model, weight * spread("s")
 
 
-@pytest.mark.parametrize("level", ["avx2", "avx512"])
+@pytest.mark.parametrize("level", ["avx2", "avx512", "avx512vnni"])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_one_row_and_many(case: tuple[str, int, int, int, bool], level: str) -> None:
     if not runtime.cpu_features().issuperset(machines.LEVELS[level][1]):
@@ -91,6 +93,41 @@ def test_one_row_and_many(case: tuple[str, int, int, int, bool], level: str) -> 
     for rows in (1, 5, 17):
         x = np.random.default_rng(rows).normal(size=(rows, case[1])).astype(np.float32)
         assert relative_error(made.run({"x": x})["y"], (x @ weight).astype(np.float32)) < BOUND
+
+
+VNNI = pytest.mark.skipif(
+    not runtime.cpu_features().issuperset(machines.LEVELS["avx512vnni"][1]),
+    reason="this CPU lacks avx512vnni",
+)
+
+
+@VNNI
+@pytest.mark.parametrize("dtype", ["int4", "int8"])
+def test_rows_of_any_magnitude(dtype: str) -> None:
+    """Each product is off by 2^-22 of what the largest of the chunk would give, and sums by float32's eps."""
+    model, weight = quantized(dtype, 128, 50, 32, False)
+    made = InProcess(model, "avx512vnni")
+    rng = np.random.default_rng(1)
+    x = rng.normal(size=(1, 128))
+    outlier = np.where(np.arange(128) == 77, 1e4, x)
+    wide = x * 10.0 ** rng.uniform(-12, 12, x.shape)
+    halves = np.where(np.arange(128) < 64, 1e-30 * x, 1e30 * x)
+    for row in (x, outlier, wide, halves, 1e-25 * x, 1e33 * x, np.zeros_like(x), np.abs(x)):
+        row = row.astype(np.float32)
+        actual, exact = made.run({"x": row})["y"], row.astype(np.float64) @ weight
+        size = np.abs(row.astype(np.float64))
+        largest = np.repeat(size.reshape(-1, 32).max(1), 32)  # 32 rows share a scale and an exponent
+        bound = (largest * 2.0**-22 + size * 2.0**-21) @ np.abs(weight)
+        assert np.all(np.abs(actual - exact) <= bound)
+
+
+@VNNI
+@pytest.mark.parametrize("number", [np.nan, np.inf, -np.inf])
+def test_no_number_makes_none(number: float) -> None:
+    model, _ = quantized("int4", 64, 50, 32, False)
+    x = np.ones((1, 64), np.float32)
+    x[0, 40] = number
+    assert np.isnan(InProcess(model, "avx512vnni").run({"x": x})["y"]).all()
 
 
 def test_four_bits_take_four_bits() -> None:
