@@ -34,7 +34,7 @@ class Chip:
             return Place()
         height, width, channels = _size(item, images)
         readers = self._readers(item.output)
-        able = [n for n in readers if self._reads_there(self.items[n], channels)]
+        able = [n for n in readers if self._reads_there(self.items[n])]
         stored = item.output in self.leaving or len(able) < len(readers)
         if not able:
             return Place()
@@ -48,19 +48,18 @@ class Chip:
 
     def seen(self, item: Operation, image: Image) -> Image:
         """``image`` as ``item`` reads it: in memory, if it cannot read it on the chip."""
-        if image.hidden >= 0 and not self._reads_there(item, image.channels):
+        if image.hidden >= 0 and not self._reads_there(item):
             return replace(image, hidden=-1)
         return image
 
     def _readers(self, value: ir.Value) -> list[int]:
         return [n for n, item in enumerate(self.items) if value in item.inputs]
 
-    def _reads_there(self, item: Operation, channels: int) -> bool:
+    def _reads_there(self, item: Operation) -> bool:
         if isinstance(item, Product):
             return item.groups == 1 and not any(item.window.pads)
-        if isinstance(item, Sum):  # vectors one after the other: no gaps between pixels
-            vectors = -(-channels // self.spec.columns)
-            return vectors == self.spec.hidden_pitch(channels)
+        if isinstance(item, Sum):
+            return True
         return isinstance(item, Pool) and (item.window is None or not any(item.window.pads))
 
     def _gap(self, size: int) -> int | None:

@@ -122,27 +122,32 @@ class Builder(Emitter):
         parameters, tables = self._vector_parameters(scale), self._table(scale.table)
         report = self._begin(name, len(terms) * x.pixels * x.channels)
         most = min(spec.sum_rows, spec.output_vectors, spec.input_vectors) // 2
-        for start in range(0, x.pixels * x.vectors, most):
-            count = min(most, x.pixels * x.vectors - start)
+        # Pixel by pixel, and of a pixel vector by vector: what is kept has gaps between pixels.
+        across = min(x.vectors, most)
+        for tile in tiles(x.pixels, x.vectors, max(1, most // x.vectors), across):
+            start, count = tile.top * x.vectors + tile.left, tile.pixels
             sums = self._next("sums", spec.sum_rows, count)
             words = self._next("parameters", spec.parameter_words, spec.columns)
             self._copy("parameters", isa.PARAMETERS, parameters, words, spec.columns)
             for number, (image, factor) in enumerate(terms):
                 kept = image.hidden >= 0
                 if kept:
-                    base = image.hidden + start
+                    base, pitch = image.hidden + tile.top * image.pitch + tile.left, image.pitch
                 else:
                     base = self._next("input", spec.input_vectors, count, spec.wide_vectors)
+                    pitch = tile.width
                     self._copy_vectors(image.address + start * spec.vector_beats, base, count)
-                pad = "hidden" if kept else "input"
+                last = base + (tile.height - 1) * pitch + tile.width
                 self._compute(
-                    isa.ADD, base, 0, sums, (1, 1, 1, count, 1), (0, 0, 0, 1, 0), source=int(kept),
-                    accumulate=number > 0, factor=factor, reads=[(pad, base, base + count)],
+                    isa.ADD, base, 0, sums, (1, 1, 1, tile.width, tile.height), (0, 0, 0, 1, pitch),
+                    source=int(kept), accumulate=number > 0, factor=factor,
+                    reads=[("hidden" if kept else "input", base, last)],
                 )  # fmt: skip
                 report.computed += count
             self._requantize(
-                sums, words, scale, tables, count, 1, y.address + start * spec.vector_beats, 1, 0,
-                y, y.hidden + start, (1, 0),
+                sums, words, scale, tables, tile.width, tile.height,
+                y.address + start * spec.vector_beats, 1, tile.width, y,
+                y.hidden + tile.top * y.pitch + tile.left, (1, y.pitch),
             )  # fmt: skip
         return self._end(report, y)
 

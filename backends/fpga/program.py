@@ -7,8 +7,9 @@ tokens that keep them in order. Within a unit instructions run in order anyway.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import bisect
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 from netlathe.backends.fpga.isa import GIVES, TOKEN_BITS, Instruction, Unit
 from netlathe.diagnostics import Diagnostic, LowerError
@@ -25,13 +26,39 @@ class Step:
     writes: Sequence[Span] = ()
 
 
-@dataclass
 class _Past:
-    """Who last touched a stretch of a scratchpad."""
+    """Who last read and last wrote each word of a scratchpad or of memory, as stretches that are alike."""
 
-    spans: list[tuple[int, int, int, Unit, bool]] = field(
-        default_factory=list
-    )  # ..., step, unit, wrote
+    def __init__(self) -> None:
+        self._starts = [0]
+        self._last: list[dict[tuple[Unit, bool], int]] = [{}]  # (unit, wrote) -> step
+
+    def last(
+        self, start: int, end: int, unit: Unit, *, writing: bool
+    ) -> Iterator[tuple[Unit, int]]:
+        """Units and steps that a step of ``unit`` has to stand behind."""
+        for number in range(self._cut(start), self._cut(end)):
+            for (other, wrote), at in self._last[number].items():
+                if other != unit and (writing or wrote):
+                    yield other, at
+
+    def touch(self, start: int, end: int, unit: Unit, step: int, *, writing: bool) -> None:
+        """Note a use. Who waits for a write waits for all that the write had to wait for."""
+        first, last = self._cut(start), self._cut(end)
+        if writing:
+            self._starts[first:last] = [start]
+            self._last[first:last] = [{(unit, True): step}]
+        else:
+            for number in range(first, last):
+                self._last[number][unit, False] = step
+
+    def _cut(self, at: int) -> int:
+        """The number of the stretch that begins at word ``at``; one is cut in two for it if need be."""
+        number = bisect.bisect_left(self._starts, at)
+        if number == len(self._starts) or self._starts[number] != at:
+            self._starts.insert(number, at)
+            self._last.insert(number, dict(self._last[number - 1]))
+        return number
 
 
 def link(steps: Sequence[Step], queue: int = 8) -> list[Instruction]:
@@ -50,10 +77,9 @@ def link(steps: Sequence[Step], queue: int = 8) -> list[Instruction]:
         needs: dict[Unit, int] = {}
         for spans, writing in ((step.reads, False), (step.writes, True)):
             for pad, start, end in spans:
-                for other_start, other_end, at, unit, wrote in past.get(pad, _Past()).spans:
-                    meets = other_start < end and start < other_end
-                    if meets and (writing or wrote) and unit != mine.unit:
-                        needs[unit] = max(needs.get(unit, -1), at)
+                held = past.setdefault(pad, _Past())
+                for unit, at in held.last(start, end, mine.unit, writing=writing):
+                    needs[unit] = max(needs.get(unit, -1), at)
         for unit, at in needs.items():
             if at > waited.get((mine.unit, unit), -1):
                 waited[mine.unit, unit] = at
@@ -62,7 +88,7 @@ def link(steps: Sequence[Step], queue: int = 8) -> list[Instruction]:
                 mine.pops.add(unit)
         for spans, writing in ((step.reads, False), (step.writes, True)):
             for pad, start, end in spans:
-                _touch(past.setdefault(pad, _Past()).spans, start, end, number, mine.unit, writing)
+                past[pad].touch(start, end, mine.unit, number, writing=writing)
     made = [step.instruction for step in steps]
     _count_tokens(made, queue)
     return made
@@ -91,21 +117,3 @@ def _count_tokens(program: Sequence[Instruction], queue: int) -> None:
                         help="report this with the model",
                     )
                 )
-
-
-def _touch(
-    spans: list[tuple[int, int, int, Unit, bool]],
-    start: int,
-    end: int,
-    number: int,
-    unit: Unit,
-    wrote: bool,
-) -> None:
-    """Note a use; what it covers of the same unit and kind is forgotten, and by a write all it covers."""
-    spans[:] = [
-        span
-        for span in spans
-        if not (start <= span[0] and span[1] <= end)
-        or not (wrote or (span[3] == unit and not span[4]))
-    ]
-    spans.append((start, end, number, unit, wrote))

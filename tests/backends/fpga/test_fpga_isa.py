@@ -114,3 +114,15 @@ def test_one_wait_covers_what_came_before() -> None:
     made = link([first, second, reader, later])
     assert [sorted(i.pushes) for i in made] == [[], ["compute"], [], []]
     assert [sorted(i.pops) for i in made] == [[], [], ["load"], []]
+
+
+def test_a_write_over_a_part_leaves_the_rest() -> None:
+    both = Step(Instruction("load"), writes=[("input", 0, 4)])
+    reader = Step(Instruction("compute"), reads=[("input", 0, 4)], writes=[("sums", 0, 1)])
+    half = Step(Instruction("load"), writes=[("input", 0, 2)])
+    again = Step(Instruction("compute"), reads=[("input", 0, 1)], writes=[("sums", 0, 1)])
+    rest = Step(Instruction("load"), writes=[("input", 2, 4)])
+    made = link([both, reader, half, again, rest])
+    # The last load waits for the first reader: that its other half was written since changes nothing.
+    assert [sorted(i.pops) for i in made] == [[], ["load"], ["compute"], ["load"], []]
+    assert [sorted(i.pops) for i in link([both, reader, rest])] == [[], ["load"], ["compute"]]

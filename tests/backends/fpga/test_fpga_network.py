@@ -141,6 +141,33 @@ def test_results_stay_on_the_chip_where_they_can() -> None:
     assert layers[-1]["bytes_written"] == 36 * 8 * 4, "32-bit sums"
 
 
+def test_a_sum_that_stays_on_the_chip_leaves_gaps_between_pixels() -> None:
+    """24 channels are three vectors of every four: the sum has to be written as products read it."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Conv2d(8, 24, 1), nn.Conv2d(24, 24, 1)
+            self.last = nn.Conv2d(24, 8, 1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.first(x)
+            return self.last(x + self.second(x))
+
+    torch.manual_seed(0)
+    shape = (1, 8, 17, 19)  # more vectors than fit half of the sums
+    captured = netlathe.capture(Net().eval(), args=(torch.randn(shape),))
+    data = [{"x": np.random.default_rng(1).standard_normal(shape, np.float32)}]
+    compiled = netlathe.compile(captured, PASSES.partition(", ")[2], calibration=data)
+    network = Network(compiled.model, Spec())
+    expected = ort.run(compiled.model, data[0])
+    for hardware in (False, True):
+        for name, array in network.run(data[0], hardware=hardware).items():
+            np.testing.assert_array_equal(array, expected[name])
+    (added,) = (layer for layer in network.reports(Memory()) if layer["macs"] == 2 * 17 * 19 * 24)
+    assert added["bytes_written"] == 0
+
+
 def test_pruned_weights_take_less_time() -> None:
     torch.manual_seed(0)
     net = nn.Linear(256, 64)
