@@ -18,6 +18,7 @@ import platform
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -28,7 +29,7 @@ import onnx_ir as ir
 
 from netlathe.backends.tvm import packing, process, runtime, toolchain
 from netlathe.backends.tvm.machine import Machine
-from netlathe.backends.tvm.packing import Parameter
+from netlathe.backends.tvm.packing import Built, Parameter
 from netlathe.diagnostics import Diagnostic, InputError, LowerError, VerifyError
 from netlathe.execute import ort, samples
 from netlathe.execute.compare import relative_error
@@ -56,17 +57,35 @@ class TvmArtifact(Artifact):
     """
 
     def __init__(
-        self, model: ir.Model, machine: Machine, linker: tuple[str, ...] | None = None
+        self,
+        model: ir.Model,
+        machine: Machine,
+        linker: tuple[str, ...] | None = None,
+        *,
+        compiled: _Compiled | None = None,
     ) -> None:
         self.machine = machine
         self._model = model
         self._manifest = ""
-        self._scratch = tempfile.TemporaryDirectory(prefix="netlathe-")
-        self._library = Path(self._scratch.name) / runtime.LIBRARY_FILE
-        linker = linker or (toolchain.compiler(),)
-        self._built = process.build(model, machine, self._library, linker)
+        self._compiled = compiled or _compile([model], machine, linker)[0]
+        self._library, self._built = self._compiled.library, self._compiled.built
         self._loaded: runtime.Model | None = None
         self._report: dict[str, Any] = {}
+
+    @classmethod
+    def each(
+        cls, models: Sequence[ir.Model], machine: Machine, linker: tuple[str, ...] | None = None
+    ) -> list[TvmArtifact]:
+        """One of every model, compiled by one process.
+
+        Raises:
+            LowerError: nodes have no form here, of whichever model, or TVM crashed.
+        """
+        made = _compile(models, machine, linker)
+        return [
+            cls(model, machine, compiled=compiled)
+            for model, compiled in zip(models, made, strict=True)
+        ]
 
     def run(self, feeds: Feeds) -> dict[str, npt.NDArray[Any]]:
         """Run once, in this process.
@@ -75,7 +94,7 @@ class TvmArtifact(Artifact):
             InputError: a feed is missing, unknown or of another dtype or shape.
             LowerError: this CPU lacks instructions that the kernels use.
         """
-        if lack := self._lack():
+        if lack := self.lack():
             raise LowerError(
                 Diagnostic(
                     "tvm.cpu", lack, help="save the artifact and run it where it is meant for"
@@ -92,7 +111,7 @@ class TvmArtifact(Artifact):
         except runtime.ArtifactError as error:
             raise InputError(Diagnostic("run.feeds", str(error))) from error
 
-    def _lack(self) -> str:
+    def lack(self) -> str:
         """Why this machine cannot run the kernels; empty if it can."""
         if platform.machine() != self.machine.architecture:
             return f"the code is for {self.machine.architecture}, and this is {platform.machine()}"
@@ -121,6 +140,19 @@ class TvmArtifact(Artifact):
             VerifyError: the files compute something else than the IR.
             OSError: the folder cannot be written.
         """
+        files = self.write(folder)
+        self._report = {
+            "bytes": sum(file.stat().st_size for file in files),
+            **self._compare(folder),
+        }
+        return files
+
+    def write(self, folder: Path) -> list[Path]:
+        """Write the files, and compare nothing.
+
+        Raises:
+            OSError: the folder cannot be written.
+        """
         records = self._write_parameters(folder / runtime.PARAMETERS_FILE)
         shutil.copyfile(self._library, folder / runtime.LIBRARY_FILE)
         meta = self._meta(records, (folder / runtime.PARAMETERS_FILE).stat().st_size)
@@ -135,12 +167,7 @@ class TvmArtifact(Artifact):
             runtime.META_FILE,
             LOADER_FILE,
         )
-        files = [folder / name for name in names]
-        self._report = {
-            "bytes": sum(file.stat().st_size for file in files),
-            **self._compare(folder),
-        }
-        return files
+        return [folder / name for name in names]
 
     def _write_parameters(self, path: Path) -> list[dict[str, Any]]:
         whole = sum(
@@ -184,9 +211,31 @@ class TvmArtifact(Artifact):
 
     def _compare(self, folder: Path) -> dict[str, Any]:
         """The error of the files against the IR in ONNX Runtime, or why there is none."""
-        if lack := self._lack():
+        if lack := self.lack():
             return {"not_run": lack}
         return compare(self._model, self.sample, lambda feeds: process.run(folder, feeds))
+
+
+@dataclass(frozen=True)
+class _Compiled:
+    """A library in a folder that lives as long as this does."""
+
+    scratch: tempfile.TemporaryDirectory[str]
+    built: Built
+
+    @property
+    def library(self) -> Path:
+        """The file."""
+        return Path(self.scratch.name) / runtime.LIBRARY_FILE
+
+
+def _compile(
+    models: Sequence[ir.Model], machine: Machine, linker: tuple[str, ...] | None
+) -> list[_Compiled]:
+    scratch = [tempfile.TemporaryDirectory[str](prefix="netlathe-") for _ in models]
+    libraries = [Path(folder.name) / runtime.LIBRARY_FILE for folder in scratch]
+    built = process.build_each(models, machine, libraries, linker or (toolchain.compiler(),))
+    return [_Compiled(*made) for made in zip(scratch, built, strict=True)]
 
 
 def write_constants(

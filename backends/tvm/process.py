@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -71,7 +72,14 @@ class Bare:
     only_plan: bool
 
 
-Job: TypeAlias = Lower | Build | Run | Bare
+@dataclass(frozen=True)
+class Each:
+    """Do ``jobs`` one after the other; if some cannot be done, say why of all of them."""
+
+    jobs: tuple[Job, ...]
+
+
+Job: TypeAlias = Lower | Build | Run | Bare | Each
 
 
 @dataclass(frozen=True)
@@ -94,8 +102,13 @@ class WorkerError(Exception):
 
 def gaps(model: ir.Model, machine: Machine) -> list[Diagnostic]:
     """Every node that has no form here; or that TVM crashed over them."""
+    return gaps_each([model], machine)
+
+
+def gaps_each(models: Sequence[ir.Model], machine: Machine) -> list[Diagnostic]:
+    """:func:`gaps` of several models, in one worker."""
     try:
-        _answer(Lower(_packed(model), machine), "lowering")
+        _answer(Each(tuple(Lower(_packed(model), machine) for model in models)), "lowering")
     except LowerError as error:
         return list(error.diagnostics)
     return []
@@ -116,8 +129,22 @@ def build(model: ir.Model, machine: Machine, library: Path, linker: tuple[str, .
     Raises:
         LowerError: nodes have no form here, or TVM crashed.
     """
-    built: Built = _answer(Build(_packed(model), machine, library, linker), "compiling")
-    return built
+    return build_each([model], machine, [library], linker)[0]
+
+
+def build_each(
+    models: Sequence[ir.Model],
+    machine: Machine,
+    libraries: Sequence[Path],
+    linker: tuple[str, ...],
+) -> list[Built]:
+    """:func:`build` for several models, in one worker: most of the time for a small one is its start."""
+    jobs = (
+        Build(_packed(model), machine, library, linker)
+        for model, library in zip(models, libraries, strict=True)
+    )
+    made: list[Built] = _answer(Each(tuple(jobs)), "compiling")
+    return made
 
 
 def bare(model: ir.Model, machine: Machine, prefix: str, *, only_plan: bool = False) -> Program:
@@ -136,7 +163,13 @@ def run(folder: Path, feeds: Feeds) -> dict[str, npt.NDArray[Any]]:
     Raises:
         LowerError: it crashed.
     """
-    found: dict[str, npt.NDArray[Any]] = _answer(Run(folder, feeds), "running the artifact")
+    return run_each([(folder, feeds)])[0]
+
+
+def run_each(calls: Sequence[tuple[Path, Feeds]]) -> list[dict[str, npt.NDArray[Any]]]:
+    """:func:`run` for several artifacts, in one worker."""
+    jobs = tuple(Run(folder, feeds) for folder, feeds in calls)
+    found: list[dict[str, npt.NDArray[Any]]] = _answer(Each(jobs), "running the artifact")
     return found
 
 

@@ -19,8 +19,19 @@ import onnx
 import onnx_ir as ir
 
 from netlathe.backends.tvm.cuda.machine import Gpu
-from netlathe.backends.tvm.process import ANSWER, JOB, Bare, Build, Failed, Job, Lower, Refused, Run
-from netlathe.diagnostics import LowerError
+from netlathe.backends.tvm.process import (
+    ANSWER,
+    JOB,
+    Bare,
+    Build,
+    Each,
+    Failed,
+    Job,
+    Lower,
+    Refused,
+    Run,
+)
+from netlathe.diagnostics import Diagnostic, LowerError
 
 _PR_SET_PDEATHSIG = 1
 
@@ -46,6 +57,8 @@ def main() -> None:
 
 def _do(job: Job) -> object:
     match job:
+        case Each():
+            return _each(job)
         case Lower():
             from netlathe.backends.tvm.lowering import Lowering
 
@@ -71,6 +84,19 @@ def _do(job: Job) -> object:
             from netlathe.backends.tvm import runtime
 
             return runtime.load(job.folder).run(job.feeds)
+
+
+def _each(job: Each) -> list[object]:
+    done: list[object] = []
+    refused: list[Diagnostic] = []
+    for one in job.jobs:
+        try:
+            done.append(_do(one))
+        except LowerError as error:
+            refused += error.diagnostics
+    if refused:
+        raise LowerError(refused)
+    return done
 
 
 def _model(data: bytes) -> ir.Model:

@@ -33,8 +33,9 @@ class CudaArtifact(TvmArtifact):
             "spilling": sorted({r.kernel for r in resources if r.spill_bytes}),
         }
 
-    def _lack(self) -> str:
-        return super()._lack() or runtime.gpu_lack(self.machine.archs)
+    def lack(self) -> str:
+        """As for a CPU, or that there is no fitting GPU."""
+        return super().lack() or runtime.gpu_lack(self.machine.archs)
 
     def _meta(self, records: list[dict[str, Any]], parameter_bytes: int) -> dict[str, Any]:
         return {**super()._meta(records, parameter_bytes), "archs": list(self.machine.archs)}
