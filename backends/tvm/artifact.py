@@ -27,23 +27,16 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from netlathe.backends.tvm import packing, process, runtime, toolchain
+from netlathe.backends.tvm import judge, packing, process, runtime, toolchain
 from netlathe.backends.tvm.machine import Machine
 from netlathe.backends.tvm.packing import Built, Parameter
-from netlathe.diagnostics import Diagnostic, InputError, LowerError, VerifyError
+from netlathe.diagnostics import Diagnostic, InputError, LowerError
 from netlathe.execute import ort, samples
-from netlathe.execute.compare import relative_error
 from netlathe.pipeline.interfaces import Artifact
 from netlathe.pipeline.pass_ import Feeds
 
 LOADER_FILE = "runtime.py"
 _CHUNK = 16 << 20
-
-# max|artifact - IR| as a share of the RMS, by the narrowest float in the graph: the project's bar for
-# float32 (other orders of sums, other polynomials), and 16 ulp of the half formats.
-_BOUND = 1e-4
-_ROUNDING = ("DynamicQuantizeLinear", "QuantizeLinear")
-_NARROW = {ir.DataType.FLOAT16: 16 * 2**-10, ir.DataType.BFLOAT16: 16 * 2**-7}
 
 
 class TvmArtifact(Artifact):
@@ -65,6 +58,7 @@ class TvmArtifact(Artifact):
         compiled: _Compiled | None = None,
     ) -> None:
         self.machine = machine
+        self._linker = linker
         self._model = model
         self._manifest = ""
         self._compiled = compiled or _compile([model], machine, linker)[0]
@@ -83,7 +77,7 @@ class TvmArtifact(Artifact):
         """
         made = _compile(models, machine, linker)
         return [
-            cls(model, machine, compiled=compiled)
+            cls(model, machine, linker, compiled=compiled)
             for model, compiled in zip(models, made, strict=True)
         ]
 
@@ -213,7 +207,23 @@ class TvmArtifact(Artifact):
         """The error of the files against the IR in ONNX Runtime, or why there is none."""
         if lack := self.lack():
             return {"not_run": lack}
-        return compare(self._model, self.sample, lambda feeds: process.run(folder, feeds))
+        return judge.check(
+            self._model, self.sample, lambda feeds: process.run(folder, feeds), self._tell
+        )
+
+    def _tell(self, model: ir.Model) -> Callable[[Feeds], Feeds]:
+        """What runs ``model``, which tells its codes, in a worker as well."""
+
+        def run(feeds: Feeds) -> Feeds:
+            with tempfile.TemporaryDirectory(prefix="netlathe-") as folder:
+                self.like(model).write(Path(folder))
+                return process.run(Path(folder), feeds)
+
+        return run
+
+    def like(self, model: ir.Model) -> TvmArtifact:
+        """An artifact of another model for the same machine."""
+        return TvmArtifact(model, self.machine, self._linker)
 
 
 @dataclass(frozen=True)
@@ -252,52 +262,6 @@ def write_constants(
             file.write(data[start : start + _CHUNK])
         offsets.append(offset)
     return offsets
-
-
-def compare(
-    model: ir.Model, sample: Feeds | None, run: Callable[[Feeds], Feeds]
-) -> dict[str, float]:
-    """How far ``run`` is from the IR in ONNX Runtime, on ``sample`` or on data made up, and the bound.
-
-    Raises:
-        VerifyError: beyond the bound.
-    """
-    feeds = sample
-    if feeds is None:
-        feeds = samples.synthesize(model, samples.dynamic_dims(model), seed=0)
-    feeds = {record["name"]: feeds[record["name"]] for record in inputs_of(model)}
-    expected = ort.run(model, feeds)
-    actual = run(feeds)
-    errors = {name: relative_error(actual[name], expected[name]) for name in expected}
-    worst = max(errors, key=lambda name: errors[name])
-    bound = max(_bound(model), _steps(model, feeds, expected))
-    if not errors[worst] <= bound:
-        raise VerifyError(
-            Diagnostic(
-                "tvm.differs",
-                f"output {worst!r} of the artifact is off by {errors[worst]:.1e} of its RMS"
-                f" (at most {bound:.1e})",
-                help="report this with the model",
-            )
-        )
-    return {"error": errors[worst], "bound": bound}
-
-
-def _steps(model: ir.Model, feeds: Feeds, expected: Feeds) -> float:
-    """Twice what the last bit of a sum costs a model that rounds its activations; 0 for others.
-
-    It decides a step where a sum lies between two, and steps add up. ONNX Runtime with its integer
-    kernels, whose sums have no last bit, shows how far.
-    """
-    if not any(node.op_type in _ROUNDING for node in model.graph.all_nodes()):
-        return 0.0
-    other = ort.run(model, feeds, optimize=True, exact=False)
-    return 2 * max(relative_error(other[name], expected[name]) for name in expected)
-
-
-def _bound(model: ir.Model) -> float:
-    dtypes = {value.dtype for node in model.graph.all_nodes() for value in node.outputs}
-    return max([_BOUND, *(bound for dtype, bound in _NARROW.items() if dtype in dtypes)])
 
 
 def inputs_of(model: ir.Model) -> list[dict[str, Any]]:

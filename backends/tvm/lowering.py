@@ -17,7 +17,7 @@ import sympy
 import tvm_ffi
 from tvm import relax, tirx
 
-from netlathe.backends.tvm import packing, sizes, storage
+from netlathe.backends.tvm import codes, packing, sizes, storage
 from netlathe.backends.tvm.kernel import Kernel
 from netlathe.backends.tvm.kernels import general
 from netlathe.backends.tvm.machine import Machine
@@ -72,7 +72,8 @@ class Lowering:
         self._read: set[Any] = set()  # relax variables that some kernel reads
         self._counts: dict[str, int] = {}
         self._forced: dict[Value, Ready] = {}
-        self._uses = _count_uses(model.graph)
+        self._told = codes.told(model)
+        self._uses = _count_uses(model.graph, self._told)
 
     # -- the whole graph ----------------------------------------------------------------------------
 
@@ -201,6 +202,10 @@ class Lowering:
         return var
 
     def _output(self, value: ir.Value) -> Any:
+        if value in self._told:
+            from netlathe.backends.tvm.ops import dots
+
+            self.values[value] = dots.stored(self, self.value(value))
         ready = self.force(self.value(value))
         type_ = self.found.type(value)
         shape = ready.shape if type_.shape is None else type_.shape
@@ -387,7 +392,7 @@ def _identifier(name: str) -> str:
     return text if text[:1].isalpha() else f"v_{text}"
 
 
-def _count_uses(graph: ir.Graph) -> Mapping[ir.Value, int]:
+def _count_uses(graph: ir.Graph, told: frozenset[ir.Value]) -> Mapping[ir.Value, int]:
     counts: dict[ir.Value, int] = {}
     for inner in (graph, *graph.subgraphs()):
         for node in inner:
@@ -395,5 +400,6 @@ def _count_uses(graph: ir.Graph) -> Mapping[ir.Value, int]:
                 if value is not None:
                     counts[value] = counts.get(value, 0) + 1
     for value in graph.outputs:
-        counts[value] = counts.get(value, 0) + 2  # an output is in memory
+        if value not in told:  # or the kernels that are looked at would be others
+            counts[value] = counts.get(value, 0) + 2  # an output is in memory
     return counts

@@ -24,10 +24,10 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from netlathe.backends.tvm import packing, process, runtime, toolchain
+from netlathe.backends.tvm import judge, packing, process, runtime, toolchain
 from netlathe.backends.tvm.arm import cross, emulator, source
 from netlathe.backends.tvm.arm.cores import Core
-from netlathe.backends.tvm.artifact import compare, inputs_of, write_constants
+from netlathe.backends.tvm.artifact import inputs_of, write_constants
 from netlathe.diagnostics import Diagnostic, InputError, LowerError
 from netlathe.pipeline.interfaces import Artifact
 from netlathe.pipeline.pass_ import Feeds
@@ -94,7 +94,12 @@ class BareArtifact(Artifact):
                 "not_run": "this machine is no aarch64, and qemu-aarch64 is not installed"
             }
         else:
-            checked = compare(self._model, self._fitting(), lambda feeds: self._run(folder, feeds))
+            checked = judge.check(
+                self._model,
+                self._fitting(),
+                lambda feeds: self._run(folder, feeds),
+                lambda model: BareArtifact(model, self.core, self.name).run,
+            )
         self._report = {"bytes": sum(file.stat().st_size for file in files), **checked}
         return files
 

@@ -33,6 +33,9 @@ class CudaArtifact(TvmArtifact):
             "spilling": sorted({r.kernel for r in resources if r.spill_bytes}),
         }
 
+    def like(self, model: ir.Model) -> CudaArtifact:
+        return CudaArtifact(model, self.machine)
+
     def lack(self) -> str:
         """As for a CPU, or that there is no fitting GPU."""
         return super().lack() or runtime.gpu_lack(self.machine.archs)
