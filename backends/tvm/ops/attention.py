@@ -8,8 +8,10 @@ from collections.abc import Callable, Sequence
 from tvm import tirx
 
 from netlathe.backends.tvm import mathfn, storage
+from netlathe.backends.tvm.cuda import flash, masks
+from netlathe.backends.tvm.cuda.machine import Gpu
 from netlathe.backends.tvm.kernel import Kernel
-from netlathe.backends.tvm.kernels.attention import Spec, attention
+from netlathe.backends.tvm.kernels.attention import Plain, Spec, attention
 from netlathe.backends.tvm.ops.contraction import product
 from netlathe.backends.tvm.ops.elementwise import like
 from netlathe.backends.tvm.ops.movement import transposed
@@ -72,11 +74,24 @@ def _attention(op: Op) -> Sequence[Value]:
         past_key, past_value = op.operand(4), op.operand(5)
         past = past_key.shape[2]
         k, v = _joined(op, past_key, k), _joined(op, past_value, v)
-    q, k = (x if is_cheap(x) else low.force(x) for x in (q, k))
-    # Values are read along the last axis, a vector at a time.
-    v = v if isinstance(v, Ready) or (isinstance(v, Lazy) and v.unit and v.cheap) else low.force(v)
+    tensor_cores = _on_tensor_cores(op, q, k, v, past)
+    cache = None
+    if tensor_cores is not None:
+        cache = None if packed or op.has(4) else masks.coded(op)
+        q = low.force(q)
+        k, v = (x if cache else low.force(x) for x in (k, v))
+    else:
+        q, k = (x if is_cheap(x) else low.force(x) for x in (q, k))
+        # Values are read along the last axis, a vector at a time.
+        unit = isinstance(v, Ready) or (isinstance(v, Lazy) and v.unit and v.cheap)
+        v = v if unit else low.force(v)
     presents = [_present(op, 1, k), _present(op, 2, v)]
-    spec = _spec(op, q, k, v, past)
+    if tensor_cores is not None:
+        spec = Spec(
+            q, k, v, *_grouped(op, q, k), 0.0, None, None, None, plain=tensor_cores, coded=cache
+        )
+    else:
+        spec = _spec(op, q, k, v, past)
     if op.wants(3) or op.integer("softmax_precision", 1) not in (0, 1, 10, 16):
         y, scores = _in_steps(op, spec)
         if packed:
@@ -162,16 +177,35 @@ def _present(op: Op, output: int, value: Value) -> Value:
     return op.low.force(value) if op.wants(output) else value
 
 
-def _spec(op: Op, q: Value, k: Value, v: Value, past: dims.Dim) -> Spec:
+def _on_tensor_cores(op: Op, q: Value, k: Value, v: Value, past: dims.Dim) -> Plain | None:
+    """What the node lets its queries see, if a GPU's tensor cores take it."""
+    if not isinstance(op.low.machine, Gpu) or not flash.suits(q, k, v):
+        return None
+    if op.wants(3) or op.integer("softmax_precision", 1) not in (0, 1, 10, 16):
+        return None
+    return masks.plain(op, q.shape[0], q.shape[2], k.shape[2], past) if _scale(op, q) > 0 else None
+
+
+def _grouped(op: Op, q: Value, k: Value) -> tuple[int, float]:
+    """How many query heads share a head of keys, and what scores are multiplied with."""
+    groups = dims.divide(q.shape[1], k.shape[1])
+    if not isinstance(groups, int):
+        raise op.gap("an unknown number of heads")
+    return groups, _scale(op, q)
+
+
+def _scale(op: Op, q: Value) -> float:
     scale = op.real("scale", 0.0)
     if not scale:
         width = q.shape[3]
         if not isinstance(width, int):
             raise op.gap("an unknown size of a head")
         scale = 1 / math.sqrt(width)
-    groups = dims.divide(q.shape[1], k.shape[1])
-    if not isinstance(groups, int):
-        raise op.gap("an unknown number of heads")
+    return scale
+
+
+def _spec(op: Op, q: Value, k: Value, v: Value, past: dims.Dim) -> Spec:
+    groups, scale = _grouped(op, q, k)
     mask = op.operand(3) if op.has(3) else None
     if mask is not None and not is_cheap(mask):
         mask = op.low.force(mask)

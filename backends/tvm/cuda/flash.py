@@ -1,0 +1,289 @@
+"""Attention on tensor cores: which kernel takes it, and the kernels around the device code.
+
+attention.flash    tiles of queries by tiles of keys (``flash_hopper.py``, ``flash_ampere.py``)
+attention.decode   few queries: the keys are split over blocks, whose parts a second launch merges
+                   (``decode.py``); a cache of int8 stays so
+
+Taken are heads of 64, 96 or 128 halves, of keys and values alike, any number of query heads to a head of
+keys, and masks that are causal, lengths, one flag for each key, or all of that at once. Any other mask, a
+bias, a window, a cap, an output of scores is the general grid's
+(:func:`netlathe.backends.tvm.cuda.grids.attention`).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import onnx_ir as ir
+from tvm import tirx
+
+from netlathe.backends.tvm.cuda import decode, flash_ampere, flash_hopper
+from netlathe.backends.tvm.cuda.code import GpuCode
+from netlathe.backends.tvm.cuda.tensor import PROCESSORS
+from netlathe.backends.tvm.tir import (
+    PARALLEL,
+    Expr,
+    cast,
+    const,
+    i64,
+    idiv,
+    imod,
+    known,
+    unflatten,
+)
+from netlathe.backends.tvm.values import Ready
+
+if TYPE_CHECKING:
+    from netlathe.backends.tvm.kernel import Kernel
+    from netlathe.backends.tvm.kernels.attention import Spec
+    from netlathe.backends.tvm.values import Store, Value
+
+D = ir.DataType
+HALVES = {D.BFLOAT16: "bf16", D.FLOAT16: "f16"}
+# Rows (queries by query heads that share keys) up to which the keys are split; above, tiles fill the GPU.
+MOST_ROWS = 64
+_BLOCKS = 2 * PROCESSORS  # of decoding: two fit a multiprocessor
+_CACHED = (
+    32 << 20
+)  # bytes of keys and values that blocks at work at one time may share in the cache
+
+
+def suits(q: Value, k: Value, v: Value) -> bool:
+    """Whether the kernels take heads like these: [b, h, s, d], [b, kv, t, d] and the same."""
+    depth = q.shape[3]
+    alike = q.dtype == k.dtype == v.dtype and depth == k.shape[3] == v.shape[3]
+    return alike and q.dtype in HALVES and depth in flash_hopper.DEPTHS
+
+
+def attention(kernel: Kernel, code: GpuCode, spec: Spec, store: Store) -> str:
+    """store([b, h, query, v], element), for a ``spec`` whose mask is plain and whose heads suit."""
+    queries = known(kernel.size(spec.q.shape[2]))
+    problem = _Problem(kernel, code, spec, store)
+    if queries is not None:
+        if queries * spec.groups <= MOST_ROWS:
+            problem.few()
+            return "attention.decode"
+        problem.many()
+        return "attention.flash"
+    code.branch(problem.rows <= i64(MOST_ROWS), problem.few, problem.many)
+    return "attention.flash"
+
+
+class _Problem:
+    """What the kernels of one node have in common."""
+
+    def __init__(self, kernel: Kernel, code: GpuCode, spec: Spec, store: Store) -> None:
+        assert spec.plain is not None and isinstance(spec.q, Ready)
+        self.kernel, self.code, self.spec, self.store = kernel, code, spec, store
+        self.plain = spec.plain
+        self.dtype = HALVES[spec.q.dtype]
+        depth = spec.q.shape[3]
+        assert isinstance(depth, int)
+        self.depth = depth
+        self.batch, self.heads, self.queries = (kernel.size(dim) for dim in spec.q.shape[:3])
+        self.keys = kernel.size(spec.k.shape[2])
+        self.rows = self.queries * i64(spec.groups)  # that share a head of keys
+        self.pairs = self.batch * idiv(self.heads, spec.groups)  # heads of keys, in the whole batch
+        self.offset = kernel.size(self.plain.offset)
+        self.q = kernel.read(spec.q)
+        self.lengths, self.allowed = (
+            None if value is None else kernel.read(value)
+            for value in (self.plain.lengths, self.plain.allowed)
+        )
+        if spec.coded is None:
+            assert isinstance(spec.k, Ready) and isinstance(spec.v, Ready)
+            self.caches: tuple[Any, ...] = (kernel.read(spec.k), kernel.read(spec.v))
+        else:
+            self.caches = tuple(kernel.read(value) for value in spec.coded)
+
+    def pointer(self, buffer: Any, at: Expr | int = 0) -> Expr:
+        """The address of an element; of what is not there, null."""
+        return self.code.null() if buffer is None else self.code.address(buffer, at)
+
+    def scale(self) -> Expr:
+        """Of scores, so that weights are powers of 2."""
+        return const(self.spec.scale * math.log2(math.e), "float32")
+
+    # -- few queries ----------------------------------------------------------------------------------
+
+    def _shape(self) -> decode.Shape:
+        if self.spec.coded is None:
+            return decode.Shape(self.depth)
+        wide = self.spec.coded[2].dtype == D.FLOAT
+        return decode.Shape(self.depth, 8, 32 if wide else 16)
+
+    def few(self) -> None:
+        """Parts of the keys over blocks, then the parts' sum."""
+        code, shape = self.code, self._shape()
+        text, groups = decode.source(shape, self.dtype), i64(self.spec.groups)
+        tiles = idiv(self.rows + i64(decode.ROWS - 1), decode.ROWS)
+        wanted = idiv(i64(_BLOCKS), tirx.max(self.pairs * tiles, i64(1)))
+        most = idiv(self.keys + i64(shape.step - 1), shape.step)
+        parts = tirx.max(tirx.min(wanted, most), i64(1))
+        size = self.pairs * parts * self.rows * i64(shape.partial)
+        work = self.kernel.workspace(size, "float32")
+        own = idiv(self.heads, self.spec.groups)  # heads of keys in a sequence
+        with code.launch(self.pairs * parts * tiles, decode.THREADS, least=2) as (block, _):
+            shared = code.address(code.alloc([shape.shared_floats], "float32", scope="shared"))
+            caches = (*self.caches, *(None,) * (4 - len(self.caches)))
+            buffers = (self.q, *caches, self.allowed, self.lengths, work)
+            pointers = [self.pointer(buffer) for buffer in buffers]
+            name = decode.name(shape, self.dtype, "part")
+            numbers = (block, parts, groups, own, self.queries, self.keys, self.offset)
+            causal = i64(int(self.plain.causal))
+            code.run(name, text, shared, *pointers, self.scale(), *numbers, causal)
+        with code.launch(self.pairs * self.rows, self.depth) as (block, column):
+            name = decode.name(shape, self.dtype, "merged")
+            place = (block, parts, self.rows, column)
+            value = code.bind(code.call(name, text, "float32", self.pointer(work), *place))
+            sizes = (self.batch, own, groups, self.queries)
+            b, kv, member, i = (code.bind(item) for item in unflatten(block, sizes))
+            self.store(code, [b, kv * groups + member, i, column], value)
+
+    def _keys(self, b: Expr) -> tuple[Expr, Expr]:
+        """How many keys a sequence has, and how many the first query sees less one."""
+        if self.lengths is None:
+            return self.keys, self.offset
+        own = cast(tirx.BufferLoad(self.lengths, [b]), "int64")
+        keys = self.code.bind(tirx.max(tirx.min(own, self.keys), i64(0)))
+        return keys, self.code.bind(self.offset + own - self.queries)
+
+    # -- many -----------------------------------------------------------------------------------------
+
+    def many(self) -> None:
+        """Tiles of queries."""
+        caches = self.caches if self.spec.coded is None else self._expanded()
+        machine: Any = self.kernel.lowering.machine
+        if machine.has_wgmma:
+            self._warpgroups(*caches)
+        else:
+            self._warps(*caches)
+
+    def _expanded(self) -> tuple[Any, Any]:
+        """A cache of int8 as halves in scratch memory."""
+        code, shape = self.code, self._shape()
+        text, name = decode.source(shape, self.dtype), decode.name(shape, self.dtype, "widened")
+        k, v, k_scales, v_scales = self.caches
+        count = self.pairs * self.keys * i64(self.depth)
+        made = []
+        for codes, scales in ((k, k_scales), (v, v_scales)):
+            wide = self.kernel.workspace(count, "uint16")
+            with code.loop(count, PARALLEL) as at:
+                place = (idiv(at, self.depth), imod(at, self.depth))
+                pointers = (self.pointer(codes), self.pointer(scales))
+                code.store(wide, at, code.call(name, text, "uint16", *pointers, *place))
+            made.append(wide)
+        return made[0], made[1]
+
+    def _warpgroups(self, k: Any, v: Any) -> None:
+        """On sm_90a. The grid is as large as the GPU; a block walks over tiles."""
+        code, dtype = self.code, self.dtype
+        shape = flash_hopper.Shape(self.depth)
+        text = flash_hopper.source(shape, dtype)
+
+        def named(function: str) -> str:
+            return flash_hopper.name(shape, dtype, function)
+
+        every, one = self.batch * self.heads, i64(1)
+        down = idiv(self.queries + i64(flash_hopper.ROWS - 1), flash_hopper.ROWS)
+        tiles = every * down
+        grid = tirx.min(tiles, i64(PROCESSORS))
+        rounds = idiv(tiles + grid - one, tirx.max(grid, one))
+        # Heads worked on at one time: so many that their keys and values stay in the level-2 cache.
+        fit = idiv(i64(_CACHED), tirx.max(self.keys, one) * i64(4 * self.depth))
+        section = tirx.min(tirx.max(fit, one) * i64(self.spec.groups), tirx.max(every, one))
+        rows = tirx.max(self.keys, one)
+        width, box = i64(self.depth), (64, flash_hopper.KEYS, 1)
+        maps = [
+            tirx.address_of(
+                code.tensor_map(buffer, (width, size, outer), (width, width * size), box, 2)
+            )
+            for buffer, size, outer in (
+                (self.q, self.queries, every),
+                (k, rows, self.pairs),
+                (v, rows, self.pairs),
+            )
+        ]
+        numbers = (every, self.heads, i64(self.spec.groups), self.queries, self.keys, self.offset)
+        with code.launch(grid, flash_hopper.THREADS, least=1) as (_, thread):
+            shared = code.address(code.alloc([shape.shared_bytes], "uint8", scope="shared.dyn"))
+            causal = i64(int(self.plain.causal))
+            problem = (*numbers, causal, self.pointer(self.lengths), section)
+            code.run(named("start"), text, shared)
+
+            def copy() -> None:
+                code.run(named("produce"), text, shared, *maps, rounds, *problem)
+
+            def multiply() -> None:
+                code.run(named("prepare"), text)
+                results = code.alloc([self.depth // 2], "float32")
+                state = code.alloc([2], "int32")
+                code.store(state, 0, const(0, "int32"))
+                code.store(state, 1, const(0, "int32"))
+                with code.loop(rounds) as number:
+                    places = (code.address(results), code.address(state), number)
+                    mask = (self.pointer(self.allowed), self.scale())
+                    code.run(named("consume"), text, shared, *places, *mask, *problem)
+                    head = code.bind(code.call(named("tile_head"), text, "int64", number, *problem))
+                    top = code.bind(code.call(named("tile_top"), text, "int64", number, *problem))
+                    with code.when(head >= i64(0)):
+                        self._staged(named, text, shared, results, thread, head, top)
+                code.run(named("finish"), text)
+
+            code.branch(thread < i64(flash_hopper.GROUP), copy, multiply)
+
+    def _staged(
+        self, named: Any, text: str, shared: Expr, results: Any, thread: Expr, head: Expr, top: Expr
+    ) -> None:
+        """The results of a tile, through shared memory, 64 columns at a time."""
+        code = self.code
+        b, h = (code.bind(item) for item in unflatten(head, [self.batch, self.heads]))
+        group = idiv(thread, flash_hopper.GROUP) - i64(1)
+        top = code.bind(top + group * i64(64))
+        for left in range(0, self.depth, 64):
+            wide = min(64, self.depth - left)
+            stage = named(f"stage<{wide}>")
+            code.run(stage, text, shared, code.address(results, left // 2))
+            member = code.bind(cast(code.call(named("member"), text, "int32"), "int64"))
+            with code.loop(64 * wide // flash_hopper.GROUP) as step:
+                at = code.bind(step * i64(flash_hopper.GROUP) + member)
+                line, within = code.bind(idiv(at, wide)), code.bind(imod(at, wide))
+                row = code.bind(top + line)
+                with code.when(row < self.queries):
+                    value = code.bind(
+                        code.call(named("staged"), text, "float32", shared, line, within)
+                    )
+                    self.store(code, [b, h, row, code.bind(i64(left) + within)], value)
+            code.run(named("unstage"), text)
+
+    def _warps(self, k: Any, v: Any) -> None:
+        """On sm_80 and later, a block for 64 queries; the longest rows of keys first."""
+        code, dtype, depth = self.code, self.dtype, self.depth
+        text = flash_ampere.source(depth, dtype)
+        down = idiv(self.queries + i64(flash_ampere.ROWS - 1), flash_ampere.ROWS)
+        every = self.batch * self.heads
+        with code.launch(down * every, flash_ampere.THREADS, least=1) as (block, thread):
+            memory = code.alloc([flash_ampere.shared_bytes(depth)], "uint8", scope="shared.dyn")
+            shared = code.address(memory)
+            number, b, h = (
+                code.bind(item) for item in unflatten(block, [down, self.batch, self.heads])
+            )
+            top = code.bind((down - i64(1) - number) * i64(flash_ampere.ROWS))
+            head = code.bind(b * self.heads + h)
+            keys, offset = self._keys(b)
+            limit, step = (top + offset + i64(1), 1) if self.plain.causal else (keys, 0)
+            pointers = [self.pointer(buffer) for buffer in (self.q, k, v)]
+            pointers.append(self.pointer(self.allowed, b * self.keys))
+            numbers = (head, idiv(head, self.spec.groups), self.queries, keys, self.keys)
+            places = (top, limit, i64(step))
+            name = flash_ampere.name(depth, dtype, "attend")
+            code.run(name, text, shared, *pointers, self.scale(), *numbers, *places)
+            with code.loop(flash_ampere.ROWS * depth // flash_ampere.THREADS) as part:
+                at = code.bind(part * i64(flash_ampere.THREADS) + thread)
+                line, column = code.bind(idiv(at, depth)), code.bind(imod(at, depth))
+                row = code.bind(top + line)
+                with code.when(row < self.queries):
+                    name = flash_ampere.name(depth, dtype, "result")
+                    value = code.bind(code.call(name, text, "float32", shared, line, column))
+                    self.store(code, [b, h, row, column], value)

@@ -1,0 +1,466 @@
+"""Device code of attention for sm_90a: tiles of 128 queries by 128 keys; a warpgroup copies, two multiply.
+
+The online softmax of FlashAttention-2 (arXiv 2307.08691, algorithm 1) with the order of FlashAttention-3
+(arXiv 2407.08608, section 3.2): a warpgroup starts the scores of the next keys before it adds up the values
+of the last ones, and while one warpgroup takes exponentials the other multiplies. Keys are walked from the
+last to the first, so that blocks that need masks come first.
+
+Instructions as in the PTX ISA 8.5, sections 9.7.8.24 (cp.async.bulk.tensor), 9.7.12.15 (mbarrier) and
+9.7.14 (wgmma). Tiles lie in shared memory as slabs of 64 columns: rows of 128 bytes with the 128-byte
+swizzle. Scores are products of rows with rows; values are the right operand as they lie, keys down.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+THREADS = 384
+GROUP = 128
+ROWS = 128  # queries of a tile: 64 for each multiplying warpgroup
+KEYS = 128
+DEPTHS = (64, 96, 128)
+_SLAB = 128 * 128  # bytes: 128 rows of 64 columns
+_STAGING = 2 * 64 * 64 * 4  # bytes: 64 x 64 results of each multiplying warpgroup on their way out
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Heads of ``depth`` elements: 64, 96 or 128."""
+
+    depth: int
+
+    @property
+    def slabs(self) -> int:
+        """Slabs of 64 columns; of 96 columns the last is half empty."""
+        return -(-self.depth // 64)
+
+    @property
+    def stages(self) -> int:
+        """Tiles of keys, and of values, in flight."""
+        return 4 // self.slabs
+
+    @property
+    def shared_bytes(self) -> int:
+        """All of shared memory: to align it, the queries, keys and values, the results, the barriers."""
+        tiles = (1 + 2 * self.stages) * self.slabs * _SLAB
+        return 1024 + tiles + _STAGING + 8 * (2 + 4 * self.stages)
+
+
+def source(shape: Shape, dtype: str) -> str:
+    """The device functions for one size of a head; ``dtype`` is ``bf16`` or ``f16``.
+
+    What they take of the problem: query heads of the whole batch and of one of it, how many share a head of
+    keys, queries, keys, how many keys the first query sees less one (``offset``), whether queries see
+    only what is not behind them, lengths of the batch in int64 or null, and ``section``, the heads worked
+    on at one time. With lengths the keys of a sequence end there, and the queries stand at their end.
+    """
+    registers = shape.depth // 2
+    guard = f"NETLATHE_FLASH_{dtype}_{shape.depth}"
+    return f"""
+#ifndef {guard}
+#define {guard}
+namespace netlathe_flash_{dtype}_{shape.depth} {{
+constexpr int kDepth = {shape.depth}, kSlabs = {shape.slabs}, kStages = {shape.stages};
+constexpr int kSlab = {_SLAB}, kTile = kSlabs * kSlab, kRegisters = {registers};
+#define NETLATHE_PROBLEM \\
+  int64_t all, int64_t heads, int64_t groups, int64_t queries, int64_t most, int64_t offset, \\
+      int64_t causal, const void *lengths, int64_t section
+#define NETLATHE_GIVEN all, heads, groups, queries, most, offset, causal, lengths, section
+
+__device__ __forceinline__ uint32_t base(const void* shared) {{
+  return (static_cast<uint32_t>(__cvta_generic_to_shared(shared)) + 1023u) & ~1023u;
+}}
+__device__ __forceinline__ uint32_t key_tile(uint32_t at, int s) {{ return at + (1 + s) * kTile; }}
+__device__ __forceinline__ uint32_t value_tile(uint32_t at, int s) {{ return key_tile(at, kStages + s); }}
+__device__ __forceinline__ uint32_t staged_at(uint32_t at) {{ return key_tile(at, 2 * kStages); }}
+__device__ __forceinline__ uint32_t barrier(uint32_t at, int number) {{
+  return staged_at(at) + {_STAGING} + number * 8;
+}}
+// Barriers: the queries are there, have been read; likewise each stage of keys, then of values.
+__device__ __forceinline__ uint32_t queries_full(uint32_t at) {{ return barrier(at, 0); }}
+__device__ __forceinline__ uint32_t queries_empty(uint32_t at) {{ return barrier(at, 1); }}
+__device__ __forceinline__ uint32_t keys_full(uint32_t at, int s) {{ return barrier(at, 2 + s); }}
+__device__ __forceinline__ uint32_t keys_empty(uint32_t at, int s) {{ return barrier(at, 2 + kStages + s); }}
+__device__ __forceinline__ uint32_t values_full(uint32_t at, int s) {{
+  return barrier(at, 2 + 2 * kStages + s);
+}}
+__device__ __forceinline__ uint32_t values_empty(uint32_t at, int s) {{
+  return barrier(at, 2 + 3 * kStages + s);
+}}
+
+__device__ __forceinline__ void wait(uint32_t barrier, uint32_t parity) {{
+  asm volatile(
+      "{{\\n.reg .pred p;\\nAGAIN:\\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\\n@p bra DONE;\\nbra AGAIN;\\nDONE:\\n}}"
+      ::"r"(barrier), "r"(parity) : "memory");
+}}
+__device__ __forceinline__ void release(uint32_t barrier) {{
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}}
+// A tile of a head, from a row on.
+__device__ __forceinline__ void copy(
+    uint32_t to, const CUtensorMap* map, uint32_t barrier, int row, int head) {{
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(kTile)
+               : "memory");
+#pragma unroll
+  for (int slab = 0; slab < kSlabs; ++slab)
+    asm volatile(
+        "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
+        " [%0], [%1, {{%3, %4, %5}}], [%2];"
+        ::"r"(to + slab * kSlab), "l"(map), "r"(barrier), "r"(slab * 64), "r"(row), "r"(head) : "memory");
+}}
+// Slabs are what a descriptor's first stride leads to, where columns are not what is summed over.
+__device__ __forceinline__ uint64_t described(uint32_t at) {{
+  return (uint64_t)((at & 0x3FFFF) >> 4) | ((uint64_t)(kSlab >> 4) << 16) | (64ull << 32) | (1ull << 62);
+}}
+__device__ __forceinline__ void fence() {{ asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }}
+__device__ __forceinline__ void commit() {{ asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }}
+template <int kLeft>
+__device__ __forceinline__ void finished() {{
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kLeft) : "memory");
+}}
+{_score_product(dtype)}
+{_value_products(shape, dtype)}
+
+// -- tiles -------------------------------------------------------------------------------------------
+
+struct Tile {{ int head, top, keys, limit, blocks; }};  // limit: keys that the first query sees
+// The tile with a number, if there is one. Rounds go back and forth over the blocks, the longest tiles
+// first, so that every block gets about as much; heads of one section share the level-2 cache.
+__device__ __forceinline__ bool place(Tile& tile, int64_t round, NETLATHE_PROBLEM) {{
+  const int down = ((int)queries + {ROWS - 1}) / {ROWS}, grid = gridDim.x;
+  const int count = (int)all, part = (int)section;
+  const int number = (int)round * grid + (round & 1 ? grid - 1 - blockIdx.x : blockIdx.x);
+  if (number >= down * count) return false;
+  const int first = number / (part * down) * part, within = number % (part * down);
+  const int wide = min(count - first, part);
+  tile.head = first + within % wide;
+  tile.top = (down - 1 - within / wide) * {ROWS};
+  int keys = (int)most, behind = (int)offset;
+  if (lengths) {{
+    const int own = (int)static_cast<const int64_t*>(lengths)[tile.head / (int)heads];
+    keys = max(0, min(own, keys));
+    behind += own - (int)queries;
+  }}
+  const int seen = causal ? min(min(tile.top + {ROWS}, (int)queries) + behind, keys) : keys;
+  tile.keys = keys;
+  tile.limit = causal ? tile.top + behind + 1 : keys;
+  tile.blocks = seen <= 0 ? 0 : (seen + {KEYS - 1}) / {KEYS};
+  return true;
+}}
+__device__ __forceinline__ int64_t tile_head(int64_t round, NETLATHE_PROBLEM) {{
+  Tile tile;
+  return place(tile, round, NETLATHE_GIVEN) ? tile.head : -1;
+}}
+__device__ __forceinline__ int64_t tile_top(int64_t round, NETLATHE_PROBLEM) {{
+  Tile tile;
+  place(tile, round, NETLATHE_GIVEN);
+  return tile.top;
+}}
+
+// Every thread, first. Stages are empty when both multiplying warpgroups have let them go.
+__device__ __forceinline__ void start(uint8_t* shared) {{
+  const uint32_t at = base(shared);
+  if (threadIdx.x == 0) {{
+    auto init = [](uint32_t barrier, int count) {{
+      asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count));
+    }};
+    init(queries_full(at), 1);
+    init(queries_empty(at), 2);
+    for (int stage = 0; stage < kStages; ++stage) {{
+      init(keys_full(at, stage), 1);
+      init(keys_empty(at, stage), 2);
+      init(values_full(at, stage), 1);
+      init(values_empty(at, stage), 2);
+    }}
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  }}
+  __syncthreads();
+}}
+
+// -- the copying warpgroup -----------------------------------------------------------------------------
+
+__device__ __forceinline__ void produce(
+    uint8_t* shared, uint64_t map_q, uint64_t map_k, uint64_t map_v, int64_t rounds, NETLATHE_PROBLEM) {{
+  const CUtensorMap *q = reinterpret_cast<const CUtensorMap*>(map_q);
+  const CUtensorMap *k = reinterpret_cast<const CUtensorMap*>(map_k);
+  const CUtensorMap *v = reinterpret_cast<const CUtensorMap*>(map_v);
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
+  if (threadIdx.x != 0) return;
+  const uint32_t at = base(shared);
+  int number = 0;  // blocks of keys before this tile
+  Tile tile;
+  for (int round = 0, turn = 0; round < (int)rounds; ++round) {{
+    if (!place(tile, round, NETLATHE_GIVEN)) continue;
+    wait(queries_empty(at), (turn++ & 1) ^ 1);
+    copy(at, q, queries_full(at), tile.top, tile.head);
+    const int head = tile.head / (int)groups;
+    auto load_keys = [&](int block) {{
+      const int count = number + tile.blocks - 1 - block, stage = count % kStages;
+      wait(keys_empty(at, stage), ((count / kStages) & 1) ^ 1);
+      copy(key_tile(at, stage), k, keys_full(at, stage), block * {KEYS}, head);
+    }};
+    auto load_values = [&](int block) {{
+      const int count = number + tile.blocks - 1 - block, stage = count % kStages;
+      wait(values_empty(at, stage), ((count / kStages) & 1) ^ 1);
+      copy(value_tile(at, stage), v, values_full(at, stage), block * {KEYS}, head);
+    }};
+    if (tile.blocks > 0) load_keys(tile.blocks - 1);
+    for (int block = tile.blocks - 1; block > 0; --block) {{
+      load_keys(block - 1);
+      load_values(block);
+    }}
+    if (tile.blocks > 0) load_values(0);
+    number += tile.blocks;
+  }}
+}}
+
+// -- the multiplying warpgroups --------------------------------------------------------------------------
+
+// They take turns: named barriers 4 and 5 are their permissions to start products.
+__device__ __forceinline__ void await_turn(int group) {{
+  asm volatile("bar.sync %0, 256;" ::"r"(4 + group) : "memory");
+}}
+__device__ __forceinline__ void pass_turn(int group) {{
+  asm volatile("bar.arrive %0, 256;" ::"r"(5 - group) : "memory");
+}}
+
+__device__ __forceinline__ void prepare() {{
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
+  if (threadIdx.x / {GROUP} == 2) pass_turn(1);
+}}
+__device__ __forceinline__ void finish() {{
+  if (threadIdx.x / {GROUP} == 1) await_turn(0);  // the last turn that was passed
+}}
+
+__device__ __forceinline__ float power(float x) {{
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}}
+__device__ __forceinline__ void mask(float* s, int first, int limit0, int limit1, const uint8_t* allowed) {{
+  const int own = first + threadIdx.x % 4 * 2;
+#pragma unroll
+  for (int i = 0; i < {KEYS // 8}; ++i)
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {{
+      const int key = own + i * 8 + e;
+      const bool open = !allowed || (key < limit1 && allowed[key]);
+      if (key >= limit0 || !open) s[i * 4 + e] = -INFINITY;
+      if (key >= limit1 || !open) s[i * 4 + 2 + e] = -INFINITY;
+    }}
+}}
+// Scores to weights: 2 to the power of what they are below the largest one so far, in units of `scale`.
+__device__ __forceinline__ void weigh(float* s, float* top, float* whole, float* shrink, float scale) {{
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {{
+    float most = top[half];
+#pragma unroll
+    for (int i = 0; i < {KEYS // 8}; ++i)
+      most = fmaxf(most, fmaxf(s[i * 4 + half * 2], s[i * 4 + half * 2 + 1]));
+    most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, 1));
+    most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, 2));
+    const float zero = most == -INFINITY ? 0.0f : most * scale;
+    shrink[half] = power(top[half] * scale - zero);
+    top[half] = most;
+    float sum = 0.0f;
+#pragma unroll
+    for (int i = 0; i < {KEYS // 8}; ++i)
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {{
+        float& x = s[i * 4 + half * 2 + e];
+        x = power(fmaf(x, scale, -zero));
+        sum += x;
+      }}
+    whole[half] = whole[half] * shrink[half] + sum;
+  }}
+}}
+__device__ __forceinline__ void pack(const float* s, uint32_t* p) {{
+#pragma unroll
+  for (int i = 0; i < {KEYS // 4}; ++i)
+    asm("cvt.rn.{dtype}x2.f32 %0, %1, %2;" : "=r"(p[i]) : "f"(s[2 * i + 1]), "f"(s[2 * i]));
+}}
+
+// The results of a tile, 64 rows of it for each of the two warpgroups. `state`: blocks and tiles so far.
+__device__ __forceinline__ void consume(
+    uint8_t* shared, float* o, int* state, int64_t round, const void* allowed_, float scale,
+    NETLATHE_PROBLEM) {{
+  Tile tile;
+  if (!place(tile, round, NETLATHE_GIVEN)) return;
+  const uint32_t at = base(shared);
+  const int group = threadIdx.x / {GROUP} - 1, line = threadIdx.x % {GROUP} / 32 * 16 + threadIdx.x % 32 / 4;
+  const bool speaks = threadIdx.x % {GROUP} == 0;
+  const int limit = causal ? tile.limit + group * 64 : tile.keys, step = causal ? 1 : 0;
+  const int limit0 = min(tile.keys, limit + line * step), limit1 = min(tile.keys, limit + (line + 8) * step);
+  const uint8_t* allowed = static_cast<const uint8_t*>(allowed_);
+  if (allowed) allowed += tile.head / (int)heads * most;
+  const uint64_t q = described(at + group * {64 * 128});
+  int count = state[0];
+  state[0] += tile.blocks;
+  wait(queries_full(at), state[1]++ & 1);
+  float top[2] = {{-INFINITY, -INFINITY}}, whole[2] = {{0.0f, 0.0f}}, shrink[2];
+#pragma unroll
+  for (int i = 0; i < kRegisters; ++i) o[i] = 0.0f;
+  if (tile.blocks > 0) {{
+    float s[{KEYS // 2}];
+    uint32_t p[{KEYS // 4}];
+    auto masked = [&](int block) {{
+      const int first = block * {KEYS};
+      bool open = first + {KEYS} <= min(tile.keys, limit);
+      if (allowed && open) {{
+        const int key = first + threadIdx.x % 32 * 4;
+        const bool own = allowed[key] && allowed[key + 1] && allowed[key + 2] && allowed[key + 3];
+        open = __all_sync(0xffffffffu, own);
+      }}
+      if (!open) mask(s, first, limit0, limit1, allowed);
+    }};
+    wait(keys_full(at, count % kStages), (count / kStages) & 1);
+    fence();
+    scores(s, q, described(key_tile(at, count % kStages)));
+    commit();
+    finished<0>();
+    if (speaks) release(keys_empty(at, count % kStages));
+    masked(tile.blocks - 1);
+    weigh(s, top, whole, shrink, scale);
+    pack(s, p);
+    for (int block = tile.blocks - 2; block >= 0; --block, ++count) {{
+      const int now = (count + 1) % kStages, last = count % kStages;
+      wait(keys_full(at, now), ((count + 1) / kStages) & 1);
+      await_turn(group);
+      fence();
+      scores(s, q, described(key_tile(at, now)));
+      commit();
+      wait(values_full(at, last), (count / kStages) & 1);
+      values(o, p, described(value_tile(at, last)));
+      commit();
+      pass_turn(group);
+      finished<1>();
+      if (speaks) release(keys_empty(at, now));
+      masked(block);
+      weigh(s, top, whole, shrink, scale);
+      finished<0>();
+      if (speaks) release(values_empty(at, last));
+#pragma unroll
+      for (int i = 0; i < kRegisters; ++i) o[i] *= shrink[i / 2 % 2];
+      pack(s, p);
+    }}
+    if (speaks) release(queries_empty(at));
+    const int last = count % kStages;
+    wait(values_full(at, last), (count / kStages) & 1);
+    fence();
+    values(o, p, described(value_tile(at, last)));
+    commit();
+    finished<0>();
+    if (speaks) release(values_empty(at, last));
+  }} else if (speaks) {{
+    release(queries_empty(at));
+  }}
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {{
+    whole[half] += __shfl_xor_sync(0xffffffffu, whole[half], 1);
+    whole[half] += __shfl_xor_sync(0xffffffffu, whole[half], 2);
+    whole[half] = whole[half] == 0.0f ? 0.0f : 1.0f / whole[half];
+  }}
+#pragma unroll
+  for (int i = 0; i < kRegisters; ++i) o[i] *= whole[i / 2 % 2];
+}}
+
+// The thread's number in its warpgroup, read anew, so that addresses made from it are not kept for all tiles.
+__device__ __forceinline__ int member() {{
+  int number;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(number));
+  return number % {GROUP};
+}}
+// 64 x 64 results (or 32 columns) through shared memory, so that neighbouring threads have neighbouring
+// columns. Pieces of 8 columns are permuted by row against bank conflicts.
+__device__ __forceinline__ float* staging(uint8_t* shared) {{
+  return reinterpret_cast<float*>(__cvta_shared_to_generic(staged_at(base(shared)))) +
+         (threadIdx.x / {GROUP} - 1) * 4096;
+}}
+template <int kColumns>
+__device__ __forceinline__ void stage(uint8_t* shared, const float* o) {{
+  float* to = staging(shared);
+  const int own = member(), warp = own / 32, lane = own % 32;
+#pragma unroll
+  for (int j = 0; j < kColumns / 8; ++j)
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {{
+      const int row = warp * 16 + half * 8 + lane / 4, column = (j ^ (row & 3)) * 8 + lane % 4 * 2;
+      const float* from = o + j * 4 + half * 2;
+      *reinterpret_cast<float2*>(to + row * 64 + column) = make_float2(from[0], from[1]);
+    }}
+  asm volatile("bar.sync %0, {GROUP};" ::"r"((int)threadIdx.x / {GROUP}) : "memory");
+}}
+__device__ __forceinline__ float staged(uint8_t* shared, int64_t row, int64_t column) {{
+  return staging(shared)[row * 64 + (((column >> 3) ^ (row & 3)) << 3) + (column & 7)];
+}}
+__device__ __forceinline__ void unstage() {{
+  asm volatile("bar.sync %0, {GROUP};" ::"r"((int)threadIdx.x / {GROUP}) : "memory");
+}}
+#undef NETLATHE_PROBLEM
+#undef NETLATHE_GIVEN
+}}  // namespace
+#endif
+"""
+
+
+def _score_product(dtype: str) -> str:
+    """64 x 128 scores: rows of the queries by rows of the keys, 16 columns at a time."""
+    count = KEYS // 2
+    places = ", ".join(f"%{i}" for i in range(count))
+    operands = ", ".join(f'"+f"(s[{i}])' for i in range(count))
+    return f"""
+__device__ __forceinline__ void score(float* s, uint64_t a, uint64_t b, int add) {{
+  asm volatile(
+      "{{\\n.reg .pred p;\\nsetp.ne.b32 p, %{count + 2}, 0;\\n"
+      "wgmma.mma_async.sync.aligned.m64n{KEYS}k16.f32.{dtype}.{dtype} {{{places}}},"
+      " %{count}, %{count + 1}, p, 1, 1, 0, 0;\\n}}"
+      : {operands}
+      : "l"(a), "l"(b), "r"(add));
+}}
+__device__ __forceinline__ void scores(float* s, uint64_t q, uint64_t k) {{
+#pragma unroll
+  for (int part = 0; part < kDepth / 16; ++part) {{
+    const int at = part / 4 * (kSlab >> 4) + part % 4 * 2;
+    score(s, q + at, k + at, part > 0);
+  }}
+}}"""
+
+
+def _value_products(shape: Shape, dtype: str) -> str:
+    """64 x depth results: weights in registers by values, 16 keys at a time.
+
+    96 columns are one product of 64 and one of 32: the second half of their last slab holds nothing.
+    """
+    widths = (64, 32) if shape.depth == 96 else (shape.depth,)
+    text = ""
+    for width in widths:
+        count = width // 2
+        places = ", ".join(f"%{i}" for i in range(count))
+        operands = ", ".join(f'"+f"(o[{i}])' for i in range(count))
+        taken = ", ".join(f"%{count + i}" for i in range(4))
+        text += f"""
+__device__ __forceinline__ void weighted{width}(float* o, const uint32_t* p, uint64_t v) {{
+  asm volatile(
+      "{{\\n.reg .pred p;\\nsetp.eq.b32 p, 0, 0;\\n"
+      "wgmma.mma_async.sync.aligned.m64n{width}k16.f32.{dtype}.{dtype} {{{places}}},"
+      " {{{taken}}}, %{count + 4}, p, 1, 1, 1;\\n}}"
+      : {operands}
+      : "r"(p[0]), "r"(p[1]), "r"(p[2]), "r"(p[3]), "l"(v));
+}}"""
+    calls = "\n".join(
+        f"    weighted{width}(o + {32 * slab}, p + 4 * part, v + part * 128 + {slab} * (kSlab >> 4));"
+        for slab, width in enumerate(widths)
+    )
+    return f"""{text}
+__device__ __forceinline__ void values(float* o, const uint32_t* p, uint64_t v) {{
+#pragma unroll
+  for (int part = 0; part < {KEYS // 16}; ++part) {{
+{calls}
+  }}
+}}"""
+
+
+def name(shape: Shape, dtype: str, function: str) -> str:
+    """The function's name in C++."""
+    return f"netlathe_flash_{dtype}_{shape.depth}::{function}"

@@ -1,0 +1,147 @@
+"""What an Attention node lets its queries see, and the int8 cache it reads, recognized in the graph.
+
+A causal language model brings its mask along as a tensor: ``arange(keys) <= arange(queries) + past`` and a
+flag for each key. Kernels that know what it means need not read it, and leave out what it hides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import onnx_ir as ir
+
+from netlathe.backends.tvm.kernels.attention import Plain
+from netlathe.backends.tvm.ops.op import D, Op
+from netlathe.backends.tvm.values import Ready
+from netlathe.ir import dims
+from netlathe.ir.dims import Dim, Shape
+
+_SEE_THROUGH = ("Unsqueeze", "Reshape", "Identity")
+
+
+def plain(op: Op, batch: Dim, queries: Dim, keys: Dim, past: Dim) -> Plain | None:
+    """What the node's mask says, if causal, lengths and a flag for each key say all of it; else None."""
+    right = op.integer("right_window_size", -1)
+    causal = bool(op.integer("is_causal")) or right == 0
+    if op.real("softcap") or op.integer("left_window_size", -1) >= 0 or (right > 0 and not causal):
+        return None
+    lengths = op.low.force(op.operand(6)) if op.has(6) else None
+    if not op.has(3):
+        return Plain(causal, past, lengths)
+    mask = op.node.inputs[3]
+    assert mask is not None
+    flags: ir.Value | None = None
+    for part in _conjunction(mask):
+        offset = _causal(op, part, queries, keys)
+        if offset is not None:
+            if lengths is not None or (causal and dims.same(offset, past) is not True):
+                return None
+            causal, past = True, offset
+        elif flags is None and _is_flags(op, part, batch, keys):
+            flags = part
+        else:
+            return None
+    allowed = None if flags is None else op.low.force(op.low.value(flags)).viewed((batch, keys))
+    return Plain(causal, past, lengths, allowed)
+
+
+def coded(op: Op) -> tuple[Ready, Ready, Ready, Ready] | None:
+    """Codes of keys and of values, then their scales: of a cache in int8 with a scale for each vector.
+
+    That is how :class:`netlathe.passes.quantize_cache.QuantizeCache` leaves it, in float32 or converted.
+    """
+    found: list[tuple[ir.Value, ir.Value]] = []
+    for value in op.node.inputs[1:3]:
+        assert value is not None
+        node = value.producer()
+        if node is not None and node.op_type == "Cast":
+            node = node.inputs[0].producer() if node.inputs[0] is not None else None
+        if node is None or node.op_type != "DequantizeLinear" or len(node.inputs) > 2:
+            return None
+        codes, scale = node.inputs[0], node.inputs[1]
+        assert codes is not None and scale is not None
+        shape = op.low.found.type(codes).shape
+        if codes.dtype != D.INT8 or shape is None or len(shape) != 4:
+            return None
+        axis = node.attributes.get_int("axis", 1)
+        if axis not in (3, -1) or node.attributes.get_int("block_size", 0) != shape[3]:
+            return None
+        cast = scale.producer()
+        if cast is not None and cast.op_type == "Cast" and cast.inputs[0] is not None:
+            scale = cast.inputs[0]
+        if scale.dtype not in (D.FLOAT, D.FLOAT16):
+            return None
+        found.append((codes, scale))
+    if found[0][1].dtype != found[1][1].dtype:
+        return None
+    values = [pair[part] for part in range(2) for pair in found]
+    k, v, k_scale, v_scale = (op.low.force(op.low.value(value)) for value in values)
+    return k, v, k_scale, v_scale
+
+
+def _conjunction(mask: ir.Value) -> Iterator[ir.Value]:
+    node = mask.producer()
+    if node is None or node.op_type != "And":
+        yield mask
+        return
+    for value in node.inputs:
+        assert value is not None
+        yield from _conjunction(value)
+
+
+def _is_flags(op: Op, value: ir.Value, batch: Dim, keys: Dim) -> bool:
+    """Whether a mask has one flag for each key of a sequence."""
+    found = op.low.found.type(value)
+    shape = found.shape
+    if found.dtype != D.BOOL or shape is None or len(shape) != 4 or shape[1:3] != (1, 1):
+        return False
+    return dims.same(shape[0], batch) is True and dims.same(shape[3], keys) is True
+
+
+def _causal(op: Op, value: ir.Value, queries: Dim, keys: Dim) -> Dim | None:
+    """The offset, if this is key j <= query i + offset."""
+    node = value.producer()
+    if node is None or node.op_type not in ("LessOrEqual", "GreaterOrEqual"):
+        return None
+    left, right = node.inputs if node.op_type == "LessOrEqual" else reversed(node.inputs)
+    assert left is not None and right is not None
+    if not _is_along(op, left, keys, 1) or not _is_along(op, right, queries, 2):
+        return None
+    first, second = _start(op, left), _start(op, right)
+    return None if first is None or second is None else dims.subtract(second, first)
+
+
+def _is_along(op: Op, value: ir.Value, size: Dim, axis: int) -> bool:
+    """Whether a value has ``size`` elements, along the axis that is ``axis``-last."""
+    shape: Shape | None = op.low.found.type(value).shape
+    if shape is None or len(shape) < axis or dims.same(shape[-axis], size) is not True:
+        return False
+    return all(dim == 1 for at, dim in enumerate(shape) if at != len(shape) - axis)
+
+
+def _start(op: Op, value: ir.Value) -> Dim | None:
+    """The first of numbers that go up by one."""
+    node = value.producer()
+    while node is not None and node.op_type in _SEE_THROUGH:
+        value = node.inputs[0]  # type: ignore[assignment]  # these have one
+        node = value.producer()
+    if node is None:
+        return None
+    if node.op_type == "Add":
+        for one, other in (node.inputs, reversed(node.inputs)):
+            assert one is not None and other is not None
+            start, added = _start(op, one), _number(op, other)
+            if start is not None and added is not None:
+                return dims.add(start, added)
+        return None
+    if node.op_type != "Range" or _number(op, node.inputs[2]) != 1:
+        return None
+    return _number(op, node.inputs[0])
+
+
+def _number(op: Op, value: ir.Value | None) -> Dim | None:
+    """The single element of a value, if it is known."""
+    found = op.low.found.contents(value)
+    if found is None or len(found) != 1 or found[0] is None or not op.low.is_bound(found[0]):
+        return None
+    return found[0]

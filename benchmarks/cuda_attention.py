@@ -1,0 +1,330 @@
+"""Attention of the CUDA backend on a GPU: correctness on ragged sizes, speed against torch and a copy.
+
+    python benchmarks/cuda_attention.py build DIR      # where nvcc and NetLathe are; no GPU needed
+    python DIR/cuda_attention.py check DIR             # where the GPU is; torch, tvm_ffi and TVM's runtime
+    python DIR/cuda_attention.py speed DIR
+
+``check`` compares with float64, as ||out - reference|| / ||reference||, on fresh random data. ``speed`` times
+causal prefill in turn with torch's scaled_dot_product_attention, its own choice and each of its kernels, by
+CUDA events; and decoding in a CUDA graph that walks over caches which no level-2 cache holds: its share is
+of what copying a gigabyte moves, counted in bytes of keys, values and scales. Times are medians. ``--only``
+takes the rows whose name contains a text; ``--small`` the smallest sizes of each alone, for memory checkers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import shutil
+import statistics
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from bench_cuda import ROUNDS, Bench
+
+HEADS, KV_HEADS = 32, 8
+FORMATS = [("bf16", 64), ("bf16", 96), ("bf16", 128), ("f16", 64), ("f16", 128)]
+NAMES = {"bf16": "bfloat16", "f16": "float16"}
+BOUND = {"bf16": 4e-3, "f16": 5e-4}  # a rounded result is off by 1.7e-3 or 2.1e-4, weights likewise
+SHARED = 600_000_000  # bytes of caches that one graph reads
+
+# batch, queries, past, keys there is room for
+RAGGED = [(1, 1, 0, 1), (2, 1, 36, 40), (3, 5, 0, 7), (2, 3, 130, 160), (1, 16, 1000, 1024)]
+RAGGED += [
+    (2, 33, 0, 33),
+    (1, 128, 0, 128),
+    (2, 129, 0, 129),
+    (1, 300, 77, 400),
+    (2, 257, 511, 1000),
+]
+RAGGED += [(1, 1, 4999, 5000), (4, 2, 8190, 8192), (1, 1000, 0, 1000)]
+PREFILL = (2048, 4096, 8192, 16384, 32768)
+DECODE = [(1, 32768), (4, 32768), (16, 8192)]
+
+
+# -- building --------------------------------------------------------------------------------------
+
+BODIES = {
+    # key j of query i, where j <= i
+    "causal": ("{t}[b,{h},s,{d}] q, {t}[b,{k},t,{d}] k, {t}[b,{k},t,{d}] v",
+               "y = Attention <is_causal = 1> (q, k, v)"),
+    "whole": ("{t}[b,{h},s,{d}] q, {t}[b,{k},t,{d}] k, {t}[b,{k},t,{d}] v",
+              "y = Attention (q, k, v)"),
+    # as a language model is captured: j <= i + past, and a flag for each key
+    "masked": ("{t}[b,{h},s,{d}] q, {t}[b,{k},t,{d}] k, {t}[b,{k},t,{d}] v, bool[b,1,1,t] flags",
+               """zero = Constant <value_int = 0> ()
+            one = Constant <value_int = 1> ()
+            two = Constant <value_ints = [2]> ()
+            sizes = Shape <start = 2, end = 3> (q)
+            queries = Squeeze (sizes)
+            places = Shape <start = 2, end = 3> (k)
+            keys = Squeeze (places)
+            past = Sub (keys, queries)
+            own = Range (zero, queries, one)
+            at = Add (own, past)
+            axes = Constant <value_ints = [0, 1, 3]> ()
+            row = Unsqueeze (at, axes)
+            every = Range (zero, keys, one)
+            others = Constant <value_ints = [0, 1, 2]> ()
+            column = Unsqueeze (every, others)
+            seen = LessOrEqual (column, row)
+            mask = And (seen, flags)
+            y = Attention (q, k, v, mask)"""),
+    # a cache with room for t keys, of which a sequence has as many as its length
+    "room": ("{t}[b,{h},s,{d}] q, {t}[b,{k},t,{d}] k, {t}[b,{k},t,{d}] v, int64[b] n",
+             "y = Attention <is_causal = 1> (q, k, v, , , , n)"),
+    # a cache in int8, as quantize_cache leaves it
+    "int8": ("{t}[b,{h},s,{d}] q, int8[b,{k},t,{d}] k, int8[b,{k},t,{d}] v,"
+             " float16[b,{k},t,1] ks, float16[b,{k},t,1] vs",
+             """kw = Cast <to = 1> (ks)
+            kf = DequantizeLinear <axis = 3, block_size = {d}> (k, kw)
+            kh = Cast <to = {code}> (kf)
+            vw = Cast <to = 1> (vs)
+            vf = DequantizeLinear <axis = 3, block_size = {d}> (v, vw)
+            vh = Cast <to = {code}> (vf)
+            y = Attention (q, kh, vh)"""),
+}  # fmt: skip
+
+
+def model(kind: str, half: str, depth: int, heads: int = HEADS, kv: int = KV_HEADS) -> Any:
+    """A graph of one Attention; see BODIES."""
+    import onnx_ir as ir
+
+    from netlathe.ir import normal
+
+    inputs, body = BODIES[kind]
+    facts = {
+        "t": NAMES[half],
+        "d": depth,
+        "h": heads,
+        "k": kv,
+        "code": 16 if half == "bf16" else 10,
+    }
+    text = f"""<ir_version: 11, opset_import: ["" : 25]> g ({inputs.format(**facts)})
+        => ({NAMES[half]}[b,{heads},s,{depth}] y) {{ {body.format(**facts)} }}"""
+    made = ir.from_onnx_text(text)
+    normal.normalize(made)
+    return made
+
+
+def build(folder: Path, archs: str, only: str) -> None:
+    """Compile every library."""
+    from netlathe.backends.tvm import process, runtime, toolchain
+    from netlathe.backends.tvm.cuda.machine import gpu
+
+    folder.mkdir(parents=True, exist_ok=True)
+    here = Path(__file__)
+    for source in (here, here.with_name("bench_cuda.py"), Path(runtime.__file__)):
+        shutil.copyfile(source, folder / source.name)
+    machine = gpu(archs.split(","))
+    for kind in BODIES:
+        for half, depth in FORMATS:
+            name = f"{kind}-{half}-{depth}"
+            if only not in name:
+                continue
+            library = folder / f"{name}.so"
+            process.build(model(kind, half, depth), machine, library, (toolchain.compiler(),))
+            facts = {"kind": kind, "half": half, "depth": depth, "parameters": []}
+            (folder / f"{name}.json").write_text(json.dumps(facts))
+            print(name, flush=True)
+
+
+# -- data and references ---------------------------------------------------------------------------
+
+
+class AttentionBench(Bench):
+    """Libraries of one Attention each."""
+
+    def names(self, only: str) -> Iterator[str]:
+        """Libraries of the folder."""
+        for kind in BODIES:
+            for half, depth in FORMATS:
+                name = f"{kind}-{half}-{depth}"
+                if only in name and (self.folder / f"{name}.so").exists():
+                    yield name
+
+    def given(self, value: Any) -> Any:
+        """torch's tensor as the program takes it."""
+        bits = value.view(self.torch.uint16) if value.dtype == self.torch.bfloat16 else value
+        return self.ffi.from_dlpack(bits)
+
+    def inputs(self, facts: dict[str, Any], batch: int, queries: int, past: int, room: int) -> Any:
+        """Random inputs, and what the reference makes its mask and cache from."""
+        torch, depth, kind = self.torch, facts["depth"], facts["kind"]
+        half = torch.bfloat16 if facts["half"] == "bf16" else torch.float16
+        keys = room if kind == "room" else past + queries
+
+        def normal(heads: int, rows: int) -> Any:
+            return torch.randn((batch, heads, rows, depth), device="cuda").to(half)
+
+        q = normal(HEADS, queries)
+        if kind == "int8":
+            shape = (batch, KV_HEADS, keys)
+            codes = [
+                torch.randint(-128, 128, (*shape, depth), dtype=torch.int8, device="cuda")
+                for _ in range(2)
+            ]
+            scales = [
+                ((torch.rand((*shape, 1), device="cuda") + 0.5) / 64).half() for _ in range(2)
+            ]
+            return [q, *codes, *scales]
+        made = [q, normal(KV_HEADS, keys), normal(KV_HEADS, keys)]
+        if kind == "masked":
+            flags = torch.rand((batch, 1, 1, keys), device="cuda") > 0.2
+            flags[0] = True
+            made.append(flags)
+        if kind == "room":
+            least = torch.arange(batch, device="cuda")
+            made.append((past + queries - least).clamp(min=queries))
+        return made
+
+    def reference(self, facts: dict[str, Any], given: list[Any]) -> Any:
+        """float64."""
+        torch, kind = self.torch, facts["kind"]
+        q, k, v = (x.double() for x in given[:3])
+        if kind == "int8":
+            k, v = k * given[3].double(), v * given[4].double()
+        k, v = (x.repeat_interleave(HEADS // KV_HEADS, 1) for x in (k, v))
+        scores = q @ k.transpose(2, 3) / math.sqrt(facts["depth"])
+        queries, keys = scores.shape[2:]
+        i = torch.arange(queries, device="cuda")[:, None]
+        j = torch.arange(keys, device="cuda")
+        if kind == "causal":
+            scores.masked_fill_(j > i, -math.inf)
+        if kind == "masked":
+            scores.masked_fill_(~(given[3] & (j <= i + keys - queries)), -math.inf)
+        if kind == "room":
+            length = given[3][:, None, None, None]
+            scores.masked_fill_((j >= length) | (j > i + length - queries), -math.inf)
+        weights = torch.softmax(scores, -1).nan_to_num(0.0)
+        return weights @ v
+
+    def check(self, name: str, small: bool) -> bool:
+        """Whether every ragged size is within the bound."""
+        main, facts = self.load(name)
+        worst, good = 0.0, True
+        for sizes in RAGGED[:8] if small else RAGGED:
+            given = self.inputs(facts, *sizes)
+            made = self.torch.from_dlpack(main(*(self.given(x) for x in given))[0])
+            found, wanted = made.view(given[0].dtype).double(), self.reference(facts, given)
+            error = float((found - wanted).norm() / wanted.norm())
+            if not error <= BOUND[facts["half"]]:
+                good = False
+                print(f"{name} {sizes}: error {error:.2e}", flush=True)
+            worst = max(worst, error)
+        self.results[f"{name} error"] = worst
+        print(f"{name:18s} worst error {worst:.2e} {'' if good else 'FAILED'}", flush=True)
+        return good
+
+    # -- speed -------------------------------------------------------------------------------------
+
+    def prefill(self, name: str, small: bool) -> None:
+        """Causal attention, batch 1, in turn with torch."""
+        torch = self.torch
+        from torch.nn.attention import SDPBackend, sdpa_kernel
+
+        main, facts = self.load(name)
+        backends = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
+        for length in PREFILL[:1] if small else PREFILL:
+            given = self.inputs(facts, 1, length, 0, length)
+            own = [self.given(x) for x in given]
+
+            def theirs(backend: Any = None, given: list[Any] = given) -> Any:
+                attend = torch.nn.functional.scaled_dot_product_attention
+                if backend is None:
+                    return attend(*given, is_causal=True, enable_gqa=True)
+                with sdpa_kernel(backend):
+                    return attend(*given, is_causal=True, enable_gqa=True)
+
+            sides: dict[str, Any] = {"own": partial(main, *own), "torch": theirs}
+            sides |= {label: partial(theirs, backend) for label, backend in backends.items()}
+            inside = max(2, min(20, (16384 // length) ** 2))
+            for label, side in list(sides.items()):
+                try:
+                    self.milliseconds(side, 2)
+                except RuntimeError as error:
+                    print(f"{name} torch {label}: {str(error)[:100]}")
+                    del sides[label]
+            times: dict[str, list[float]] = {label: [] for label in sides}
+            for _ in range(ROUNDS):
+                for label, side in sides.items():
+                    times[label].append(self.milliseconds(side, inside))
+            found = {label: statistics.median(values) for label, values in times.items()}
+            work = 2 * length * length * facts["depth"] * HEADS / 1e9
+            self.results[f"{name} {length}"] = found
+            rates = ", ".join(f"{label} {work / time:4.0f}" for label, time in found.items())
+            print(
+                f"{name:18s} {length:6d}: TFLOP/s {rates}; share {found['torch'] / found['own']:.2f},"
+                f" of the best {min(found.values()) / found['own'] if len(found) > 1 else 0:.2f}",
+                flush=True,
+            )
+
+    def decode(self, name: str, rate: float, small: bool) -> None:
+        """One query, over caches that are read once."""
+        torch = self.torch
+        main, facts = self.load(name)
+        for batch, length in DECODE[:1] if small else DECODE:
+            caches: list[Any] = []
+            moved = 0
+            while not caches or moved * len(caches) < SHARED:
+                given = self.inputs(facts, batch, 1, length - 1, length)
+                moved = sum(x.numel() * x.element_size() for x in given[1:])
+                caches.append([self.given(x) for x in given])
+            count = max(len(caches), 3)
+            caches = [caches[i % len(caches)] for i in range(count)]
+            kept = [main(*given) for given in caches]  # memory for the graph to take
+            del kept
+            graph = torch.cuda.CUDAGraph()
+            with self.ffi.use_torch_stream(torch.cuda.graph(graph)):
+                for given in caches:
+                    main(*given)
+            self.milliseconds(graph.replay, 1)
+            times = [self.milliseconds(graph.replay, 1) / count for _ in range(ROUNDS)]
+            time = statistics.median(times)
+            self.results[f"{name} {batch} x {length}"] = {"ms": time, "bytes": moved}
+            print(
+                f"{name:18s} {batch:2d} x {length:6d}: {time * 1e3:6.1f} us,"
+                f" {moved / time / 1e6:5.0f} GB/s, share {moved / time / rate:.3f}",
+                flush=True,
+            )
+
+
+def main() -> None:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("what", choices=["build", "check", "speed"])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--archs", default="sm_90a", help="build: architectures, with commas")
+    parser.add_argument("--only", default="", help="libraries whose name contains this")
+    parser.add_argument("--small", action="store_true", help="the smallest sizes alone")
+    parser.add_argument("--json", type=Path, help="write the numbers here too")
+    args = parser.parse_args()
+    if args.what == "build":
+        build(args.folder, args.archs, args.only)
+        return
+    bench = AttentionBench(args.folder.resolve())
+    good = True
+    if args.what == "check":
+        good = all([bench.check(name, args.small) for name in bench.names(args.only)])
+    else:
+        rate = bench.copy_rate()
+        print(f"{bench.results['gpu']}: copies {rate / 1e6:.0f} GB/s")
+        for name in bench.names(args.only):
+            if name.startswith("causal"):
+                bench.prefill(name, args.small)
+            if name.startswith(("whole", "int8")):
+                bench.decode(name, rate, args.small)
+    if args.json is not None:
+        args.json.write_text(json.dumps(bench.results, indent=1) + os.linesep)
+    if not good:
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()
