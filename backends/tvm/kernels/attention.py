@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from tvm import tirx
 
 from netlathe.backends.tvm import mathfn
-from netlathe.backends.tvm.cuda import grids
+from netlathe.backends.tvm.cuda import flash, grids
 from netlathe.backends.tvm.cuda.code import GpuCode
 from netlathe.backends.tvm.kernel import Kernel
 from netlathe.backends.tvm.kernels.general import vectors
@@ -32,10 +32,25 @@ from netlathe.backends.tvm.tir import (
     select,
     unflatten,
 )
-from netlathe.backends.tvm.values import Store, Value
+from netlathe.backends.tvm.values import Ready, Store, Value
+from netlathe.ir.dims import Dim
 
 # Queries of a task: the keys are transposed once for so many of them.
 _QUERY_BLOCK = 128
+
+
+@dataclass(frozen=True)
+class Plain:
+    """Which keys are seen. ``causal``: query i sees those up to i + ``offset``, else all of them.
+
+    ``lengths`` [b]: the keys of a sequence end there, and its queries stand at that end. ``allowed`` [b, t]:
+    keys that any query may see at all.
+    """
+
+    causal: bool
+    offset: Dim
+    lengths: Ready | None = None
+    allowed: Ready | None = None
 
 
 @dataclass(frozen=True)
@@ -54,12 +69,18 @@ class Spec:
     allowed: Callable[[Code, Expr, Expr, Expr, Expr], Expr] | None
     # (code, b, i) -> how many leading keys the queries up to i may attend at most, or None for all
     limit: Callable[[Code, Expr, Expr], Expr] | None
+    # what allowed and limit say, for kernels that know no more than that; None if they say more
+    plain: Plain | None = None
+    # codes of k, codes of v, scales of k, scales of v: int8 caches that k and v are read from
+    coded: tuple[Ready, Ready, Ready, Ready] | None = None
 
 
 def attention(kernel: Kernel, spec: Spec, store: Store) -> str:
     """store([b, h, query, v], element)."""
     code = kernel.code
     if isinstance(code, GpuCode) and code.on_host:
+        if spec.plain is not None:
+            return flash.attention(kernel, code, spec, store)
         return grids.attention(kernel, code, spec, COMBINE, store)
     machine = kernel.lowering.machine
     batch, heads, queries = (kernel.size(dim) for dim in spec.q.shape[:3])
