@@ -1,12 +1,18 @@
 """Whole networks on the FPGA overlay: what runs there, how long, and whether the numbers are the graph's.
 
-    python benchmarks/bench_fpga.py [--networks mlp,cnn,mobilenet_v2,resnet18,minilm,llama_decode] [--layers]
+    python benchmarks/bench_fpga.py [--networks mlp,cnn,mobilenet_v2,resnet18,minilm,llama] [--layers]
 
-Networks have their published structure and weights drawn from a seed (MiniLM its own). MobileNetV2 and
-ResNet-18 take 96 x 96 images, MiniLM 32 tokens, the LLaMA (12 layers, 384 wide, 6 heads over 2) 32 tokens, or
-one behind 32 in its cache. Each is quantized with ``quantize(activations='int8')`` and run on the instruction
-set's model; outputs are compared with ONNX Runtime on the same graph, its optimizations off. Cycles are the
-core's, with a memory of one beat of 8 bytes a cycle; the host's parts are not in them. A line of JSON each.
+Each network goes through the shell: ``netlathe compile MODEL --passes ... --target fpga-ecp5-85f -o OUT``,
+its host in TVM's code, and what was written is loaded and run. MLP and CNN are trained for seconds on
+scikit-learn's digits (8 x 8 pixels); MiniLM has its own weights; MobileNetV2, ResNet-18 (both at 96 x 96)
+and the LLaMA (12 layers, 384 wide, 6 heads over 2) have their published structure and weights drawn from a
+seed. MiniLM takes 32 tokens, the LLaMA 32 tokens and then one token behind 32 in its cache.
+
+Outputs are compared with ONNX Runtime on the integer graph, its optimizations off: with ONNX Runtime as the
+host bit for bit (``difference``), with TVM's code as a share of the RMS (``host_error``). ``steps`` is the
+largest difference from the same network with float scales (``activation_form='qdq'``), in steps of an int8
+over the range of the output. Cycles are the core's, with a memory of one beat of 8 bytes a cycle; the
+host's parts are not in them. A line of JSON each.
 """
 
 from __future__ import annotations
@@ -16,28 +22,32 @@ import json
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import onnx_ir as ir
 import torch
+from sklearn.datasets import load_digits
 from torch import nn
 
 import netlathe
+from netlathe.backends.fpga import artifact
+from netlathe.backends.fpga.artifact import FpgaArtifact
 from netlathe.backends.fpga.layers import Builder
 from netlathe.backends.fpga.model import Memory, cycles
-from netlathe.backends.fpga.network import Network
 from netlathe.backends.fpga.program import link
 from netlathe.backends.fpga.spec import PATTERNS, Spec
 from netlathe.backends.fpga.tensors import Scale, Window
+from netlathe.cli import main as shell
 from netlathe.execute import ort
-from netlathe.pipeline.interfaces import Captured
 from tests import zoo
 from tests.zoo import Recipe, hf
 
 Feeds = dict[str, npt.NDArray[Any]]
-INTEGER = "quantize(activations='int8', min_size=0)"
+TARGET = "fpga-ecp5-85f"
 LLAMA = {
     "num_hidden_layers": 12, "hidden_size": 384, "intermediate_size": 1024, "num_attention_heads": 6,
     "num_key_value_heads": 2, "vocab_size": 8192, "max_position_embeddings": 512, "pad_token_id": 0,
@@ -47,130 +57,214 @@ LLAMA = {
 
 @dataclass(frozen=True)
 class Case:
-    """A captured network, its passes, calibration data and what it is run with."""
+    """What the shell is given, and what the artifact is run with."""
 
-    captured: Captured
-    passes: str
-    data: list[Feeds]
-    feeds: Feeds
-
-
-def _images(module: nn.Module, shape: tuple[int, ...], name: str) -> Case:
-    rng = np.random.default_rng(0)
-    data = [{name: rng.standard_normal((2, *shape), np.float32)} for _ in range(4)]
-    dynamic = {name: {0: "batch"}}
-    sample = {name: torch.from_numpy(data[0][name])}
-    captured = netlathe.capture(module.eval(), kwargs=sample, dynamic=dynamic)
-    return Case(captured, f"fold_batch_norm, {INTEGER}", data, {name: data[0][name][:1]})
+    model: Path
+    before: str  # passes in front of quantize
+    data: Feeds  # calibration; the first axis counts samples
+    feeds: Mapping[str, Feeds]  # runs by name; "" if there is one
+    options: tuple[str, ...] = ()
+    labels: npt.NDArray[Any] | None = None  # of the first run
 
 
-def mlp() -> Case:
+@dataclass
+class Found:
+    """One network, compiled and run: the numbers, and what they come from."""
+
+    numbers: list[dict[str, Any]]
+    artifact: FpgaArtifact
+    case: Case = field(repr=False)
+
+
+# -- networks -----------------------------------------------------------------------------------------
+
+
+def _digits(net: nn.Module, shape: tuple[int, ...], folder: Path) -> Case:
+    """Trained on four fifths of the images, run on the rest."""
+    found: Any = load_digits()
+    images = (found.data / 16).astype(np.float32).reshape(-1, *shape)
+    train, test = slice(0, 1437), slice(1437, None)
+    x, y = torch.from_numpy(images[train]), torch.from_numpy(found.target[train]).long()
+    optimizer = torch.optim.Adam(net.parameters(), lr=3e-3)
+    batches = torch.Generator().manual_seed(0)
+    for _ in range(400):
+        chosen = torch.randint(len(x), (256,), generator=batches)
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(net(x[chosen]), y[chosen]).backward()
+        optimizer.step()
+    model = _written(net, {"input": images[:2]}, folder)
+    run = {"": {"input": images[test]}}
+    return Case(model, "", {"input": images[:256]}, run, labels=found.target[test])
+
+
+def _written(module: nn.Module, sample: Feeds, folder: Path) -> Path:
+    """The module as an ONNX file whose batch is free."""
+    captured = netlathe.capture(
+        module.eval(),
+        kwargs={name: torch.from_numpy(array) for name, array in sample.items()},
+        dynamic={name: {0: "batch"} for name in sample},
+    )
+    ir.save(captured.model, folder / "model.onnx")
+    return folder / "model.onnx"
+
+
+def mlp(folder: Path) -> Case:
     """64 - 256 - 256 - 10."""
     net = nn.Sequential(
         nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 10)
     )
-    return _images(net, (64,), "input")
+    return _digits(net, (64,), folder)
 
 
-def cnn() -> Case:
-    """Three convolutions over images of 8 x 8 pixels, as the handwritten digits are."""
+def cnn(folder: Path) -> Case:
+    """Three convolutions."""
     net = nn.Sequential(
         nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(),
         nn.MaxPool2d(2), nn.Conv2d(32, 32, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1),
         nn.Flatten(), nn.Linear(32, 10),
     )  # fmt: skip
-    return _images(net, (1, 8, 8), "input")
+    return _digits(net, (1, 8, 8), folder)
 
 
-def mobilenet_v2() -> Case:
+def _photos(name: str, recipe: Recipe, folder: Path) -> Case:
+    noise = np.random.default_rng(0).standard_normal((8, 3, 96, 96), np.float32)
+    model = _written(zoo.made(name, recipe).module, {"pixel_values": noise[:2]}, folder)
+    data, run = {"pixel_values": noise}, {"": {"pixel_values": noise[:1]}}
+    return Case(model, "fold_batch_norm, ", data, run)
+
+
+def mobilenet_v2(folder: Path) -> Case:
     """At 96 x 96."""
     make = hf("MobileNetV2", "ForImageClassification", image_size=96, tf_padding=False)
     calmed = ("reduce_1x1.normalization", 0.5)
     recipe = Recipe(make, "image", ("logits",), (), {"side": 96}, calmed=calmed)
-    return _images(zoo.made("mobilenet_v2", recipe).module, (3, 96, 96), "pixel_values")
+    return _photos("mobilenet_v2", recipe, folder)
 
 
-def resnet18() -> Case:
+def resnet18(folder: Path) -> Case:
     """At 96 x 96."""
     make = hf(
         "ResNet", "ForImageClassification", depths=[2, 2, 2, 2], hidden_sizes=[64, 128, 256, 512],
         layer_type="basic", num_labels=1000,
     )  # fmt: skip
-    recipe = Recipe(make, "image", ("logits",), (), {"side": 96})
-    return _images(zoo.made("resnet18", recipe).module, (3, 96, 96), "pixel_values")
+    return _photos("resnet18", Recipe(make, "image", ("logits",), (), {"side": 96}), folder)
 
 
-def minilm() -> Case:
+def minilm(folder: Path) -> Case:
     """The real one, 32 tokens."""
     rng = np.random.default_rng(0)
-    model = zoo.build("minilm")
-    captured = netlathe.capture(model.module, kwargs=model.kwargs, dynamic=model.dynamic)
-    data: list[Feeds] = [
-        {
-            "input_ids": rng.integers(1000, 20000, (1, 32)),
-            "attention_mask": np.ones((1, 32), np.int64),
-        }
-        for _ in range(4)
-    ]
-    return Case(captured, f"fold_norms, {INTEGER}", data, data[0])
+    data: Feeds = {
+        "input_ids": rng.integers(1000, 20000, (4, 32)),
+        "attention_mask": np.ones((4, 32), np.int64),
+    }
+    run = {name: array[:1] for name, array in data.items()}
+    return Case(zoo.minilm_folder(), "fold_norms, ", data, {"": run})
 
 
-def llama(new: int, past: int, settings: Mapping[str, int] = LLAMA) -> Case:
-    """``new`` tokens behind ``past`` in the cache."""
+def llama(folder: Path, settings: Mapping[str, int] = LLAMA) -> Case:
+    """32 tokens, and one behind 32 in the cache."""
     rng = np.random.default_rng(0)
     recipe = Recipe(hf("Llama", "ForCausalLM", None, **settings), "text", ("logits",), ())
-    with tempfile.TemporaryDirectory() as folder:
-        zoo.made("llama", recipe).module.save_pretrained(folder)  # type: ignore[operator]
-        captured = netlathe.capture(folder, cache=True)
+    zoo.made("llama", recipe).module.save_pretrained(folder)  # type: ignore[operator]
     head = settings["hidden_size"] // settings["num_attention_heads"]
 
-    def feeds(count: int, before: int) -> Feeds:
-        found: Feeds = {}
-        for value in captured.model.graph.inputs:
-            name = value.name or ""
-            if name == "input_ids":
-                found[name] = rng.integers(3, settings["vocab_size"], (1, count))
-            elif name == "attention_mask":
-                found[name] = np.ones((1, count + before), np.int64)
-            else:
-                shape = (1, settings["num_key_value_heads"], before, head)
-                found[name] = rng.standard_normal(shape, np.float32)
+    def feeds(samples: int, count: int, before: int) -> Feeds:
+        found: Feeds = {
+            "input_ids": rng.integers(3, settings["vocab_size"], (samples, count)),
+            "attention_mask": np.ones((samples, count + before), np.int64),
+        }
+        shape = (samples, settings["num_key_value_heads"], before, head)
+        for layer in range(settings["num_hidden_layers"]):
+            for kind in ("key", "value"):
+                found[f"past_key_values.{layer}.{kind}"] = rng.standard_normal(shape, np.float32)
         return found
 
-    data = [feeds(16, 8) for _ in range(3)]
-    return Case(captured, f"fold_norms, {INTEGER}", data, feeds(new, past))
+    runs = {"prefill": feeds(1, 32, 0), "decode": feeds(1, 1, 32)}
+    return Case(folder, "fold_norms, ", feeds(3, 16, 8), runs, ("--kv-cache",))
 
 
-NETWORKS: dict[str, Callable[[], Case]] = {
+NETWORKS: dict[str, Callable[[Path], Case]] = {
     "mlp": mlp,
     "cnn": cnn,
     "mobilenet_v2": mobilenet_v2,
     "resnet18": resnet18,
     "minilm": minilm,
-    "llama_prefill": lambda: llama(32, 0),
-    "llama_decode": lambda: llama(1, 32),
+    "llama": llama,
 }
 
 
-def measured(case: Case) -> dict[str, Any]:
-    """Shares, cycles and bytes, and the largest difference from ONNX Runtime."""
-    compiled = netlathe.compile(case.captured, case.passes, calibration=case.data)
-    network = Network(compiled.model, Spec())
+# -- measuring ----------------------------------------------------------------------------------------
+
+
+def measured(name: str, folder: Path) -> Found:
+    """Compile from the shell in ``folder``, load, run: see the first lines of this file."""
+    torch.manual_seed(0)
+    source, out, data = folder / "source", folder / "out", folder / "data.npz"
+    source.mkdir()
+    case = NETWORKS[name](source)
+    np.savez(data, allow_pickle=False, **case.data)
+    passes = f"{case.before}quantize(activations='int8', min_size=0)"
+    words = ["compile", str(case.model), "--passes", passes, "--calibration", str(data)]
+    words += ["--target", TARGET, "-o", str(out), "--no-cache", *case.options]
+    if (code := shell(words)) != 0:
+        raise SystemExit(f"netlathe {' '.join(words)} ended with exit code {code}")
+    settings = {"cache": True} if "--kv-cache" in case.options else {}
+    float_scales = netlathe.compile(
+        netlathe.capture(case.model, **settings),
+        passes.replace("'int8'", "'int8', activation_form='qdq'"),
+        calibration=[case.data],
+    )
+    exact, usual = artifact.load(out, host="onnxruntime"), artifact.load(out)
+    numbers = []
+    for run, feeds in case.feeds.items():
+        found = _run(exact, feeds)
+        expected = ort.run(exact.network.model, feeds)
+        got, hosted = found.pop("outputs"), usual.run(feeds)
+        other = ort.run(float_scales.model, feeds)
+        numbers.append(
+            {
+                "network": " ".join((name, run)).strip(),
+                **found,
+                "difference": max(float(np.abs(got[k] - expected[k]).max()) for k in expected),
+                "host_error": max(_relative(hosted[k], expected[k]) for k in expected),
+                "steps": max(_steps(got[k], other[k]) for k in expected),
+            }
+        )
+        if case.labels is not None:
+            (logits,), (float_logits,) = got.values(), other.values()
+            numbers[-1]["accuracy"] = float((logits.argmax(1) == case.labels).mean())
+            numbers[-1]["accuracy_float_scales"] = float(
+                (float_logits.argmax(1) == case.labels).mean()
+            )
+    return Found(numbers, usual, case)
+
+
+def _run(made: FpgaArtifact, feeds: Feeds) -> dict[str, Any]:
+    made.run(feeds)  # programs are made
     start = time.perf_counter()
-    got = network.run(case.feeds)
+    outputs = made.run(feeds)
     seconds = time.perf_counter() - start
-    expected = ort.run(compiled.model, case.feeds)
-    reports = network.reports(Memory())
-    taken, macs = (sum(one[key] for one in reports) for key in ("cycles", "macs"))
+    layers = made.network.reports(Memory())
+    taken, macs = (sum(one[key] for one in layers) for key in ("cycles", "macs"))
+    samples = next(iter(feeds.values())).shape[0]
     return {
-        **network.shares(),
-        "difference": max(float(np.abs(got[k] - expected[k]).max()) for k in expected),
-        "cycles": taken,
+        **made.network.shares(),
+        "cycles": taken / samples,
         "utilization": macs / taken / 64,
-        "bytes": sum(one["bytes_read"] + one["bytes_written"] for one in reports),
-        "energy_proxy_uj": sum(one["energy_proxy_uj"] for one in reports),
-        "seconds": seconds,
+        "bytes": sum(one["bytes_read"] + one["bytes_written"] for one in layers) / samples,
+        "energy_proxy_uj": sum(one["energy_proxy_uj"] for one in layers) / samples,
+        "seconds": seconds / samples,
+        "outputs": outputs,
     }
+
+
+def _relative(got: npt.NDArray[Any], expected: npt.NDArray[Any]) -> float:
+    rms = float(np.sqrt(np.mean(np.square(expected, dtype=np.float64))))
+    return float(np.abs(got - expected).max()) / rms
+
+
+def _steps(got: npt.NDArray[Any], expected: npt.NDArray[Any]) -> float:
+    return float(np.abs(got - expected).max()) / (float(np.ptp(expected)) / 255)
 
 
 # Name, size, inputs, outputs, pixels of the kernel's side, groups.
@@ -222,8 +316,9 @@ def main() -> None:
         layers()
         return
     for name in args.networks.split(","):
-        torch.manual_seed(0)
-        print(json.dumps({"network": name, **measured(NETWORKS[name]())}), flush=True)
+        with tempfile.TemporaryDirectory() as folder:
+            for numbers in measured(name, Path(folder)).numbers:
+                print(json.dumps(numbers), flush=True)
 
 
 if __name__ == "__main__":

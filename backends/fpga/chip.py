@@ -13,6 +13,7 @@ from dataclasses import replace
 
 import onnx_ir as ir
 
+from netlathe.backends.fpga.choices import Choices
 from netlathe.backends.fpga.recognise import Operation, Pool, Product, Rename, Sum
 from netlathe.backends.fpga.spec import Spec
 from netlathe.backends.fpga.tensors import Image, Place
@@ -22,9 +23,13 @@ class Chip:
     """``hidden`` while the operations of a launch are built one after the other."""
 
     def __init__(
-        self, spec: Spec, items: Sequence[Operation], leaving: AbstractSet[ir.Value]
+        self,
+        spec: Spec,
+        items: Sequence[Operation],
+        leaving: AbstractSet[ir.Value],
+        choices: Choices,
     ) -> None:
-        self.spec, self.items, self.leaving = spec, items, leaving
+        self.spec, self.items, self.leaving, self.choices = spec, items, leaving, choices
         self._held: list[tuple[int, int, int]] = []  # first vector, one past the last, last reader
 
     def place(self, number: int, images: Mapping[ir.Value, Image]) -> Place:
@@ -40,7 +45,7 @@ class Chip:
             return Place()
         size = height * width * self.spec.hidden_pitch(channels)
         self._held = [held for held in self._held if held[2] >= number]
-        at = self._gap(size)
+        at = self.choices.choose(lambda: self._gap(size))
         if at is None:
             return Place()
         self._held.append((at, at + size, max(able)))

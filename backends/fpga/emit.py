@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from netlathe.backends.fpga import isa
+from netlathe.backends.fpga.choices import Choices
 from netlathe.backends.fpga.isa import Instruction
 from netlathe.backends.fpga.kernel import Kernel, Part
 from netlathe.backends.fpga.program import Span, Step
@@ -44,6 +45,7 @@ class Emitter:
     beats: int = 0  # of memory, in use
     data: list[tuple[int, Array]] = field(default_factory=list)  # (beat, bytes)
     reports: list[Report] = field(default_factory=list)
+    choices: Choices = field(default_factory=Choices)
     _ends: dict[str, int] = field(default_factory=dict)
 
     # -- memory -------------------------------------------------------------------------------------
@@ -60,8 +62,9 @@ class Emitter:
         return Image(address, height, width, channels, vectors, group, place.hidden, pitch)
 
     def _room(self, beats: int) -> int:
-        self.beats += beats
-        return self.beats - beats
+        start = self.choices.choose(lambda: self.beats)
+        self.beats = start + beats
+        return start
 
     def _constant(self, array: Array) -> int:
         """Bytes in memory, padded to whole beats; the address."""
@@ -109,8 +112,8 @@ class Emitter:
             raise LowerError(
                 Diagnostic("fpga.scratchpad", f"{count} words of {pad}; half of it is {size // 2}")
             )
-        base = -(-self._ends.get(pad, 0) // align) * align
-        base = base if base + count <= size else 0
+        behind = -(-self._ends.get(pad, 0) // align) * align
+        base = self.choices.choose(lambda: behind if behind + count <= size else 0)
         self._ends[pad] = base + count
         return base
 

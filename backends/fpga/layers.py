@@ -63,7 +63,9 @@ class Builder(Emitter):
         parameters = self._parameters(weights, scale, zero)
         tables = self._table(scale.table)
         addresses = [self._kernel_data(kernel, n) for n in range(kernel.tiles)]
-        plan = cost.tiling(cost.Product(self.spec, kernel, window, x, y), name)
+        layer = cost.Product(self.spec, kernel, window, x, y)
+        plan = self.choices.choose(lambda: cost.tiling(layer, name))
+        self.choices.last_tile((width - 1) % plan[1] + 1)
         report = self._begin(name, weights.size * height * width)
         for tile in tiles(height, width, *plan):
             slots: dict[tuple[int, int], _Held] = {}
@@ -123,8 +125,9 @@ class Builder(Emitter):
         report = self._begin(name, len(terms) * x.pixels * x.channels)
         most = min(spec.sum_rows, spec.output_vectors, spec.input_vectors) // 2
         # Pixel by pixel, and of a pixel vector by vector: what is kept has gaps between pixels.
-        across = min(x.vectors, most)
-        for tile in tiles(x.pixels, x.vectors, max(1, most // x.vectors), across):
+        across, down = min(x.vectors, most), max(1, most // x.vectors)
+        self.choices.last_tile((x.pixels - 1) % down + 1)
+        for tile in tiles(x.pixels, x.vectors, down, across):
             start, count = tile.top * x.vectors + tile.left, tile.pixels
             sums = self._next("sums", spec.sum_rows, count)
             words = self._next("parameters", spec.parameter_words, spec.columns)

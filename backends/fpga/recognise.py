@@ -12,7 +12,6 @@ operation that is not exactly of this form is the host's.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +28,7 @@ INT8, INT32, INT64 = ir.DataType.INT8, ir.DataType.INT32, ir.DataType.INT64
 _PLAIN = {"Flatten", "Reshape", "Squeeze", "Unsqueeze"}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Operation:
     """What takes the place of ``nodes``; ``output`` is int8, or int32 where sums leave the core."""
 
@@ -39,7 +38,7 @@ class Operation:
     output: ir.Value
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Product(Operation):
     """``weights``: int8 [out, in / groups, vertical, horizontal]; without ``scale.multiplier`` sums stay."""
 
@@ -52,7 +51,7 @@ class Product(Operation):
     raw: bool
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Sum(Operation):
     """Terms of one shape, each times its factor."""
 
@@ -60,7 +59,7 @@ class Sum(Operation):
     scale: Scale
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Pool(Operation):
     """A maximum under a window, or (no window) the sum over all pixels."""
 
@@ -69,7 +68,7 @@ class Pool(Operation):
     zero: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Rename(Operation):
     """The same bytes in another shape: an image of one pixel, flattened."""
 
@@ -260,7 +259,7 @@ def _rename(node: ir.Node) -> Operation | None:
 # -- pieces -------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Tail:
     """Multiplier, offset and shift, int64, of a requantization, its nodes and its int8 result."""
 
@@ -347,39 +346,3 @@ def _other_constant(node: ir.Node, value: ir.Value) -> Array | None:
     """The constant that ``value`` meets in a node of two inputs."""
     others = [other for other in node.inputs if other is not value]
     return edit.const_array(others[0]) if len(others) == 1 else None
-
-
-def groups(model: ir.Model, found: list[Operation]) -> Iterator[tuple[bool, list[Any]]]:
-    """The graph in an order that can be run: (True, operations of the core) or (False, nodes of the host).
-
-    As much as possible stands together: each time all that can run on one side is taken.
-    """
-    by_node = {node: operation for operation in found for node in operation.nodes}
-    ready = {value for value in model.graph.inputs}
-    ready |= set(model.graph.initializers.values())
-    todo: list[Operation | ir.Node] = []
-    for node in model.graph:
-        item: Operation | ir.Node = by_node.get(node, node)
-        if not (isinstance(item, Operation) and item in todo):
-            todo.append(item)
-    core = False
-    while todo:
-        taken: list[Operation | ir.Node] = []
-        progress = True
-        while progress:
-            progress = False
-            for item in list(todo):
-                if isinstance(item, Operation) == core and all(v in ready for v in _needs(item)):
-                    taken.append(item)
-                    todo.remove(item)
-                    ready.update([item.output] if isinstance(item, Operation) else item.outputs)
-                    progress = True
-        if taken:
-            yield core, taken
-        core = not core
-
-
-def _needs(item: Operation | ir.Node) -> list[ir.Value]:
-    if isinstance(item, Operation):
-        return list(item.inputs)
-    return [value for value in item.inputs if value is not None]

@@ -15,7 +15,7 @@ import netlathe
 from netlathe.backends.fpga import artifact
 from netlathe.backends.fpga.backend import FpgaBackend
 from netlathe.backends.fpga.model import Memory
-from netlathe.backends.fpga.network import Network
+from netlathe.backends.fpga.network import Network, Rtl
 from netlathe.backends.fpga.recognise import Pool, Product, Sum
 from netlathe.backends.fpga.spec import Spec
 from netlathe.cli import main
@@ -84,7 +84,7 @@ def test_networks_are_equal_to_the_graph(name: str) -> None:
     network = Network(compiled.model, Spec())
     expected = ort.run(compiled.model, feeds)
     for hardware in (False, True):
-        got = network.run(feeds, hardware=hardware)
+        got = network.run(feeds, Rtl(hardware))
         for output, array in expected.items():
             np.testing.assert_array_equal(got[output], array)
 
@@ -127,7 +127,7 @@ def test_results_stay_on_the_chip_where_they_can() -> None:
     network = Network(compiled.model, Spec())
     expected = ort.run(compiled.model, data[0])
     for hardware in (False, True):
-        for name, array in network.run(data[0], hardware=hardware).items():
+        for name, array in network.run(data[0], Rtl(hardware)).items():
             np.testing.assert_array_equal(array, expected[name])
     layers = network.reports(Memory())
     assert len(layers) == 5
@@ -162,7 +162,7 @@ def test_a_sum_that_stays_on_the_chip_leaves_gaps_between_pixels() -> None:
     network = Network(compiled.model, Spec())
     expected = ort.run(compiled.model, data[0])
     for hardware in (False, True):
-        for name, array in network.run(data[0], hardware=hardware).items():
+        for name, array in network.run(data[0], Rtl(hardware)).items():
             np.testing.assert_array_equal(array, expected[name])
     (added,) = (layer for layer in network.reports(Memory()) if layer["macs"] == 2 * 17 * 19 * 24)
     assert added["bytes_written"] == 0
@@ -190,17 +190,22 @@ def test_pruned_weights_take_less_time() -> None:
 def test_an_artifact_is_written_and_read_back(tmp_path: Path) -> None:
     compiled, feeds = _quantized("cnn")
     compiled.save(tmp_path / "out", target="fpga-ecp5-85f")
-    (meta,) = (tmp_path / "out").rglob("meta.json")
-    folder, held = meta.parent, json.loads(meta.read_text())
+    folder = tmp_path / "out"
+    held = json.loads((folder / "meta.json").read_text())
     assert held["error"] == 0 and held["cycles"] == sum(layer["cycles"] for layer in held["layers"])
     programs = sorted(folder.glob("launch-*.program"))
     assert len(programs) == len(held["launches"]) > 0
     assert sum(p.stat().st_size for p in programs) == held["instruction_bytes"]
     assert "module core" in (folder / "core.v").read_text()
-    loaded = artifact.load(folder)
+    assert held["host"] == "tvm-x86" and held["host_parts"]["codes_a_step_apart"] == 0
     expected = ort.run(compiled.model, feeds)
-    for name, array in loaded.run(feeds).items():
-        np.testing.assert_array_equal(array, expected[name])
+    for host in (None, "onnxruntime"):
+        loaded = artifact.load(folder, host=host)
+        assert loaded.report()["host"] == (host or "tvm-x86")
+        for name, array in loaded.run(feeds).items():
+            np.testing.assert_array_equal(array, expected[name])
+    with pytest.raises(InputError, match="its host is tvm-x86, and 'arm-cortex-a72' was asked for"):
+        artifact.load(folder, host="arm-cortex-a72")
 
 
 def test_a_float_model_is_refused_with_what_to_do(
@@ -221,7 +226,7 @@ def test_files_that_are_no_artifact_are_refused(tmp_path: Path) -> None:
         artifact.load(tmp_path)
     (tmp_path / "meta.json").write_text('{"format": 99}')
     ir.save(_quantized("mlp")[0].model, tmp_path / "model.onnx")
-    with pytest.raises(InputError, match="format 99, and 2 is known"):
+    with pytest.raises(InputError, match="format 99, and 3 is known"):
         artifact.load(tmp_path)
 
 

@@ -1,0 +1,149 @@
+"""Programs for a range of lengths: patched, they are what is compiled for each length by itself."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import netlathe
+from netlathe.backends.fpga import agreement, isa, launch, template
+from netlathe.backends.fpga.choices import Choices
+from netlathe.backends.fpga.model import Memory, cycles
+from netlathe.backends.fpga.network import Network
+from netlathe.backends.fpga.partition import OnCore
+from netlathe.backends.fpga.spec import Spec
+from netlathe.backends.fpga.template import Template
+from netlathe.diagnostics import LowerError
+from netlathe.execute import ort
+
+SPEC = Spec()
+# Less fits at a time: tiles are smaller.
+TIGHT = Spec(sum_rows=64, hidden_vectors=512)
+
+
+class Net(nn.Module):
+    """Two layers, a residual sum between them, and a wide one whose sums leave the core."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(24, 40), nn.Linear(40, 40)
+        self.third, self.last = nn.Linear(40, 72), nn.Linear(72, 20)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[batch, tokens, 24] to [batch, tokens, 20]."""
+        x = self.first(x).relu()
+        x = x + self.second(x)
+        return self.last(self.third(x).relu())
+
+
+@pytest.fixture(scope="module")
+def compiled() -> netlathe.Compiled:
+    torch.manual_seed(0)
+    rng = np.random.default_rng(1)
+    captured = netlathe.capture(
+        Net().eval(), args=(torch.randn(2, 7, 24),), dynamic={"x": {0: "batch", 1: "tokens"}}
+    )
+    data = [{"x": rng.standard_normal((2, 7, 24), np.float32)} for _ in range(4)]
+    return netlathe.compile(captured, "quantize(activations='int8', min_size=0)", calibration=data)
+
+
+def _template(compiled: netlathe.Compiled, spec: Spec, rows: int) -> tuple[OnCore, Template]:
+    (part,) = (p for p in Network(compiled.model, spec).parts if isinstance(p, OnCore))
+    (value,) = part.inputs
+    return part, template.build(part, {value: 24}, rows, spec)
+
+
+@pytest.mark.parametrize(
+    ("spec", "high"), [(SPEC, 8), (SPEC, 50), (TIGHT, 24)], ids=["one tile", "tiles", "small tiles"]
+)
+def test_every_length_is_what_is_compiled_for_it(
+    compiled: netlathe.Compiled, spec: Spec, high: int
+) -> None:
+    part, made = _template(compiled, spec, high)
+    assert made.low <= high - 5 and made.high == high
+    (value,) = part.inputs
+    rng = np.random.default_rng(2)
+    for rows in range(made.low, made.high + 1):
+        x = rng.integers(-128, 128, (rows, 24)).astype(np.int8)
+        patched, own = made.launch(rows), launch.build(part, {value: (rows, 24)}, spec)
+        got, expected = patched.run({value: x}), own.run({value: x})
+        for output, array in expected.items():
+            np.testing.assert_array_equal(got[output], array)
+        assert len(patched.program) == len(made.longest.program)
+        # Reports count what these instructions do, and macs are those of the length.
+        ours, theirs = patched.builder.reports, own.builder.reports
+        assert [one.macs for one in ours] == [one.macs for one in theirs]
+        loads = [i for i in patched.program if i.unit == "load" and i["how"] != isa.FILL]
+        assert sum(one.beats_in for one in ours) == sum(i["inner"] * i["outer"] for i in loads)
+
+
+def test_patches_are_what_another_build_in_the_same_places_says(
+    compiled: netlathe.Compiled,
+) -> None:
+    """Every length between the two that the slopes were taken from."""
+    part, made = _template(compiled, SPEC, 50)
+    (value,) = part.inputs
+    choices = Choices()
+    launch.build(part, {value: (50, 24)}, SPEC, choices)
+    for rows in range(made.low, made.high):
+        built = launch.build(part, {value: (rows, 24)}, SPEC, choices.again())
+        for ours, theirs in zip(made.launch(rows).program, built.program, strict=True):
+            names = isa.FIELDS[ours.unit]
+            assert [ours[n] for n in names] == [theirs[n] for n in names]
+
+
+@pytest.mark.parametrize("rows", [41, 46])
+def test_a_patched_program_runs_on_the_core_itself(compiled: netlathe.Compiled, rows: int) -> None:
+    part, made = _template(compiled, SPEC, 50)
+    (value,) = part.inputs
+    x = np.random.default_rng(3).integers(-128, 128, (rows, 24)).astype(np.int8)
+    patched = made.launch(rows)
+    memory = patched.memory.copy()
+    patched.builder.put(memory, patched.inputs[value], x[None])
+    ran = agreement.run(patched.program, memory, SPEC, Memory())
+    expected = launch.build(part, {value: (rows, 24)}, SPEC).run({value: x})
+    for output, image in patched.outputs.items():
+        got = patched.builder.get_sums(ran.memory, image)
+        np.testing.assert_array_equal(got, expected[output])
+    # Tiles chosen for 50 rows may be a little worse for fewer, and never by much.
+    own = cycles(launch.build(part, {value: (rows, 24)}, SPEC).program, SPEC, Memory())
+    taken = cycles(patched.program, SPEC, Memory())
+    assert max(t.done for t in taken) <= 1.1 * max(t.done for t in own)
+
+
+def test_a_network_takes_templates_for_its_lengths(compiled: netlathe.Compiled) -> None:
+    plain, shared = Network(compiled.model, SPEC), Network(compiled.model, SPEC, [50, 16])
+    rng = np.random.default_rng(4)
+    for shape in ((1, 1, 24), (2, 8, 24), (1, 17, 24), (3, 10, 24), (5, 10, 24), (1, 51, 24)):
+        feeds = {"x": rng.standard_normal(shape, np.float32)}
+        expected = ort.run(compiled.model, feeds)
+        for network in (plain, shared):
+            for name, array in network.run(feeds).items():
+                np.testing.assert_array_equal(array, expected[name])
+    (found,) = shared.templates.values()
+    # 1 and 17 rows are fewer than the templates for 16 and 50 reach, 30 are fewer than that too.
+    assert [one.high for one in found] == [16, 1, 50, 17, 30]
+    assert found[0].low > 1 and 30 < found[2].low
+    assert len(shared.launches) == 6 and not plain.templates
+
+
+def test_bytes_of_instructions_are_saved(compiled: netlathe.Compiled) -> None:
+    _, made = _template(compiled, SPEC, 8)
+    assert made.low == 1
+    assert made.bytes == 32 * len(made.longest.program) + 12 * len(made.patches)
+    assert made.bytes_apart == 8 * 32 * len(made.longest.program) > 6 * made.bytes
+    assert all(len(patch.encode()) == 12 for patch in made.patches)
+
+
+def test_fields_that_grow_by_no_fixed_amount_are_refused() -> None:
+    with pytest.raises(LowerError, match="from 3 to 10 in 2 rows, by no fixed amount"):
+        template._slope(10, 3, 2)
+
+
+def test_rows_beyond_a_template_are_refused(compiled: netlathe.Compiled) -> None:
+    _, made = _template(compiled, SPEC, 50)
+    for rows in (made.low - 1, 51):
+        with pytest.raises(ValueError, match=f"{rows} rows; the template is for {made.low} to 50"):
+            made.launch(rows)
