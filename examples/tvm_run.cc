@@ -9,6 +9,9 @@
 //
 // What could make the library trap is checked before it is loaded: format, architecture, CPU features, and
 // that params.bin is whole. Exit code 2: the artifact or the sizes cannot be used, and why.
+#ifndef __aarch64__
+#include <cpuid.h>
+#endif
 #include <fcntl.h>
 #include <sys/auxv.h>
 #include <sys/mman.h>
@@ -87,7 +90,8 @@ static ffi::Tensor ones(const json::Object& record, const std::map<std::string, 
   return tensor;
 }
 
-// What this CPU can do, in the words of /proc/cpuinfo.
+// What this CPU can do, in the words of Linux. In an emulator /proc speaks of the machine around it, and
+// CPUID of the CPU itself.
 static std::set<std::string> cpu_features() {
 #ifdef __aarch64__
   static const struct { unsigned long entry; int bit; const char* name; } known[] = {
@@ -98,18 +102,30 @@ static std::set<std::string> cpu_features() {
   for (const auto& feature : known)
     if (getauxval(feature.entry) >> feature.bit & 1) have.insert(feature.name);
   return have;
-#endif
+#else
+  static const struct { unsigned leaf; int reg, bit; const char* name; } known[] = {
+      {1, 2, 12, "fma"},       {1, 2, 22, "movbe"},     {1, 2, 28, "avx"},       {1, 2, 29, "f16c"},
+      {7, 1, 3, "bmi1"},       {7, 1, 5, "avx2"},       {7, 1, 8, "bmi2"},       {7, 1, 16, "avx512f"},
+      {7, 1, 17, "avx512dq"},  {7, 1, 28, "avx512cd"},  {7, 1, 30, "avx512bw"},  {7, 1, 31, "avx512vl"},
+      {7, 2, 11, "avx512_vnni"}, {0x80000001, 2, 5, "abm"}};
+  std::set<std::string> have;
   std::ifstream file("/proc/cpuinfo");
-  for (std::string line; std::getline(file, line);) {
+  for (std::string line; have.empty() && std::getline(file, line);) {
     if (line.rfind("flags", 0) != 0) continue;
     std::istringstream words(line.substr(line.find(':') + 1));
-    return {std::istream_iterator<std::string>(words), {}};
+    have = {std::istream_iterator<std::string>(words), {}};
   }
-  return {};
+  for (const auto& feature : known) {
+    unsigned reg[4] = {};
+    __get_cpuid_count(feature.leaf, 0, &reg[0], &reg[1], &reg[2], &reg[3]);
+    if (!(reg[feature.reg] >> feature.bit & 1)) have.erase(feature.name);
+  }
+  return have;
+#endif
 }
 
 static void check(const json::Object& meta, int64_t bytes) {
-  if (meta[ffi::String("format")].cast<int64_t>() != 2)
+  if (meta[ffi::String("format")].cast<int64_t>() != 3)
     throw std::runtime_error("the artifact has another format than this program reads");
   struct utsname system;
   uname(&system);

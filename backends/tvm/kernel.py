@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import onnx_ir as ir
 from tvm import tirx
 
@@ -70,11 +71,15 @@ class Kernel:
         dims = [self.size(dim) for dim in shape]
         name = f"{stem}{len(self._inputs) + len(self._outputs)}"
         stored = storage.STORED[dtype]
-        parameter = tirx.decl_buffer(dims, stored, name)
+        # What the caller hands in may lie anywhere: it is not copied for that, and loads take what they get.
+        align = np.dtype(stored).itemsize
+        parameter = tirx.decl_buffer(dims, stored, name, data_alignment=align)
         count = i64(1)
         for dim in dims:
             count = count * dim
-        flat = tirx.decl_buffer([count], stored, f"{name}_flat", data=parameter.data)
+        flat = tirx.decl_buffer(
+            [count], stored, f"{name}_flat", data=parameter.data, data_alignment=align
+        )
         return parameter, flat
 
     def finish(self, schedule: str) -> list[Ready]:

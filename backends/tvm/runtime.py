@@ -33,8 +33,8 @@ import numpy.typing as npt
 META_FILE = "meta.json"
 LIBRARY_FILE = "model.so"
 PARAMETERS_FILE = "params.bin"
-FORMAT = 2
-ALIGNMENT = 64  # bytes; vectors are loaded from aligned addresses
+FORMAT = 3
+ALIGNMENT = 64  # bytes, of constants in their file: no vector of them lies across two cache lines
 
 _KEYS = {
     "inputs",
@@ -170,7 +170,7 @@ class Model:
         return results
 
     def _placed(self, array: npt.NDArray[Any]) -> Any:
-        host = _aligned(array)
+        host = _in_order(array)
         if not self._on_gpu:
             return self._ffi.from_dlpack(host)
         tensor = _empty(self._ffi, host.shape, host.dtype.name)
@@ -308,27 +308,15 @@ def restored(array: npt.NDArray[Any], dtype: str) -> npt.NDArray[Any]:
     return array.astype(own) if dtype.startswith(("int", "uint")) else array.view(own)
 
 
-def _aligned(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """The array contiguous, writable (DLPack cannot say otherwise) and at an aligned address."""
+def _in_order(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """The array contiguous and writable (DLPack cannot say otherwise), its numbers as this CPU has them."""
     if not array.size:  # numpy's strides of nothing are not those that kernels check
         sizes = [math.prod(array.shape[axis + 1 :]) for axis in range(array.ndim)]
         strides = [size * array.itemsize for size in sizes]
         return np.lib.stride_tricks.as_strided(
             np.empty(1, array.dtype.newbyteorder("=")), array.shape, strides
         )
-    if (
-        array.flags.c_contiguous
-        and array.flags.writeable
-        and array.ctypes.data % ALIGNMENT == 0
-        and array.dtype.isnative
-    ):
-        return array
-    room = np.empty(array.nbytes + ALIGNMENT, np.uint8)
-    start = -room.ctypes.data % ALIGNMENT
-    copy = room[start : start + array.nbytes].view(array.dtype.newbyteorder("="))
-    copy = copy.reshape(array.shape)
-    copy[...] = array
-    return copy
+    return np.require(array, array.dtype.newbyteorder("="), ["C", "A", "W"])
 
 
 _OPERATORS: Mapping[type, Callable[[int, int], int]] = {

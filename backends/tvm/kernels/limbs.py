@@ -8,7 +8,8 @@ memory takes to deliver them. So numbers stay bytes, and the row becomes bytes: 
 rounded to a multiple of 2^e, where e follows from the largest of the chunk: an element is off by at most
 2^-22 of that one. Each product with a byte is then exact, and so are the sums: K. Ozaki, T. Ogita, S. Oishi,
 S. M. Rump, Numerical Algorithms 59 (2012), 95, split matrices like this for the same reason. The
-instruction wants one operand unsigned, so signed weights are stored with 8 or 128 added, which the sums of x take off again.
+instruction wants one operand unsigned, so signed weights are stored with 8 or 128 added, which the sums of x
+take off again.
 
 A chunk whose largest element is below 2^-95 counts as if it were that; one that holds an infinity or NaN
 makes the result NaN.
