@@ -16,7 +16,8 @@ caller pins it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -155,6 +156,25 @@ def hold(axis: Axis, why: object) -> None:
         atom.stays = atom.stays or why
 
 
+def positions(axis: Axis, of: Collection[Axis]) -> frozenset[int]:
+    """The positions of an axis of known size that only these atoms could take away."""
+    axis = find(axis)
+    assert isinstance(axis.size, int)
+    if axis.form is None:
+        return frozenset(range(axis.size)) if axis in of else frozenset()
+    found = [0] if isinstance(axis.form, Product) else []
+    start = 0
+    for inner in axis.form.factors if isinstance(axis.form, Product) else parts(axis):
+        assert isinstance(inner.size, int)
+        if isinstance(axis.form, Product):
+            own = positions(inner, of)
+            found = [outer * inner.size + position for outer in found for position in own]
+        else:
+            found += [start + position for position in positions(inner, of)]
+            start += inner.size
+    return frozenset(found)
+
+
 def show(axis: Axis, name: Callable[[Axis], str] = lambda atom: str(atom.size)) -> str:
     """The term as text; atoms are shown by ``name``."""
     axis = find(axis)
@@ -243,9 +263,22 @@ class Space:
         try:
             return self._regroup(axes, sizes)
         except Misfit:
+            pass
+        every = [factor for axis in axes for factor in factors(axis)]
+        made = [Axis(size) for size in sizes]
+        try:
+            self._join_factors(
+                [factor for factor in every if factor.size != 1],
+                [axis for axis in made if axis.size != 1],
+            )
+        except Misfit:
             for axis in axes:
                 self._misfit(axis, [axis])
             return [self._lost(size, axes) for size in sizes]
+        for row in every:
+            if row.size == 1 and not _held(row):
+                self._stays(row)
+        return made
 
     def _lost(self, size: Size, of: Sequence[Axis]) -> Axis:
         axis = Axis(size)
@@ -351,22 +384,33 @@ class Space:
                 raise Misfit
 
     def _join_factors(self, left: list[Axis], right: list[Axis]) -> None:
-        """Join two products of the same size: (2 6) with (4 3) makes (2 2 3) of both."""
-        left, right = left[::-1], right[::-1]
-        while left and right:
-            a, b = left.pop(), right.pop()
-            if _same(a.size, b.size):
-                self._join(a, b)
-            elif (times := divide(b.size, a.size)) is not None:
-                b, rest = self._regroup([b], [a.size, times])
-                right.append(rest)
-                self._join(a, b)
-            elif (times := divide(a.size, b.size)) is not None:
-                a, rest = self._regroup([a], [b.size, times])
-                left.append(rest)
-                self._join(a, b)
-            else:
-                raise Misfit
+        """Join two products of the same size: (2 6) with (4 3) makes (2 2 3) of both.
+
+        What their ends have in common is one, and stays free: of (3 4) with (2 6) the last 2. No term
+        expresses what is left between, (3 2) with (2 3).
+        """
+        self._join_ends(left, right, 0)
+        self._join_ends(left, right, -1)
+        for axis in left:
+            self._misfit(axis, [axis])
+        for axis in right:
+            self._misfit(axis, left or [axis])
+
+    def _join_ends(self, left: list[Axis], right: list[Axis], end: int) -> None:
+        """Join what two products have in common at their first (0) or last (-1) factors."""
+        while left and right and (size := _common(left[end].size, right[end].size)) != 1:
+            self._join(self._taken(left, end, size), self._taken(right, end, size))
+
+    def _taken(self, of: list[Axis], end: int, size: Size) -> Axis:
+        """Take a factor of this size off the first (0) or last (-1) one."""
+        axis = of.pop(end)
+        times = divide(axis.size, size)
+        assert times is not None
+        if times == 1:
+            return axis
+        first, last = self._regroup([axis], [size, times] if end == 0 else [times, size])
+        of.insert(0 if end == 0 else len(of), last if end == 0 else first)
+        return first if end == 0 else last
 
     def _regroup(self, axes: Sequence[Axis], sizes: Sequence[Size]) -> list[Axis]:
         """Row-major regrouping: take factors off the front until each wanted size is reached."""
@@ -490,6 +534,15 @@ def _subtract(a: Size, b: Size) -> Size:
     rest = dims.subtract(a, b)
     assert rest is not None
     return rest
+
+
+def _common(a: Size, b: Size) -> Size:
+    """The greatest size that divides both, as far as that is known; else 1."""
+    if isinstance(a, int) and isinstance(b, int):
+        return math.gcd(a, b)
+    if _same(a, b) or divide(b, a) is not None:
+        return a
+    return b if divide(a, b) is not None else 1
 
 
 def divide(a: Size, b: Size) -> Size | None:

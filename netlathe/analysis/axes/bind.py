@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import onnx_ir as ir
 
@@ -31,6 +32,14 @@ class Slot:
 
 
 @dataclass(frozen=True)
+class Staying:
+    """Positions of a letter that are known to stay, and why."""
+
+    positions: frozenset[int]
+    why: object
+
+
+@dataclass(frozen=True)
 class Relation:
     """A node with its signature, the axis of each letter, and the dims in which the letter stands."""
 
@@ -48,8 +57,15 @@ class Relation:
 class Binder:
     """Binds the letters of a signature to the axes of one node's operands."""
 
-    def __init__(self, node: ir.Node, signature: Signature, space: Space) -> None:
+    def __init__(
+        self,
+        node: ir.Node,
+        signature: Signature,
+        space: Space,
+        stays: Mapping[str, Staying],
+    ) -> None:
         self.node = node
+        self.stays = stays
         self.signature = signature
         self.space = space
         self.axes: dict[str, Axis] = {}
@@ -191,10 +207,26 @@ class Binder:
                 self.axes[term.name] = axis
             return
         sizes = [self._known(part) for part in term.terms]
-        see = self.space.cut(axis, sizes) if isinstance(term, Then) else None
-        see = see or self.space.regroup([axis], sizes)
+        if isinstance(term, Then):
+            see = self.space.cut(axis, sizes)
+        elif any(isinstance(part, Letter) and part.name in self.stays for part in term.terms):
+            see = [self._held(part, size) for part, size in zip(term.terms, sizes, strict=True)]
+            self.space.join(algebra.product(see), axis)
+        else:
+            see = self.space.regroup([axis], sizes)
         for part, inner in zip(term.terms, see, strict=True):
             self._see(part, inner, slot)
+
+    def _held(self, term: Term, size: Size) -> Axis:
+        """A new axis, of which the positions stay that are known to."""
+        axis = Axis(size)
+        stays = self.stays.get(term.name) if isinstance(term, Letter) else None
+        if stays is not None and isinstance(size, int):
+            runs = [list(run) for _, run in groupby(range(size), stays.positions.__contains__)]
+            for piece, run in zip(self.space.cut(axis, [*map(len, runs)]), runs, strict=True):
+                if run[0] in stays.positions:
+                    algebra.hold(piece, stays.why)
+        return axis
 
     def build(self, term: Term) -> Axis:
         """The axis of a term, with new atoms for letters that no input has."""

@@ -6,7 +6,7 @@ outputs, positions that are used as numbers, and views of an axis that no term e
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal, TypeAlias
@@ -15,7 +15,7 @@ import onnx_ir as ir
 
 from netlathe.analysis.axes import algebra, pattern
 from netlathe.analysis.axes.algebra import Axis, Space
-from netlathe.analysis.axes.bind import Binder, Relation
+from netlathe.analysis.axes.bind import Binder, Relation, Staying
 from netlathe.analysis.axes.signature import (
     Contents,
     NoSignature,
@@ -108,12 +108,23 @@ def relate(model: ir.Model, *, boundary: bool = True) -> Related:
 
     Without ``boundary`` the graph's inputs and outputs pin nothing: what a part of a graph allows.
     """
-    return _Walk(model, boundary).run()
+    known: dict[tuple[ir.Node, str], Staying] = {}
+    while True:
+        walk = _Walk(model, boundary, known)
+        related = walk.run()
+        if not walk.news:
+            return related
+        # Had it been known what stays, other views of the same positions would have been free.
+        known |= walk.news
 
 
 class _Walk:
-    def __init__(self, model: ir.Model, boundary: bool) -> None:
+    def __init__(
+        self, model: ir.Model, boundary: bool, known: Mapping[tuple[ir.Node, str], Staying]
+    ) -> None:
         self.found = Related(model, boundary)
+        self.known = known  # of letters of nodes, by what is `apart` in their signatures
+        self.news: dict[tuple[ir.Node, str], Staying] = {}
         self.graph = model.graph
         self.boundary = boundary
         self.space = Space(self._misfit, self._stays)
@@ -239,7 +250,12 @@ class _Walk:
             if (shape is None or None in shape) and (value.uses() or value.is_graph_output()):
                 raise NoSignature("makes a value of unknown shape")
             outputs.append(shape or ())
-        bound = Binder(node, signature, self.space)
+        stays = {
+            letter: self.known[node, letter]
+            for letter in signature.apart
+            if (node, letter) in self.known
+        }
+        bound = Binder(node, signature, self.space, stays)
         relation, made = bound.bind(inputs, outputs)
         self.found.relations.append(relation)
         for value, axes in zip(node.outputs, made, strict=True):
@@ -277,15 +293,30 @@ class _Walk:
         """Pin what stands in two axes of a node of which one deletion takes only one."""
         for relation in self.found.relations:
             for letter, names in relation.signature.apart.items():
+                of = relation.axes[letter]
                 others = [axis for name in names.split() if (axis := relation.axes[name]).size != 1]
-                if relation.axes[letter].size == 1 or not others:
+                if of.size == 1 or not others:
                     continue
                 shared = {atom for axis in others for atom in algebra.atoms(axis)}
-                shared.intersection_update(algebra.atoms(relation.axes[letter]))
+                shared.intersection_update(algebra.atoms(of))
                 self.node = relation.node
                 reason = f"{_op(self.node)} has it in the number of its groups and in the channels of each"
                 for atom in shared:
                     self._pin(atom, reason, DELETING)
+                held = [atom for atom in algebra.atoms(of) if atom.stays is not None]
+                every = len(held) == len(list(algebra.atoms(of)))
+                if shared or every:
+                    why = Pin(DELETING, reason, self.node) if shared else held[0].stays
+                    self._learn(
+                        letter, relation, Staying(algebra.positions(of, shared or held), why)
+                    )
+
+    def _learn(self, letter: str, relation: Relation, stays: Staying) -> None:
+        """Note which positions of a letter stay, if they are more than what was known."""
+        known = self.known.get((relation.node, letter), Staying(frozenset(), None))
+        if not stays.positions <= known.positions:
+            every = stays.positions | known.positions
+            self.news[relation.node, letter] = Staying(every, stays.why)
 
     def _use(self, spot: Spot, axis: Axis) -> None:
         """Note a use of a size; pin the axis where the number comes out of a computation."""
