@@ -180,7 +180,7 @@ class Lowering:
             value.last = self._settled(output, value.last)
             return value
         if isinstance(value, Lazy) and (
-            (uses > 1 and not value.cheap) or value.cost > _MOST_OPERATORS
+            (uses > 1 and not value.cheap and not _is_mask(output)) or value.cost > _MOST_OPERATORS
         ):
             return self.force(value)
         if isinstance(value, Pending) and uses != 1:
@@ -390,6 +390,11 @@ def _gap(node: ir.Node, error: Unsupported) -> Diagnostic:
 def _identifier(name: str) -> str:
     text = "".join(c if c.isalnum() else "_" for c in name)
     return text if text[:1].isalpha() else f"v_{text}"
+
+
+def _is_mask(value: ir.Value) -> bool:
+    """Whether only Attention reads a value, as its mask: that writes it if a kernel asks for it."""
+    return all(node.op_type == "Attention" and index == 3 for node, index in value.uses())
 
 
 def _count_uses(graph: ir.Graph, told: frozenset[ir.Value]) -> Mapping[ir.Value, int]:

@@ -5,13 +5,28 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from netlathe.backends.tvm.cuda import grids
+from netlathe.backends.tvm.cuda import flash, grids
 from netlathe.backends.tvm.cuda.code import GpuCode
 from netlathe.backends.tvm.kernel import Kernel
 from netlathe.backends.tvm.kernels.heads import fused
 from netlathe.backends.tvm.kernels.reduce import COMBINE
 from netlathe.backends.tvm.tir import Code, Expr
-from netlathe.backends.tvm.values import Store, Value
+from netlathe.backends.tvm.values import Ready, Store, Value
+from netlathe.ir.dims import Dim
+
+
+@dataclass(frozen=True)
+class Plain:
+    """Which keys are seen. ``causal``: query i sees those up to i + ``offset``, else all of them.
+
+    ``lengths`` [b]: the keys of a sequence end there, and its queries stand at that end. ``allowed`` [b, t]:
+    keys that any query may see at all.
+    """
+
+    causal: bool
+    offset: Dim
+    lengths: Ready | None = None
+    allowed: Ready | None = None
 
 
 @dataclass(frozen=True)
@@ -30,12 +45,18 @@ class Spec:
     allowed: Callable[[Code, Expr, Expr, Expr, Expr], Expr] | None
     # (code, b, i) -> how many leading keys the queries up to i may attend at most, or None for all
     limit: Callable[[Code, Expr, Expr], Expr] | None
+    # what allowed and limit say, for kernels that know no more than that; None if they say more
+    plain: Plain | None = None
+    # codes of k, codes of v, scales of k, scales of v: int8 caches that k and v are read from
+    coded: tuple[Ready, Ready, Ready, Ready] | None = None
 
 
 def attention(kernel: Kernel, spec: Spec, store: Store) -> str:
     """store([b, h, query, v], element)."""
     code = kernel.code
     if isinstance(code, GpuCode) and code.on_host:
+        if spec.plain is not None:
+            return flash.attention(kernel, code, spec, store)
         return grids.attention(kernel, code, spec, COMBINE, store)
     fused(kernel, spec, store)
     return "attention.fused"

@@ -1,0 +1,276 @@
+"""Attention for GPUs: what takes which node, what it is told of masks and caches, and that it compiles."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import pytest
+import sympy
+import torch
+
+pytest.importorskip("tvm", reason="the tvm extra is not installed")
+
+from tvm import tirx
+
+from netlathe.backends.tvm.cuda import flash
+from netlathe.backends.tvm.cuda.artifact import CudaArtifact
+from netlathe.backends.tvm.cuda.machine import gpu
+from netlathe.backends.tvm.kernel import SCHEDULE
+from netlathe.backends.tvm.kernels.attention import Spec
+from netlathe.backends.tvm.lowering import Lowering
+from netlathe.frontends.huggingface import HuggingFaceDirectory
+from netlathe.ir import normal
+from netlathe.passes.convert import Convert
+from netlathe.passes.quantize_cache import QuantizeCache
+from netlathe.pipeline.pass_ import Context
+from netlathe.pipeline.run import run
+from tests import zoo
+from tests.backends.cuda.test_cuda_compile import _has_nvcc, resources
+
+QKV = "bfloat16[b,8,s,64] q, bfloat16[b,2,t,64] k, bfloat16[b,2,t,64] v"
+FAMILIES = [("sm_80", "sm_89"), ("sm_90a",)]
+needs_nvcc = pytest.mark.skipif(not _has_nvcc(), reason="nvcc is not installed")
+
+# key j <= query i + (keys - queries), as a comparison of two ranges
+SEEN = """
+    zero = Constant <value_int = 0> ()
+    one = Constant <value_int = 1> ()
+    sizes = Shape <start = 2, end = 3> (q)
+    queries = Squeeze (sizes)
+    places = Shape <start = 2, end = 3> (k)
+    keys = Squeeze (places)
+    past = Sub (keys, queries)
+    own = Range (zero, queries, one)
+    at = Add (own, past)
+    axes = Constant <value_ints = [0, 1, 3]> ()
+    row = Unsqueeze (at, axes)
+    every = Range (zero, keys, one)
+    others = Constant <value_ints = [0, 1, 2]> ()
+    column = Unsqueeze (every, others)
+    seen = LessOrEqual (column, row)
+"""
+
+
+def graph(
+    body: str = "y = Attention <is_causal = 1> (q, k, v)", inputs: str = QKV, output: str = ""
+) -> ir.Model:
+    made = ir.from_onnx_text(
+        f'<ir_version: 11, opset_import: ["" : 25]> g ({inputs}) =>'
+        f" ({output or 'bfloat16[b,8,s,64] y'}) {{ {body} }}"
+    )
+    normal.normalize(made)
+    return made
+
+
+def schedules(model: ir.Model, archs: Sequence[str] = ("sm_90a",)) -> set[str]:
+    """The schedules of every kernel that a model is lowered to."""
+    lowered = Lowering(model, gpu(archs)).run()
+    return {
+        str(function.attrs[SCHEDULE])
+        for _, function in lowered.module.functions_items()
+        if isinstance(function, tirx.PrimFunc) and SCHEDULE in function.attrs
+    }
+
+
+@pytest.fixture
+def specs(monkeypatch: pytest.MonkeyPatch) -> list[Spec]:
+    """What the kernels on tensor cores are asked for, in order."""
+    found: list[Spec] = []
+    known = flash.attention
+
+    def attention(kernel: Any, code: Any, spec: Spec, store: Any) -> str:
+        found.append(spec)
+        return known(kernel, code, spec, store)
+
+    monkeypatch.setattr(flash, "attention", attention)
+    return found
+
+
+# -- which kernel ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("archs", FAMILIES, ids=["mma", "wgmma"])
+@pytest.mark.parametrize(
+    "inputs, body, schedule",
+    [
+        (QKV, "y = Attention (q, k, v)", "attention.flash"),
+        (QKV, "y = Attention <is_causal = 1, scale = 0.2> (q, k, v)", "attention.flash"),
+        (QKV.replace(",s,", ",16,"), "y = Attention (q, k, v)", "attention.decode"),
+        (QKV.replace(",s,", ",17,"), "y = Attention (q, k, v)", "attention.flash"),
+        (QKV.replace(",64]", ",96]"), "y = Attention (q, k, v)", "attention.flash"),
+        (QKV.replace(",64]", ",80]"), "y = Attention (q, k, v)", "attention.warp"),
+        (QKV.replace("bfloat16", "float"), "y = Attention (q, k, v)", "attention.warp"),
+        (QKV, "y = Attention <softcap = 30.0> (q, k, v)", "attention.warp"),
+        (QKV, "y = Attention <scale = -0.2> (q, k, v)", "attention.warp"),
+        (QKV + ", bfloat16[s,t] m", "y = Attention (q, k, v, m)", "attention.warp"),
+        (QKV + ", bool[s,t] m", "y = Attention (q, k, v, m)", "attention.warp"),
+        (QKV + ", bool[b,1,1,t] m", "y = Attention (q, k, v, m)", "attention.flash"),
+        (QKV + ", bool[b,8,1,t] m", "y = Attention (q, k, v, m)", "attention.warp"),
+        (QKV, SEEN + "y = Attention (q, k, v, seen)", "attention.flash"),
+        # two masks that do not agree on the offset
+        (QKV, SEEN + "y = Attention <is_causal = 1> (q, k, v, seen)", "attention.warp"),
+        (
+            QKV + ", int64[b] n",
+            "y = Attention <is_causal = 1> (q, k, v, , , , n)",
+            "attention.flash",
+        ),
+        (QKV + ", int64[b] n", SEEN + "y = Attention (q, k, v, seen, , , n)", "attention.warp"),
+    ],
+)
+def test_what_takes_a_node(inputs: str, body: str, schedule: str, archs: Sequence[str]) -> None:
+    shape = inputs.split("]")[0].rpartition("[")[2]
+    kind = inputs.partition("[")[0]
+    found = schedules(graph(body, inputs, f"{kind}[{shape}] y"), archs)
+    assert {name for name in found if name.startswith("attention")} == {schedule}
+
+
+@pytest.mark.parametrize(
+    "attributes", ["left_window_size = 8", "right_window_size = 3", "left_window_size = 0"]
+)
+def test_windows_are_for_the_general_grid(attributes: str) -> None:
+    model = graph(f"y = Attention <{attributes}> (q, k, v)")
+    assert "attention.warp" in schedules(model)
+
+
+def test_scores_that_are_asked_for_are_made_step_by_step() -> None:
+    body = "y, , , scores = Attention <is_causal = 1> (q, k, v)"
+    model = graph(body, output="bfloat16[b,8,s,64] y, bfloat16[b,8,s,t] scores")
+    assert not any(name.startswith("attention") for name in schedules(model))
+
+
+# -- what it is told ------------------------------------------------------------------------------------
+
+
+def test_a_mask_of_ranges_is_an_offset(specs: list[Spec]) -> None:
+    model = graph(
+        SEEN + "mask = And (flags, seen) y = Attention (q, k, v, mask)",
+        QKV + ", bool[b,1,1,t] flags",
+    )
+    made = schedules(model)
+    (spec,) = specs
+    assert spec.plain is not None and spec.plain.causal and spec.plain.lengths is None
+    assert spec.plain.offset == sympy.Symbol("t", integer=True, positive=True) - sympy.Symbol(
+        "s", integer=True, positive=True
+    ) or str(spec.plain.offset) in ("t - s", "-s + t")
+    assert spec.plain.allowed is not None and len(spec.plain.allowed.shape) == 2
+    assert spec.groups == 4 and spec.scale == 0.125
+    # The flags are read as they come, and nothing of size queries x keys is written.
+    assert made == {"attention.flash"}
+
+
+def test_a_range_that_starts_elsewhere_is_another_offset(specs: list[Spec]) -> None:
+    shifted = SEEN.replace("Range (zero, keys", "Range (one, keys").replace(
+        "keys = Sq", "less = Sq"
+    )
+    shifted = shifted.replace("past = Sub", "keys = Add (less, one) past = Sub")
+    schedules(graph(shifted + "y = Attention (q, k, v, seen)"))
+    (spec,) = specs
+    assert spec.plain is not None and str(spec.plain.offset) in ("t - s", "-s + t")
+
+
+def test_a_cache_that_comes_along_is_an_offset(specs: list[Spec]) -> None:
+    inputs = QKV.replace(",t,", ",s,") + ", bfloat16[b,2,p,64] pk, bfloat16[b,2,p,64] pv"
+    schedules(graph("y = Attention <is_causal = 1> (q, k, v, , pk, pv)", inputs))
+    (spec,) = specs
+    assert spec.plain is not None and spec.plain.causal and str(spec.plain.offset) == "p"
+
+
+@pytest.mark.parametrize("scales", ["float16", "float32"])
+def test_an_int8_cache_is_read_as_it_is(specs: list[Spec], scales: Any) -> None:
+    wide = "kw = Cast <to = 1> (ks) vw = Cast <to = 1> (vs)"
+    name = "float16"
+    if scales == "float32":
+        wide, name = "kw = Identity (ks) vw = Identity (vs)", "float"
+    inputs = "bfloat16[b,8,s,64] q, int8[b,2,t,64] k, int8[b,2,t,64] v"
+    model = graph(
+        f"""{wide}
+        kf = DequantizeLinear <axis = 3, block_size = 64> (k, kw)
+        vf = DequantizeLinear <axis = 3, block_size = 64> (v, vw)
+        kh = Cast <to = 16> (kf)
+        vh = Cast <to = 16> (vf)
+        y = Attention (q, kh, vh)""",
+        f"{inputs}, {name}[b,2,t,1] ks, {name}[b,2,t,1] vs",
+    )
+    assert schedules(model) == {"attention.flash"}
+    (spec,) = specs
+    assert spec.coded is not None
+    types = [value.dtype.name for value in spec.coded]
+    assert types == ["INT8", "INT8", *[{"float16": "FLOAT16", "float32": "FLOAT"}[scales]] * 2]
+
+
+def test_scales_for_other_groups_are_no_such_cache(specs: list[Spec]) -> None:
+    model = graph(
+        """kf = DequantizeLinear <axis = 3, block_size = 32> (k, ks)
+        kh = Cast <to = 16> (kf)
+        y = Attention (q, kh, v)""",
+        "bfloat16[b,8,s,64] q, int8[b,2,t,64] k, bfloat16[b,2,t,64] v, float[b,2,t,2] ks",
+    )
+    schedules(model)
+    (spec,) = specs
+    assert spec.coded is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cached", [False, True], ids=["bfloat16", "int8"])
+def test_a_captured_language_model(specs: list[Spec], cached: bool, tmp_path: Path) -> None:
+    """Its mask and its cache, as capture and the passes leave them."""
+    import transformers
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 128, "intermediate_size": 160, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 64}
+    config = transformers.LlamaConfig(vocab_size=zoo.VOCAB, **sizes, **heads, use_cache=True)
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path)
+    captured = HuggingFaceDirectory(cache=True).capture(tmp_path)
+    passes = [*([QuantizeCache()] if cached else []), Convert(dtype="bfloat16")]
+    made = schedules(run(captured, passes, Context()).model)
+    assert "attention.warp" not in made and len(specs) == 2
+    for spec in specs:
+        assert spec.plain is not None and spec.plain.causal
+        assert str(spec.plain.offset) == "past_sequence" and spec.plain.allowed is not None
+        assert (spec.coded is not None) == cached
+
+
+# -- compiled -------------------------------------------------------------------------------------------
+
+
+def compiled(model: ir.Model, archs: Sequence[str]) -> None:
+    """Every kernel is there for every architecture, fits a multiprocessor, and spills nothing."""
+    artifact = CudaArtifact(model, gpu(archs))
+    found = resources(artifact)
+    assert {r.arch for r in found} == set(archs)
+    names = {r.kernel.partition("_kernel")[0] for r in found}
+    assert any(name.startswith("attention") for name in names)
+    for r in found:
+        assert r.spill_bytes == 0 and r.stack_bytes == 0, r
+        assert r.registers * (384 if r.registers <= 168 else 128) <= 65536
+        assert r.shared_bytes <= 48 << 10  # what is asked for at the launch is not in it
+
+
+@needs_nvcc
+@pytest.mark.parametrize("archs", FAMILIES, ids=["mma", "wgmma"])
+def test_prefill_and_decode_compile(archs: Sequence[str]) -> None:
+    compiled(graph(inputs=QKV.replace(",64]", ",128]"), output="bfloat16[b,8,s,128] y"), archs)
+
+
+@needs_nvcc
+@pytest.mark.slow
+@pytest.mark.parametrize("archs", FAMILIES, ids=["mma", "wgmma"])
+@pytest.mark.parametrize("half, code", [("bfloat16", 16), ("float16", 10)])
+@pytest.mark.parametrize("depth", [64, 96, 128])
+def test_every_size_compiles(archs: Sequence[str], half: str, code: int, depth: int) -> None:
+    inputs = f"{half}[b,8,s,{depth}] q, int8[b,2,t,{depth}] k, int8[b,2,t,{depth}] v"
+    model = graph(
+        f"""kf = DequantizeLinear <axis = 3, block_size = {depth}> (k, ks)
+        vf = DequantizeLinear <axis = 3, block_size = {depth}> (v, vs)
+        kh = Cast <to = {code}> (kf)
+        vh = Cast <to = {code}> (vf)
+        y = Attention <is_causal = 1> (q, kh, vh)
+        z = Attention <is_causal = 1> (q, x, x)""",
+        f"{inputs}, float[b,2,t,1] ks, float[b,2,t,1] vs, {half}[b,2,t,{depth}] x",
+        f"{half}[b,8,s,{depth}] y, {half}[b,8,s,{depth}] z",
+    )
+    compiled(model, archs)
