@@ -12,7 +12,7 @@ from netlathe.diagnostics import Diagnostic, OptionError, did_you_mean
 # Feature level -> (LLVM's mcpu, flags that /proc/cpuinfo must show, LLVM features). The levels are
 # x86-64-v3 and v4 of the psABI, both of which include FMA, and v4 with dot products of bytes. LLVM
 # would split some operators on 512-bit vectors, for CPUs that these slow down.
-_V3 = ("avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "movbe")
+_V3 = ("abm", "avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "movbe")
 _V4 = (*_V3, "avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl")
 _WIDE = "-prefer-256-bit"
 LEVELS: Mapping[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {

@@ -67,6 +67,23 @@ HWCAPS: Mapping[str, tuple[int, int]] = {
     "asimdfhm": (_HWCAP, 23),
     "i8mm": (_HWCAP2, 13),
 }
+# Features of x86-64 as CPUID shows them: leaf (by glibc's number), register (eax, ebx, ecx, edx), bit.
+CPUIDS: Mapping[str, tuple[int, int, int]] = {
+    "fma": (0, 2, 12),
+    "movbe": (0, 2, 22),
+    "avx": (0, 2, 28),
+    "f16c": (0, 2, 29),
+    "bmi1": (1, 1, 3),
+    "avx2": (1, 1, 5),
+    "bmi2": (1, 1, 8),
+    "avx512f": (1, 1, 16),
+    "avx512dq": (1, 1, 17),
+    "avx512cd": (1, 1, 28),
+    "avx512bw": (1, 1, 30),
+    "avx512vl": (1, 1, 31),
+    "avx512_vnni": (1, 2, 11),
+    "abm": (2, 2, 5),
+}
 
 
 class ArtifactError(Exception):
@@ -74,7 +91,7 @@ class ArtifactError(Exception):
 
 
 def cpu_features() -> frozenset[str]:
-    """What the kernel says this CPU can do, in its own names."""
+    """What this CPU can do, in the words of Linux."""
     if platform.machine() == "aarch64":
         getauxval = ctypes.CDLL(None).getauxval
         getauxval.restype, getauxval.argtypes = ctypes.c_ulong, [ctypes.c_ulong]
@@ -87,8 +104,26 @@ def cpu_features() -> frozenset[str]:
         return frozenset()
     for line in text.splitlines():
         if line.startswith("flags"):
-            return frozenset(line.partition(":")[2].split())
+            return frozenset(line.partition(":")[2].split()) - _inactive()
     return frozenset()
+
+
+def _inactive() -> set[str]:
+    """Features that this process must not use, whatever /proc says: in an emulator it speaks of the host.
+
+    glibc 2.33 and later know from the CPU itself; where there is none, nothing is.
+    """
+    try:
+        leaf = getattr(ctypes.CDLL(None), "__x86_get_cpuid_feature_leaf")
+    except AttributeError:
+        return set()
+    # Four registers as CPUID has them, then the same without what the system does not support.
+    leaf.restype, leaf.argtypes = ctypes.POINTER(ctypes.c_uint32 * 8), [ctypes.c_uint]
+    return {
+        name
+        for name, (number, register, bit) in CPUIDS.items()
+        if not leaf(number).contents[4 + register] >> bit & 1
+    }
 
 
 def load(folder: str | os.PathLike[str], *, threads: int | None = None) -> Model:
@@ -131,11 +166,16 @@ class Model:
             cudart = _cuda_runtime(library.parent)
             _check_room(cudart, sum(array.nbytes for array in parameters))
         self._parameters = [self._placed(array) for array in parameters]
-        module = self._ffi.load_module(os.fspath(library))
-        self._machine = module["vm_load_executable"]()
+        self._module = self._ffi.load_module(os.fspath(library))
+        self._main = self._started()
+
+    def _started(self) -> Callable[..., Sequence[Any]]:
+        """The program, started: it has the functions that tvm_ffi knows at this moment."""
+        machine = self._module["vm_load_executable"]()
         devices = [_CUDA, 0, _POOLED] if self._on_gpu else []
-        self._machine["vm_initialization"](*devices, _CPU, 0, _POOLED)
-        self._main = self._machine["main"]
+        machine["vm_initialization"](*devices, _CPU, 0, _POOLED)
+        main: Callable[..., Sequence[Any]] = machine["main"]
+        return main
 
     def __call__(self, **feeds: npt.ArrayLike) -> dict[str, npt.NDArray[Any]]:
         """Run once; see :meth:`run`."""
@@ -169,14 +209,43 @@ class Model:
         results: Sequence[Any] = self._main(*given, *self._parameters)
         return results
 
+    def record(self, feeds: Mapping[str, npt.NDArray[Any]]) -> Recording:
+        """The call for inputs of these sizes as one CUDA graph; it is run with these inputs first.
+
+        Raises:
+            ArtifactError: as :meth:`run`; or the artifact is for no GPU, or reads sizes from data.
+        """
+        if not self._on_gpu:
+            raise ArtifactError("a CUDA graph is recorded on a GPU, and this artifact is for a CPU")
+        return Recording(self, feeds)
+
+    def _holding(self, held: list[Any]) -> Callable[[Sequence[Any]], Sequence[Any]]:
+        """:meth:`invoke` that adds all memory it takes to ``held``, so that no later call gets it."""
+        name = "vm.builtin.alloc_storage"
+        allocate = self._ffi.get_global_func(name)
+
+        def allocate_and_hold(*arguments: Any) -> Any:
+            held.append(allocate(*arguments))
+            return held[-1]
+
+        self._ffi.register_global_func(name, allocate_and_hold, override=True)
+        try:
+            main = self._started()
+        finally:
+            self._ffi.register_global_func(name, allocate, override=True)
+        return lambda given: main(*given, *self._parameters)
+
     def _placed(self, array: npt.NDArray[Any]) -> Any:
         host = _in_order(array)
         if not self._on_gpu:
             return self._ffi.from_dlpack(host)
         tensor = _empty(self._ffi, host.shape, host.dtype.name)
+        self._upload(host, tensor)
+        return tensor
+
+    def _upload(self, host: npt.NDArray[Any], tensor: Any) -> None:
         copy = self._ffi.get_global_func("runtime.TVMTensorCopyFromBytes")
         copy(tensor, ctypes.c_void_p(host.ctypes.data), host.nbytes)
-        return tensor
 
     def _fetched(self, tensor: Any) -> npt.NDArray[Any]:
         if not self._on_gpu:
@@ -185,6 +254,95 @@ class Model:
         copy = self._ffi.get_global_func("runtime.TVMTensorCopyToBytes")
         copy(tensor, ctypes.c_void_p(array.ctypes.data), array.nbytes)
         return array
+
+
+class Recording:
+    """A call as a CUDA graph: starting it costs the host one launch, however many kernels there are.
+
+    It has memory of its own: ``given`` (the inputs, in the order of the model's), ``results`` (the outputs,
+    which every :meth:`replay` overwrites) and all between. Sizes are those it was recorded with.
+    """
+
+    def __init__(self, model: Model, feeds: Mapping[str, npt.NDArray[Any]]) -> None:
+        self._model = model
+        self._cudart = _cuda_runtime(Path())
+        self._graph = ctypes.c_void_p()
+        self.given = model.place(feeds)
+        self._held: list[Any] = []
+        run = model._holding(self._held)
+        run(self.given)  # loads the kernels, which no recording may do
+        self._held.clear()
+        self._check(self._cudart.cudaDeviceSynchronize(), "running the model")
+        self.results = self._recorded(run)
+
+    def __call__(self, **feeds: npt.ArrayLike) -> dict[str, npt.NDArray[Any]]:
+        """Write the inputs, replay, read the outputs.
+
+        Raises:
+            ArtifactError: a name, dtype or shape is not what was recorded.
+        """
+        self.write({name: np.asarray(value) for name, value in feeds.items()})
+        self.replay()
+        return {
+            record["name"]: restored(self._model._fetched(result), record["dtype"])
+            for record, result in zip(self._model.outputs, self.results, strict=True)
+        }
+
+    def write(self, feeds: Mapping[str, npt.NDArray[Any]]) -> None:
+        """Copy arrays over the inputs.
+
+        Raises:
+            ArtifactError: a name, dtype or shape is not what was recorded.
+        """
+        arrays = check_feeds(self._model.inputs, feeds)
+        for record, array, tensor in zip(self._model.inputs, arrays, self.given, strict=True):
+            if array.shape != tuple(tensor.shape):
+                raise ArtifactError(
+                    f"input {record['name']!r} is {list(array.shape)}, and the call was recorded for"
+                    f" {list(tensor.shape)}: record another"
+                )
+        for array, tensor in zip(arrays, self.given, strict=True):
+            self._model._upload(_in_order(array), tensor)
+
+    def replay(self) -> None:
+        """Queue the call on the current stream."""
+        ffi = self._model._ffi
+        stream = ctypes.c_void_p(ffi.get_raw_stream(ffi.device("cuda", 0)))
+        self._check(self._cudart.cudaGraphLaunch(self._graph, stream), "launching the graph")
+
+    def _recorded(self, run: Callable[[Sequence[Any]], Sequence[Any]]) -> Sequence[Any]:
+        ffi, cudart = self._model._ffi, self._cudart
+        stream, graph = ctypes.c_void_p(), ctypes.c_void_p()
+        self._check(cudart.cudaStreamCreateWithFlags(ctypes.byref(stream), 1), "making a stream")
+        try:
+            # Relaxed: only work that is queued is recorded, memory may be taken meanwhile.
+            self._check(cudart.cudaStreamBeginCapture(stream, 2), "starting to record")
+            try:
+                with ffi.use_raw_stream(ffi.device("cuda", 0), stream.value):
+                    results = run(self.given)
+            except Exception as error:
+                cudart.cudaStreamEndCapture(stream, ctypes.byref(graph))
+                raise ArtifactError(
+                    "the call cannot be recorded: it waits for the GPU, as a model does whose sizes"
+                    f" depend on data. CUDA says: {error}"
+                ) from error
+            status = cudart.cudaStreamEndCapture(stream, ctypes.byref(graph))
+            self._check(status, "recording the call")
+            flags = ctypes.c_ulonglong(0)
+            status = cudart.cudaGraphInstantiate(ctypes.byref(self._graph), graph, flags)
+            cudart.cudaGraphDestroy(graph)
+            self._check(status, "making the graph")
+        finally:
+            cudart.cudaStreamDestroy(stream)
+        return results
+
+    def _check(self, status: int, what: str) -> None:
+        if status:
+            raise ArtifactError(f"{what} failed: CUDA error {status}")
+
+    def __del__(self) -> None:
+        if self._graph:
+            self._cudart.cudaGraphExecDestroy(self._graph)
 
 
 def set_threads(count: int) -> None:

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from tvm import tirx
 
 from netlathe.backends.tvm.artifact import TvmArtifact
 from netlathe.backends.tvm.kernel import SCHEDULE
+from netlathe.backends.tvm.kernels.general import SMALL
 from netlathe.backends.tvm.lowering import Lowering
 from tests.backends.tvm.in_process import InProcess
 
@@ -82,40 +84,65 @@ def kernels(model: ir.Model) -> dict[str, Any]:
     }
 
 
-def loops(function: Any) -> set[tirx.ForKind]:
-    """The kinds of loop in a PrimFunc."""
-    found: set[tirx.ForKind] = set()
+def in_turn(part: Any, times: int | None = 1) -> Iterator[tuple[Any, int | None]]:
+    """The statements that no parallel loop is around, and how often each of them runs, if that is known."""
+    if isinstance(part, tirx.For):
+        if tirx.ForKind(int(part.kind)) == tirx.ForKind.PARALLEL:
+            return
+        length = int(part.extent) if isinstance(part.extent, tirx.IntImm) else None
+        known = None if times is None or length is None else times * length
+        yield from in_turn(part.body, known)
+    elif isinstance(part, tirx.SeqStmt):
+        for item in part.seq:
+            yield from in_turn(item, times)
+    elif isinstance(part, tirx.IfThenElse):
+        yield from in_turn(part.then_case, times)
+        if part.else_case is not None:
+            yield from in_turn(part.else_case, times)
+    elif isinstance(part, tirx.AttrStmt):
+        yield from in_turn(part.body, times)
+    elif not isinstance(part, tirx.DeclBuffer):  # a name, and no work
+        yield part, times
 
-    def walk(part: Any) -> None:
-        if isinstance(part, tirx.For):
-            found.add(tirx.ForKind(int(part.kind)))
-            walk(part.body)
-        elif isinstance(part, tirx.SeqStmt):
-            for item in part.seq:
-                walk(item)
-        elif isinstance(part, tirx.IfThenElse):
-            walk(part.then_case)
-            if part.else_case is not None:
-                walk(part.else_case)
 
-    walk(function.body)
-    return found
+def check_schedule(kernel: str, function: Any) -> None:
+    """The kernel is named after its schedule, and all that it does is in parallel, or little.
+
+    Little is what a schedule for small sizes does, whose loops are as long as they will ever be. Numbers
+    bound in front of the loops run once.
+    """
+    schedule = str(function.attrs[SCHEDULE])
+    assert kernel.startswith(schedule.replace(".", "_"))
+    for statement, times in in_turn(function.body):
+        if schedule.endswith(".small"):
+            assert times is not None and times <= SMALL, (kernel, times)
+        else:
+            assert isinstance(statement, tirx.Bind) and times == 1, (kernel, statement)
 
 
 class TestSchedules:
     """What no schedule covers cannot be reached: there is no lowering that leaves the loops to TVM."""
 
-    @pytest.mark.parametrize(
-        "name", ["llama", "resnet", pytest.param("swin", marks=pytest.mark.slow)]
-    )
+    @pytest.mark.parametrize("name", zoo_ir.some("llama", "resnet"))
     def test_every_kernel_names_its_schedule_and_follows_it(self, name: str) -> None:
         found = kernels(zoo_ir.captured(name))
         assert found
         for kernel, function in found.items():
-            schedule = str(function.attrs[SCHEDULE])
-            assert kernel.startswith(schedule.replace(".", "_"))
-            if not schedule.endswith(".small"):
-                assert tirx.ForKind.PARALLEL in loops(function), kernel
+            check_schedule(kernel, function)
+
+    @pytest.mark.parametrize("size", [1, SMALL, SMALL + 1])
+    def test_what_is_small_is_not_spread(self, size: int) -> None:
+        """And one element more is."""
+        text = f"""<ir_version: 10, opset_import: ["" : 25]>
+        small (float[{size}] x) => (float[{size}] y, float[1] z) {{
+            y = Relu(x)
+            z = ReduceMax(x)
+        }}"""
+        found = kernels(model_of(text))
+        assert len(found) == 2
+        for kernel, function in found.items():
+            check_schedule(kernel, function)
+            assert str(function.attrs[SCHEDULE]).endswith(".small") == (size <= SMALL)
 
     def test_nothing_is_left_for_tvm_to_legalize(self) -> None:
         """Calls of the Relax function are to our kernels, or only look at shapes."""
