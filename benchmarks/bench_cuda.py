@@ -20,6 +20,7 @@ import shutil
 import statistics
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,9 @@ def build(folder: Path, archs: str) -> None:
     wanted = [(shape, half) for shape in LARGE for half in ("bf16", "f16")]
     jobs = [(shape, half, half) for shape, half in wanted]
     jobs += [(shape, kind, "bf16") for shape in SMALL for kind in ("bf16", "int8", "int4")]
-    for (inner, columns), kind, half in dict.fromkeys(jobs):
+
+    def one(job: tuple[tuple[int, int], str, str]) -> None:
+        (inner, columns), kind, half = job
         name = f"{kind}-{inner}-{columns}"
         model = linear(inner, columns, kind, half)
         library = folder / f"{name}.so"
@@ -65,6 +68,9 @@ def build(folder: Path, archs: str) -> None:
         }
         (folder / f"{name}.json").write_text(json.dumps(facts))
         print(name, flush=True)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # each waits for a process of its own
+        list(pool.map(one, dict.fromkeys(jobs)))
 
 
 def linear(inner: int, columns: int, kind: str, half: str) -> Any:
@@ -138,7 +144,7 @@ class Bench:
         for _ in range(3):
             target.copy_(source)
         times = [self.milliseconds(lambda: target.copy_(source), 5) for _ in range(ROUNDS)]
-        return 2 * source.numel() / statistics.median(times)
+        return float(2 * source.numel() / statistics.median(times))
 
     def load(self, name: str) -> tuple[Callable[..., Any], dict[str, Any]]:
         """The library's program, and what it takes."""
@@ -205,7 +211,7 @@ class Bench:
             with self.ffi.use_torch_stream(torch.cuda.graph(graph)):
                 for weight in weights:
                     main(x, *weight)
-            self.milliseconds(graph.replay, 1)
+            self.milliseconds(graph.replay, INSIDE)
             times = [self.milliseconds(graph.replay, 1) / copies for _ in range(ROUNDS)]
             time = statistics.median(times)
             moved = sum(sizes) + 2 * rows * (facts["inner"] + facts["columns"])

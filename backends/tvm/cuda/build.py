@@ -43,6 +43,23 @@ def target(machine: Gpu) -> Any:
     )
 
 
+# Parts of what TVM launches a kernel with: that it may start before the one in front has ended (see
+# GpuCode.launch); the size of its shared memory, which comes last.
+_EARLY, _SIZED = "tirx.use_programtic_dependent_launch", "tirx.use_dyn_shared_memory"
+_LAUNCH = "tirx.kernel_launch_params"
+
+
+def _started_early(function: Any, _module: Any, _context: Any) -> Any:
+    """A kernel for sm_90a, told so; any other function as it is."""
+    if function.attrs is None or _LAUNCH not in function.attrs:
+        return function
+    if str(function.attrs["target"].attrs["arch"]) != "sm_90a":
+        return function
+    tags = [str(tag) for tag in function.attrs[_LAUNCH]]
+    tags.insert(len(tags) - (tags[-1] == _SIZED), _EARLY)
+    return function.with_attr(_LAUNCH, tags)
+
+
 def _tir_pipeline() -> tuple[Any, Any, Any]:
     passes = tirx.transform
     sequential = tvm.ir.transform.Sequential
@@ -54,6 +71,7 @@ def _tir_pipeline() -> tuple[Any, Any, Any]:
                 passes.VectorizeLoop(True),
                 passes.AnnotateEntryFunc(),
                 passes.SplitHostDevice(),
+                passes.prim_func_pass(_started_early, opt_level=0),
                 passes.MakePackedAPI(),
             ]
         )(module)

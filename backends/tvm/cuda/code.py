@@ -48,6 +48,12 @@ class GpuCode(Code):
         )
 
     @property
+    def has_wgmma(self) -> bool:
+        """Whether the kernel is for sm_90a alone."""
+        machine: Any = self.kernel.lowering.machine
+        return bool(machine.has_wgmma)
+
+    @property
     def on_host(self) -> bool:
         """Whether no grid is open, so that one can be."""
         return not self._loops
@@ -74,15 +80,19 @@ class GpuCode(Code):
 
     @contextlib.contextmanager
     def launch(
-        self, blocks: Expr, threads: int, cluster: int = 1, least: int = 0
+        self, blocks: Expr, threads: int, cluster: int = 1, least: int = 0, waits: bool = True
     ) -> Iterator[tuple[Expr, Expr]]:
         """A grid of blocks; what is written inside runs in every thread: (block, thread) in int64.
 
-        ``cluster`` blocks of the grid run side by side; at least ``least`` of them fit a multiprocessor.
+        ``cluster`` blocks of the grid run side by side; at least ``least`` of them fit a multiprocessor. On
+        sm_90a a grid may start before the one in front of it has ended. It waits for that first of all,
+        or, without ``waits``, where its own code does, before it touches what another kernel writes or reads.
         """
         grid, lane = (tirx.Var(self.var("int32", stem).name, "int32") for stem in ("b", "t"))
         self._loops += 1
         with self._block() as statements:
+            if waits and self.has_wgmma:
+                self.run("netlathe_follow", _FOLLOW)
             yield cast(grid, "int64"), cast(lane, "int64")
         self._loops -= 1
         body = _body(statements)
@@ -146,27 +156,33 @@ class GpuCode(Code):
         )
 
     def tensor_map(
-        self, source: Any, rows: Expr, columns: Expr, box: tuple[int, int], bytes_: int
+        self,
+        source: Any,
+        sizes: Sequence[Expr],
+        strides: Sequence[Expr],
+        box: Sequence[int],
+        bytes_: int,
+        swizzled: bool = True,
     ) -> Expr:
-        """A descriptor of the matrix ``source`` [rows, columns] for copies of ``box``, made on the host.
+        """A descriptor of the array ``source`` for copies of ``box``, made on the host.
 
-        A box is written to shared memory as rows of 128 bytes with the 128-byte swizzle; zeros stand for
-        what lies outside of the matrix.
+        The innermost dim is first; it has no stride, those of the others are in elements of ``bytes_`` bytes.
+        A box is written to shared memory row by row, ``swizzled`` as rows of 128 bytes with the 128-byte
+        swizzle; zeros stand for what lies outside of the array.
         """
         self._count += 1
         made = tirx.Var(f"map{self._count}", PointerType(tirx.TensorMapType()))
         self.emit(tirx.Bind(made, tirx.tvm_stack_alloca("tensormap", 1)))
-        one = i64(1)
         encode = tirx.tensormap_encode_tiled(
             made,
             tirx.address_of(tirx.BufferLoad(source, [i64(0)])),
-            *(columns, rows),
-            columns * i64(bytes_),
-            *(i64(box[1]), i64(box[0])),
-            *(one, one),
+            *sizes,
+            *(stride * i64(bytes_) for stride in strides),
+            *(i64(size) for size in box),
+            *(i64(1) for _ in box),
             descriptor_dtype={1: "uint8", 2: "uint16", 4: "uint32"}[bytes_],
-            rank=2,
-            swizzle=3,
+            rank=len(box),
+            swizzle=3 if swizzled else 0,
             l2_promotion=2,
         )
         self.emit(tirx.Evaluate(encode))
@@ -200,6 +216,12 @@ class GpuCode(Code):
         return cast(self.bind(self.call(name, source, wide, cast(value, wide), other)), dtype)
 
 
+_FOLLOW = """
+__device__ __forceinline__ void netlathe_follow() {
+  asm volatile("griddepcontrol.launch_dependents;");
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+}
+"""
 _NULL = """
 __device__ __forceinline__ void* netlathe_null() { return nullptr; }
 """

@@ -14,25 +14,26 @@ def transposed(tensor: ir.TensorProtocol) -> Array:
 
 
 def quantized(tensor: ir.TensorProtocol, bits: int) -> Array:
-    """Integers [K, N] as [N, bytes], K padded to whole chunks, in the order of skinny products.
+    """Integers [K, N] as [N, bytes], both padded, in the order of skinny products.
 
-    16 bytes are what thread q of a quad reads: K = 32 p + 8 q + e of the chunk. Of 4 bits, those of ``e``
-    and ``e + 1`` (``e`` even) lie in nibbles e / 2 and e / 2 + 4 of a 32-bit word, as value + 8 or,
-    unsigned, as they are.
+    64 columns and a chunk of K (512 bits of each column) are 4096 bytes, thread q of a quad has 16 of each
+    column: K = 32 p + 8 q + e of the chunk. Of 4 bits, those of ``e`` and ``e + 1`` (``e`` even)
+    lie in nibbles e / 2 and e / 2 + 4 of a 32-bit word, as value + 8 or, unsigned, as they are.
     """
     chunk = 4 * 128 // bits
     values = array(tensor).T
     columns, inner = values.shape
     signed = values.dtype == np.int8
-    pieces = chunk // 32
-    held = np.zeros((columns, -(-inner // chunk) * chunk), np.int16)
-    held[:, :inner] = values
+    held = np.zeros((padded(columns), -(-inner // chunk) * chunk), np.int16)
+    held[:columns, :inner] = values
     if bits == 4 and signed:
         held += 8
-    held = held.reshape(columns, -1, pieces, 4, 8).swapaxes(2, 3)  # [N, chunk, q, p, e]
+    # [64 columns, column, chunk, p, q, e] -> [64 columns, chunk, column, q, p, e]
+    held = held.reshape(-1, 64, held.shape[1] // chunk, chunk // 32, 4, 8)
+    held = held.transpose(0, 2, 1, 4, 3, 5)
     if bits == 8:
-        return np.ascontiguousarray(held.astype(np.int8).reshape(columns, -1))
-    words = held.astype(np.uint32).reshape(columns, -1, 4, 2)
+        return np.ascontiguousarray(held.astype(np.int8)).reshape(padded(columns), -1)
+    words = held.astype(np.uint32).reshape(padded(columns), -1, 4, 2)
     packed = np.zeros(words.shape[:2], np.uint32)
     for pair in range(4):
         packed |= words[:, :, pair, 0] << np.uint32(4 * pair)
@@ -40,9 +41,14 @@ def quantized(tensor: ir.TensorProtocol, bits: int) -> Array:
     return np.ascontiguousarray(packed).view(np.int8)
 
 
+def padded(columns: int) -> int:
+    """Columns as quantized weights, scales and zero points have them in memory."""
+    return -(-columns // 64) * 64
+
+
 def group_values(tensor: ir.TensorProtocol, blocks: int, columns: int) -> Array:
-    """Scales [blocks, N], [N] or one number as [N, blocks], in their own type."""
-    return _by_column(array(tensor), blocks, columns)
+    """Scales [blocks, N], [N] or one number as [blocks, N padded], in their own type."""
+    return _by_group(array(tensor), blocks, columns)
 
 
 def group_zeros(
@@ -53,10 +59,10 @@ def group_zeros(
     ``base`` is the pattern of 128 in bfloat16 or of 1024 in float16: their last bits count ones.
     """
     values = array(tensor).astype(np.int32) + offset + base
-    return _by_column(values.astype(np.uint16), blocks, columns)
+    return _by_group(values.astype(np.uint16), blocks, columns)
 
 
-def _by_column(values: Array, blocks: int, columns: int) -> Array:
-    if values.size == 1:
-        values = np.broadcast_to(values.reshape(1, 1), (blocks, columns))
-    return np.ascontiguousarray(values.reshape(blocks, columns).T)
+def _by_group(values: Array, blocks: int, columns: int) -> Array:
+    made = np.zeros((blocks, padded(columns)), values.dtype)
+    made[:, :columns] = values if values.size == 1 else values.reshape(blocks, columns)
+    return made

@@ -131,16 +131,16 @@ def of_quantized(low: Lowering, a: Ready, value: ir.Value, shape: Shape) -> Pend
     values = low.parameter(
         names[0],
         D.INT8,
-        (columns, padded * bits // 8),
+        (packing.padded(columns), padded * bits // 8),
         Recipe(packing.quantized, (names[0],), (bits,)),
         (data, "skinny"),
     )
     scales = low.parameter(
         names[1],
         a.dtype,
-        (columns, blocks),
+        (blocks, packing.padded(columns)),
         Recipe(packing.group_values, (names[1],), (blocks, columns)),
-        (scale, "by column", blocks),
+        (scale, "by group", blocks),
     )
     plain = 8 if data.dtype == D.INT4 else 0
     zeros: Ready | None = None
@@ -149,9 +149,9 @@ def of_quantized(low: Lowering, a: Ready, value: ir.Value, shape: Shape) -> Pend
         zeros = low.parameter(
             names[2],
             D.UINT16,
-            (columns, blocks),
+            (blocks, packing.padded(columns)),
             Recipe(packing.group_zeros, (names[2],), (blocks, columns, plain, base)),
-            (zero, "by column", blocks),
+            (zero, "by group", blocks),
         )
 
     def made(kernel: Kernel) -> tensor.Weight:

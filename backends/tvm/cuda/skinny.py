@@ -1,13 +1,14 @@
-"""Device code for products with few rows, as decoding has them: bound by reading the weights once.
+"""Device code for products with few rows before sm_90a, and for weights of 8 and 4 bits on every GPU.
 
 A block makes 16 columns of the result: its 8 warps share K, and their sums meet in shared memory. The
 weight is the left operand of mma.m16n8k16 (PTX ISA 8.5, section 9.7.13.4.8), the rows of x are the 8
 columns of the right one. The order of K inside a product is free as long as both operands agree, so
 that every thread reads 16 neighbouring bytes of a row of the weight, and of x.
 
-Weights of 8 and 4 bits are packed so (:func:`netlathe.backends.tvm.cuda.packing.quantized`): thread q of a
-quad finds, in 16 bytes, K = 32 p + 8 q + e for p below 2 or 4 and e below 8. They become halves by placing
-bits under an exponent: two to four instructions for two elements.
+Weights of 8 and 4 bits are packed so (:func:`netlathe.backends.tvm.cuda.packing.quantized`): 64 columns and
+one chunk of K are 4096 neighbouring bytes, 1024 for every 16 of them, and thread q of a quad finds, in 16
+bytes, K = 32 p + 8 q + e for p below 2 or 4 and e below 8. They become halves by placing bits under an
+exponent and taking off what that and the zero point add: four or five instructions for two elements.
 """
 
 from __future__ import annotations
@@ -25,10 +26,7 @@ def chunk(bits: int) -> int:
 
 def source(dtype: str) -> str:
     """The device functions; ``dtype`` is ``bf16`` or ``f16``."""
-    # 128 or 1024, whose last bits count ones; two ones.
-    magic, value, ones = (
-        ("0x4300u", 128, "0x3F803F80") if dtype == "bf16" else ("0x6400u", 1024, "0x3C003C00")
-    )
+    magic = "0x4300u" if dtype == "bf16" else "0x6400u"  # 128 or 1024, whose last bits count ones
     if dtype == "bf16":
         bytes_ = """
   const uint32_t h0 = __byte_perm(w, 0x43434343u, 0x4140), h1 = __byte_perm(w, 0x43434343u, 0x4342);
@@ -49,8 +47,7 @@ def source(dtype: str) -> str:
 #define NETLATHE_SKINNY_{dtype}
 #include <cuda_fp16.h>
 namespace netlathe_skinny_{dtype} {{
-constexpr float kMagic = {value}.0f;
-__device__ constexpr uint32_t kOnes[2] = {{{ones}u, {ones}u}};
+constexpr uint32_t kMagic = {magic};
 __device__ __forceinline__ float wide(uint16_t bits) {{ return {widened}; }}
 __device__ __forceinline__ uint32_t minus(uint32_t a, uint32_t b) {{
   uint32_t d;
@@ -58,7 +55,7 @@ __device__ __forceinline__ uint32_t minus(uint32_t a, uint32_t b) {{
   return d;
 }}
 __device__ __forceinline__ void multiply(float* d, const uint32_t* w, const uint32_t* u, const uint32_t* x) {{
-  asm volatile(
+  asm(
       "mma.sync.aligned.m16n8k16.row.col.f32.{dtype}.{dtype}.f32 {{%0, %1, %2, %3}}, {{%4, %5, %6, %7}},"
       " {{%8, %9}}, {{%0, %1, %2, %3}};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
@@ -66,14 +63,18 @@ __device__ __forceinline__ void multiply(float* d, const uint32_t* w, const uint
 }}
 __device__ __forceinline__ void from_bytes(uint32_t w, uint32_t* to) {{{bytes_}
 }}
-// kMagic more than what they are; products take off kMagic, and zero points, times the sum of x.
-__device__ __forceinline__ void from_nibbles(uint32_t w, uint32_t* to) {{
+// `zero` is twice the half that is kMagic and the zero point.
+__device__ __forceinline__ void from_nibbles(uint32_t w, uint32_t zero, uint32_t* to) {{
 #pragma unroll
-  for (int i = 0; i < 4; ++i) to[i] = ((w >> (4 * i)) & 0x000F000Fu) | ({magic} * 0x10001u);
+  for (int i = 0; i < 4; ++i) {{
+    asm("lop3.b32 %0, %1, %2, %3, 0xEA;"  // (a & b) | c
+        : "=r"(to[i]) : "r"(w >> (4 * i)), "r"(0x000F000Fu), "r"(kMagic * 0x10001u));
+    to[i] = minus(to[i], zero);
+  }}
 }}
 // The halves of 16 bytes of weight: word p is K = 32 p + 8 q + (0 .. 7), 4 registers of 2.
 template <int kBits>
-__device__ __forceinline__ void halves(const uint4& w, int p, uint32_t* to) {{
+__device__ __forceinline__ void halves(const uint4& w, int p, uint32_t zero, uint32_t* to) {{
   const uint32_t* words = reinterpret_cast<const uint32_t*>(&w);
   if constexpr (kBits == 16) {{
     for (int i = 0; i < 4; ++i) to[i] = words[i];
@@ -81,7 +82,7 @@ __device__ __forceinline__ void halves(const uint4& w, int p, uint32_t* to) {{
     from_bytes(words[2 * p], to);
     from_bytes(words[2 * p + 1], to + 2);
   }} else {{
-    from_nibbles(words[p], to);
+    from_nibbles(words[p], zero, to);
   }}
 }}
 __device__ __forceinline__ uint4 streamed(const uint4* at) {{
@@ -94,7 +95,7 @@ __device__ __forceinline__ uint4 streamed(const uint4* at) {{
 // Sums over the warp's share of K into its part of `sums`, [warp][row of x][column], for 16 * kRows
 // columns from `first` on and 8 * kTiles rows. kGroup: rows of K that share a scale; 0: none, or one for a
 // column, which the caller applies. kZero: what 4 bits stand for zero, or -1 where `zeros` has it for every
-// group, as a half.
+// group, as kMagic and it. Scales and zero points are [groups, columns], padded to a multiple of 64 columns.
 template <int kBits, int kTiles, int kRows, int kGroup, int kZero>
 __device__ __forceinline__ void product(
     const void* __restrict__ x_, const void* __restrict__ weight, const void* __restrict__ scales_,
@@ -104,12 +105,15 @@ __device__ __forceinline__ void product(
   constexpr int kChunk = 4 * 128 / kBits, kPieces = kChunk / 32, kHalves = 2 * kRows;
   constexpr int kAhead = (kBits == 4 ? 2 : 4) / kRows, kStep = {WARPS} * kChunk * kAhead;
   const int g = threadIdx.x % 32 / 4, q = threadIdx.x % 4;
-  const int groups = kGroup ? padded / (kGroup ? kGroup : 1) : 1;
+  const int stride = (columns + 63) / 64 * 64;
   const uint4* from[kHalves];
 #pragma unroll
-  for (int half = 0; half < kHalves; ++half)
-    from[half] =
-        static_cast<const uint4*>(weight) + (int64_t)(first + g + half * 8) * padded * kBits / 128 + q;
+  for (int half = 0; half < kHalves; ++half) {{
+    const int64_t sixteen = first / 16 + half / 2;
+    const int64_t row = kBits == 16 ? first + g + half * 8 : sixteen / 4 * 64;
+    from[half] = static_cast<const uint4*>(weight) + row * padded * kBits / 128
+        + (kBits == 16 ? q : sixteen % 4 * 64 + half % 2 * 32 + g * 4 + q);
+  }}
   float total[kTiles][kRows][4] = {{}};
   uint4 held[2][kAhead][kHalves];
   uint16_t scale[2][kAhead][kHalves], zero[2][kAhead][kHalves];
@@ -122,8 +126,9 @@ __device__ __forceinline__ void product(
         const int k = start + n * kChunk, here = first + g + half * 8;
         // With 16 bits rows are as they are: their last chunk may end early.
         const bool inside = here < columns && (kBits == 16 ? k + q * 8 < inner : k < padded);
-        held[buffer][n][half] = inside ? streamed(from[half] + k * kBits / 128) : make_uint4(0, 0, 0, 0);
-        const int64_t group = (int64_t)here * groups + (kGroup ? k / (kGroup ? kGroup : 1) : 0);
+        const int at = kBits == 16 ? k * kBits / 128 : k / kChunk * 256;
+        held[buffer][n][half] = inside ? streamed(from[half] + at) : make_uint4(0, 0, 0, 0);
+        const int64_t group = (int64_t)(kGroup ? k / (kGroup ? kGroup : 1) : 0) * stride + here;
         if (kGroup) scale[buffer][n][half] = inside ? scales[group] : 0;
         if (kZero < 0) zero[buffer][n][half] = inside ? zeros[group] : 0;
       }}
@@ -132,7 +137,11 @@ __device__ __forceinline__ void product(
 #pragma unroll
     for (int n = 0; n < kAhead; ++n) {{
       const int k = start + n * kChunk;
-      float part[kTiles][kRows][4] = {{}}, whole[kTiles][4] = {{}};
+      float part[kTiles][kRows][4] = {{}};
+      uint32_t offset[kHalves];
+#pragma unroll
+      for (int half = 0; half < kHalves; ++half)
+        offset[half] = (kZero < 0 ? zero[buffer][n][half] : kMagic + kZero) * 0x10001u;
 #pragma unroll
       for (int p = 0; p < kPieces; ++p) {{
         uint32_t w[kHalves][4], r[kTiles][4];
@@ -145,7 +154,8 @@ __device__ __forceinline__ void product(
           r[tile][0] = v.x, r[tile][1] = v.y, r[tile][2] = v.z, r[tile][3] = v.w;
         }}
 #pragma unroll
-        for (int half = 0; half < kHalves; ++half) halves<kBits>(held[buffer][n][half], p, w[half]);
+        for (int half = 0; half < kHalves; ++half)
+          halves<kBits>(held[buffer][n][half], p, offset[half], w[half]);
 #pragma unroll
         for (int tile = 0; tile < kTiles; ++tile) {{
 #pragma unroll
@@ -153,10 +163,6 @@ __device__ __forceinline__ void product(
 #pragma unroll
             for (int two = 0; two < 4; two += 2)
               multiply(part[tile][i], w[2 * i] + two, w[2 * i + 1] + two, r[tile] + two);
-          if (kBits == 4) {{
-            multiply(whole[tile], kOnes, kOnes, r[tile]);
-            multiply(whole[tile], kOnes, kOnes, r[tile] + 2);
-          }}
         }}
       }}
 #pragma unroll
@@ -165,13 +171,8 @@ __device__ __forceinline__ void product(
         for (int j = 0; j < 4; ++j) {{
           const int half = 2 * i + j / 2;
           const float factor = kGroup ? wide(scale[buffer][n][half]) : 1.0f;
-          const float offset = kBits != 4 ? 0.0f : kZero < 0 ? wide(zero[buffer][n][half]) : kMagic + kZero;
 #pragma unroll
-          for (int tile = 0; tile < kTiles; ++tile) {{
-            float value = part[tile][i][j];
-            if (kBits == 4) value -= offset * whole[tile][j % 2];
-            total[tile][i][j] += value * factor;
-          }}
+          for (int tile = 0; tile < kTiles; ++tile) total[tile][i][j] += part[tile][i][j] * factor;
         }}
     }}
   }};
@@ -208,24 +209,24 @@ __device__ __forceinline__ float sum(const float* sums, int64_t row, int64_t col
 template <int kBits, int kGroup, int kZero>
 __device__ __forceinline__ void expand(
     const void* __restrict__ weight, const void* __restrict__ scales_, const void* __restrict__ zeros_,
-    uint16_t* __restrict__ to, int64_t inner, int64_t padded, int64_t piece) {{
+    uint16_t* __restrict__ to, int64_t inner, int64_t padded, int64_t columns, int64_t piece) {{
   const uint16_t* scales = static_cast<const uint16_t*>(scales_);
   const uint16_t* zeros = static_cast<const uint16_t*>(zeros_);
   constexpr int kChunk = 4 * 128 / kBits, kPieces = kChunk / 32;
-  const int64_t each = padded * kBits / 128, column = piece / each, within = piece % each;
-  const int64_t k = within / 4 * kChunk, q = within % 4, groups = kGroup ? padded / (kGroup ? kGroup : 1) : 1;
-  const int64_t group = column * groups + (kGroup ? k / (kGroup ? kGroup : 1) : 0);
+  const int64_t chunks = padded / kChunk, q = piece % 4, k = piece / 256 % chunks * kChunk;
+  const int64_t column = piece / 256 / chunks * 64 + piece % 256 / 4;
+  if (column >= columns) return;
+  const int64_t group = (kGroup ? k / (kGroup ? kGroup : 1) : 0) * ((columns + 63) / 64 * 64) + column;
   const uint4 held = streamed(static_cast<const uint4*>(weight) + piece);
-  const float offset = kBits != 4 ? 0.0f : kZero < 0 ? wide(zeros[group]) : kMagic + kZero;
+  const uint32_t zero = (kZero < 0 ? zeros[group] : kMagic + kZero) * 0x10001u;
   const float scale = wide(scales[group]);
 #pragma unroll
   for (int p = 0; p < kPieces; ++p) {{
     uint32_t w[4];
-    halves<kBits>(held, p, w);
+    halves<kBits>(held, p, zero, w);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {{
-      const float low = (wide((uint16_t)w[i]) - offset) * scale;
-      const float high = (wide((uint16_t)(w[i] >> 16)) - offset) * scale;
+      const float low = wide((uint16_t)w[i]) * scale, high = wide((uint16_t)(w[i] >> 16)) * scale;
       asm("cvt.rn.{dtype}x2.f32 %0, %1, %2;" : "=r"(w[i]) : "f"(high), "f"(low));
     }}
     const int64_t own = k + p * 32 + q * 8;

@@ -10,11 +10,11 @@ import onnx_ir as ir
 from tvm import tirx
 
 from netlathe.backends.tvm import storage
-from netlathe.backends.tvm.cuda import ampere, hopper, skinny
+from netlathe.backends.tvm.cuda import ampere, hopper, packing, skinny, stream
 from netlathe.backends.tvm.cuda.code import GpuCode
 from netlathe.backends.tvm.tir import PARALLEL, VECTORIZED, Expr, cast, i64, idiv, imod
 
-PROCESSORS = 132  # of an H100 or H200; more blocks than a GPU has wait their turn
+PROCESSORS = stream.PROCESSORS
 
 
 def warpgroups(
@@ -44,8 +44,9 @@ def warpgroups(
     tiles = down * across
     groups = tirx.min(tiles, i64(PROCESSORS // cluster))
     steps = cast(idiv(inner + i64(hopper.DEEP - 1), hopper.DEEP), "int32")
-    map_a = code.tensor_map(a, rows, inner, (hopper.ROWS, hopper.DEEP), 2)
-    map_b = code.tensor_map(b, columns, inner, (shape.columns // cluster, hopper.DEEP), 2)
+    map_a = code.tensor_map(a, [inner, rows], [inner], (hopper.DEEP, hopper.ROWS), 2)
+    share = (hopper.DEEP, shape.columns // cluster)
+    map_b = code.tensor_map(b, [inner, columns], [inner], share, 2)
     with code.launch(groups * i64(cluster), hopper.THREADS, cluster, least=1) as (block, thread):
         memory = code.alloc([shape.shared_bytes], "uint8", scope="shared.dyn")
         shared = code.address(memory)
@@ -136,8 +137,9 @@ def warps(
 class Weight:
     """A constant right operand [columns, inner]: halves (16 bits), or packed integers of 8 or 4 bits.
 
-    ``scales`` [columns, groups] are halves, one for every ``group`` elements; ``group`` 0: one for a column.
-    ``zeros`` likewise, or None where 4 bits stand for zero as ``zero``.
+    Columns of packed integers, ``scales`` and ``zeros`` are padded to a multiple of 64. ``scales`` [groups,
+    columns] are halves, one for every ``group`` elements; ``group`` 0: one for a column. ``zeros``
+    likewise, or None where 4 bits stand for zero as ``zero``.
     """
 
     values: Any
@@ -171,13 +173,122 @@ def few_rows(
 
     ``a`` [rows, inner] is a flat buffer of halves; inner is a multiple of 8.
     """
+    kind = ir.DataType.BFLOAT16 if dtype == "bf16" else ir.DataType.FLOAT16
+
+    def scaled(row: Expr, column: Expr, value: Expr) -> None:
+        if weight.scales is not None and weight.group == 0:
+            scale = storage.load(code, kind, tirx.BufferLoad(weight.scales, [column]))
+            value = code.bind(value * scale)
+        finish(row, column, value)
+
+    _, inner, columns = sizes
+    shape = None
+    if code.has_wgmma and inner % 64 == 0:  # whole swizzled rows
+        facts = (weight.padded(inner), weight.group, weight.zeros is not None, weight.zero)
+        shape = stream.chosen(weight.bits, tiles, columns, *facts)
+    if shape is None:
+        _loaded(code, dtype, a, weight, sizes, tiles, scaled)
+    else:
+        _streamed(code, dtype, a, weight, sizes, shape, scaled)
+
+
+def _streamed(
+    code: GpuCode,
+    dtype: str,
+    a: Any,
+    weight: Weight,
+    sizes: tuple[Expr, int, int],
+    shape: stream.Shape,
+    finish: Callable[[Expr, Expr, Expr], None],
+) -> None:
+    """On sm_90a: weights through shared memory."""
+    rows, inner, columns = sizes
+    text = stream.source(shape, dtype)
+
+    def named(function: str) -> str:
+        return stream.name(shape, dtype, function)
+
+    def small(value: Expr | int) -> Expr:
+        return cast(i64(value), "int32")
+
+    end, across = weight.padded(inner), packing.padded(columns)
+    tiles = -(-columns // shape.columns)
+    clusters = min(tiles, stream.PROCESSORS // shape.splits)
+    row = 64  # elements of K in a swizzled row of 128 bytes; a stage has several
+
+    def deep(source: Any, lines: Expr, box: int) -> Expr:
+        sizes = [i64(row), lines, i64(inner // row)]
+        box_ = (row, box, shape.deep // row)
+        return code.tensor_map(source, sizes, [i64(inner), i64(row)], box_, 2)
+
+    map_a = deep(a, rows, 8 * shape.tiles)
+    maps: dict[str, Expr] = {}
+    if weight.bits == 16:
+        maps["weight"] = deep(weight.values, i64(columns), shape.columns)
+    else:
+        chunks = end // skinny.chunk(weight.bits)
+        sizes_ = [i64(size) for size in (256, 4, chunks, across // 64)]
+        strides = [i64(size) for size in (256, 1024, 1024 * chunks)]
+        box_ = (256, min(4, shape.columns // 16), shape.down, max(1, shape.columns // 64))
+        maps["weight"] = code.tensor_map(weight.values, sizes_, strides, box_, 4, swizzled=False)
+    for role, buffer in (("scales", weight.scales), ("zeros", weight.zeros)):
+        if buffer is not None and (weight.group or role == "zeros"):
+            sizes_ = [i64(across), i64(end // weight.group if weight.group else 1)]
+            box = (shape.columns, shape.groups)
+            maps[role] = code.tensor_map(buffer, sizes_, sizes_[:1], box, 2, swizzled=False)
+
+    def mapped(role: str) -> Expr:
+        return tirx.address_of(maps[role]) if role in maps else tirx.const(0, "uint64")
+
+    blocks = i64(clusters * shape.splits)
+    launch = code.launch(blocks, shape.threads, shape.splits, least=1, waits=False)
+    with launch as (block, thread):
+        shared = code.address(code.alloc([shape.shared_bytes], "uint8", scope="shared.dyn"))
+        code.run(named("start"), text, shared)
+        first = code.bind(idiv(block, shape.splits))
+
+        def copy() -> None:
+            numbers = [small(item) for item in (first, clusters, tiles, end)]
+            sources = (mapped(role) for role in ("weight", "scales", "zeros"))
+            code.run(named("produce"), text, shared, tirx.address_of(map_a), *sources, *numbers)
+
+        def multiply() -> None:
+            own = code.bind(imod(block, shape.splits) * i64(shape.slice))
+            with code.loop(idiv(i64(tiles - 1) - first, clusters) + i64(1)) as number:
+                code.run(named("consume"), text, shared, small(number), small(end))
+                left = code.bind((first + number * i64(clusters)) * i64(shape.columns) + own)
+                count = shape.slice * 8 * shape.tiles
+                with code.loop(-(-count // shape.multiplying), VECTORIZED) as step:
+                    at = code.bind(step * i64(shape.multiplying) + thread)
+                    row, within = (code.bind(op(at, shape.slice)) for op in (idiv, imod))
+                    column = code.bind(left + within)
+                    # There are at most 8 * tiles rows, so that this leaves out what is beyond `count`.
+                    with code.when(tirx.And(row < rows, column < i64(columns))):
+                        value = code.call(named("sum"), text, "float32", shared, row, within)
+                        finish(row, column, code.bind(value))
+                code.run(named("release"), text, shared)
+
+        code.branch(thread >= i64(shape.multiplying), copy, multiply)
+        code.run(named("finish"), text)
+
+
+def _loaded(
+    code: GpuCode,
+    dtype: str,
+    a: Any,
+    weight: Weight,
+    sizes: tuple[Expr, int, int],
+    tiles: int,
+    finish: Callable[[Expr, Expr, Expr], None],
+) -> None:
+    """On every GPU: weights into registers."""
     rows, inner, columns = sizes
     text = skinny.source(dtype)
     # Twice the columns halve what a block reads of x, where there are blocks enough.
     wide = 2 if columns >= 4 * PROCESSORS * skinny.COLUMNS else 1
     across = wide * skinny.COLUMNS
     blocks = i64(-(-columns // across))
-    with code.launch(blocks, skinny.THREADS) as (block, thread):
+    with code.launch(blocks, skinny.THREADS, least=2) as (block, thread):
         count = skinny.WARPS * skinny.MOST_ROWS * across
         sums = code.address(code.alloc([count], "float32", scope="shared"))
         pointers = [code.address(a), code.address(weight.values)]
@@ -198,10 +309,6 @@ def few_rows(
             with code.when(tirx.And(row < rows, column < i64(columns))):
                 total = skinny.name(dtype, f"sum<{wide}>")
                 value = code.call(total, text, "float32", sums, row, within)
-                if weight.scales is not None and weight.group == 0:
-                    kind = ir.DataType.BFLOAT16 if dtype == "bf16" else ir.DataType.FLOAT16
-                    scale = tirx.BufferLoad(weight.scales, [column])
-                    value = value * storage.load(code, kind, scale)
                 finish(row, column, code.bind(value))
 
 
@@ -209,11 +316,11 @@ def expanded(code: GpuCode, dtype: str, weight: Weight, inner: int, columns: int
     """A quantized weight as halves [columns, inner] in scratch memory, written by a launch of its own."""
     text = skinny.source(dtype)
     made = code.kernel.workspace(i64(columns * inner), "uint16")
-    pieces = columns * weight.padded(inner) * weight.bits // 128
+    pieces = packing.padded(columns) * weight.padded(inner) * weight.bits // 128
     with code.loop(pieces, PARALLEL) as piece:
         pointers = [code.address(weight.values), code.address(weight.scales)]
         pointers += [code.null() if weight.zeros is None else code.address(weight.zeros)]
         expand = skinny.name(dtype, f"expand<{weight.bits}, {weight.parameters}>")
-        numbers = (i64(inner), i64(weight.padded(inner)), piece)
+        numbers = (i64(inner), i64(weight.padded(inner)), i64(columns), piece)
         code.run(expand, text, *pointers, code.address(made), *numbers)
     return made

@@ -33,8 +33,9 @@ def test_nibbles_come_back(inner: int, magic: int, half: Any) -> None:
     values = np.random.default_rng(inner).integers(-8, 8, (inner, 5)).astype(INT4)
     packed = packing.quantized(tensor(values, ir.DataType.INT4), 4)
     padded = -(-inner // 128) * 128
-    assert packed.dtype == np.int8 and packed.shape == (5, padded // 2)
-    words = packed.view(np.uint32).reshape(5, padded // 128, 4, 4)  # [column, chunk, q, p]
+    assert packed.dtype == np.int8 and packed.shape == (64, padded // 2)
+    words = packed.view(np.uint32).reshape(padded // 128, 64, 4, 4)  # [chunk, column, q, p]
+    words = words[:, :5].swapaxes(0, 1)
     found = np.empty((5, padded))
     for chunk in range(padded // 128):
         for q in range(4):
@@ -51,12 +52,15 @@ def test_nibbles_come_back(inner: int, magic: int, half: Any) -> None:
 
 @pytest.mark.parametrize("inner", [64, 200])
 def test_bytes_come_back(inner: int) -> None:
-    values = np.random.default_rng(inner).integers(-128, 128, (inner, 3)).astype(np.int8)
+    columns = 67
+    values = np.random.default_rng(inner).integers(-128, 128, (inner, columns)).astype(np.int8)
     packed = packing.quantized(tensor(values, ir.DataType.INT8), 8)
     padded = -(-inner // 64) * 64
-    assert packed.shape == (3, padded)
-    pieces = packed.reshape(3, padded // 64, 4, 2, 8)  # [column, chunk, q, p, e]
-    found = pieces.swapaxes(2, 3).reshape(3, padded)  # K = 32 p + 8 q + e
+    assert packed.shape == (128, padded)
+    pieces = packed.reshape(2, padded // 64, 64, 4, 2, 8)  # [64 columns, chunk, column, q, p, e]
+    found = pieces.transpose(0, 2, 1, 4, 3, 5).reshape(128, padded)  # K = 32 p + 8 q + e
+    np.testing.assert_array_equal(found[columns:], 0)
+    found = found[:columns]
     np.testing.assert_array_equal(found[:, :inner], values.T)
     # As bfloat16: 128 + the low seven bits, less 128, or 256 where the byte is negative.
     every = np.arange(-128, 128, dtype=np.int8).view(np.uint8)
@@ -70,17 +74,17 @@ def test_zero_points_stand_as_the_halves_that_are_taken_off() -> None:
         made = packing.group_zeros(tensor(values, ir.DataType.INT4), 2, 2, 8, base)
         offset = np.array(base, np.uint16).view(half).astype(np.float64)
         np.testing.assert_array_equal(
-            made.view(half).astype(np.float64) - offset - 8, values.astype(np.float64).T
+            made[:, :2].view(half).astype(np.float64) - offset - 8, values.astype(np.float64)
         )
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (4,), (3, 4)])
-def test_scales_lie_by_column(shape: tuple[int, ...]) -> None:
+def test_scales_lie_by_group(shape: tuple[int, ...]) -> None:
     values = np.random.default_rng(0).random(shape).astype(np.float16)
     blocks = shape[0] if len(shape) == 2 else 1
     made = packing.group_values(tensor(values, ir.DataType.FLOAT16), blocks, 4)
-    np.testing.assert_array_equal(made, np.broadcast_to(values, (blocks, 4)).T)
-    assert made.flags.c_contiguous
+    assert made.shape == (blocks, 64) and made.flags.c_contiguous
+    np.testing.assert_array_equal(made[:, :4], np.broadcast_to(values, (blocks, 4)))
 
 
 def test_a_transposed_weight() -> None:

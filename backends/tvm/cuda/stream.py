@@ -1,0 +1,430 @@
+"""Device code for products with few rows on sm_90a: weights stream through shared memory.
+
+One warp copies; one or two teams of eight multiply, taking turns with the stages. A cluster of ``splits``
+blocks makes ``columns`` columns of the result, its blocks sharing K stage by stage; each adds up a slice of
+the columns from what all of them send it. A block walks over tiles and its copies run ahead through them, so
+that some 150 KB are always on their way to every multiprocessor. Weights wait for nothing: their first stages
+are asked for before the kernel in front of this one has ended (griddepcontrol); only what it may have written
+is waited for.
+
+The weight is the left operand of mma.m16n8k16 (PTX ISA 8.5, section 9.7.13.4.8), the rows of x are the 8
+columns of the right one. The order of K inside a product is free as long as both operands agree, so that a
+thread reads 16 neighbouring bytes of either: K = 32 p + 8 q + e for thread q of a quad, as
+:mod:`netlathe.backends.tvm.cuda.skinny` has it, which unpacks the weights. Other instructions follow
+sections 9.7.8.24 (cp.async.bulk), 9.7.12.15 (mbarrier) and 9.7.12.13 (griddepcontrol).
+
+Few large copies matter: one thread starts a copy in some 80 ns, so that a stage is two or three of them, over
+arrays of three and four dims. So does waiting on the block's own barriers without ``.cluster``, which would
+empty the level-1 cache each time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from netlathe.backends.tvm.cuda import skinny
+
+WARPS = 8  # of a team
+PROCESSORS = 132  # of an H100 or H200
+_WEIGHTS = 16 << 10  # bytes of the weight in a stage: 2 KB for every warp
+_SHARED = 225 << 10  # of a block, below the 227 KB there are
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A tile of ``columns`` columns (32 to 256) and 8 * ``tiles`` rows; ``splits`` blocks share its K.
+
+    ``group`` rows of K share a scale, 0: one for each column or none. Zero points are given where ``zeros``
+    says so, else ``zero`` of 4 bits stands for zero.
+    """
+
+    bits: int
+    tiles: int
+    columns: int
+    splits: int
+    group: int = 0
+    zeros: bool = False
+    zero: int = 8
+
+    @property
+    def teams(self) -> int:
+        """Two where a thread has few registers to keep: unpacking takes time."""
+        return 2 if self.tiles == 1 else 1
+
+    @property
+    def multiplying(self) -> int:
+        """Threads of the teams."""
+        return 32 * WARPS * self.teams
+
+    @property
+    def threads(self) -> int:
+        """All of them: one more warp copies."""
+        return self.multiplying + 32
+
+    @property
+    def deep(self) -> int:
+        """What a stage has of K."""
+        return _WEIGHTS * 8 // self.bits // self.columns
+
+    @property
+    def down(self) -> int:
+        """Warps that share K in a stage: each has one chunk of it."""
+        return WARPS * 32 // self.columns
+
+    @property
+    def groups(self) -> int:
+        """Groups of K in a stage, for which scales or zero points are copied."""
+        if not self.group:
+            return int(self.zeros)
+        return max(1, self.deep // self.group)
+
+    @property
+    def fits(self) -> bool:
+        """Whether stages and groups have common ends."""
+        return not self.group or self.deep % self.group == 0 or self.group % self.deep == 0
+
+    @property
+    def scale_bytes(self) -> int:
+        """Of scales in a stage, and of zero points likewise; copies start at multiples of 128."""
+        return -(-self.groups * self.columns * 2 // 128) * 128
+
+    @property
+    def stage_bytes(self) -> int:
+        """Weights, rows of x, scales and zero points; swizzled rows start at multiples of 1024."""
+        return -(-(_WEIGHTS + 16 * self.tiles * self.deep + 2 * self.scale_bytes) // 1024) * 1024
+
+    @property
+    def sums_bytes(self) -> int:
+        """What the warps of the cluster send a block."""
+        return self.multiplying * 8 * self.tiles * 4
+
+    @property
+    def stages(self) -> int:
+        """As many as there is room for, the same number for each team, so that a stage is always one's."""
+        room = _SHARED - 2048 - self.sums_bytes
+        return room // self.stage_bytes // self.teams * self.teams
+
+    @property
+    def shared_bytes(self) -> int:
+        """To align it, the stages, the sums, the barriers."""
+        return 1024 + self.stages * self.stage_bytes + self.sums_bytes + 16 * self.stages + 16
+
+    @property
+    def slice(self) -> int:
+        """Columns that a block of the cluster finishes."""
+        return self.columns // self.splits
+
+
+# What a stage costs in narrow tiles, by bits of the weight, where one in wide tiles costs 1: it has twice
+# the rows of x. And what sharing K between twice as many blocks costs a tile. Fitted to an H200.
+_NARROW = {16: 1.05, 8: 1.1, 4: 1.4}
+_SHARING = 8.0
+
+
+def chosen(
+    bits: int, tiles: int, columns: int, inner: int, group: int, zeros: bool, zero: int
+) -> Shape | None:
+    """The tile that the most loaded block is done with first; None where groups of K do not fit stages."""
+
+    def cost(shape: Shape) -> float:
+        across = -(-columns // shape.columns)
+        rounds = -(-across // (PROCESSORS // shape.splits))
+        stages = -(-inner // shape.deep) / shape.splits
+        each = _NARROW[bits] if shape.columns == 32 else 1.0
+        return rounds * (stages * each + _SHARING * (shape.splits.bit_length() - 1))
+
+    shapes = [
+        Shape(bits, tiles, across, splits, group, zeros, zero)
+        for across in (64, 32)
+        for splits in (1, 2, 4, 8)
+    ]
+    able = [s for s in shapes if s.fits and -(-inner // s.deep) >= s.splits]
+    return min(able, key=cost, default=None)
+
+
+def source(shape: Shape, dtype: str) -> str:
+    """The device functions for one shape; ``dtype`` is ``bf16`` or ``f16``."""
+    s = shape
+    zero = "half_at(at + kZeros + place)" if s.zeros else f"kMagic + {s.zero}u"
+    return f"""{skinny.source(dtype)}
+#ifndef NETLATHE_{_stem(s, dtype)}
+#define NETLATHE_{_stem(s, dtype)}
+namespace netlathe_{_stem(s, dtype)} {{
+using namespace netlathe_skinny_{dtype};
+constexpr int kBits = {s.bits}, kTiles = {s.tiles}, kColumns = {s.columns};
+constexpr int kSplits = {s.splits}, kGroup = {s.group};
+constexpr int kChunk = 512 / kBits, kAcross = kColumns / 32, kDown = {s.down}, kDeep = {s.deep};
+constexpr int kStages = {s.stages}, kStageBytes = {s.stage_bytes}, kGroups = {s.groups};
+constexpr int kRows = {_WEIGHTS}, kScales = kRows + 16 * kTiles * kDeep, kZeros = kScales + {s.scale_bytes};
+constexpr int kSlice = {s.slice}, kSums = kStages * kStageBytes, kBarriers = kSums + {s.sums_bytes};
+
+__device__ __forceinline__ uint32_t base(const void* shared) {{
+  return (static_cast<uint32_t>(__cvta_generic_to_shared(shared)) + 1023u) & ~1023u;
+}}
+__device__ __forceinline__ uint32_t full(uint32_t at, int stage) {{ return at + kBarriers + stage * 8; }}
+__device__ __forceinline__ uint32_t empty(uint32_t at, int stage) {{ return full(at, kStages + stage); }}
+__device__ __forceinline__ uint32_t ready(uint32_t at) {{ return full(at, 2 * kStages); }}
+__device__ __forceinline__ uint32_t taken(uint32_t at) {{ return full(at, 2 * kStages + 1); }}
+__device__ __forceinline__ int rank() {{
+  if (kSplits == 1) return 0;
+  uint32_t r;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(r));
+  return (int)r;
+}}
+__device__ __forceinline__ void set(uint32_t barrier, int count) {{
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count));
+}}
+// `far`: what other blocks of the cluster did before they arrived is seen, too.
+template <bool far = false>
+__device__ __forceinline__ void wait(uint32_t barrier, uint32_t parity) {{
+  if (far && kSplits > 1)
+    asm volatile(
+        "{{\\n.reg .pred p;\\nAGAIN:\\n"
+        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%0], %1;\\n"
+        "@p bra DONE;\\nbra AGAIN;\\nDONE:\\n}}"
+        ::"r"(barrier), "r"(parity) : "memory");
+  else
+    asm volatile(
+        "{{\\n.reg .pred p;\\nAGAIN:\\n"
+        "mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\\n@p bra DONE;\\nbra AGAIN;\\nDONE:\\n}}"
+        ::"r"(barrier), "r"(parity) : "memory");
+}}
+__device__ __forceinline__ uint32_t at_block(uint32_t address, int block) {{
+  if (kSplits == 1) return address;
+  uint32_t far;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(far) : "r"(address), "r"(block));
+  return far;
+}}
+// One arrival of the warp, after what its threads did, at the same barrier of every block of the cluster.
+__device__ __forceinline__ void tell_all(uint32_t barrier) {{
+  __syncwarp();
+  if (kSplits == 1) {{
+    if (threadIdx.x % 32 == 0)
+      asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+  }} else if (threadIdx.x % 32 < kSplits)
+    asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];"
+                 ::"r"(at_block(barrier, threadIdx.x % 32)) : "memory");
+}}
+__device__ __forceinline__ void cluster_barrier() {{
+  if (kSplits > 1) asm volatile("barrier.cluster.arrive;\\nbarrier.cluster.wait;" ::: "memory");
+}}
+// Everything that kernels in front have written is there.
+__device__ __forceinline__ void follow() {{ asm volatile("griddepcontrol.wait;" ::: "memory"); }}
+
+// Every thread, first.
+__device__ __forceinline__ void start(uint8_t* shared) {{
+  const uint32_t at = base(shared);
+  if (threadIdx.x == 0) {{
+    for (int stage = 0; stage < kStages; ++stage) {{
+      set(full(at, stage), 1);
+      set(empty(at, stage), {WARPS});
+    }}
+    set(ready(at), {WARPS * s.teams} * kSplits);
+    set(taken(at), {WARPS * s.teams} * kSplits);
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  }}
+  asm volatile("griddepcontrol.launch_dependents;");
+  __syncthreads();
+  cluster_barrier();
+}}
+__device__ __forceinline__ void finish() {{ cluster_barrier(); }}
+
+// A box of a matrix; or one of rows of 128 bytes, which are what is 64 elements of K deep.
+__device__ __forceinline__ void copy(
+    uint32_t to, uint64_t map, uint32_t barrier, int across, int down, uint64_t policy) {{
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint"
+      " [%0], [%1, {{%3, %4}}], [%2], %5;"
+      ::"r"(to), "l"(map), "r"(barrier), "r"(across), "r"(down), "l"(policy) : "memory");
+}}
+__device__ __forceinline__ void copy_rows(
+    uint32_t to, uint64_t map, uint32_t barrier, int row, int k, uint64_t policy) {{
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint"
+      " [%0], [%1, {{%3, %4, %5}}], [%2], %6;"
+      ::"r"(to), "l"(map), "r"(barrier), "r"(0), "r"(row), "r"(k / 64), "l"(policy) : "memory");
+}}
+// Packed columns: dims are 1024 bytes of 16 columns, four times 16, chunks of K, 64 columns.
+__device__ __forceinline__ void copy_packed(
+    uint32_t to, uint64_t map, uint32_t barrier, int column, int chunk, uint64_t policy) {{
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint"
+      " [%0], [%1, {{%3, %4, %5, %6}}], [%2], %7;"
+      ::"r"(to), "l"(map), "r"(barrier), "r"(0), "r"(column % 64 / 16), "r"(chunk), "r"(column / 64),
+      "l"(policy) : "memory");
+}}
+// Stages of this block's share of K in a tile.
+__device__ __forceinline__ int share(int end) {{
+  return ((end + kDeep - 1) / kDeep - rank() + kSplits - 1) / kSplits;
+}}
+
+// The copying warp. `end` is where K ends in memory; tiles from `first` on, every `step`-th of `tiles`.
+__device__ __forceinline__ void produce(
+    uint8_t* shared, uint64_t map_x, uint64_t map_weight, uint64_t map_scales, uint64_t map_zeros, int first,
+    int step, int tiles, int end) {{
+  if (threadIdx.x != {s.multiplying}) return;
+  const uint32_t at = base(shared);
+  const int each = share(end), count = (tiles - first + step - 1) / step * each;
+  uint64_t once, often;
+  asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(once));
+  asm volatile("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(often));
+
+  auto place = [&](int number, int& tile, int& k) {{
+    tile = first + number / each * step;
+    k = (rank() + number % each * kSplits) * kDeep;
+  }};
+  auto constants = [&](int number) {{
+    int tile, k;
+    place(number, tile, k);
+    const int slot = number % kStages, left = tile * kColumns;
+    const uint32_t to = at + slot * kStageBytes, barrier = full(at, slot);
+    constexpr int kConstants = {int(bool(s.group)) + int(s.zeros)} * kGroups * kColumns * 2;
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;"
+                 ::"r"(barrier), "r"(kScales + kConstants) : "memory");
+    if (kBits == 16) copy_rows(to, map_weight, barrier, left, k, once);
+    else copy_packed(to, map_weight, barrier, left, k / kChunk, once);
+    const int group = kGroup ? k / (kGroup ? kGroup : 1) : 0;
+    if (kGroup) copy(to + kScales, map_scales, barrier, left, group, once);
+    if ({int(s.zeros)}) copy(to + kZeros, map_zeros, barrier, left, group, once);
+  }};
+  auto inputs = [&](int number) {{
+    int tile, k;
+    place(number, tile, k);
+    const int slot = number % kStages;
+    copy_rows(at + slot * kStageBytes + kRows, map_x, full(at, slot), 0, k, often);
+  }};
+  const int ahead = min(count, kStages);
+  for (int number = 0; number < ahead; ++number) constants(number);
+  follow();
+  for (int number = 0; number < ahead; ++number) inputs(number);
+  for (int number = ahead; number < count; ++number) {{
+    wait(empty(at, number % kStages), ((number / kStages) & 1) ^ 1);
+    constants(number);
+    inputs(number);
+  }}
+}}
+
+__device__ __forceinline__ uint4 held(const uint8_t* at) {{ return *reinterpret_cast<const uint4*>(at); }}
+__device__ __forceinline__ uint16_t half_at(const uint8_t* at) {{
+  return *reinterpret_cast<const uint16_t*>(at);
+}}
+// Rows of swizzled tiles are dealt to lanes so that eight neighbours read all banks: 0 4 1 5 2 6 3 7.
+__device__ __forceinline__ int dealt(int g) {{ return g / 2 + g % 2 * 4; }}
+
+// A multiplying warp's 32 columns and one chunk of K in a stage.
+__device__ __forceinline__ void use(const uint8_t* at, float (*total)[2][4]) {{
+  const int warp = threadIdx.x / 32 % {WARPS}, lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
+  const int across = warp % kAcross, down = warp / kAcross, row = dealt(g);
+  uint4 weight[4];
+  uint32_t zero[4];
+  float scale[4];
+#pragma unroll
+  for (int half = 0; half < 4; ++half) {{
+    const int column = across * 32 + half * 8;
+    if constexpr (kBits == 16) {{
+      const int piece = (down % 2 * 4 + q) ^ row;
+      weight[half] = held(at + down / 2 * kColumns * 128 + (column + row) * 128 + piece * 16);
+    }} else {{
+      const int sixteen = across * 2 + half / 2;
+      constexpr int kOf64 = kColumns < 64 ? kColumns / 16 : 4;
+      const int place = (sixteen / kOf64 * kDown + down) * kOf64 + sixteen % kOf64;
+      weight[half] = held(at + place * 1024 + half % 2 * 512 + lane * 16);
+    }}
+    const int group = kGroup ? down * kChunk / (kGroup ? kGroup : 1) % (kGroups ? kGroups : 1) : 0;
+    const int place = (group * kColumns + column + g) * 2;
+    if (kGroup) scale[half] = wide(half_at(at + kScales + place));
+    zero[half] = ({zero}) * 0x10001u;
+  }}
+  float part[kTiles][2][4] = {{}};
+  auto& sums = *reinterpret_cast<float (*)[kTiles][2][4]>(kGroup ? &part[0] : total);
+#pragma unroll
+  for (int p = 0; p < kChunk / 32; ++p) {{
+    uint32_t w[4][4];
+#pragma unroll
+    for (int half = 0; half < 4; ++half) halves<kBits>(weight[half], p, zero[half], w[half]);
+    const int k = down * kChunk + p * 32;
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile) {{
+      const int piece = (k % 64 / 8 + q) ^ row;
+      const uint4 v = held(at + kRows + k / 64 * kTiles * 1024 + (tile * 8 + row) * 128 + piece * 16);
+      const uint32_t x[4] = {{v.x, v.y, v.z, v.w}};
+#pragma unroll
+      for (int i = 0; i < 2; ++i)
+#pragma unroll
+        for (int two = 0; two < 4; two += 2)
+          multiply(sums[tile][i], w[2 * i] + two, w[2 * i + 1] + two, x + two);
+    }}
+  }}
+  if (kGroup)
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile)
+#pragma unroll
+      for (int i = 0; i < 2; ++i)
+#pragma unroll
+        for (int j = 0; j < 4; ++j) total[tile][i][j] += part[tile][i][j] * scale[2 * i + j / 2];
+}}
+
+// A multiplying warp's share of one tile, sent to the blocks that finish its columns.
+__device__ __forceinline__ void consume(uint8_t* shared, int tile_number, int end) {{
+  const uint32_t at = base(shared);
+  const int warp = threadIdx.x / 32 % {WARPS}, lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
+  const int across = warp % kAcross, down = warp / kAcross, each = share(end);
+  const int team = threadIdx.x / {32 * WARPS};
+  const uint8_t* stages = shared + (at - static_cast<uint32_t>(__cvta_generic_to_shared(shared)));
+  float total[kTiles][2][4] = {{}};
+  const int before = tile_number * each;
+  for (int step = (before + team) % {s.teams}; step < each; step += {s.teams}) {{
+    const int number = before + step, slot = number % kStages;
+    wait(full(at, slot), (number / kStages) & 1);
+    if ((rank() + step * kSplits) * kDeep + down * kChunk < end) use(stages + slot * kStageBytes, total);
+    __syncwarp();
+    if (lane == 0)
+      asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(empty(at, slot)) : "memory");
+  }}
+  if (tile_number == 0) follow();  // results may overwrite what kernels in front still read
+  else wait<true>(taken(at), (tile_number - 1) & 1);
+#pragma unroll
+  for (int half = 0; half < 4; ++half) {{
+    const int column = across * 32 + half * 8 + (kBits == 16 ? dealt(g) : g);
+    const int place = ((rank() * {s.teams} + team) * kDown + down) * kSlice + column % kSlice;
+    const uint32_t to = at_block(at + kSums + place * kTiles * 32, column / kSlice);
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile) {{
+      const float* from = total[tile][half / 2] + half % 2 * 2;
+      asm volatile("st.shared::cluster.v2.f32 [%0], {{%1, %2}};"
+                   ::"r"(to + tile * 32 + q * 8), "f"(from[0]), "f"(from[1]) : "memory");
+    }}
+  }}
+  tell_all(ready(at));
+  wait<true>(ready(at), tile_number & 1);
+}}
+// One result of the block's slice.
+__device__ __forceinline__ float sum(uint8_t* shared, int64_t row, int64_t column) {{
+  // The lane that held row r of eight had it as number 2 r, or 2 r - 7 from 4 on.
+  const int place = (int)(row / 8 * 8 + row % 4 * 2 + row / 4 % 2);
+  const uint32_t at = base(shared) + kSums + (int)column * kTiles * 32 + place * 4;
+  float value = 0.0f;
+#pragma unroll 8
+  for (int part = 0; part < kSplits * {s.teams} * kDown; ++part) {{
+    float v;
+    asm volatile("ld.shared.f32 %0, [%1];" : "=f"(v) : "r"(at + part * kSlice * kTiles * 32) : "memory");
+    value += v;
+  }}
+  return value;
+}}
+// The slice has been read: others may send the next.
+__device__ __forceinline__ void release(uint8_t* shared) {{ tell_all(taken(base(shared))); }}
+}}  // namespace
+#endif
+"""
+
+
+def _stem(shape: Shape, dtype: str) -> str:
+    s = shape
+    zero = "z" if s.zeros else s.zero
+    return f"stream_{dtype}_{s.bits}_{s.tiles}_{s.columns}_{s.splits}_{s.group}_{zero}"
+
+
+def name(shape: Shape, dtype: str, function: str) -> str:
+    """The function's name in C++."""
+    return f"netlathe_{_stem(shape, dtype)}::{function}"

@@ -1,0 +1,201 @@
+"""Kernels run on a GPU: products on ragged shapes against float64, and the ONNX project's node tests."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+import pytest
+from onnx.backend.test.case.test_case import TestCase
+
+pytest.importorskip("tvm", reason="the tvm extra is not installed")
+
+from netlathe.backends.tvm import runtime
+from netlathe.backends.tvm.cuda import toolkit
+from netlathe.backends.tvm.cuda.machine import ARCHITECTURES, Gpu, gpu
+from netlathe.ir import normal
+from tests.backends.tvm.test_tvm_nodes import _prepared
+from tests.execute.test_node_backend import CASES, _array
+
+Array = npt.NDArray[Any]
+HERE = [arch for arch in ARCHITECTURES if not runtime.gpu_lack([arch])]
+pytestmark = pytest.mark.skipif(not HERE, reason="no GPU that there are kernels for")
+ROWS = (1, 3, 8, 9, 16, 17, 130, 300)
+# Rounding the result to nearest, once: half a unit in the last place, over the mean significand.
+BOUNDS = {"bfloat16": 2.5e-3, "float16": 3.2e-4}
+HALVES: dict[str, Any] = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
+
+
+@dataclass(frozen=True)
+class OnMma(Gpu):
+    """A GPU that is taken for one without warpgroup products."""
+
+    @property
+    def has_wgmma(self) -> bool:
+        return False
+
+
+class OnGpu:
+    """A model compiled for the first GPU and held in its memory."""
+
+    def __init__(self, model: ir.Model, machine: Gpu) -> None:
+        toolkit.load()
+        import tvm
+        import tvm_ffi
+        from tvm import relax, tirx
+
+        from netlathe.backends.tvm import build as relaxed
+        from netlathe.backends.tvm import packing
+        from netlathe.backends.tvm.cuda import build
+        from netlathe.backends.tvm.lowering import Lowering
+
+        def compiled(source: str) -> bytes:
+            return toolkit.compile_fatbin(source, machine.archs)[0]
+
+        tvm_ffi.register_global_func("tvm_callback_cuda_compile", compiled, override=True)
+        pipeline = "netlathe-cuda-test"
+        tirx.compilation_pipeline.register_tir_pipeline(pipeline, build._tir_pipeline)
+        lowered = Lowering(model, machine).run()
+        executable = relax.build(
+            lowered.module,
+            build.target(machine),
+            relax_pipeline=relaxed.relax_pipeline(),
+            tir_pipeline=pipeline,
+        )
+        constants = packing.constants(model)
+        self._device = tvm.cuda(0)
+        self._tensor = tvm.runtime.tensor
+        made = [parameter.recipe.make(constants) for parameter in lowered.parameters]
+        self._parameters = [self._tensor(array, self._device) for array in made]
+        self._outputs = packing.records(model.graph.outputs)
+        self._inputs = packing.records(v for v in model.graph.inputs if not v.is_initializer())
+        virtual: Any = relax.VirtualMachine  # its annotation names another Device
+        self._main = virtual(executable, [self._device, tvm.cpu()])["main"]
+
+    def run(self, feeds: dict[str, Array]) -> dict[str, Array]:
+        """Outputs by name."""
+        arrays = runtime.check_feeds(self._inputs, feeds)
+        given = [self._tensor(np.require(a, requirements="C"), self._device) for a in arrays]
+        results = self._main(*given, *self._parameters)
+        return {
+            record["name"]: runtime.restored(result.numpy(), record["dtype"])
+            for record, result in zip(self._outputs, results, strict=True)
+        }
+
+
+def linear(half: str, kind: str, inner: int, columns: int, group: int) -> tuple[ir.Model, Array]:
+    """y = x * weight + bias as a model with any number of rows, and what the weight is in float64."""
+    rng = np.random.default_rng(inner + columns)
+    dtype = HALVES[half]
+    low, high, stored = {
+        "int8": (-128, 128, np.int8),
+        "int4": (-8, 8, ml_dtypes.int4),
+        "uint4": (0, 16, ml_dtypes.uint4),
+        half: (0, 1, dtype),
+    }[kind]
+    blocks = inner // group if group else 1
+    scale = ((rng.random((blocks, columns)) + 0.5) / (8 if "4" in kind else 128)).astype(dtype)
+    constants: dict[str, Any] = {"bias": rng.standard_normal(columns).astype(dtype)}
+    if kind == half:
+        weight = (rng.standard_normal((inner, columns)) / inner**0.5).astype(dtype)
+        constants["w"] = weight
+        values, node, name = weight.astype(np.float64), "", "w"
+    else:
+        whole = rng.integers(low, high, (inner, columns))
+        zero = rng.integers(low, high, (blocks, columns)) if kind == "uint4" else 0 * whole[:blocks]
+        constants["q"], constants["s"] = whole.astype(stored), scale if group else scale[0]
+        given = "q, s"
+        if kind == "uint4":
+            constants["z"] = (zero if group else zero[0]).astype(stored)
+            given = "q, s, z"
+        repeat = inner // blocks
+        factor = np.repeat(scale.astype(np.float64), repeat, 0)
+        values = (whole - np.repeat(zero, repeat, 0)) * factor
+        how = f"axis = 0, block_size = {group}" if group else "axis = 1"
+        node, name = f"d = DequantizeLinear <{how}> ({given})", "d"
+    model = ir.from_onnx_text(
+        f"""
+        <ir_version: 12, opset_import: ["" : 25]>
+        g ({half}[n, {inner}] x) => ({half}[n, {columns}] y)
+        {{
+            {node}
+            p = MatMul (x, {name})
+            y = Add (p, bias)
+        }}
+        """
+    )
+    used = {v.name: v for node in model.graph for v in node.inputs if v is not None}
+    for key, array in constants.items():
+        value = used[key]
+        value.const_value = ir.Tensor(array, dtype=ir.DataType.from_numpy(array.dtype))
+        value.dtype, value.shape = value.const_value.dtype, ir.Shape(array.shape)
+        model.graph.register_initializer(value)
+    normal.normalize(model)
+    return model, values
+
+
+@pytest.mark.parametrize("kernels", [Gpu, OnMma])
+@pytest.mark.parametrize("half", ["bfloat16", "float16"])
+@pytest.mark.parametrize(
+    ("kind", "inner", "columns", "group"),
+    [
+        ("half", 520, 391, 0),
+        ("half", 4160, 391, 0),
+        ("int8", 1088, 391, 0),
+        ("int8", 1024, 4100, 128),
+        ("int4", 1024, 391, 128),
+        ("int4", 1472, 130, 0),
+        ("uint4", 1024, 4100, 256),
+        ("uint4", 896, 391, 0),
+    ],
+)
+def test_product(
+    kernels: type[Gpu], half: str, kind: str, inner: int, columns: int, group: int
+) -> None:
+    model, weight = linear(half, half if kind == "half" else kind, inner, columns, group)
+    machine = gpu([HERE[-1]])
+    program = OnGpu(model, kernels(**vars(machine)))
+    rng = np.random.default_rng(1)
+    bias = next(v for v in model.graph.initializers.values() if v.name == "bias")
+    assert bias.const_value is not None
+    offset = bias.const_value.numpy().astype(np.float64)
+    for rows in ROWS:
+        x = rng.standard_normal((rows, inner)).astype(HALVES[half])
+        found = program.run({"x": x})["y"].astype(np.float64)
+        wanted = x.astype(np.float64) @ weight + offset
+        error = np.linalg.norm(found - wanted) / np.linalg.norm(wanted)
+        assert error < BOUNDS[half], (rows, error)
+
+
+EVERY = 4  # of the node tests, one in so many is run on a GPU
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, id=case.name) for case in CASES if "_expanded" not in case.name][::EVERY],
+)
+def test_node(case: TestCase) -> None:
+    from netlathe.diagnostics import InputError, LowerError
+
+    assert case.model is not None and case.data_sets is not None
+    try:
+        model = _prepared(ir.serde.deserialize_model(case.model))
+        program = OnGpu(model, gpu([HERE[-1]]))
+    except (InputError, LowerError) as error:
+        pytest.skip(f"refused: {error.diagnostics[0].message}")
+    for inputs, expected in case.data_sets:
+        names = [value.name or "" for value in model.graph.inputs]
+        results = program.run(dict(zip(names, map(_array, inputs), strict=True)))
+        for value, wanted in zip(model.graph.outputs, map(_array, expected), strict=True):
+            actual = results[value.name or ""]
+            assert actual.dtype == wanted.dtype and actual.shape == wanted.shape
+            if actual.dtype.kind not in "biufc":
+                actual, wanted = actual.astype(np.float32), wanted.astype(np.float32)
+            # float32 sums in another order, and functions of other libraries
+            rtol, atol = max(case.rtol, 1e-3), max(case.atol, 1e-5)
+            np.testing.assert_allclose(actual, wanted, rtol=rtol, atol=atol)

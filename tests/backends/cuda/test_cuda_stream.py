@@ -1,0 +1,36 @@
+"""How products with few rows are cut for an H200: all fits a multiprocessor, stages and groups agree."""
+
+from __future__ import annotations
+
+import pytest
+
+from netlathe.backends.tvm.cuda import stream
+
+SIZES = (1024, 4096, 8192, 11008, 28672)
+
+
+@pytest.mark.parametrize("bits", [16, 8, 4])
+@pytest.mark.parametrize("tiles", [1, 2])
+@pytest.mark.parametrize("group", [0, 128, 256, 1024])
+def test_shapes(bits: int, tiles: int, group: int) -> None:
+    for columns in SIZES:
+        for inner in SIZES:
+            shape = stream.chosen(bits, tiles, columns, inner, group, bits == 4, 8)
+            assert shape is not None
+            assert shape.shared_bytes <= 227 << 10
+            assert shape.stages >= 4 and shape.stages % shape.teams == 0
+            assert shape.deep * shape.columns * bits == 16384 * 8
+            assert not group or max(shape.deep, group) % min(shape.deep, group) == 0
+            assert shape.deep % 64 == 0  # whole swizzled rows
+            assert -(-inner // shape.deep) >= shape.splits  # every block has a stage
+
+
+def test_groups_that_no_stage_ends_with_are_left_to_other_kernels() -> None:
+    assert stream.chosen(8, 1, 4096, 4032, 192, False, 0) is None
+
+
+def test_few_columns_share_k() -> None:
+    few = stream.chosen(16, 1, 1024, 8192, 0, False, 0)
+    many = stream.chosen(16, 1, 28672, 8192, 0, False, 0)
+    assert few is not None and many is not None
+    assert few.splits > 1 and many.splits == 1
