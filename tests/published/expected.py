@@ -127,7 +127,7 @@ EXPECTED: Mapping[str, Expected] = {
     "channel_shuffle": Expected(
         channels=_sum({3: 4, 6: 8, 12: 4}, {2: 1}),
         hidden={4: 1},
-        pinned=(*_IMAGE, "sees it as one row of several"),
+        pinned=(*_IMAGE, "in the number of its groups and in the channels of each"),
     ),
     # Levels of two convolutions down; an upsampling and two convolutions for each of four up.
     "unet": Expected(
