@@ -250,19 +250,12 @@ def convolution(
     """
     low, shape = op.low, op.shape()
     sizes = tuple(weight.shape.numpy()) if weight.shape is not None else ()
-    if not low.machine.dot_bytes or len(sizes) != 4 or x.dtype not in _BYTES:
+    geometry = _geometry(op, sizes)
+    if not low.machine.dot_bytes or geometry is None or x.dtype not in _BYTES:
         return None
     if zero is not None and not zero.is_one:
         return None
-    groups = op.integer("group", 1)
-    geometry = conv.Geometry(
-        groups,
-        sizes[1],
-        sizes[0] // groups,
-        (sizes[2], sizes[3]),
-        _two(op.integers("strides")),
-        _two(op.integers("dilations")),
-    )
+    groups = geometry.groups
     if geometry.is_depthwise:
         return _depthwise(op, x, zero, weight, geometry, begins)
     if groups > 1 and sizes[1] % 4:
@@ -367,13 +360,53 @@ def _depthwise(
 
 
 def pair_convolution(op: Op, begins: tuple[int, int] | None) -> Value | None:
-    """A Conv of a dequantized activation and a dequantized weight, scaled after the sum, without its bias."""
+    """A Conv of a dequantized activation and a dequantized weight, scaled after the sum, without its bias.
+
+    The weight of a depthwise one may be floats.
+    """
     x, w = pair(op.node.inputs[0]), pair(op.node.inputs[1])
-    if x is None or w is None or begins is None or not _scales_fit(x, w, 0):
+    if x is None or begins is None:
         return None
     low = op.low
     zero = low.operand(low.value(x.zero)) if x.zero is not None else None
+    if w is None:
+        return _depthwise_by_floats(op, x, zero, begins)
+    if not _scales_fit(x, w, 0):
+        return None
     made = convolution(op, low.value(x.data), zero, w.data, begins)
     if made is None:
         return None
     return _scaled(low, made, x.scale, w.scale, 1)
+
+
+def _depthwise_by_floats(
+    op: Op, x: Pair, zero: Value | None, begins: tuple[int, int]
+) -> Value | None:
+    """A depthwise Conv of bytes, which no copy in float32 is made of, by constant floats."""
+    low, weight = op.low, op.node.inputs[1]
+    if weight is None or not weights.is_weight(weight) or weight.dtype != D.FLOAT:
+        return None
+    one = x.scale.shape is not None and all(dim == 1 for dim in x.scale.shape.numpy())
+    geometry = _geometry(op, tuple(weight.shape.numpy()) if weight.shape is not None else ())
+    if not one or (zero is not None and not zero.is_one) or not low.machine.dot_bytes:
+        return None
+    if geometry is None or not geometry.is_depthwise:
+        return None
+    made = _depthwise(op, low.value(x.data), zero, weight, geometry, begins)
+    scale = low.operand(low.value(x.scale))
+    return combine(low, lambda code, a, b: a * b, [made, scale], D.FLOAT, made.shape)
+
+
+def _geometry(op: Op, sizes: tuple[int, ...]) -> conv.Geometry | None:
+    """That of a Conv whose weight has these sizes, if it is over planes."""
+    if len(sizes) != 4:
+        return None
+    groups = op.integer("group", 1)
+    return conv.Geometry(
+        groups,
+        sizes[1],
+        sizes[0] // groups,
+        (sizes[2], sizes[3]),
+        _two(op.integers("strides")),
+        _two(op.integers("dilations")),
+    )

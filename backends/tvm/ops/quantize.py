@@ -17,8 +17,19 @@ from netlathe.backends.tvm.ops.op import D, Op, Rule, combine, is_cheap
 from netlathe.backends.tvm.ops.reduction import reduced
 from netlathe.backends.tvm.ops.window import biased, convolved, plain_begins
 from netlathe.backends.tvm.packing import Recipe
-from netlathe.backends.tvm.tir import Code, Expr, Index, cast, dtype_of, i64, idiv, select
-from netlathe.backends.tvm.values import ChannelsLast, Lazy, Value
+from netlathe.backends.tvm.tir import (
+    Code,
+    Expr,
+    Index,
+    cast,
+    const,
+    dtype_of,
+    i64,
+    idiv,
+    known,
+    select,
+)
+from netlathe.backends.tvm.values import ChannelsLast, Lazy, Pending, Value
 from netlathe.ir import weights
 from netlathe.ir.dims import Shape
 
@@ -60,7 +71,10 @@ def _dequantize(op: Op) -> Sequence[Value]:
     constant = weights.is_weight(op.node.inputs[0]) if op.node.inputs[0] is not None else False
     if constant and (folded := _constant_vector(op)) is not None:
         return [folded]
-    x = op.operand(0) if constant else dots.stored(op.low, op.value(0))
+    if constant:
+        x = op.operand(0)
+    else:
+        x = op.value(0) if _goes_on(op) else dots.stored(op.low, op.value(0))
     axis = op.axis(max(x.rank, 1), 1) if x.rank else 0
     block = op.integer("block_size")
     operands = [x, _spread(op.operand(1), x.shape, axis, block)]
@@ -80,6 +94,17 @@ def _dequantize(op: Op) -> Sequence[Value]:
     if isinstance(inner, Lazy) and (constant or op.operand(1).is_one):
         inner.cheap = True  # it is scaled where it is read, not written out
     return [made]
+
+
+def _goes_on(op: Op) -> bool:
+    """Whether the kernel that makes the integers can do what is done with the floats: a sum, and no other."""
+    made = op.value(0)
+    last = made.last if isinstance(made, ChannelsLast) else made
+    users = [user for user, _ in op.node.outputs[0].uses()]
+    given, result = op.node.inputs[0], op.node.outputs[0]
+    alone = given is not None and len(given.uses()) == 1 and not given.is_graph_output()
+    added = len(users) == 1 and users[0].op_type == "Add" and not result.is_graph_output()
+    return isinstance(last, Pending) and alone and added
 
 
 def _constant_vector(op: Op) -> Value | None:
@@ -116,13 +141,21 @@ def _quantize(op: Op) -> Sequence[Value]:
             ratio = storage.rounded(code, narrow, ratio)
         if target not in _RANGE:
             return convert(code, ratio, scale.dtype, target, bool(op.integer("saturate", 1)))
-        offset = cast(_integers(zero[0]), division) if zero else like(ratio, 0)
-        low, high = (like(ratio, end) - offset for end in _RANGE[target])
-        if isinstance(factor, tirx.FloatImm) and division == "float32":
-            ratio = _divided(code, value, float(factor.value), low, high)
-        return cast(
-            cast(nearest(code, ratio, low, high) + offset, "int32"), storage.computed(target)
+        offset = _offset(zero[0]) if zero else const(0, "int32")
+        moved = known(offset)
+        low, high = (
+            cast(const(end, "int32") - offset, division)
+            if moved is None
+            else like(ratio, float(end - moved))
+            for end in _RANGE[target]
         )
+        if division != "float32":
+            found = cast(nearest(code, ratio, low, high), "int32")
+        elif isinstance(factor, tirx.FloatImm) and narrow == D.FLOAT and moved is not None:
+            found = _last_bits(_divided(code, value, float(factor.value), low, high))
+        else:
+            found = _last_bits(_between(code, ratio, low, high))
+        return cast(found + offset, storage.computed(target))
 
     return [combine(op.low, quantize, operands, target, x.shape)]
 
@@ -137,15 +170,31 @@ def nearest(code: Code, x: Expr, low: Expr, high: Expr) -> Expr:
     return (_between(code, x, low, high) + rounder) - rounder
 
 
-def _divided(code: Code, x: Expr, divisor: float, low: Expr, high: Expr) -> Expr:
-    """x / divisor without a division, and as exact, between two limits; beyond them beyond them.
+def _offset(zero: Expr) -> Expr:
+    """A zero point in int32; a literal stays one."""
+    number = known(zero)
+    return cast(zero, "int32") if number is None else const(number, "int32")
 
-    P. Markstein, IBM J. Res. Dev. 34 (1990), 111: a quotient by the rounded reciprocal, and one step.
+
+def _last_bits(x: Expr) -> Expr:
+    """An int32 whose last 16 bits are those of ``x``, below 2^22 and rounded to the nearest, halves to even.
+
+    They are the last of the sum with 1.5 * 2^23, whatever the first are.
     """
-    inverse = like(x, float(np.float32(1 / np.float64(np.float32(divisor)))))
-    x = code.bind(x)
-    one = like(x, 1.0)
-    quotient = code.bind(_between(code, x * inverse, low - one, high + one))
+    return tirx.reinterpret("int32", x + like(x, _ROUNDER["float32"]))
+
+
+def _divided(code: Code, x: Expr, divisor: float, low: Expr, high: Expr) -> Expr:
+    """x / divisor, held between two integers, without a division, and as exact.
+
+    P. Markstein, IBM J. Res. Dev. 34 (1990), 111: a quotient by the rounded reciprocal, and one step. It
+    is x that is held: what the limits times the divisor, rounded, give is nearest to the limits.
+    """
+    wide = np.float32(divisor)
+    inverse = like(x, float(np.float32(1 / np.float64(wide))))
+    ends = (like(x, float(np.float32(end.value) * wide)) for end in (low, high))
+    x = code.bind(_between(code, x, *ends))
+    quotient = code.bind(x * inverse)
     return quotient + (x - quotient * like(x, divisor)) * inverse
 
 

@@ -158,3 +158,62 @@ def test_quantizing_by_a_constant_is_division(scale: float) -> None:
     with np.errstate(over="ignore"):
         expected = np.clip(np.rint(x / s) + 99, 0, 255).astype(np.uint8)
     np.testing.assert_array_equal(InProcess(model).run({"x": x})["y"], expected)
+
+
+def _agree(model: ir.Model, x: Array) -> None:
+    """Within one step, and nearly everywhere equal to ONNX Runtime, whose float sums have another order."""
+    actual = InProcess(model).run({"x": x})["y"].astype(int)
+    expected = ort.run(model, {"x": x})["y"].astype(int)
+    assert np.abs(actual - expected).max() <= 1
+    assert (actual != expected).mean() < 1e-3
+
+
+@pytest.mark.parametrize("dtype", ["int8", "uint8"])
+def test_depthwise_by_floats_reads_bytes(dtype: str) -> None:
+    rng = np.random.default_rng(0)
+    model = model_of(
+        f"""<ir_version: 10, opset_import: ["" : 25]>
+        one (float[n, 19, 9, 11] x, float s, {dtype} z, float[19, 1, 3, 3] w, float[19] b, float t)
+            => ({dtype}[n, 19, 5, 6] y) {{
+            q = QuantizeLinear(x, s, z)
+            f = DequantizeLinear(q, s, z)
+            m = Conv<kernel_shape=[3, 3], pads=[1, 1, 1, 1], strides=[2, 2], group=19>(f, w, b)
+            y = QuantizeLinear(m, t, z)
+        }}""",
+        s=np.array(0.03, np.float32),
+        z=np.array(-7 if dtype == "int8" else 121, dtype),
+        w=rng.normal(size=(19, 1, 3, 3)).astype(np.float32),
+        b=rng.normal(size=19).astype(np.float32),
+        t=np.array(0.07, np.float32),
+    )
+    # The input as bytes, the same with channels last, and the result in the usual order: no floats.
+    assert schedules(model).count("general") == 3
+    _agree(model, rng.normal(size=(2, 19, 9, 11)).astype(np.float32))
+
+
+def test_a_sum_is_done_where_its_bytes_are_made() -> None:
+    rng = np.random.default_rng(0)
+    model = model_of(
+        """<ir_version: 10, opset_import: ["" : 25]>
+        one (float[n, 16, 7, 5] x, float s, uint8 z, int8[16, 16, 1, 1] w, float ws, float t)
+            => (uint8[n, 16, 6, 4] y) {
+            q = QuantizeLinear(x, s, z)
+            f = DequantizeLinear(q, s, z)
+            g = DequantizeLinear(w, ws)
+            m = Conv<kernel_shape=[1, 1]>(f, g)
+            o = QuantizeLinear(m, t, z)
+            p = DequantizeLinear(o, t, z)
+            r = Add(f, p)
+            u = QuantizeLinear(r, t, z)
+            y = MaxPool<kernel_shape=[2, 2]>(u)
+        }""",
+        s=np.array(0.03, np.float32),
+        z=np.array(121, np.uint8),
+        w=numbers("int8", (16, 16, 1, 1), 1),
+        ws=np.array(0.004, np.float32),
+        t=np.array(0.07, np.float32),
+    )
+    module = Lowering(model, machines.machine("avx512vnni")).run().module
+    held = [str(getattr(parameter, "dtype", "")) for parameter in module["gemm_dots_0"].params]
+    assert held.count("uint8") == 3  # what is multiplied, what is added, and the result
+    _agree(model, rng.normal(size=(2, 16, 7, 5)).astype(np.float32))
