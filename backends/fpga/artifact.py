@@ -3,7 +3,7 @@
 ==========================  ===================================================================
 core.v                      the core in Verilog, for simulation and synthesis
 host-N                      the host's parts: artifacts of the TVM backend, each with its loader
-model.onnx                  the integer graph, from which the parts are cut
+model.onnx, model.onnx.data the integer graph, from which the parts are cut
 launch-N.program            instructions of 32 bytes, little-endian, for the sizes of the sample
 launch-N.memory             memory before the launch: weights, parameters, tables
 launch-N.patches            where there are lengths: what fewer rows add to which fields
@@ -37,6 +37,7 @@ from netlathe.pipeline.interfaces import Artifact
 from netlathe.pipeline.pass_ import Feeds
 
 META_FILE, MODEL_FILE, CORE_FILE = "meta.json", "model.onnx", "core.v"
+DATA_FILE = MODEL_FILE + ".data"
 FORMAT = 3
 # The host's float operators are the same kernels in smaller graphs; integers are equal bit for bit.
 _BOUND = 1e-6
@@ -133,8 +134,11 @@ class FpgaArtifact(Artifact):
         layers = self.network.reports(self.board.memory)
         hosted = self._save_host(folder, feeds, expected)
         (folder / CORE_FILE).write_text(simulate.verilog(spec), "utf-8")
-        (folder / MODEL_FILE).write_bytes(ir.to_proto(model).SerializeToString(deterministic=True))
+        # Weights may lie in files of the source: all of them move.
+        ir.save(model.clone(), folder / MODEL_FILE, external_data=DATA_FILE)
         files = [folder / CORE_FILE, folder / MODEL_FILE, *hosted]
+        if (folder / DATA_FILE).exists():
+            files.append(folder / DATA_FILE)
         self.network.prepare()
         templates = [one for found in self.network.templates.values() for one in found]
         own = [made for made in self.network.launches.values() if made.own]

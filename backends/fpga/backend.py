@@ -101,6 +101,8 @@ def _settings(target: Target) -> dict[str, str]:
             did_you_mean(unknown[0], list(_DEFAULTS)),
         )
     found = {**_DEFAULTS, **target.settings}
+    if isinstance(found["lengths"], int):  # one length, as --set reads it
+        found["lengths"] = str(found["lengths"])
     for key, value in found.items():
         if not isinstance(value, str):
             raise _error(f"setting {key} must be text, got {value!r}", "quote it")

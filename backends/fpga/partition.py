@@ -6,8 +6,10 @@ from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import onnx_ir as ir
+import sympy
 
 from netlathe.backends.fpga.recognise import Operation
+from netlathe.ir import dims, types
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,28 @@ def _on_host(model: ir.Model, nodes: Sequence[ir.Node]) -> OnHost:
     needed = dict.fromkeys(value for node in nodes for value in _reads(node) if value not in known)
     results = [value for value in made if _leaves(value, inside)]
     graph = ir.convenience.extract(model.graph, inputs=list(needed), outputs=results)
-    return OnHost(ir.Model(graph, ir_version=model.ir_version))
+    part = ir.Model(graph, ir_version=model.ir_version)
+    if _name_sizes(part):
+        types.annotate(part)
+    return OnHost(part)
+
+
+def _name_sizes(part: ir.Model) -> bool:
+    """Give a name to every size of an input that is an expression of names no input has as a size.
+
+    So ``(n + 1) // 2`` becomes a name of its own where ``n`` itself stays on the core's side.
+    """
+    shapes = [[dims.from_ir(d) for d in value.shape or ()] for value in part.graph.inputs]
+    known = {dim for shape in shapes for dim in shape if isinstance(dim, sympy.Symbol)}
+    names: dict[dims.Dim, sympy.Symbol] = {}
+    for shape in shapes:
+        for dim in shape:
+            if isinstance(dim, sympy.Expr) and not dim.free_symbols <= known:
+                names.setdefault(dim, dims.symbol(f"size{len(names)}"))
+    for value, shape in zip(part.graph.inputs, shapes, strict=True):
+        if value.shape is not None:
+            value.shape = ir.Shape([dims.to_ir(names.get(dim, dim)) for dim in shape])
+    return bool(names)
 
 
 def _leaves(value: ir.Value, inside: Container[ir.Node]) -> bool:

@@ -11,10 +11,9 @@ from benchmarks.bench_fpga import NETWORKS, measured
 
 # What the core must take of the multiplications; attention between tokens is the host's.
 SHARES = {"minilm": 0.95, "llama": 0.95}
-# From the network with float scales, in steps of an int8 over the output's range, and from the graph in ONNX
-# Runtime where TVM's code is the host, as a share of the RMS: floats between layers turn codes by a step.
-STEPS = {"mlp": 1.0, "cnn": 2.0, "mobilenet_v2": 8.0, "resnet18": 8.0, "minilm": 8.0, "llama": 16.0}
-HOST = {"minilm": 0.05, "llama": 0.05}
+# From the network with float scales, in steps of an int8 over the range of the output. Transformers have
+# more: their queries, keys and values are codes in integers, and floats with float scales.
+STEPS = {"mlp": 1, "cnn": 2, "mobilenet_v2": 4, "resnet18": 8, "minilm": 32, "llama": 32}
 
 
 @pytest.mark.slow
@@ -28,7 +27,10 @@ def test_networks_are_compiled_from_the_shell_and_equal_to_onnx_runtime(
     )
     for numbers in found.numbers:
         assert numbers["difference"] == 0
-        assert numbers["host_error"] <= HOST.get(name, 0)
+        # A float between layers that differs in its last bit turns a code, and codes turn others; but the
+        # network is not further from what it was before quantization.
+        assert name in SHARES or numbers["difference_tvm"] == 0
+        assert numbers["loss_tvm"] <= 1.25 * numbers["loss"] < 0.5
         assert numbers["steps"] <= STEPS[name]
         assert numbers["macs"] >= SHARES.get(name, 1.0)
         assert 0 < numbers["utilization"] <= 1
