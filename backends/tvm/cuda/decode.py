@@ -19,6 +19,7 @@ from netlathe.backends.tvm.cuda import skinny
 WARPS = 4
 THREADS = 32 * WARPS
 ROWS = 16  # of a block: query heads that share keys, by queries
+MERGERS = 4  # teams that share the parts of a row
 DEPTHS = (64, 96, 128)
 
 
@@ -32,9 +33,13 @@ class Shape:
 
     @property
     def tiles(self) -> int:
-        """How many times 16 keys a warp takes at once: as many as make 4 KB of keys, or less."""
-        slots = 128 if self.depth > 64 else 64  # 96 columns take the registers of 128
-        return 128 * 16 // (slots * self.bits)
+        """How many times 16 keys a warp takes at once: few enough for ``blocks``."""
+        return 2 if self.depth == 64 else 1
+
+    @property
+    def blocks(self) -> int:
+        """Blocks that a multiprocessor holds. Bytes take more arithmetic each, and more warps to do it."""
+        return 2 if self.bits == 16 else 3
 
     @property
     def step(self) -> int:
@@ -84,11 +89,14 @@ __device__ __forceinline__ float power(float x) {{
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }}
+// Bytes that are read once; zeros for columns that a head of 96 has not.
 template <int kCount>
-__device__ __forceinline__ void stream(uint32_t* to, const void* from, bool inside) {{
+__device__ __forceinline__ void stream(uint32_t* to, const void* from, int column) {{
+  if constexpr (kDepth == 96) {{
 #pragma unroll
-  for (int i = 0; i < kCount; ++i) to[i] = 0;
-  if (!inside) return;
+    for (int i = 0; i < kCount; ++i) to[i] = 0;
+    if (column >= kDepth) return;
+  }}
   if constexpr (kCount == 4)
     asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {{%0, %1, %2, %3}}, [%4];"
                  : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3]) : "l"(from));
@@ -96,9 +104,12 @@ __device__ __forceinline__ void stream(uint32_t* to, const void* from, bool insi
     asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v2.u32 {{%0, %1}}, [%2];"
                  : "=r"(to[0]), "=r"(to[1]) : "l"(from));
 }}
-__device__ __forceinline__ float scale_at(const void* scales, int64_t at) {{
-  {_scale(shape.scale_bits)}
+// A scale, as it is and as a number: it becomes one where it is used, so that nothing waits where it is read.
+using Scale = uint{shape.scale_bits}_t;
+__device__ __forceinline__ Scale scale_at(const void* scales, int64_t at) {{
+  return static_cast<const Scale*>(scales)[at];
 }}
+__device__ __forceinline__ float real(Scale bits) {{ return {_NUMBER[shape.scale_bits]}; }}
 // The halves of 16 bytes of a key, 2 in a register, 4 registers for every 32 columns of the span.
 __device__ __forceinline__ void halves(const uint32_t* from, uint32_t* to) {{
 #pragma unroll
@@ -147,40 +158,39 @@ __device__ __forceinline__ void part(
   const int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
 
   uint32_t held_k[2 * kTiles][kPieces][4], held_v[kSlabs][4 * kTiles][kWords];
-  float scale_k[4 * kTiles], scale_v[4 * kTiles];  // of keys 8 n + 2 t + e, at 2 n + e
+  Scale scale_k[4 * kTiles], scale_v[4 * kTiles];  // of keys 8 n + 2 t + e, at 2 n + e
+  // Beyond the end the last key is read again: it counts for nothing there.
   auto fetch_keys = [&](int at) {{
 #pragma unroll
     for (int n = 0; n < 2 * kTiles; ++n)
 #pragma unroll
       for (int p = 0; p < kPieces; ++p) {{
-        const int key = at + n * 8 + g, column = p * kSpan + t * (kSpan / 4);
-        const bool inside = key < end && column < kDepth;
-        stream<4>(held_k[n][p], k + ((int64_t)key * kDepth + column) * kBits / 8, inside);
+        const int key = min(at + n * 8 + g, end - 1), column = p * kSpan + t * (kSpan / 4);
+        stream<4>(held_k[n][p], k + ((int64_t)key * kDepth + column) * kBits / 8, column);
       }}
     if constexpr (kBits == 8) {{
 #pragma unroll
-      for (int i = 0; i < 4 * kTiles; ++i) {{
-        const int key = at + i / 2 * 8 + t * 2 + i % 2;
-        scale_k[i] = key < end ? scale_at(k_scales, line + key) : 0.0f;
-      }}
+      for (int i = 0; i < 4 * kTiles; ++i)
+        scale_k[i] = scale_at(k_scales, line + min(at + i / 2 * 8 + t * 2 + i % 2, end - 1));
     }}
   }};
   auto fetch_values = [&](int at) {{
 #pragma unroll
     for (int i = 0; i < 4 * kTiles; ++i) {{
-      const int key = at + i / 2 * 8 + t * 2 + i % 2;
+      const int key = min(at + i / 2 * 8 + t * 2 + i % 2, end - 1);
 #pragma unroll
       for (int slab = 0; slab < kSlabs; ++slab) {{
         const int column = (slab * 8 + g) * kLine;
-        const bool inside = key < end && column < kDepth;
-        stream<kWords>(held_v[slab][i], v + ((int64_t)key * kDepth + column) * kBits / 8, inside);
+        stream<kWords>(held_v[slab][i], v + ((int64_t)key * kDepth + column) * kBits / 8, column);
       }}
-      if constexpr (kBits == 8) scale_v[i] = key < end ? scale_at(v_scales, line + key) : 0.0f;
+      if constexpr (kBits == 8) scale_v[i] = scale_at(v_scales, line + key);
     }}
   }};
   int at = number * chunk + warp * kKeys;
-  fetch_keys(at);
-  fetch_values(at);
+  if (at < end) {{
+    fetch_keys(at);
+    fetch_values(at);
+  }}
 
   int limits[2];
   uint32_t x[kPieces * kSteps][2][4];
@@ -219,7 +229,7 @@ __device__ __forceinline__ void part(
       for (int i = 0; i < 4; ++i) {{
         const int key = at + n * 8 + t * 2 + i % 2;
         const bool open = key < limits[i / 2] && (!allowed || allowed[key]);
-        const float factor = kBits == 8 ? scale * scale_k[n * 2 + i % 2] : scale;
+        const float factor = kBits == 8 ? scale * real(scale_k[n * 2 + i % 2]) : scale;
         s[n][i] = open ? s[n][i] * factor : -INFINITY;
       }}
     fetch_keys(at + {WARPS} * kKeys);
@@ -241,7 +251,7 @@ __device__ __forceinline__ void part(
       for (int n = 0; n < 2 * kTiles; ++n) {{
         float a = power(s[n][half * 2] - zero), b = power(s[n][half * 2 + 1] - zero);
         whole[half] += a + b;
-        if constexpr (kBits == 8) a *= scale_v[n * 2], b *= scale_v[n * 2 + 1];
+        if constexpr (kBits == 8) a *= real(scale_v[n * 2]), b *= real(scale_v[n * 2 + 1]);
         asm("cvt.rn.{dtype}x2.f32 %0, %1, %2;" : "=r"(w[n / 2][n % 2 * 2 + half]) : "f"(b), "f"(a));
       }}
     }}
@@ -308,21 +318,24 @@ __device__ __forceinline__ void part(
   }}
 }}
 
-// A column of a row, `block` of [heads of keys, rows]: its parts as one, 32 of them at a time.
+// A column of a row, `block` of [heads of keys, rows]: its parts as one. Each of {MERGERS} teams of kDepth
+// threads takes every {MERGERS}th part, 16 at a time; the result is that of the first.
 __device__ __forceinline__ float merged(
-    const void* work, int64_t block, int64_t parts_, int64_t rows_, int64_t column) {{
+    float* shared, const void* work, int64_t block, int64_t parts_, int64_t rows_) {{
   const int parts = (int)parts_, rows = (int)rows_, lane = threadIdx.x % 32;
+  const int team = threadIdx.x / kDepth, column = threadIdx.x % kDepth;
   const int64_t stride = (int64_t)rows * kRow;
   const float* from = static_cast<const float*>(work);
-  from += (int)block / rows * parts * stride + (int)block % rows * kRow;
+  from += ((int)block / rows * parts + team) * stride + (int)block % rows * kRow;
   float top = -INFINITY, value = 0.0f, sum = 0.0f;
-  for (int start = 0; start < parts; start += 32, from += 32 * stride) {{
-    const bool own = start + lane < parts;
-    const float score = own ? from[lane * stride + kDepth] : -INFINITY;
-    const float weights = own ? from[lane * stride + kDepth + 1] : 0.0f;
-    float held[32];
+  for (int left = parts - team; left > 0; left -= 16 * {MERGERS}, from += 16 * {MERGERS} * stride) {{
+    const bool own = lane < 16 && lane * {MERGERS} < left;
+    const float score = own ? from[lane * {MERGERS} * stride + kDepth] : -INFINITY;
+    const float weights = own ? from[lane * {MERGERS} * stride + kDepth + 1] : 0.0f;
+    float held[16];
 #pragma unroll
-    for (int i = 0; i < 32; ++i) held[i] = start + i < parts ? from[i * stride + column] : 0.0f;
+    for (int i = 0; i < 16; ++i)
+      held[i] = i * {MERGERS} < left ? from[i * {MERGERS} * stride + column] : 0.0f;
     float most = fmaxf(top, score);
 #pragma unroll
     for (int mask = 16; mask > 0; mask /= 2) most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, mask));
@@ -332,16 +345,31 @@ __device__ __forceinline__ float merged(
     sum = sum * shrink + factor * weights;
     value *= shrink;
 #pragma unroll
-    for (int i = 0; i < 32; ++i) value += __shfl_sync(0xffffffffu, factor, i) * held[i];
+    for (int i = 0; i < 16; ++i) value += __shfl_sync(0xffffffffu, factor, i) * held[i];
   }}
 #pragma unroll
   for (int mask = 16; mask > 0; mask /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, mask);
+  float* row = shared + team * kRow;
+  row[column] = value;
+  if (column == 0) row[kDepth] = top, row[kDepth + 1] = sum;
+  __syncthreads();
+  value = 0.0f, sum = 0.0f;
+#pragma unroll
+  for (int i = 0; i < {MERGERS}; ++i) top = fmaxf(top, shared[i * kRow + kDepth]);
+  const float zero = top == -INFINITY ? 0.0f : top;
+#pragma unroll
+  for (int i = 0; i < {MERGERS}; ++i) {{
+    const float factor = power(shared[i * kRow + kDepth] - zero);
+    value += factor * shared[i * kRow + column];
+    sum += factor * shared[i * kRow + kDepth + 1];
+  }}
   return sum == 0.0f ? 0.0f : value / sum;
 }}
 // An int8 vector's element in the half type.
 __device__ __forceinline__ uint16_t widened(
     const void* codes, const void* scales, int64_t vector, int64_t column) {{
-  const float value = static_cast<const int8_t*>(codes)[vector * kDepth + column] * scale_at(scales, vector);
+  const float scale = real(scale_at(scales, vector));
+  const float value = static_cast<const int8_t*>(codes)[vector * kDepth + column] * scale;
   uint16_t bits;
   asm("cvt.rn.{dtype}.f32 %0, %1;" : "=h"(bits) : "f"(value));
   return bits;
@@ -351,10 +379,7 @@ __device__ __forceinline__ uint16_t widened(
 """
 
 
-def _scale(bits: int) -> str:
-    if bits == 32:
-        return "return static_cast<const float*>(scales)[at];"
-    return "return __half2float(__ushort_as_half(static_cast<const uint16_t*>(scales)[at]));"
+_NUMBER = {32: "__uint_as_float(bits)", 16: "__half2float(__ushort_as_half(bits))"}
 
 
 def _space(shape: Shape, dtype: str) -> str:

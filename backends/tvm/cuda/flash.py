@@ -43,7 +43,6 @@ D = ir.DataType
 HALVES = {D.BFLOAT16: "bf16", D.FLOAT16: "f16"}
 # Rows (queries by query heads that share keys) up to which the keys are split; above, tiles fill the GPU.
 MOST_ROWS = 64
-_BLOCKS = 2 * PROCESSORS  # of decoding: two fit a multiprocessor
 _CACHED = (
     32 << 20
 )  # bytes of keys and values that blocks at work at one time may share in the cache
@@ -118,13 +117,15 @@ class _Problem:
         code, shape = self.code, self._shape()
         text, groups = decode.source(shape, self.dtype), i64(self.spec.groups)
         tiles = idiv(self.rows + i64(decode.ROWS - 1), decode.ROWS)
-        wanted = idiv(i64(_BLOCKS), tirx.max(self.pairs * tiles, i64(1)))
+        room = i64(shape.blocks * PROCESSORS)
+        wanted = idiv(room, tirx.max(self.pairs * tiles, i64(1)))
         most = idiv(self.keys + i64(shape.step - 1), shape.step)
         parts = tirx.max(tirx.min(wanted, most), i64(1))
         size = self.pairs * parts * self.rows * i64(shape.partial)
         work = self.kernel.workspace(size, "float32")
         own = idiv(self.heads, self.spec.groups)  # heads of keys in a sequence
-        with code.launch(self.pairs * parts * tiles, decode.THREADS, least=2) as (block, _):
+        blocks = self.pairs * parts * tiles
+        with code.launch(blocks, decode.THREADS, least=shape.blocks) as (block, _):
             shared = code.address(code.alloc([shape.shared_floats], "float32", scope="shared"))
             caches = (*self.caches, *(None,) * (4 - len(self.caches)))
             buffers = (self.q, *caches, self.allowed, self.lengths, work)
@@ -133,13 +134,17 @@ class _Problem:
             numbers = (block, parts, groups, own, self.queries, self.keys, self.offset)
             causal = i64(int(self.plain.causal))
             code.run(name, text, shared, *pointers, self.scale(), *numbers, causal)
-        with code.launch(self.pairs * self.rows, self.depth) as (block, column):
+        threads = decode.MERGERS * self.depth
+        with code.launch(self.pairs * self.rows, threads) as (block, thread):
+            count = decode.MERGERS * shape.partial
+            shared = code.address(code.alloc([count], "float32", scope="shared"))
             name = decode.name(shape, self.dtype, "merged")
-            place = (block, parts, self.rows, column)
-            value = code.bind(code.call(name, text, "float32", self.pointer(work), *place))
+            place = (self.pointer(work), block, parts, self.rows)
+            value = code.bind(code.call(name, text, "float32", shared, *place))
             sizes = (self.batch, own, groups, self.queries)
             b, kv, member, i = (code.bind(item) for item in unflatten(block, sizes))
-            self.store(code, [b, kv * groups + member, i, column], value)
+            with code.when(thread < i64(self.depth)):
+                self.store(code, [b, kv * groups + member, i, thread], value)
 
     def _keys(self, b: Expr) -> tuple[Expr, Expr]:
         """How many keys a sequence has, and how many the first query sees less one."""
