@@ -27,6 +27,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from netlathe.analysis import roofline
 from netlathe.backends.tvm import judge, packing, process, runtime, toolchain
 from netlathe.backends.tvm.machine import Machine
 from netlathe.backends.tvm.packing import Built, Parameter
@@ -184,6 +185,7 @@ class TvmArtifact(Artifact):
 
     def _meta(self, records: list[dict[str, Any]], parameter_bytes: int) -> dict[str, Any]:
         tvm_version, ffi_version = toolchain.installed()
+        work = roofline.work(self._model)
         return {
             "format": runtime.FORMAT,
             "inputs": inputs_of(self._model),
@@ -197,6 +199,7 @@ class TvmArtifact(Artifact):
                 "apache-tvm": tvm_version,
                 "apache-tvm-ffi": ffi_version,
             },
+            "work": None if work is None else work.to_json(),
             "manifest": self._manifest,
             "sha256": {},
             "parameter_bytes": parameter_bytes,

@@ -21,6 +21,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import Any
 
 import onnx_ir as ir
 import sympy
@@ -65,6 +66,20 @@ def cost(model: ir.Model, sizes: Mapping[str, int] | None = None) -> Cost:
     of an If the most expensive one counts; the body of a Loop or Scan once per iteration.
     """
     return Meter(model, sizes).read()
+
+
+def macs_in_names(model: ir.Model) -> dict[ir.Node, Dim]:
+    """The MACs of every node of the main graph that has some, in the names of the dynamic dims.
+
+    None where they are not known, or the node holds a graph of its own.
+    """
+    counter = _InNames(types.infer(model), {})
+    found: dict[ir.Node, Dim] = {}
+    for node in model.graph:
+        macs = counter.one(node)
+        if macs is None or macs != 0:
+            found[node] = macs
+    return found
 
 
 Narrowed = Callable[[ir.Value], Sequence[int | None] | None]
@@ -290,6 +305,22 @@ class _Counter:
         if known is None:
             raise _UnknownSizeError
         return known
+
+
+class _InNames(_Counter):
+    """Leaves names in sizes as they are."""
+
+    def one(self, node: ir.Node) -> Any:
+        """The MACs of a node; None where they are not known."""
+        if any(a.type == ir.AttributeType.GRAPH for a in node.attributes.values()):
+            return None
+        return super().one(node)
+
+    def size(self, dim: Dim) -> Any:
+        """The dim itself."""
+        if dim is None:
+            raise _UnknownSizeError
+        return dim
 
 
 def _is_weight_like(value: ir.Value | None) -> bool:

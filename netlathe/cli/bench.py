@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -14,6 +14,7 @@ from netlathe.cli.request import capture
 from netlathe.diagnostics import Diagnostic, InputError
 
 if TYPE_CHECKING:
+    from netlathe.analysis.roofline import Ceilings, Work
     from netlathe.pipeline.interfaces import Captured
 
 
@@ -63,24 +64,34 @@ def bench(
     slows all of them; the ratio of the medians is what to trust. Optimizations are on, as in an
     application, and all use the same number of threads.
 
+    Of the roofline: the least time that the model's products, or reading its weights once, take at the
+    rates that this machine reaches, as a share of the time taken. The rates are measured in the same turns.
+
     \b
     netlathe bench model.onnx out --dims batch=1,sequence=128 --threads 1
     netlathe bench out/onnx out/tvm --threads 2
     """
-    from netlathe.execute import ort
+    from netlathe.execute import ceilings, ort
     from netlathe.execute.timing import in_turn
 
     threads = threads or ort.default_threads()
     names = _names(models)
     entrants = _entrants(models, names, threads, kv_cache=kv_cache, dims=dims)
-    runs = {name: entrant.run for name, entrant in entrants.items()}
+    probes = ceilings.probes(threads)
+    runs = {**{name: entrant.run for name, entrant in entrants.items()}, **probes}
     found = in_turn(runs, rounds=rounds, warmup=warmup, progress=render.Bars())
     first = found[names[0]]
+    most = ceilings.ceilings(found)
+    bounds = {
+        name: _bound(entrant, most, found[name].median_ms) for name, entrant in entrants.items()
+    }
     if as_json:
         render.print_json(
             {
                 "threads": threads,
                 "rounds": rounds,
+                "warmup": warmup,
+                "ceilings": vars(most),
                 "models": [
                     {
                         "model": entrant.source,
@@ -88,6 +99,7 @@ def bench(
                         "dims": entrant.dims,
                         **vars(found[name]),
                         "ratio": found[name].median_ms / first.median_ms,
+                        "roofline": bounds[name],
                     }
                     for name, entrant in entrants.items()
                 ],
@@ -96,7 +108,7 @@ def bench(
         return
     render.table(
         "",
-        ("model", "runs in", "#median", "#quartiles", "#ratio", "at"),
+        ("model", "runs in", "#median", "#quartiles", "#ratio", "#of roofline", "bound by", "at"),
         (
             (
                 name,
@@ -104,12 +116,18 @@ def bench(
                 f"{found[name].median_ms:.2f} ms",
                 f"{found[name].low_ms:.2f} to {found[name].high_ms:.2f} ms",
                 f"{found[name].median_ms / first.median_ms:.2f}",
+                f"{bound['share']:.0%}" if (bound := bounds[name]) is not None else "-",
+                bound["bound_by"] if bound is not None else "-",
                 render.sizes(entrant.dims),
             )
             for name, entrant in entrants.items()
         ),
     )
-    render.line(f"({rounds} rounds, {threads} thread{'s' if threads > 1 else ''})")
+    render.line(
+        f"({rounds} rounds after {warmup} of warm-up, {threads} thread{'s' if threads > 1 else ''};"
+        f" {most.float_ops / 1e9:.0f} GFLOP/s in float32, {most.byte_ops / 1e9:.0f} GOP/s of bytes,"
+        f" {most.bytes / 1e9:.1f} GB/s)"
+    )
 
 
 @dataclass(frozen=True)
@@ -120,6 +138,16 @@ class _Entrant:
     runtime: str
     dims: Mapping[str, int]
     run: Callable[[], object]
+    work: Work | None  # None where it is not known
+
+
+def _bound(entrant: _Entrant, most: Ceilings, taken_ms: float) -> dict[str, Any] | None:
+    """The least time of an entrant, what makes it, and its share of the time taken."""
+    work = entrant.work.at(entrant.dims) if entrant.work is not None else None
+    if work is None:
+        return None
+    least, by = work.least_ms(most)
+    return {**vars(work), "least_ms": least, "bound_by": by, "share": least / taken_ms}
 
 
 def _entrants(
@@ -148,14 +176,9 @@ def _entrants(
         )
     judge = next(iter(captured.values()))
     return {
-        name: _Entrant(
-            captured[name].source,
-            "ONNX Runtime",
-            captured[name].dynamic,
-            _runner(captured[name], threads),
-        )
+        name: _in_onnx_runtime(captured[name], threads)
         if name in captured
-        else _Entrant(str(path), "TVM", judge.dynamic, _tvm_runner(path, judge, threads))
+        else _in_tvm(path, judge, threads)
         for path, name in zip(models, names, strict=True)
     }
 
@@ -164,8 +187,9 @@ def _is_for_tvm(path: Path) -> bool:
     return all((path / name).is_file() for name in ("meta.json", "model.so"))
 
 
-def _tvm_runner(folder: Path, judge: Captured, threads: int) -> Callable[[], object]:
-    """A function that runs the artifact once, with the inputs of ``judge``."""
+def _in_tvm(folder: Path, judge: Captured, threads: int) -> _Entrant:
+    """The artifact, with the inputs of ``judge``."""
+    from netlathe.analysis.roofline import Work
     from netlathe.backends.tvm import runtime
     from netlathe.execute.compare import inputs_of
 
@@ -175,7 +199,10 @@ def _tvm_runner(folder: Path, judge: Captured, threads: int) -> Callable[[], obj
         model.run(feeds)
     except runtime.ArtifactError as error:
         raise InputError(Diagnostic("bench.artifact", str(error), at=str(folder))) from error
-    return lambda: model.run(feeds)
+    # What is measured is this CPU: it bounds nothing that a GPU does.
+    told = model.meta.get("work") if not model.meta.get("archs") else None
+    work = None if told is None else Work.from_json(told, model.meta["dims"])
+    return _Entrant(str(folder), "TVM", judge.dynamic, lambda: model.run(feeds), work)
 
 
 def _names(models: tuple[Path, ...]) -> list[str]:
@@ -184,6 +211,14 @@ def _names(models: tuple[Path, ...]) -> list[str]:
         str(path) if path not in models[:at] else f"{path} ({at + 1})"
         for at, path in enumerate(models)
     ]
+
+
+def _in_onnx_runtime(captured: Captured, threads: int) -> _Entrant:
+    from netlathe.analysis.roofline import work
+
+    run = _runner(captured, threads)
+    known = work(captured.model)
+    return _Entrant(captured.source, "ONNX Runtime", captured.dynamic, run, known)
 
 
 def _runner(captured: Captured, threads: int) -> Callable[[], object]:

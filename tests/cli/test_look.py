@@ -200,8 +200,13 @@ def test_bench_measures_in_turn(run: Run, model: Path, small: Path) -> None:
     words = ("bench", model, small, "--rounds", 3, "--warmup", 0, "--threads", 1)
     done = run(*words, "--dims", "batch=4")
     assert done.code == 0 and "batch=4" in row(done, str(small))
-    assert row(done, str(model)).split()[-2] == "1.00"
+    assert row(done, str(model)).split()[-4] == "1.00"
     said = run(*words, "--json").json
+    assert said["warmup"] == 0 and all(rate > 0 for rate in said["ceilings"].values())
+    for one in said["models"]:
+        bound = one["roofline"]
+        assert bound["share"] == bound["least_ms"] / one["median_ms"] > 0
+        assert bound["bound_by"] in ("arithmetic", "memory")
     first, second = said["models"]
     assert (said["threads"], said["rounds"], first["ratio"]) == (1, 3, 1.0)
     assert second["ratio"] == second["median_ms"] / first["median_ms"]
