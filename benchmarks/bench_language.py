@@ -250,9 +250,9 @@ SETS = {
             for refit in (False, True)
         ),
         *(
-            f"{FOLD}, slice(parameters={share}, basis='loss', refit={refit}, cuts={cuts})"
+            f"{FOLD}, slice(parameters={share}, basis='loss', refit={refit}, cut=True)"
             for share in (0.05, 0.09, 0.135, 0.201)
-            for cuts, refit in ((1, False), (1, True), (2, True))
+            for refit in (False, True)
         ),
     ],
 }

@@ -49,8 +49,8 @@ class Slice(ChoosingPass):
     """Rotate residual streams to axes of their own and delete the least important (SliceGPT).
 
     ``ratio`` is the share of the width that goes, ``parameters`` the share of the model's parameters,
-    what adapters add being counted. ``ratio=0`` only rotates, which is exact. With ``cuts`` parts of a
-    stream have bases and widths of their own, as many and as wide as loses least. Norms must be
+    what adapters add being counted. ``ratio=0`` only rotates, which is exact. With ``cut`` the two
+    parts of a stream have bases and widths of their own, where that loses less than one. Norms must be
     RMSNormalization without a scale of its own: run ``fold_norms`` before.
     """
 
@@ -73,11 +73,10 @@ class Slice(ChoosingPass):
         help="a basis for every block, with a matrix on every skip, as in the paper;"
         " else one for the whole stream",
     )
-    cuts: int = option(
-        default=0,
-        ge=0,
-        help="with parameters and basis='loss': cut the stream at up to so many places, chosen with all"
-        " widths by predicted loss",
+    cut: bool = option(
+        default=False,
+        help="with parameters and basis='loss': cut the stream in two by one adapter, where that loses"
+        " less",
     )
     full: Literal["none", "embedding", "head", "both"] = option(
         default="none", help="with adapters: the ends of the stream that keep all directions"
@@ -98,9 +97,9 @@ class Slice(ChoosingPass):
             problem = f"full={self.full!r} needs adapters=True: one basis has one width"
         elif self.basis == "hadamard" and (self.ratio != 0 or self.parameters is not None):
             problem = "a Hadamard basis has no least important directions: give ratio=0"
-        elif self.cuts and (self.parameters is None or self.basis != "loss" or self.adapters):
+        elif self.cut and (self.parameters is None or self.basis != "loss" or self.adapters):
             problem = (
-                "cuts are chosen under parameters=, by basis='loss', and without adapters=True"
+                "a cut is chosen under parameters=, by basis='loss', and without adapters=True"
             )
         if problem:
             raise OptionError(Diagnostic("slice.options", problem))
@@ -133,13 +132,13 @@ class Slice(ChoosingPass):
         named = _named(layout)
         kept: dict[str, int] = {}
         plan = None
-        if not self.cuts:
+        if not self.cut:
             kept = self._widths(layout, named, multiple)
             budget.check_net(
                 self, named, kept, budget.total(layout), budget.left(layout, named, kept)
             )
         seen = self._observe(model, layout, ctx)
-        if self.cuts:
+        if self.cut:
             plan = self._plan(model, layout, seen, multiple, ctx)
             layout = lay_out(model, cut=plan.cut)
             named = _named(layout)
@@ -239,7 +238,7 @@ class Slice(ChoosingPass):
         before = budget.total(layout)
         goal = (1 - self.parameters) * before
         widths = Widths(model, seen, multiple, ctx.device)
-        plan = widths.plan(goal, self.cuts, self._measure(model, ctx))
+        plan = widths.plan(goal, self._measure(model, ctx))
         if plan is None:
             raise budget.out_of_reach(goal, before)
         return plan

@@ -98,28 +98,20 @@ class Widths:
         self._constant, self._slopes = self._linear()
         self._spectra: dict[tuple[frozenset[int], frozenset[_Place]], tuple[Matrix, Matrix]] = {}
 
-    def plan(self, parameters: float, most: int, measure: Measure) -> Plan | None:
-        """The best of at most ``most`` cuts with at most so many parameters; None where none has so few.
+    def plan(self, parameters: float, measure: Measure) -> Plan | None:
+        """The best of no cut and one, with at most so many parameters; None where neither has so few.
 
         ``measure`` is the loss with each of several projections: point -> the columns that are kept.
         """
         best: tuple[_Allotment, float] | None = None
         if (uncut := self._allot((), parameters)) is not None:
             best = uncut, self._measured([uncut], measure)[0]
-        for _ in range(most):
-            held = best[0].places if best else ()
-            tried = [
-                self._allot((*held, place), parameters)
-                for place in self._places
-                if place not in held
-            ]
-            found = min((t for t in tried if t), key=lambda t: t.predicted, default=None)
-            if found is None:
-                break
+        tried = [self._allot((place,), parameters) for place in self._places]
+        found = min((t for t in tried if t), key=lambda t: t.predicted, default=None)
+        if found is not None:
             refined = self._refined(found, parameters, measure)
-            if best is not None and refined[1] >= best[1]:
-                break
-            best = refined
+            if best is None or refined[1] < best[1]:
+                best = refined
         if best is None:
             return None
         allotment, loss = best

@@ -13,7 +13,7 @@ from netlathe.pipeline import text
 from netlathe.testing import Case, from_text, models, pass_cases
 
 SLICE, ROTATE = "slice(ratio=0.25, round_to=4)", "rotate(online=True)"
-CUT = 'slice(parameters=0.2, basis="loss", cuts=1, refit=True, round_to=4)'
+CUT = 'slice(parameters=0.2, basis="loss", cut=True, refit=True, round_to=4)'
 BLOCKS = "slice(ratio=0.5, adapters=True, round_to=4)"
 CACHE = 'quantize_cache(codes="int4")'
 QUICK = (

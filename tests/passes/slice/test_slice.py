@@ -273,7 +273,7 @@ def test_a_budget_in_net_parameters_is_met(adapters: bool) -> None:
 @pytest.mark.parametrize("refit", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_cut_stream_is_its_reference(refit: bool) -> None:
     model, ctx = loud(folded("llama")), data("llama")
-    pass_ = Slice(parameters=0.25, basis="loss", cuts=1, refit=refit, round_to=4)
+    pass_ = Slice(parameters=0.25, basis="loss", cut=True, refit=refit, round_to=4)
     after, entries, reference = sliced(model, pass_, ctx)
     assert furthest(after, reference, "llama") <= 1e-5
     assert cost(after).params <= 0.75 * cost(model).params
@@ -295,7 +295,7 @@ def loud(model: ir.Model) -> ir.Model:
 @pytest.mark.slow
 def test_a_cut_stream_can_be_sliced_again() -> None:
     model, ctx = loud(folded("llama")), data("llama")
-    once, _, _ = sliced(model, Slice(parameters=0.25, basis="loss", cuts=1, round_to=4), ctx)
+    once, _, _ = sliced(model, Slice(parameters=0.25, basis="loss", cut=True, round_to=4), ctx)
     twice, _, reference = sliced(once, Slice(ratio=0.25, round_to=4), ctx)
     assert furthest(twice, reference, "llama") <= 1e-5
     assert cost(twice).params < cost(once).params
@@ -317,7 +317,7 @@ def test_of_all_widths_for_the_parameters_the_least_loss_is_found(best: int) -> 
         kept = [[v[p].shape[1] if p in v else 64 for p in points] for v in variants]
         return [100.0 if len(set(k)) == 1 else abs(k[0] - best) + 1.0 for k in kept]
 
-    plan = widths.plan(goal, 1, measure)
+    plan = widths.plan(goal, measure)
     assert plan is not None and len(plan.cut) == 1 and plan.loss == 1.0
     first, *_, last = plan.kept.values()
     assert first == best and first % 4 == last % 4 == 0
@@ -337,7 +337,6 @@ def test_a_cut_that_loses_more_is_not_made() -> None:
     model = folded("llama")
     plan = Widths(model, planted(model), 4).plan(
         0.75 * cost(model).params,
-        3,
         lambda variants: [float(len(set(map(shape_of, v.values())))) for v in variants],
     )
     assert plan is not None and not plan.cut and len(set(plan.kept.values())) == 1
@@ -437,9 +436,9 @@ def test_adapters_that_eat_the_ratio_are_refused_with_the_figure() -> None:
     [
         {"ratio": 0.1, "parameters": 0.1},
         {"full": "head"},
-        {"cuts": 1},
-        {"cuts": 1, "parameters": 0.1},
-        {"cuts": 1, "parameters": 0.1, "basis": "loss", "adapters": True},
+        {"cut": True},
+        {"cut": True, "parameters": 0.1},
+        {"cut": True, "parameters": 0.1, "basis": "loss", "adapters": True},
         {"basis": "hadamard"},
         {"basis": "hadamard", "ratio": 0.5},
     ],
