@@ -9,8 +9,9 @@ model take turns in one process, in ONNX Runtime with its default optimizations,
 compiled. A ratio is that of the medians to the dense model; it is taken several times over, and the middle
 one is shown with the least and the largest. `--busy` counts the time of the one thread that computes instead
 of the time that passes: for a machine where others work too. `--profile` shows where ONNX Runtime's
-time goes, by operator. Bar: latency falls at least in proportion to MACs, with a tenth of the ratio for
-what does not shrink (embeddings, softmax, activations).
+time goes, by operator. Bar: the latency of the LLaMA that is sliced and dropped falls at least in proportion
+to its MACs, to two digits; that of every other variant to at most a tenth above, for what does not shrink
+(embeddings, softmax, activations).
 """
 
 from __future__ import annotations
@@ -33,7 +34,9 @@ SLACK = 1.1
 ROUNDS, TIMES = 20, 5
 VOCABULARY = 8192
 TARGET = "tvm-x86"
-SLICE = "fold_norms(untie=True), slice(ratio=0.3, round_to=16)"
+# ONNX Runtime's product takes 32 columns at a time, TVM's one to four vectors of 16: 528 of 768 columns would
+# leave half a tile idle.
+SLICE = "fold_norms(untie=True), slice(ratio=0.3, round_to=32)"
 PRUNE = "prune(scope=('ffn', 'heads'), ratio=0.3, compensate='none')"
 # Of scores only one needs no data; which layers and positions go says nothing about time.
 VARIANTS = {
@@ -44,6 +47,7 @@ VARIANTS = {
     "pruned: 30 % of neurons and heads": f"cleanup, {PRUNE}",
     "sliced 30 %, 4 attentions dropped": f"cleanup, drop(count=4, score='uniform'), {SLICE}",
 }
+STRICT = ("llama", "sliced 30 %, 4 attentions dropped")
 
 
 @dataclass(frozen=True)
@@ -145,7 +149,8 @@ def compare(name: str, folder: Path, given: argparse.Namespace) -> bool:
         for runtime in runtimes:
             ratios = sorted(a / b for a, b in zip(row[runtime], dense[runtime], strict=True))
             ratio = statistics.median(ratios)
-            good &= ratio <= SLACK * share
+            strict = (name, variant) == STRICT
+            good &= round(ratio, 2) <= round(share, 2) if strict else ratio <= SLACK * share
             told = f"{ratio:.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
             cells += [f"{statistics.median(row[runtime]):.1f}", told]
         print(f"| {variant} | {' | '.join(cells)} |", flush=True)
