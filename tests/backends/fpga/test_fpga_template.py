@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import json
+import struct
+from dataclasses import replace
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
 import netlathe
-from netlathe.backends.fpga import agreement, isa, launch, template
+from benchmarks.bench_fpga import LLAMA, llama
+from netlathe.backends.fpga import agreement, artifact, isa, launch, template
+from netlathe.backends.fpga.backend import FpgaBackend
 from netlathe.backends.fpga.choices import Choices
-from netlathe.backends.fpga.model import Memory, cycles
+from netlathe.backends.fpga.model import Machine, Memory, cycles
 from netlathe.backends.fpga.network import Network
 from netlathe.backends.fpga.partition import OnCore
 from netlathe.backends.fpga.spec import Spec
-from netlathe.backends.fpga.template import Template
+from netlathe.backends.fpga.template import Patch, Template
 from netlathe.diagnostics import LowerError
 from netlathe.execute import ort
 
@@ -147,3 +154,74 @@ def test_rows_beyond_a_template_are_refused(compiled: netlathe.Compiled) -> None
     for rows in (made.low - 1, 51):
         with pytest.raises(ValueError, match=f"{rows} rows; the template is for {made.low} to 50"):
             made.launch(rows)
+
+
+def test_an_artifact_holds_templates_that_anyone_can_patch(
+    compiled: netlathe.Compiled, tmp_path: Path
+) -> None:
+    """From the files alone: instructions, patches, memory, and the places that ``meta.json`` names."""
+    target, *_ = FpgaBackend.targets()
+    chosen = replace(target, settings={"host": "onnxruntime", "lengths": "8, 50"})
+    made = FpgaBackend().compile(compiled.model, chosen)
+    made.save(tmp_path)
+    meta = json.loads((tmp_path / "meta.json").read_text())
+    assert meta["templates"]["lengths"] == [8, 50]
+    shared, apart = (
+        sum(getattr(one, name) for found in made.network.templates.values() for one in found)
+        for name in ("bytes", "bytes_apart")
+    )
+    assert meta["templates"]["bytes"] == shared
+    assert meta["templates"]["bytes_saved"] == apart - shared > 2 * shared
+    (record,) = (one for one in meta["launches"] if one.get("rows", [0, 0])[1] == 50)
+    stem = f"launch-{record['launch']}"
+    raw = (tmp_path / f"{stem}.program").read_bytes()
+    words = [int.from_bytes(raw[at : at + 32], "little") for at in range(0, len(raw), 32)]
+    patches = [
+        Patch(*fields)
+        for fields in struct.iter_unpack("<IHHi", (tmp_path / f"{stem}.patches").read_bytes())
+    ]
+    rows = record["rows"][0]
+    template.patch(words, patches, rows - 50)
+    memory = np.frombuffer((tmp_path / f"{stem}.memory").read_bytes(), np.uint8).copy()
+    x = np.random.default_rng(5).integers(-128, 128, (rows, 24)).astype(np.int8)
+    (place,), (result,) = record["inputs"], record["outputs"]
+    memory[place["byte"] : place["byte"] + x.size] = x.reshape(-1).view(np.uint8)
+    Machine(SPEC, memory).run([isa.decode(word) for word in words])
+    sums = memory[result["byte"] :][: rows * result["vectors"] * 8].reshape(rows, -1, 4, 8)
+    got = np.ascontiguousarray(sums.swapaxes(-1, -2)).view("<i4").reshape(rows, -1)[:, :20]
+    part, _ = _template(compiled, SPEC, 50)
+    expected = launch.build(part, {part.inputs[0]: (rows, 24)}, SPEC).run({part.inputs[0]: x})
+    np.testing.assert_array_equal(got[None], next(iter(expected.values())))
+    loaded = artifact.load(tmp_path)
+    feeds = {"x": np.random.default_rng(6).standard_normal((1, 45, 24), np.float32)}
+    for name, array in ort.run(compiled.model, feeds).items():
+        np.testing.assert_array_equal(loaded.run(feeds)[name], array)
+    assert loaded.network.templates
+
+
+@pytest.mark.slow
+def test_a_llama_takes_prompts_of_any_length_by_templates(tmp_path: Path) -> None:
+    settings = {**LLAMA, "num_hidden_layers": 2, "vocab_size": 512}
+    case = llama(tmp_path, settings)
+    captured = netlathe.capture(case.model, cache=True)
+    passes = "fold_norms, quantize(activations='int8', min_size=0)"
+    compiled = netlathe.compile(captured, passes, calibration=[case.data])
+    plain, shared = (Network(compiled.model, SPEC, lengths) for lengths in ((), (1, 16, 32, 64)))
+    rng = np.random.default_rng(7)
+    for tokens, past in ((1, 9), (7, 0), (16, 0), (23, 5), (32, 0), (50, 0)):
+        feeds = dict(case.feeds["prefill"])
+        feeds["input_ids"] = rng.integers(3, 512, (1, tokens))
+        feeds["attention_mask"] = np.ones((1, tokens + past), np.int64)
+        for name in feeds:
+            if name.startswith("past"):
+                feeds[name] = rng.standard_normal((1, 2, past, 64), np.float32)
+        expected = ort.run(compiled.model, feeds)
+        for network in (plain, shared):
+            got = network.run(feeds)
+            for name, array in expected.items():
+                np.testing.assert_array_equal(got[name], array)
+    shared.prepare()
+    templates = [one for found in shared.templates.values() for one in found]
+    assert sum(one.bytes_apart for one in templates) > 15 * sum(one.bytes for one in templates)
+    assert all(one.own for one in plain.launches.values())
+    assert not any(one.own for one in shared.launches.values())
