@@ -13,7 +13,7 @@ import onnx_ir as ir
 
 from netlathe.backends.tvm import process, toolchain
 from netlathe.backends.tvm.machine import Machine, machine
-from netlathe.diagnostics import Diagnostic, OptionError
+from netlathe.diagnostics import Diagnostic, OptionError, did_you_mean
 from netlathe.pipeline.interfaces import Backend, Target
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ def _machine(target: Target) -> Machine:
             Diagnostic(
                 "target.setting",
                 f"target {target.name} has no setting {', '.join(unknown)}",
-                help="known: " + ", ".join(sorted(_DEFAULTS)),
+                help=did_you_mean(unknown[0], list(_DEFAULTS)),
             )
         )
     level = {**_DEFAULTS, **target.settings}["features"]

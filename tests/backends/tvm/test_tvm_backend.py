@@ -21,6 +21,7 @@ import pytest
 from netlathe.backends.tvm import machine as machines
 from netlathe.backends.tvm import runtime, toolchain
 from netlathe.backends.tvm.backend import TvmBackend
+from netlathe.cli import main
 from netlathe.diagnostics import InputError, LowerError, MissingExtraError, OptionError
 from netlathe.execute import ort
 from netlathe.execute.compare import relative_error
@@ -231,12 +232,46 @@ class TestGaps:
 
 class TestSettings:
     @pytest.mark.parametrize(
-        "settings", [{"features": "sse9"}, {"features": 3}, {"threads": 2}], ids=str
+        ("settings", "advice"),
+        [
+            ({"features": "avx512vni"}, "did you mean avx512vnni or avx512"),
+            ({"features": "avx3"}, "did you mean avx2"),
+            ({"features": "sse9"}, "known: avx2, avx512, avx512vnni, native"),
+            ({"features": 3}, ""),
+            ({"feature": "avx2"}, "did you mean features"),
+            ({"threads": 2}, "features"),
+        ],
+        ids=str,
     )
-    def test_refused(self, settings: dict[str, Any]) -> None:
+    def test_refused_with_what_is_near(self, settings: dict[str, Any], advice: str) -> None:
         target = Target(TARGET.name, TARGET.backend, "", settings=settings)
-        with pytest.raises(OptionError):
-            BACKEND.unsupported(mlp(), target)
+        for use in (BACKEND.check, lambda target: BACKEND.unsupported(mlp(), target)):
+            with pytest.raises(OptionError) as caught:
+                use(target)
+            assert advice in caught.value.diagnostics[0].help
+
+    @pytest.mark.parametrize(
+        ("words", "code", "advice"),
+        [
+            (["--target", "tvm-x68"], "target.unknown", "did you mean tvm-x86"),
+            (["--target", "tvm-x86", "--set", "features=avx512vnn"], "tvm.features", "avx512vnni"),
+            (["--target", "tvm-x86", "--set", "feature=avx2"], "target.setting", "features"),
+        ],
+    )
+    def test_refused_on_the_command_line_before_any_pass_runs(
+        self,
+        words: list[str],
+        code: str,
+        advice: str,
+        tmp_path: Path,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        ir.save(mlp(), tmp_path / "model.onnx")
+        command = ["compile", str(tmp_path / "model.onnx"), "--passes", "cleanup", *words]
+        assert main([*command, "-o", str(tmp_path / "out")]) == 2
+        said = capsys.readouterr().err
+        assert f"error[{code}]" in said and advice in said
+        assert not (tmp_path / "out").exists()
 
 
 class TestToolchain:
