@@ -9,14 +9,21 @@ from __future__ import annotations
 import onnx_ir as ir
 
 _ROUNDINGS = ("DynamicQuantizeLinear", "QuantizeLinear")
+INTEGER_OPERATORS = ("QLinearConv", "QLinearMatMul")  # which scale and round a sum of integers
 _FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE)
 _TOLD = "netlathe.told"  # of a model: how many of its last outputs are codes that are told
 
 
 def rounds(node: ir.Node) -> bool:
-    """Whether ``node`` makes codes of floats, and all that it makes is read."""
+    """Whether ``node`` makes codes of floats or sums, and all that it makes is read."""
     x = node.inputs[0] if node.inputs else None
-    if node.op_type not in _ROUNDINGS or node.domain or x is None or x.dtype not in _FLOATS:
+    if node.domain or x is None:
+        return False
+    if node.op_type in INTEGER_OPERATORS:
+        # Scales by row or column of more than two dims have no DequantizeLinear.
+        if any(len(scale.shape or ()) > 1 for scale in (node.inputs[1], node.inputs[4]) if scale):
+            return False
+    elif node.op_type not in _ROUNDINGS or x.dtype not in _FLOATS:
         return False
     return all(value.uses() or value.is_graph_output() for value in node.outputs)
 

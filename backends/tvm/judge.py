@@ -137,11 +137,16 @@ class _Rounding:
         self._where = location(node)
         self._bound = bound
         self._nodes: list[ir.Node] = []
-        x, *scales = node.inputs
+        if node.op_type in codes.INTEGER_OPERATORS:
+            x: ir.Value | None = self._sum(node)
+            scales = list(node.inputs[6:8])
+            attributes = {}
+        else:
+            x, *scales = node.inputs
+            attributes = dict(node.attributes)
         assert x is not None and x.dtype is not None
         wide = x if x.dtype in (D.FLOAT, D.DOUBLE) else self._add("Cast", [x], to=D.FLOAT.value)
         slack = self._slack(wide)
-        attributes = dict(node.attributes)
         if self._rest:  # by what the artifact found, which is held against these three
             self._ask("slack", slack)
             self._ask("least", self._add("ReduceMin", [wide], keepdims=0))
@@ -164,6 +169,34 @@ class _Rounding:
         kept = self._add("Where", [finite, x, self._constant(number(0))])
         mean = self._add("ReduceMean", [self._add("Mul", [kept, kept])], keepdims=0)
         return self._add("Mul", [self._add("Sqrt", [mean]), self._constant(number(self._bound))])
+
+    def _sum(self, node: ir.Node) -> ir.Value:
+        """What an operator on codes rounds: the convolution or product of what they stand for, in float32."""
+        a, a_scale, a_zero, b, b_scale, b_zero = node.inputs[:6]
+        assert a is not None and a_scale is not None and b_scale is not None
+        conv = node.op_type == "QLinearConv"
+        operands = [
+            self._dequantized(a, a_scale, a_zero, -2),
+            self._dequantized(b, b_scale, b_zero, 0 if conv else -1),
+        ]
+        if len(node.inputs) > 8 and node.inputs[8] is not None:
+            scale = self._add("Mul", [a_scale, b_scale])
+            bias = self._add("Cast", [node.inputs[8]], to=D.FLOAT.value)
+            operands.append(self._add("Mul", [bias, scale]))
+        made = self._add("Conv" if conv else "MatMul", operands, **dict(node.attributes))
+        made.dtype = D.FLOAT
+        return made
+
+    def _dequantized(
+        self, x: ir.Value | None, scale: ir.Value, zero: ir.Value | None, axis: int
+    ) -> ir.Value:
+        if all(
+            dim == 1 for dim in scale.shape or ()
+        ):  # one for all, as a vector of one element too
+            none = self._add("Constant", [], value=ir.tensor(np.zeros(0, np.int64)))
+            scale = self._add("Reshape", [scale, none])
+            zero = None if zero is None else self._add("Reshape", [zero, none])
+        return self._add("DequantizeLinear", [x, scale, zero], axis=axis)
 
     def _constant(self, number: Any) -> ir.Value:
         return self._add("Constant", [], value=ir.tensor(np.asarray(number)))
