@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import numpy as np
+import onnx.parser
+import onnx_ir as ir
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -11,8 +13,10 @@ from netlathe.backends.fpga.layers import Builder
 from netlathe.backends.fpga.model import Machine
 from netlathe.backends.fpga.program import link
 from netlathe.backends.fpga.spec import Spec
-from netlathe.backends.fpga.tensors import Scale, Window
+from netlathe.backends.fpga.tensors import Image, Scale, Window
 from netlathe.diagnostics import LowerError
+from netlathe.execute import ort
+from netlathe.passes.quantize.integer import multiplier_and_shift
 from tests.backends.fpga.cases import LAYERS, Layer, build, requantized
 
 SMALL = Spec()
@@ -125,3 +129,45 @@ def test_patterns_that_the_core_lacks_are_refused() -> None:
     layer = Layer((1, 4), 64, 8, pattern="1:4")
     with pytest.raises(LowerError, match=r"no 1:4; it has 2:4"):
         build(layer, SMALL, 0)
+
+
+def _float_scaled(sums: np.ndarray, ratio: float, zero: int) -> np.ndarray:
+    """What a runtime makes of sums in float32: a product with the scale, and QuantizeLinear by 1."""
+    text = """
+        <ir_version: 10, opset_import: ["": 21]>
+        g (int32[n] acc, float ratio, int8 zero) => (int8[n] y) {
+            wide = Cast<to=1>(acc)
+            scaled = Mul(wide, ratio)
+            one = Constant<value_float=1.0>()
+            y = QuantizeLinear(scaled, one, zero)
+        }"""
+    model = ir.serde.deserialize_model(onnx.parser.parse_model(text))
+    feeds = {"acc": sums, "ratio": np.float32(ratio), "zero": np.int8(zero)}
+    return ort.run(model, {name: np.asarray(array) for name, array in feeds.items()})["y"]
+
+
+@given(st.floats(1e-6, 0.5), st.integers(-128, 127), st.integers(0, 1000))
+@settings(max_examples=40, deadline=None)
+def test_a_layer_is_within_a_step_of_float_scales(ratio: float, zero: int, seed: int) -> None:
+    """Sums over the whole range of the output and beyond, on the core's model and in ONNX Runtime."""
+    rng = np.random.default_rng(seed)
+    rows = 96
+    multiplier, shift = (int(a) for a in multiplier_and_shift(np.array(ratio)))
+    builder = Builder(SMALL)
+    weights = np.eye(8, dtype=np.int8)[:, :, None, None]  # a sum is its bias, and a code at most
+    bias = rng.integers(-140, 140, 8) / ratio
+    ones = np.ones(8, np.int64)
+    scale = Scale(bias.astype(np.int64), multiplier * ones, shift * ones, zero)
+    y = builder.product("layer", builder.image(1, rows, 8), weights, scale)
+    x = rng.integers(-128, 128, (1, rows, 8)).astype(np.int8)
+    memory = builder.memory()
+    builder.put(memory, Image(0, 1, rows, 8, 1), x)
+    Machine(SMALL, memory).run(link(builder.steps))
+    got = builder.get(memory, y).reshape(-1).astype(int)
+    sums = (x.astype(np.int64) + scale.bias).reshape(-1)
+    apart = np.abs(got - _float_scaled(sums.astype(np.int32), ratio, zero))
+    assert apart.max() <= 1
+    exact = sums * ratio
+    # 0.004 of a step for the multiplier, and what float32 loses of numbers up to 140.
+    near_a_half = np.abs(exact - np.floor(exact) - 0.5) < 0.006
+    assert not apart[~near_a_half].any()
