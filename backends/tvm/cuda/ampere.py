@@ -48,11 +48,10 @@ __device__ __forceinline__ void copy(
                  ::"r"(piece(tile, row, at)), "l"(source), "r"(inside ? 16 : 0) : "memory");
   }}
 }}
-// The block's 128 x 128 sums, left in shared memory as float32.
-__device__ __forceinline__ void product(
-    uint8_t* shared, const void* a_, const void* b_, int64_t rows, int64_t inner, int64_t columns,
-    int64_t top, int64_t left) {{
-  const uint16_t *a = static_cast<const uint16_t*>(a_), *b = static_cast<const uint16_t*>(b_);
+// The block's 128 x 128 sums, left in shared memory as float32. copy_a(tile, k) starts a stage of A.
+template <typename CopyA>
+__device__ __forceinline__ void tile_product(
+    uint8_t* shared, const CopyA& copy_a, const uint16_t* b, int64_t inner, int64_t columns, int64_t left) {{
   constexpr int kBytes = {TILE * DEEP * 2};
   const uint32_t base = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -62,7 +61,7 @@ __device__ __forceinline__ void product(
 #pragma unroll
   for (int stage = 0; stage < {STAGES - 1}; ++stage) {{
     if (stage < steps) {{
-      copy(base + stage * 2 * kBytes, a, rows, inner, top, (int64_t)stage * {DEEP});
+      copy_a(base + stage * 2 * kBytes, (int64_t)stage * {DEEP});
       copy(base + stage * 2 * kBytes + kBytes, b, columns, inner, left, (int64_t)stage * {DEEP});
     }}
     asm volatile("cp.async.commit_group;" ::: "memory");
@@ -73,7 +72,7 @@ __device__ __forceinline__ void product(
     const int ahead = step + {STAGES - 1};
     if (ahead < steps) {{
       const uint32_t to = base + ahead % {STAGES} * 2 * kBytes;
-      copy(to, a, rows, inner, top, (int64_t)ahead * {DEEP});
+      copy_a(to, (int64_t)ahead * {DEEP});
       copy(to + kBytes, b, columns, inner, left, (int64_t)ahead * {DEEP});
     }}
     asm volatile("cp.async.commit_group;" ::: "memory");
@@ -107,6 +106,13 @@ __device__ __forceinline__ void product(
             make_float2(sums[i][j][half * 2], sums[i][j][half * 2 + 1]);
       }}
   __syncthreads();
+}}
+__device__ __forceinline__ void product(
+    uint8_t* shared, const void* a_, const void* b_, int64_t rows, int64_t inner, int64_t columns,
+    int64_t top, int64_t left) {{
+  const uint16_t *a = static_cast<const uint16_t*>(a_), *b = static_cast<const uint16_t*>(b_);
+  auto copy_a = [&](uint32_t tile, int64_t k) {{ copy(tile, a, rows, inner, top, k); }};
+  tile_product(shared, copy_a, b, inner, columns, left);
 }}
 __device__ __forceinline__ float sum(const uint8_t* shared, int64_t row, int64_t column) {{
   return reinterpret_cast<const float*>(shared)[row * {TILE} + (column ^ ((row & 3) * 8))];

@@ -13,6 +13,15 @@ def transposed(tensor: ir.TensorProtocol) -> Array:
     return np.ascontiguousarray(array(tensor).T)
 
 
+def taps_by_channels(tensor: ir.TensorProtocol, channels: int) -> Array:
+    """A weight [outputs, inputs, r, s] as [outputs, r * s * channels]: zeros where it has no channels."""
+    values = array(tensor)
+    outputs, inputs, *taps = values.shape
+    made = np.zeros((outputs, *taps, channels), values.dtype)
+    made[..., :inputs] = np.moveaxis(values, 1, -1)
+    return made.reshape(outputs, -1)
+
+
 def quantized(tensor: ir.TensorProtocol, bits: int) -> Array:
     """Integers [K, N] as [N, bytes], both padded, in the order of skinny products.
 

@@ -123,14 +123,29 @@ def warps(
         pointers = (code.address(a), code.address(b))
         places = (rows, inner, columns, top, left)
         code.run(ampere.name(dtype, "product"), text, shared, *pointers, *places)
-        count = ampere.TILE * ampere.TILE // ampere.THREADS
-        with code.loop(count) as step:
-            at = code.bind(step * i64(ampere.THREADS) + thread)
-            line, within = code.bind(idiv(at, ampere.TILE)), code.bind(imod(at, ampere.TILE))
-            row, column = code.bind(top + line), code.bind(left + within)
-            with code.when(tirx.And(row < rows, column < columns)):
-                value = code.call(ampere.name(dtype, "sum"), text, "float32", shared, line, within)
-                finish(row, column, code.bind(value))
+        tile_results(code, dtype, shared, thread, (top, left), (rows, columns), finish)
+
+
+def tile_results(
+    code: GpuCode,
+    dtype: str,
+    shared: Expr,
+    thread: Expr,
+    first: tuple[Expr, Expr],
+    sizes: tuple[Expr, Expr],
+    finish: Callable[[Expr, Expr, Expr], None],
+) -> None:
+    """finish(row, column, sum) for what a block of :mod:`ampere` left in shared memory."""
+    (top, left), (rows, columns) = first, sizes
+    text = ampere.source(dtype)
+    count = ampere.TILE * ampere.TILE // ampere.THREADS
+    with code.loop(count) as step:
+        at = code.bind(step * i64(ampere.THREADS) + thread)
+        line, within = code.bind(idiv(at, ampere.TILE)), code.bind(imod(at, ampere.TILE))
+        row, column = code.bind(top + line), code.bind(left + within)
+        with code.when(tirx.And(row < rows, column < columns)):
+            value = code.call(ampere.name(dtype, "sum"), text, "float32", shared, line, within)
+            finish(row, column, code.bind(value))
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import onnx_ir as ir
 from tvm import tirx
 
 from netlathe.backends.tvm import packing, storage
+from netlathe.backends.tvm.cuda import conv as cuda_conv
 from netlathe.backends.tvm.cuda import products
 from netlathe.backends.tvm.cuda.machine import Gpu
 from netlathe.backends.tvm.kernel import Kernel
@@ -127,7 +128,20 @@ def convolved(
     groups = op.integer("group", 1)
     channels = (groups, outputs // groups, inputs)
     made: Value
-    if isinstance(low.machine, Gpu) and not (outputs == groups and inputs == 1):
+    if (
+        isinstance(low.machine, Gpu)
+        and constant is not None
+        and len(kernel) == 2
+        and groups == 1
+        and x.dtype == constant.dtype == dtype
+        and dtype in cuda_conv.HALVES
+    ):
+        cut = cuda_conv.Windows(*((v[0], v[1]) for v in _two(spans)))
+        last = cuda_conv.of_halves(
+            low, channels_last(low, x, 4), constant, cut, spans.is_plain, tuple(to_last(shape))
+        )
+        made = ChannelsLast(dtype, shape, last)
+    elif isinstance(low.machine, Gpu) and not (outputs == groups and inputs == 1):
         x, weight = (v if is_cheap(v) else low.force(v) for v in (x, weight))
         made = products.convolution(
             x, weight, spans.strides, spans.dilations, spans.begins, groups, dtype, shape
@@ -146,6 +160,10 @@ def convolved(
             last = last.then(lambda code, at, e: e, dtype, turned, lambda at: [at[0], *at[2:]])
         made = ChannelsLast(dtype, shape, last)
     return biased(low, made, bias)
+
+
+def _two(spans: Windows) -> tuple[tuple[int, ...], ...]:
+    return spans.kernel, spans.strides, spans.dilations, spans.begins
 
 
 def biased(low: Lowering, made: Value, bias: Value | None) -> Value:

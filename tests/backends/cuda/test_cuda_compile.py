@@ -36,13 +36,14 @@ _FATBIN = 0xBA55ED50
 
 
 def everything() -> ir.Model:
-    """A product in halves with what follows it, one of int4, attention, norm, softmax, reduction, scan."""
+    """Products in halves and of int4, convolutions, attention, norm, softmax, reduction, scan."""
     model = ir.from_onnx_text(
         """
         <ir_version: 11, opset_import: ["" : 25]>
-        g (bfloat16[40, 256] x, bfloat16[4, 256] few, bfloat16[b, 4, s, 64] q) => (bfloat16[40, 128] y,
+        g (bfloat16[40, 256] x, bfloat16[4, 256] few, bfloat16[b, 4, s, 64] q,
+            float16[2, 24, h, v] image) => (bfloat16[40, 128] y,
             bfloat16[b, 4, s, 64] z, float[40, 256] p, float[40] r, float[40, 256] c, bfloat16[4, 128] u,
-            bfloat16[4, 128] e, float[40, 128] v)
+            bfloat16[4, 128] e, float[40, 128] v, float16[2, 72, h, v] seen)
         {
             a = MatMul (x, w)
             h = Add (a, bias)
@@ -57,6 +58,8 @@ def everything() -> ir.Model:
             r = ReduceSum <keepdims = 0> (p, last)
             c = CumSum (p, one)
             v = MatMul (f, single)
+            window = Conv <pads = [1, 1, 1, 1]> (image, taps)
+            seen = Conv (window, mixed)
         }
         """
     )
@@ -74,6 +77,8 @@ def everything() -> ir.Model:
         "last": ir.Tensor(np.array([1])),
         "one": ir.Tensor(np.array(1)),
         "single": ir.Tensor(rng.random((256, 128), dtype=np.float32)),
+        "taps": ir.Tensor(rng.random((40, 24, 3, 3)).astype(np.float16)),
+        "mixed": ir.Tensor(rng.random((72, 40, 1, 1)).astype(np.float16)),
     }
     values = {v.name: v for node in model.graph for v in node.inputs if v is not None}
     for name, tensor in constants.items():
@@ -132,6 +137,7 @@ def test_every_kernel_is_there_on_each(artifact: CudaArtifact) -> None:
     wanted = {
         product,
         "attention_flash",
+        "conv_warps",
         "rows_rms_norm",
         "rows_softmax",
         "reduce_rows",

@@ -92,3 +92,10 @@ def test_a_transposed_weight() -> None:
     made = packing.transposed(tensor(values, ir.DataType.FLOAT16))
     np.testing.assert_array_equal(made, values.T)
     assert made.flags.c_contiguous
+
+
+def test_a_window_lies_by_channels() -> None:
+    values = np.random.default_rng(0).standard_normal((5, 3, 2, 4)).astype(np.float16)
+    made = packing.taps_by_channels(tensor(values, ir.DataType.FLOAT16), 8).reshape(5, 2, 4, 8)
+    np.testing.assert_array_equal(made[..., :3], values.transpose(0, 2, 3, 1))
+    np.testing.assert_array_equal(made[..., 3:], 0)

@@ -171,6 +171,67 @@ def test_product(
         assert error < BOUNDS[half], (rows, error)
 
 
+def convolution(half: str, x: str, w: tuple[int, ...], how: str) -> tuple[ir.Model, Array, Array]:
+    """y = relu(conv(x, weight) + bias) as a model, its weight and its bias."""
+    rng = np.random.default_rng(sum(w))
+    weight = (rng.standard_normal(w) / np.prod(w[1:]) ** 0.5).astype(HALVES[half])
+    bias = rng.standard_normal(w[0]).astype(HALVES[half])
+    model = ir.from_onnx_text(
+        f"""
+        <ir_version: 12, opset_import: ["" : 25]>
+        g ({half}[{x}] x) => ({half}[b, {w[0]}, h, v] y)
+        {{
+            c = Conv <{how}> (x, w, bias)
+            y = Relu (c)
+        }}
+        """
+    )
+    used = {v.name: v for node in model.graph for v in node.inputs if v is not None}
+    for name, array in (("w", weight), ("bias", bias)):
+        value = used[name]
+        value.const_value = ir.Tensor(array, dtype=ir.DataType.from_numpy(array.dtype))
+        value.dtype, value.shape = value.const_value.dtype, ir.Shape(array.shape)
+        model.graph.register_initializer(value)
+    normal.normalize(model)
+    return model, weight, bias
+
+
+@pytest.mark.parametrize("kernels", [Gpu, OnMma])
+@pytest.mark.parametrize("half", ["bfloat16", "float16"])
+@pytest.mark.parametrize(
+    ("shape", "weight", "stride", "pad", "dilation"),
+    [
+        ((2, 3, 37, 41), (70, 3, 7, 7), 2, 3, 1),
+        ((3, 24, 14, 15), (40, 24, 3, 3), 1, 1, 1),
+        ((1, 64, 9, 30), (130, 64, 3, 3), 1, 2, 2),
+        ((2, 20, 13, 7), (64, 20, 1, 1), 1, 0, 1),
+        ((2, 136, 17, 17), (200, 136, 1, 1), 2, 0, 1),
+    ],
+)
+def test_convolution(
+    kernels: type[Gpu],
+    half: str,
+    shape: tuple[int, ...],
+    weight: tuple[int, ...],
+    stride: int,
+    pad: int,
+    dilation: int,
+) -> None:
+    import torch
+
+    how = f"strides = [{stride}, {stride}], dilations = [{dilation}, {dilation}]"
+    how += f", pads = [{pad}, {pad}, {pad}, {pad}]"
+    given = ", ".join(map(str, shape))
+    model, held, bias = convolution(half, given, weight, how)
+    program = OnGpu(model, kernels(**vars(gpu([HERE[-1]]))))
+    x = np.random.default_rng(2).standard_normal(shape).astype(HALVES[half])
+    found = program.run({"x": x})["y"].astype(np.float64)
+    image, taps, offset = (torch.from_numpy(a.astype(np.float64)) for a in (x, held, bias))
+    wanted = torch.conv2d(image, taps, offset, stride, pad, dilation).relu().numpy()
+    assert found.shape == wanted.shape
+    assert np.linalg.norm(found - wanted) / np.linalg.norm(wanted) < BOUNDS[half]
+
+
 EVERY = 4  # of the node tests, one in so many is run on a GPU
 
 

@@ -1,0 +1,261 @@
+"""ResNet-50 on a GPU, float16, batches of 64: against torch with channels last.
+
+    python benchmarks/cuda_resnet.py build DIR          # where nvcc and NetLathe are; no GPU needed
+    python DIR/cuda_resnet.py run DIR                   # where the GPU is; torch, tvm_ffi and TVM's runtime
+
+The network (arXiv 1512.03385, table 1) is written out here with its normalizations folded into convolutions,
+as the frontend leaves it. Weights are random, made on the GPU, and the same on both sides. torch runs its
+convolutions by cuDNN, which may try all its kernels first (``cudnn.benchmark``), on tensors with channels
+last. Both sides run from CUDA graphs, in turn; times are medians of CUDA events, and the outputs are compared
+with torch's in float32 as ||ours - theirs|| / ||theirs||.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from bench_cuda import INSIDE, ROUNDS, Bench
+
+BATCH = 64
+BLOCKS = (3, 4, 6, 3)
+
+
+@dataclass(frozen=True)
+class Conv:
+    """A convolution of ``inputs`` with ``outputs`` channels by square windows, then a bias."""
+
+    name: str
+    inputs: int
+    outputs: int
+    size: int
+    stride: int = 1
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """Of the weight."""
+        return self.outputs, self.inputs, self.size, self.size
+
+
+@dataclass(frozen=True)
+class Block:
+    """A bottleneck: three convolutions, and one beside them where sizes change."""
+
+    convs: tuple[Conv, Conv, Conv]
+    beside: Conv | None
+
+
+def blocks() -> list[Block]:
+    """The stages' blocks in order."""
+    made, inputs = [], 64
+    for stage, count in enumerate(BLOCKS):
+        width = 64 << stage
+        for number in range(count):
+            name = f"s{stage}b{number}"
+            stride = 2 if stage and not number else 1
+            beside = None if number else Conv(f"{name}d", inputs, 4 * width, 1, stride)
+            convs = (
+                Conv(f"{name}x", inputs, width, 1),
+                Conv(f"{name}y", width, width, 3, stride),
+                Conv(f"{name}z", width, 4 * width, 1),
+            )
+            made.append(Block(convs, beside))
+            inputs = 4 * width
+    return made
+
+
+STEM = Conv("stem", 3, 64, 7, 2)
+CLASSES = 1000
+
+
+# -- building --------------------------------------------------------------------------------------
+
+
+def graph() -> Any:
+    """The network as IR; of its constants only shapes matter."""
+    import onnx_ir as ir
+
+    from netlathe.ir import normal
+
+    body: list[str] = []
+    constants: dict[str, tuple[int, ...]] = {"head": (2048, CLASSES), "classes": (CLASSES,)}
+
+    def conv(c: Conv, x: str, out: str) -> None:
+        constants[f"{c.name}w"], constants[f"{c.name}b"] = c.shape, (c.outputs,)
+        pad = c.size // 2
+        how = f"strides = [{c.stride}, {c.stride}], pads = [{pad}, {pad}, {pad}, {pad}]"
+        body.append(f"{out} = Conv <{how}> ({x}, {c.name}w, {c.name}b)")
+
+    conv(STEM, "image", "c0")
+    body.append("r0 = Relu (c0)")
+    window = "kernel_shape = [3, 3], strides = [2, 2], pads = [1, 1, 1, 1]"
+    body.append(f"x0 = MaxPool <{window}> (r0)")
+    for i, block in enumerate(blocks()):
+        x, y, z = block.convs
+        conv(x, f"x{i}", f"a{i}")
+        body.append(f"b{i} = Relu (a{i})")
+        conv(y, f"b{i}", f"d{i}")
+        body.append(f"e{i} = Relu (d{i})")
+        conv(z, f"e{i}", f"f{i}")
+        kept = f"x{i}"
+        if block.beside is not None:
+            kept = f"g{i}"
+            conv(block.beside, f"x{i}", kept)
+        body.append(f"h{i} = Add (f{i}, {kept})")
+        body.append(f"x{i + 1} = Relu (h{i})")
+    body.append(f"mean = GlobalAveragePool (x{len(blocks())})")
+    body.append("flat = Flatten (mean)")
+    body.append("product = MatMul (flat, head)")
+    body.append("y = Add (product, classes)")
+    text = "\n".join(body)
+    model = ir.from_onnx_text(
+        f"""<ir_version: 12, opset_import: ["" : 25]>
+        g (float16[{BATCH}, 3, 224, 224] image) => (float16[{BATCH}, {CLASSES}] y) {{ {text} }}"""
+    )
+    used = {v.name: v for node in model.graph for v in node.inputs if v is not None}
+    rng = np.random.default_rng(0)
+    for name, shape in constants.items():
+        value = used[name]
+        value.const_value = ir.Tensor(rng.standard_normal(shape).astype(np.float16))
+        value.dtype, value.shape = ir.DataType.FLOAT16, ir.Shape(shape)
+        model.graph.register_initializer(value)
+    normal.normalize(model)
+    return model
+
+
+def build(folder: Path, archs: str) -> None:
+    """Compile it."""
+    from netlathe.backends.tvm import process, runtime, toolchain
+    from netlathe.backends.tvm.cuda.machine import gpu
+
+    folder.mkdir(parents=True, exist_ok=True)
+    here = Path(__file__)
+    for file in (here, here.with_name("bench_cuda.py"), Path(runtime.__file__)):
+        shutil.copyfile(file, folder / file.name)
+    machine = gpu(archs.split(","))
+    built = process.build(graph(), machine, folder / "resnet.so", (toolchain.compiler(),))
+    facts = [(p.recipe.sources, p.recipe.function.__name__, p.shape) for p in built.parameters]
+    (folder / "resnet.json").write_text(json.dumps({"parameters": facts}))
+
+
+# -- measuring -------------------------------------------------------------------------------------
+
+
+class Net:
+    """Weights on the GPU, as torch has them, and both sides' calls."""
+
+    def __init__(self, bench: Bench) -> None:
+        self.bench, torch = bench, bench.torch
+        self.weights: dict[str, Any] = {}
+        every = [STEM]
+        for block in blocks():
+            every += [*block.convs, *([block.beside] if block.beside else [])]
+        for conv in every:
+            scale = (2 / (conv.inputs * conv.size**2)) ** 0.5 * (
+                0.5 if conv.name.endswith("z") else 1
+            )
+            made = torch.randn(conv.shape, device="cuda") * scale
+            self.weights[f"{conv.name}w"] = made.half()
+            self.weights[f"{conv.name}b"] = (0.1 * torch.randn(conv.outputs, device="cuda")).half()
+        self.weights["head"] = (torch.randn((2048, CLASSES), device="cuda") / 45).half()
+        self.weights["classes"] = torch.randn(CLASSES, device="cuda").half()
+
+    def ours(self, image: Any) -> Callable[[], Any]:
+        """A call of our program, whose parameters are torch's weights laid out anew."""
+        main, facts = self.bench.load("resnet")
+        given = [image]
+        for sources, function, shape in facts["parameters"]:
+            weight = self.weights[sources[0]]
+            if function == "taps_by_channels":
+                turned = weight.permute(0, 2, 3, 1)
+                room = shape[1] // (turned.shape[1] * turned.shape[2]) - turned.shape[3]
+                weight = self.bench.torch.nn.functional.pad(turned, (0, room))
+            elif function == "transposed":
+                weight = weight.t()
+            given.append(weight.reshape(shape).contiguous())
+        own = [self.bench.ffi.from_dlpack(x) for x in given]
+        return lambda: main(*own)
+
+    def theirs(self, image: Any, weights: dict[str, Any]) -> Any:
+        """torch's result."""
+        torch = self.bench.torch
+
+        def conv(c: Conv, x: Any) -> Any:
+            w, b = weights[f"{c.name}w"], weights[f"{c.name}b"]
+            return torch.conv2d(x, w, b, c.stride, c.size // 2)
+
+        x = torch.max_pool2d(torch.relu(conv(STEM, image)), 3, 2, 1)
+        for block in blocks():
+            a, b, c = block.convs
+            y = conv(c, torch.relu(conv(b, torch.relu(conv(a, x)))))
+            x = torch.relu(y + (conv(block.beside, x) if block.beside else x))
+        return x.mean((2, 3)) @ weights["head"] + weights["classes"]
+
+
+def run(folder: Path, write: Path | None) -> None:
+    """Measure both sides."""
+    bench = Bench(folder.resolve())
+    torch = bench.torch
+    torch.backends.cudnn.benchmark = True
+    net = Net(bench)
+    image = torch.randn((BATCH, 3, 224, 224), device="cuda").half()
+    ours = net.ours(image)
+    found = torch.from_dlpack(ours()[0]).float()
+    wide = {name: weight.float() for name, weight in net.weights.items()}
+    wanted = net.theirs(image.float(), wide)
+    error = float((found - wanted).norm() / wanted.norm())
+    last = {
+        name: w.to(memory_format=torch.channels_last) if w.dim() == 4 else w
+        for name, w in net.weights.items()
+    }
+    turned = image.to(memory_format=torch.channels_last)
+    sides: dict[str, Callable[[], Any]] = {"ours": ours, "torch": lambda: net.theirs(turned, last)}
+    replays = {}
+    for side, call in sides.items():
+        kept = [call() for _ in range(3)]
+        del kept
+        torch.cuda.synchronize()
+        graph_ = torch.cuda.CUDAGraph()
+        with bench.ffi.use_torch_stream(torch.cuda.graph(graph_)):
+            held = call()
+        replays[side] = (graph_, held)
+    for graph_, _ in replays.values():
+        bench.milliseconds(graph_.replay, INSIDE)
+    rounds = [
+        [bench.milliseconds(graph_.replay, INSIDE) for graph_, _ in replays.values()]
+        for _ in range(ROUNDS)
+    ]
+    mine, peer = (statistics.median(column) for column in zip(*rounds, strict=True))
+    print(
+        f"{bench.results['gpu']}: ResNet-50, {BATCH} images: {mine:.3f} ms, torch {peer:.3f} ms,"
+        f" share {peer / mine:.3f}, error {error:.1e}"
+    )
+    if write is not None:
+        write.write_text(json.dumps({"ms": mine, "torch_ms": peer, "error": error}) + "\n")
+
+
+def main() -> None:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("what", choices=["build", "run"])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--archs", default="sm_90a", help="build: architectures, with commas")
+    parser.add_argument("--json", type=Path, help="run: write the numbers here too")
+    given = parser.parse_args()
+    if given.what == "build":
+        build(given.folder, given.archs)
+    else:
+        run(given.folder, given.json)
+
+
+if __name__ == "__main__":
+    main()
