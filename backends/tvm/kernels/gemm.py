@@ -157,13 +157,10 @@ def packed(
             return None
         return lambda panel, number, vector: of_block(buffer, number * i64(block), panel, vector)
 
-    def ahead(rows_read: int) -> Callable[[Expr, Expr], None]:
-        def ask(panel: Expr, k: Expr) -> None:
-            for line in range(-(-rows_read * cut.width * item // _LINE)):
-                start = stored(panel, idiv(k, deep), 0)
-                gemv.ask(code, read_b, start + i64((line * _LINE + gemv.AHEAD) // item))
-
-        return ask
+    def ahead(panel: Expr, k: Expr) -> None:
+        for line in range(-(-gemv.STEP // deep * cut.width * item // _LINE)):
+            start = stored(panel, idiv(k, deep), 0)
+            gemv.ask(code, read_b, start + i64((line * _LINE + gemv.AHEAD) // item))
 
     def single() -> None:
         scales = block_of(weight.scales) if weight.blocks > 1 else None
@@ -180,7 +177,6 @@ def packed(
                 words,
                 scales,
                 block_of(weight.zeros),
-                ahead(1),
                 give,
             )
             return
@@ -193,7 +189,7 @@ def packed(
             numbers,
             scales,
             block_of(weight.zeros),
-            ahead(gemv.STEP // deep),
+            ahead,
             give,
         )
 

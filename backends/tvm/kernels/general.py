@@ -2,10 +2,13 @@
 
 general.flat    one loop over all elements: blocks in parallel, vectors within
 general.rows    the outer dims fused and in parallel, vectors along the last dim
+general.flat    of stretches: each of some that lie apart in such blocks
 general.small   the same without threads: a launch would cost more than the work
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 from netlathe.backends.tvm import storage
 from netlathe.backends.tvm.cuda import grids
@@ -111,6 +114,23 @@ def _flat(kernel: Kernel, count: Expr, small: bool, one: object) -> None:
         start = code.bind(block * i64(_BLOCK))
         length = code.bind(_smaller(i64(_BLOCK), count - start))
         vectors(code, length, lanes, lambda i: one([start + i]))  # type: ignore[operator]
+
+
+def stretches(
+    kernel: Kernel, count: Expr, length: Expr, one: Callable[[Code, Expr, Expr], None]
+) -> str:
+    """one(code, stretch, position) for ``count`` stretches of ``length`` neighbours; the schedule's name."""
+    code = kernel.code
+    lanes = kernel.lowering.machine.lanes("float32")
+    blocks = code.bind(idiv(length + i64(_BLOCK - 1), _BLOCK))
+    number = known(count * length)
+    small = number is not None and number <= SMALL
+    with code.loop(count * blocks, SERIAL if small else PARALLEL) as task:
+        stretch, block = (code.bind(i) for i in unflatten(task, [count, blocks]))
+        start = code.bind(block * i64(_BLOCK))
+        size = code.bind(_smaller(i64(_BLOCK), length - start))
+        vectors(code, size, lanes, lambda i: one(code, stretch, start + i))
+    return "general.small" if small else "general.flat"
 
 
 def _smaller(a: Expr, b: Expr) -> Expr:

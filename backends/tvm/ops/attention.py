@@ -14,7 +14,7 @@ from netlathe.backends.tvm.kernel import Kernel
 from netlathe.backends.tvm.kernels.attention import Plain, Spec, attention
 from netlathe.backends.tvm.ops.contraction import product
 from netlathe.backends.tvm.ops.elementwise import like
-from netlathe.backends.tvm.ops.movement import transposed
+from netlathe.backends.tvm.ops.movement import concatenated, transposed
 from netlathe.backends.tvm.ops.norm import softmax
 from netlathe.backends.tvm.ops.op import D, Op, Rule, broadcast_index, combine, is_cheap
 from netlathe.backends.tvm.ops.reduction import reduced
@@ -41,25 +41,9 @@ def heads(op: Op, value: Value, count: int) -> Value:
 
 def _joined(op: Op, first: Value, second: Value) -> Ready:
     """Two caches one after the other along axis 2."""
-    from netlathe.backends.tvm.kernels import general
-
-    kernel = Kernel(op.low)
     axis = dims.add(first.shape[2], second.shape[2])
     shape = (*second.shape[:2], axis, second.shape[3])
-    out = kernel.write(second.dtype, shape)
-    store = general.into(out, second.dtype, kernel.shape(shape))
-    schedule = ""
-    offset = i64(0)
-    for part in (first, second):
-        begin = offset
-
-        def place(code: Code, at: Index, element: Expr, begin: Expr = begin) -> None:
-            store(code, [*at[:2], at[2] + begin, at[3]], element)
-
-        source = Lazy(part.dtype, part.shape, part.at)
-        schedule = general.elementwise(kernel, source, place)
-        offset = offset + kernel.size(part.shape[2])
-    return kernel.finish(schedule)[0]
+    return concatenated(op.low, second.dtype, [first, second], shape, 2)
 
 
 def _attention(op: Op) -> Sequence[Value]:

@@ -8,8 +8,10 @@ import onnx_ir as ir
 from tvm import tirx
 
 from netlathe.backends.tvm import packing, storage
+from netlathe.backends.tvm.cuda.machine import Gpu
 from netlathe.backends.tvm.kernel import Kernel
 from netlathe.backends.tvm.kernels import general
+from netlathe.backends.tvm.lowering import Lowering
 from netlathe.backends.tvm.ops.op import (
     D,
     Op,
@@ -41,6 +43,7 @@ from netlathe.backends.tvm.values import (
     Pending,
     Ready,
     Scalar,
+    Store,
     Value,
     from_last,
     to_last,
@@ -390,7 +393,7 @@ def _concat(op: Op) -> Sequence[Value]:
     # Along a short axis a choice is cheap: coordinates for GatherND, the halves of a rotation.
     if static and (small or (len(parts) <= 4 and shape[axis] == len(parts))):
         return [Lazy(op.dtype(), shape, _choose(parts, axis), cost=cost)]
-    return [_concatenated(op, parts, shape, axis)]
+    return [concatenated(op.low, op.dtype(), parts, shape, axis)]
 
 
 def _choose(parts: Sequence[Value], axis: int) -> Callable[[Code, Index], Expr]:
@@ -414,22 +417,41 @@ def _choose(parts: Sequence[Value], axis: int) -> Callable[[Code, Index], Expr]:
     return element
 
 
-def _concatenated(op: Op, parts: Sequence[Value], shape: Shape, axis: int) -> Value:
+def concatenated(low: Lowering, dtype: D, parts: Sequence[Value], shape: Shape, axis: int) -> Ready:
     """Each part is copied by loops of its own, so no element is looked for."""
-    kernel = Kernel(op.low)
-    out = kernel.write(op.dtype(), shape)
-    store = general.into(out, op.dtype(), kernel.shape(shape))
+    kernel = Kernel(low)
+    out = kernel.write(dtype, shape)
+    store = general.into(out, dtype, kernel.shape(shape))
     begin = i64(0)
     schedule = ""
     for part in parts:
-        offset = begin
+        if isinstance(part, Ready) and not isinstance(low.machine, Gpu):
+            schedule = _stretches(kernel, part, shape, axis, begin, store)
+        else:
+            offset = begin
 
-        def place(code: Code, index: Index, element: Expr, offset: Expr = offset) -> None:
-            store(code, [*index[:axis], index[axis] + offset, *index[axis + 1 :]], element)
+            def place(code: Code, index: Index, element: Expr, offset: Expr = offset) -> None:
+                store(code, [*index[:axis], index[axis] + offset, *index[axis + 1 :]], element)
 
-        schedule = general.elementwise(kernel, _by_dims(part), place)
+            schedule = general.elementwise(kernel, _by_dims(part), place)
         begin = begin + kernel.size(part.shape[axis])
     return kernel.finish(schedule)[0]
+
+
+def _stretches(
+    kernel: Kernel, part: Ready, shape: Shape, axis: int, begin: Expr, store: Store
+) -> str:
+    """Copy what lies in memory: from ``axis`` on its elements are neighbours, there and in the result."""
+    count = kernel.size(dims.product(shape[:axis]))
+    length = kernel.size(dims.product(part.shape[axis:]))
+    whole = kernel.size(dims.product(shape[axis:]))
+    first = begin * kernel.size(dims.product(shape[axis + 1 :]))
+
+    def move(code: Code, number: Expr, at: Expr) -> None:
+        element = part.at(code, [number * length + at])
+        store(code, [number * whole + first + at], element)
+
+    return general.stretches(kernel, count, length, move)
 
 
 def _by_dims(value: Value) -> Value:
