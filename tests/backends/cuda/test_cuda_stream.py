@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from netlathe.backends.tvm.cuda import stream
+from netlathe.backends.tvm.cuda import ampere, hopper, stream
+from netlathe.backends.tvm.cuda.machine import ARCHITECTURES
 
 SIZES = (1024, 4096, 8192, 11008, 28672)
 
@@ -34,3 +35,9 @@ def test_few_columns_share_k() -> None:
     many = stream.chosen(16, 1, 28672, 8192, 0, False, 0)
     assert few is not None and many is not None
     assert few.splits > 1 and many.splits == 1
+
+
+@pytest.mark.parametrize("columns", [64, 128, 256])
+def test_tiles_of_many_rows_fit_too(columns: int) -> None:
+    assert hopper.Shape(columns).shared_bytes <= ARCHITECTURES["sm_90a"][1]
+    assert ampere.SHARED_BYTES <= min(room for _, room in ARCHITECTURES.values())
