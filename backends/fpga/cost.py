@@ -9,9 +9,11 @@ the longest ring of units that wait for each other: loading a half waits for who
     requantize   pixels x group + columns + 17
     store    beats over the rate + 3
 
-A tile brings its inputs once, between two vectors; they hide behind the array as far as the weights' two
-halves reach. :func:`netlathe.backends.fpga.model.cycles` is exact where this is close: tests hold the two
-within 2 % of each other, over shapes that nothing here was fitted on.
+A tile brings its inputs once, between two vectors; they hide behind the array as far as LOAD is ahead of it,
+which is counted in vectors of the tile before: a narrow tile at an edge leaves little time for the next. At
+the end the requantizer and STORE may still be at work on a larger tile than the last.
+:func:`netlathe.backends.fpga.model.cycles` is exact where this is close: tests hold the two within 2 % of
+each other, over shapes that nothing here was fitted on.
 """
 
 from __future__ import annotations
@@ -22,12 +24,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from netlathe.backends.fpga.kernel import Kernel
-from netlathe.backends.fpga.model import COMPUTE_STAGES, REQUANTIZE_STAGES, Memory
+from netlathe.backends.fpga.model import (
+    COMPUTE_WAIT,
+    JOBS,
+    REQUANTIZE_STAGES,
+    Memory,
+    compute_stages,
+)
 from netlathe.backends.fpga.spec import Spec
 from netlathe.backends.fpga.tensors import Image, Window
 from netlathe.diagnostics import Diagnostic, LowerError
 
-QUEUED = 8  # vectors of outputs that LOAD can be ahead of the array
+QUEUED = 9  # vectors of outputs that LOAD can be ahead of the array
 
 
 @dataclass(frozen=True)
@@ -62,64 +70,112 @@ def _sides(window: Window, axis: int, inputs: int, outputs: int, step: int) -> C
     return found
 
 
-def cycles(p: Product, height: int, width: int, memory: Memory) -> float:
-    """Of a product cut into tiles of ``height`` x ``width`` outputs, from its first load to its last beat."""
-    spec, kernel, n = p.spec, p.kernel, p.kernel.tiles
+@dataclass(frozen=True)
+class _Cost:
+    """Of one tile: its pixels, and the cycles of each unit for one of its vectors of outputs."""
+
+    pixels: int
+    inputs: float  # LOAD, for all of its vectors
+    own: float  # LOAD, for one
+    shared: float
+    array: float
+    requantize: float
+    store: float
+    period: float  # from vector to vector
+    ahead: float  # vectors that LOAD is ahead of the array
+
+
+def _tile(p: Product, v: _Side, h: _Side, memory: Memory) -> _Cost:
+    spec, kernel = p.spec, p.kernel
     slow_read, slow_write = memory.read[1] / memory.read[0], memory.write[1] / memory.write[0]
     parts = [part.rows for part in kernel.parts()]
     gap = _gap(memory.read, 2)
     orders = gap * (2 if kernel.pattern else 1)  # loads of a part: values, and indices
-    parameters = spec.columns * slow_read + gap
-    load = parameters + sum(kernel.beats(rows) * slow_read + orders for rows in parts)
-    first = parameters + kernel.beats(parts[0]) * slow_read + orders + memory.latency
-    delay = COMPUTE_STAGES + spec.rows.bit_length() - 1 + 3
+    load = spec.columns * slow_read + gap
+    load += sum(kernel.beats(rows) * slow_read + orders for rows in parts)
+    pixels, inputs = v.outputs * h.outputs, _inputs(p, v, h, memory)
     each = len(set(kernel.ranges)) > 1  # every vector of outputs has inputs of its own
-    by_load = by_array = by_both = behind = before = 0.0
+    own, shared = (load + inputs, 0.0) if each else (load, inputs)
+    array = sum(pixels * steps + 3 for steps in parts) + COMPUTE_WAIT * (len(parts) - 1)
+    requantize = pixels * p.y.group + spec.columns + REQUANTIZE_STAGES + 4
+    store = pixels * p.y.group * spec.vector_beats * slow_write + _gap(memory.write, 3)
+    store = store if p.y.address >= 0 else 0.0
+    # Rings: how many vectors of outputs have room at once in weights, sums and output.
+    held = max(1.0, spec.weight_rows // max(parts) / len(parts))
+    delay = compute_stages(spec) + 3
+    period = max(
+        array,
+        requantize,
+        store,
+        (own + memory.latency + array + delay) / held,
+        (array + delay + requantize) / max(1, spec.sum_rows // pixels),
+        (requantize + store) / max(1, spec.output_vectors // (pixels * p.y.group)),
+    )
+    return _Cost(pixels, inputs, own, shared, array, requantize, store, period, min(QUEUED, held))
+
+
+def cycles(p: Product, height: int, width: int, memory: Memory) -> float:
+    """Of a product cut into tiles of ``height`` x ``width`` outputs, from its first load to its last beat."""
+    n, delay = p.kernel.tiles, compute_stages(p.spec) + 3
+    parts = [part.rows for part in p.kernel.parts()]
     rows = _sides(p.window, 0, p.x.height, p.y.height, height)
     columns = _sides(p.window, 1, p.x.width, p.y.width, width)
-    for v, rows_alike in rows.items():
+    by_load = by_array = by_both = 0.0
+    # The first tile; the last one and the one before it, of another kind or the same.
+    first: _Cost | None = None
+    last: _Cost | None = None
+    before: _Cost | None = None
+    for v, down in rows.items():
         excess, idle = 0.0, False
-        for h, columns_alike in columns.items():
-            pixels, alike = v.outputs * h.outputs, rows_alike * columns_alike
-            inputs = _inputs(p, v, h, memory)
-            own, shared = (load + inputs, 0.0) if each else (load, inputs)
-            array = sum(pixels * steps + 3 for steps in parts)
-            requantize = pixels * p.y.group + spec.columns + REQUANTIZE_STAGES + 4
-            store = pixels * p.y.group * spec.vector_beats * slow_write + _gap(memory.write, 3)
-            store = store if p.y.address >= 0 else 0.0
-            # Rings: how many vectors of outputs have room at once in weights, sums and output.
-            weights_held = max(1.0, spec.weight_rows // max(parts) / len(parts))
-            period = max(
-                array,
-                requantize,
-                store,
-                (own + memory.latency + array + delay) / weights_held,
-                (array + delay + requantize) / max(1, spec.sum_rows // pixels),
-                (requantize + store) / max(1, spec.output_vectors // (pixels * p.y.group)),
-            )
-            # Inputs come between the weights of two vectors; what is loaded by then keeps the array busy.
-            reach = min(QUEUED, weights_held)
-            late = 2 * own + shared + memory.latency - reach * period
-            busy = n * period + max(0.0, late)
-            by_load += alike * (n * own + shared)
-            by_array += alike * busy
-            excess += alike * max(0.0, n * own + shared - busy)
-            idle = idle or n * own + shared < busy
-            before = max(before, inputs)
-            behind = requantize + store
+        kinds = [(_tile(p, v, h, memory), across) for h, across in columns.items()]
+        for number, (tile, across) in enumerate(kinds):
+            # Behind which: the neighbour to the left, or at the end of the row above; none at the start.
+            behind = [(kinds[number - 1][0], down), (tile, down * (across - 1))]
+            if first is None:
+                first, behind = tile, [(kinds[-1][0], down - 1), (tile, down * (across - 1) + 1)]
+            for left, times in behind:
+                # Inputs come between the weights of two vectors; what is loaded by then keeps the array busy.
+                near = min(tile.ahead, n)
+                lead = near * left.period + (tile.ahead - near) * tile.period
+                late = 2 * tile.own + tile.shared + memory.latency - lead
+                busy, loading = n * tile.period + max(0.0, late), n * tile.own + tile.shared
+                by_load += times * loading
+                by_array += times * busy
+                excess += times * max(0.0, loading - busy)
+                idle = idle or (times > 0 and loading < busy)
+            before, last = (last if across == 1 else tile), tile
         # Where tiles at an edge take longer to load than to compute, part is there before their turn: once
         # in every row that has others, once for rows of nothing else.
-        by_both += max(0.0, excess - (rows_alike if idle else 1) * reach * own)
+        by_both += max(0.0, excess - (down if idle else 1) * tile.ahead * tile.own)
+    assert first is not None and last is not None
     by_both += by_array
+    before = before or last
     # Behind the last load: its own part, or what the last inputs let begin.
-    last = parts[-1] * pixels + delay
-    waiting = max(last, delay + n * array - (n - 1) * own)
+    part = parts[-1] * last.pixels + delay
+    waiting = max(part, delay + n * last.array - (n - 1) * last.own)
     ends: tuple[float, ...] = (
         by_load + memory.latency + waiting,
-        before + first + by_array + delay,
-        by_both + last,
+        _first(p, first, memory) + by_array + delay,
+        by_both + part,
     )
-    return 5 + max(ends) + behind
+    return 5 + max(ends) + _drain(before, last, n)
+
+
+def _first(p: Product, tile: _Cost, memory: Memory) -> float:
+    """Until the first step of the array: parameters, inputs and the first part of the weights."""
+    slow = memory.read[1] / memory.read[0]
+    gap = _gap(memory.read, 2)
+    kernel = p.kernel
+    rows = next(kernel.parts()).rows
+    orders = gap * (3 if kernel.pattern else 2)
+    return tile.inputs + (p.spec.columns + kernel.beats(rows)) * slow + orders + memory.latency
+
+
+def _drain(before: _Cost, last: _Cost, n: int) -> float:
+    """From the array's end to the last beat: of its last vector, or of a tile before that was larger."""
+    earlier = before.requantize - n * last.period
+    requantized = max(last.requantize, earlier + n * last.requantize)
+    return max(requantized + last.store, earlier + before.store + n * last.store)
 
 
 def _gap(rate: tuple[int, int], idle: int) -> float:
@@ -146,8 +202,12 @@ def _inputs(p: Product, v: _Side, h: _Side, memory: Memory) -> float:
     if taken:
         taken += memory.latency
     if v.inside > 0 and h.inside > 0:
-        taken += v.inside * h.inside * (high - low) * beats * slow
-        taken += _gap(memory.read, 2) * (1 if p.x.vectors == high - low == pitch else v.inside)
+        row = h.inside * (high - low) * beats * slow
+        if p.x.vectors == high - low == pitch:
+            return taken + v.inside * row + _gap(memory.read, 2)
+        # An instruction a row: as fast as memory, or as those that may be under way at once come back.
+        row = max(row + _gap(memory.read, 2), (row + memory.latency + 4) / (JOBS + 1))
+        taken += v.inside * row
     return taken
 
 

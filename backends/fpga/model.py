@@ -21,8 +21,8 @@ from netlathe.backends.fpga.spec import Spec
 
 Array = npt.NDArray[Any]
 
-COMPUTE_STAGES = 7  # and one for every level of the adder tree
-REQUANTIZE_STAGES = 13
+REQUANTIZE_STAGES = 13  # until tokens are given
+COMPUTE_WAIT = 3  # until sums that an instruction goes on with are written
 JOBS = 4  # loads that have asked and wait for data
 
 
@@ -190,6 +190,11 @@ def last_slot(start: int, count: int, rate: tuple[int, int]) -> int:
     return -(-index * d // n) - 1
 
 
+def compute_stages(spec: Spec) -> int:
+    """From the last step of a COMPUTE to its tokens: what waits for them finds the sums written."""
+    return max(1, 7 + spec.rows.bit_length() - 1 - spec.columns)
+
+
 @dataclasses.dataclass
 class Timing:
     """In which cycle an instruction was accepted by its unit, and in which its tokens were given."""
@@ -200,7 +205,6 @@ class Timing:
 
 def cycles(program: Sequence[Instruction], spec: Spec, memory: Memory) -> list[Timing]:
     """When each instruction starts and ends on the core, the first being offered in cycle 0."""
-    tree = spec.rows.bit_length() - 1
     fetched: dict[Unit, list[int]] = {unit: [] for unit in isa.UNITS}  # when each left its queue
     tokens: dict[tuple[Unit, Unit], list[int]] = {}  # when each was given
     popped: dict[tuple[Unit, Unit], int] = {}
@@ -214,7 +218,7 @@ def cycles(program: Sequence[Instruction], spec: Spec, memory: Memory) -> list[T
         offered += 1
         if len(queue) >= spec.queue:
             offered = max(offered, queue[-spec.queue] + 1)
-        queue.append(max(offered + 1, taken[unit] + 1))
+        queue.append(max(offered + 2, taken[unit] + 1))
         start = max(queue[-1] + 1, free[unit])
         for other in step.pops:
             pair = (other, unit)
@@ -238,7 +242,8 @@ def cycles(program: Sequence[Instruction], spec: Spec, memory: Memory) -> list[T
             written = done
         elif unit == "compute":
             count = step["k0"] * step["k1"] * step["k2"] * step["m0"] * step["m1"]
-            done = start + 2 + count + COMPUTE_STAGES + tree
+            count += COMPUTE_WAIT * step["accumulate"]
+            done = start + 2 + count + compute_stages(spec)
             free[unit] = start + 3 + count
         elif unit == "requantize":
             count = step["n0"] * step["n1"] * (4 if step["raw"] else 1)

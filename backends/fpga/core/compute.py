@@ -1,13 +1,14 @@
 """COMPUTE: the array of multipliers, its accumulators, and the scratchpad of sums.
 
 A cycle takes a row of activations and a row of weights; k is the inner loop, so a sum stays in a
-register until it is complete. Stages, counted from the cycle that addresses the scratchpads:
+register until it is complete. Stages, counted from the cycle in which the loop nest addresses a step:
 
-    1 read    2 held    3 of one source    4 selected (sparse, slice, vector)    5 products
-    5 + log2(rows) dot products     6 + log2(rows) joined with the sum before
-    7 + log2(rows) accumulators, written to sums in the same cycle
+    1 the address is at the scratchpads    2 read    3 held (the block RAMs' own registers)    4 of one source
+    5 selected (sparse, slice, vector)    6 operands, 7 products (the multipliers' own registers)
+    7 + log2(rows) dot products    8 + log2(rows) compared with, 9 + log2(rows) joined with the sum before
+    10 + log2(rows) accumulators    11 + log2(rows) at the scratchpads of sums, which are written
 
-What a block RAM gives is held in a register before anything is done with it: it comes late in its cycle.
+A signal that all columns wait for has a register in every column (``near_*``): they lie all over the chip.
 """
 
 from __future__ import annotations
@@ -21,7 +22,20 @@ from netlathe.backends.fpga.spec import Spec
 
 def last_stage(spec: Spec) -> int:
     """In which stage sums are written."""
-    return 7 + log2(spec.rows)
+    return 11 + log2(spec.rows)
+
+
+def done_stage(spec: Spec) -> int:
+    """In which stage tokens are given.
+
+    Operands have been read by then. The requantizer begins to read sums columns + 5 cycles after its token,
+    and has to find them written.
+    """
+    return max(1, last_stage(spec) - 4 - spec.columns)
+
+
+# An instruction that goes on with sums waits until the one before has written them: it may be a single row.
+WAIT = 3
 
 
 class Compute(Elaboratable):
@@ -41,7 +55,10 @@ class Compute(Elaboratable):
         self.weight_row = Signal(range(spec.weight_rows))
         self.weight_data = Signal(8 * spec.rows * spec.columns)
         self.index_data = Signal(8 * spec.beat_bytes * spec.index_beats)
-        self.sums = [Scratchpad(f"sums{i}", spec.sum_rows, 1, 32 * spec.columns) for i in range(2)]
+        self.sums = [
+            Scratchpad(f"sums{i}", spec.sum_rows, 1, 32 * spec.columns, far=i == 0)
+            for i in range(2)
+        ]
 
     def elaborate(self, platform: object) -> Module:
         m, spec = Module(), self.spec
@@ -60,6 +77,7 @@ class Compute(Elaboratable):
         now = {key: Signal.like(f[key], name=f"now_{key}") for key in keys}
         weights, base, row = Signal(14), Signal(14), Signal(14)
         pushes, issue = Signal(len(head.pushes)), Signal()
+        wait = Signal(range(WAIT + 1))
         first, final, end = nest.first[2], nest.last[2], nest.last[4]
         with m.If(head.take):
             m.d.comb += nest.start.eq(1)
@@ -69,6 +87,7 @@ class Compute(Elaboratable):
                 base.eq(f["weights"]),
                 row.eq(f["sums"]),
                 pushes.eq(head.pushes),
+                wait.eq(Mux(f["accumulate"], WAIT, 0)),
             ]
         with m.FSM():
             with m.State("IDLE"):
@@ -78,8 +97,10 @@ class Compute(Elaboratable):
                     m.next = "START"
             with m.State("START"):
                 m.next = "READY"
-            with m.State("READY"):  # what the instruction before sums up is written when it is read
-                m.next = "RUN"
+            with m.State("READY"):
+                m.d.sync += wait.eq(wait - 1)
+                with m.If(wait == 0):
+                    m.next = "RUN"
             with m.State("RUN"):
                 m.d.comb += [issue.eq(1), nest.step.eq(1)]
                 m.d.sync += weights.eq(Mux(final, base, weights + 1))
@@ -92,145 +113,130 @@ class Compute(Elaboratable):
         m.d.comb += [self.activation_row.eq(vector[slot:]), self.weight_row.eq(weights)]
 
         def late(name: str, value: Value, cycles: int) -> list[Signal]:
-            delay = Delay(name, len(value), cycles)
+            flags = name in ("ends", "given")
+            delay = Delay(name, len(value), cycles, reset_less=not flags)
             m.submodules[f"late_{name}"] = delay
             m.d.comb += delay.input.eq(value)
             return delay.taps
 
-        valid, begins = late("valid", issue, last), late("begins", first, last)
-        ends, rows = late("ends", issue & final, last), late("rows", row, last)
-        given = late("given", Mux(issue & end, pushes, 0), last)
-        select = late("select", vector[:slot] if slot else Const(0, 1), 3)
-        # Settings travel with the data: the next instruction may start while this one is in flight.
-        keep = now["accumulate"]
-        afresh, maximum = late("afresh", ~keep, last), late("max", now["what"] == isa.MAXIMUM, last)
-        lanes = late("lanes", now["what"] != isa.DOT, 3)
-        modes = Cat(now["pattern"] == number + 1 for number in range(len(spec.kept)))
-        pattern, source = late("pattern", modes, 3), late("source", now["source"], 2)
-        factor = late("factor", now["factor"], 3)
+        def stage(name: str, width: int, value: Value, *, sign: bool = False) -> Signal:
+            made = Signal(signed(width) if sign else width, name=name, reset_less=True)
+            m.d.sync += made.eq(value)
+            return made
 
-        # -- stages 2 and 3: what the scratchpads gave
-        held_input, held_hidden = Signal.like(self.input_data), Signal.like(self.hidden_data)
-        held_kernel, held_indices = Signal.like(self.weight_data), Signal.like(self.index_data)
-        activations = Signal(8 * spec.wide_bytes)
-        kernel = Signal(8 * spec.rows * spec.columns)
-        indices = Signal(len(self.index_data))
-        m.d.sync += [
-            held_input.eq(self.input_data),
-            held_hidden.eq(self.hidden_data),
-            held_kernel.eq(self.weight_data),
-            held_indices.eq(self.index_data),
-            activations.eq(Mux(source[2], held_hidden, held_input)),
-            kernel.eq(held_kernel),
-            indices.eq(held_indices),
+        tree = log2(spec.rows)
+        dot_stage, before_end = 7 + tree, last - 1
+        begins, rows = late("begins", first, before_end), late("rows", row, before_end)
+        ends = late("ends", issue & final, before_end)
+        given = late("given", Mux(issue & end, pushes, 0), done_stage(spec))
+        select = late("select", vector[:slot] if slot else Const(0, 1), 4)
+        # Settings travel with the data: the next instruction may start while this one is in flight.
+        goes_on, source = (
+            late("goes_on", now["accumulate"], dot_stage),
+            late("source", now["source"], 3),
+        )
+        maximum = late("max", now["what"] == isa.MAXIMUM, dot_stage + 1)
+        lanes, factor = late("lanes", now["what"] != isa.DOT, 4), late("factor", now["factor"], 5)
+        modes = Cat(now["pattern"] == number + 1 for number in range(len(spec.kept)))
+        sparse, pattern = late("sparse", now["pattern"] != 0, 4), late("pattern", modes, 4)
+
+        # -- stages 3 and 4: what the scratchpads gave
+        held_input = stage("held_input", len(self.input_data), self.input_data)
+        held_hidden = stage("held_hidden", len(self.hidden_data), self.hidden_data)
+        held_kernel = stage("held_kernel", len(self.weight_data), self.weight_data)
+        held_indices = stage("held_indices", len(self.index_data), self.index_data)
+        chosen = Mux(source[3], held_hidden, held_input)
+        activations = stage("activations", 8 * spec.wide_bytes, chosen)
+        kernel = stage("kernel", len(held_kernel), held_kernel)
+        indices = stage("indices", len(held_indices), held_indices)
+        # -- stage 5
+        dense = stage("dense", 8 * spec.rows, self._slice(activations, select[4], spec.rows))
+        single = stage(
+            "single", 8 * spec.columns, self._slice(activations, select[4], spec.columns)
+        )
+        windows = [
+            self._slice(activations, select[4], spec.rows * kept.expansion) for kept in spec.kept
         ]
-        # -- stages 4 and 5: operands and products
-        products = [
-            [Signal(signed(25 if p == 0 else 16), name=f"product{o}_{p}") for p in range(spec.rows)]
-            for o in range(spec.columns)
-        ]
-        dense = self._dense(m, activations, select[3])
-        single = self._single(m, activations, select[3])
-        windows = self._grouped(m, activations, select[3])
+        # -- stages 6 and 7: operands and products
+        products: list[list[Signal]] = []
         for o in range(spec.columns):
+            near_lanes = stage(f"near_lanes{o}", 1, lanes[3])
+            near_lanes_5 = stage(f"near_lanes_5_{o}", 1, lanes[4])
+            near_sparse = stage(f"near_sparse{o}", 1, sparse[4])
+            products.append([])
             for p in range(spec.rows):
                 place = o * spec.rows + p
-                a = Signal(signed(8), name=f"a{o}_{p}")
-                w = Signal(signed(17 if p == 0 else 8), name=f"w{o}_{p}")
-                weight = kernel[8 * place : 8 * place + 8].as_signed()
-                chosen = self._selected(windows, indices, pattern[3], dense, o, p)
-                if p == 0:
-                    m.d.sync += [
-                        a.eq(Mux(lanes[3], single[o], chosen)),
-                        w.eq(Mux(lanes[3], factor[3], weight)),
-                    ]
+                weight = kernel[8 * place : 8 * place + 8]
+                taken: Value = dense[8 * p : 8 * p + 8]
+                if spec.kept:
+                    picked = self._picked(windows, indices, pattern[4], o, p)
+                    taken = Mux(near_sparse, stage(f"picked{o}_{p}", 8, picked), taken)
+                if p == 0:  # vectors have this multiplier of a column to themselves
+                    own = stage(f"weight{o}_{p}", 8, weight).as_signed()
+                    one = single[8 * o : 8 * o + 8]
+                    a = stage(f"a{o}_{p}", 8, Mux(near_lanes_5, one, taken), sign=True)
+                    w = stage(f"w{o}_{p}", 17, Mux(near_lanes_5, factor[5], own), sign=True)
                 else:
-                    m.d.sync += [a.eq(chosen), w.eq(Mux(lanes[3], 0, weight))]
-                m.d.sync += products[o][p].eq(a * w)
+                    own = stage(f"weight{o}_{p}", 8, Mux(near_lanes, 0, weight)).as_signed()
+                    a = stage(f"a{o}_{p}", 8, taken, sign=True)
+                    w = stage(f"w{o}_{p}", 8, own, sign=True)
+                products[-1].append(
+                    stage(f"product{o}_{p}", 25 if p == 0 else 16, a * w, sign=True)
+                )
         # -- the tree, and the accumulators
+        before = stage("before", len(self.sums[0].read_data), self.sums[0].read_data)
         write = Cat()
-        before = Signal.like(self.sums[0].read_data)
-        m.d.sync += before.eq(self.sums[0].read_data)
         for o in range(spec.columns):
             level = products[o]
             while len(level) > 1:
                 made = []
                 for left, right in zip(level[::2], level[1::2], strict=True):
-                    total = Signal(signed(max(len(left), len(right)) + 1))
+                    total = Signal(signed(max(len(left), len(right)) + 1), reset_less=True)
                     m.d.sync += total.eq(left + right)
                     made.append(total)
                 level = made
-            # The sum that an instruction goes on with is joined a stage before the accumulator, whose own
-            # way round is then no longer than an adder.
-            dot, joined = level[0], Signal(signed(32), name=f"joined{o}")
-            held = Signal(signed(32), name=f"held{o}")
-            earlier = before[32 * o : 32 * o + 32].as_signed()
-            with m.If(~begins[last - 2] | afresh[last - 2]):
-                m.d.sync += joined.eq(dot)
-            with m.Elif(maximum[last - 2]):
-                m.d.sync += joined.eq(Mux(dot > earlier, dot, earlier))
+            # The sum that an instruction goes on with is joined before the accumulator, whose own way round
+            # is then no longer than an adder.
+            dot, earlier = level[0], before[32 * o : 32 * o + 32].as_signed()
+            near_joins = stage(f"near_joins{o}", 1, begins[dot_stage] & goes_on[dot_stage])
+            near_max = stage(f"near_max{o}", 1, maximum[dot_stage])
+            near_begins = stage(f"near_begins{o}", 1, begins[dot_stage + 1])
+            near_max_late = stage(f"near_max_late{o}", 1, maximum[dot_stage + 1])
+            greater = stage(f"greater{o}", 1, (earlier - dot)[-1])  # the sign
+            new = stage(f"new{o}", len(dot), dot, sign=True)
+            old = stage(f"old{o}", 32, earlier, sign=True)
+            both = Mux(near_max, Mux(greater, new, old), new + old)
+            joined = stage(f"joined{o}", 32, Mux(near_joins, both, new), sign=True)
+            held = Signal(signed(32), name=f"held{o}", reset_less=True)
+            with m.If(near_max_late):
+                m.d.sync += held.eq(Mux(near_begins | (held - joined)[-1], joined, held))
             with m.Else():
-                m.d.sync += joined.eq(dot + earlier)
-            with m.If(valid[last - 1]):
-                with m.If(maximum[last - 1]):
-                    more = begins[last - 1] | (joined > held)
-                    m.d.sync += held.eq(Mux(more, joined, held))
-                with m.Else():
-                    m.d.sync += held.eq(Mux(begins[last - 1], 0, held) + joined)
+                m.d.sync += held.eq(Mux(near_begins, 0, held) + joined)
             write = Cat(write, held)
-        m.d.comb += self.sums[0].read_row.eq(rows[last - 4])
+        m.d.comb += self.sums[0].read_row.eq(rows[dot_stage - 3])
         for pad in self.sums:
             m.d.comb += [
-                pad.write.eq(ends[last]),
-                pad.write_row.eq(rows[last]),
+                pad.write.eq(ends[before_end]),
+                pad.write_row.eq(rows[before_end]),
                 pad.write_data.eq(write),
             ]
-        m.d.comb += self.done.eq(given[last])
+        m.d.comb += self.done.eq(given[-1])
         return m
 
     # -- which activation a multiplier sees ---------------------------------------------------------
 
-    def _slice(self, m: Module, row: Signal, select: Signal, name: str, size: int) -> Value:
+    def _slice(self, row: Signal, select: Signal, size: int) -> Value:
         """The ``size`` bytes of a wide row that are addressed."""
         if size == self.spec.wide_bytes:
             return row
-        made = Signal(8 * size, name=name)
-        m.d.comb += made.eq(row.word_select(select[log2(size // self.spec.columns) :], 8 * size))
-        return made
+        return row.word_select(select[log2(size // self.spec.columns) :], 8 * size)
 
-    def _dense(self, m: Module, row: Signal, select: Signal) -> list[Value]:
-        """One byte a multiplier."""
-        made = self._slice(m, row, select, "dense", self.spec.rows)
-        return [made[8 * p : 8 * p + 8] for p in range(self.spec.rows)]
-
-    def _single(self, m: Module, row: Signal, select: Signal) -> list[Value]:
-        """One byte a column: a vector."""
-        made = self._slice(m, row, select, "single", self.spec.columns)
-        return [made[8 * o : 8 * o + 8].as_signed() for o in range(self.spec.columns)]
-
-    def _grouped(self, m: Module, row: Signal, select: Signal) -> list[Value]:
-        """What the multipliers choose from, for each pattern."""
-        return [
-            self._slice(m, row, select, f"for_{number}", self.spec.rows * pattern.expansion)
-            for number, pattern in enumerate(self.spec.kept)
-        ]
-
-    def _selected(
-        self,
-        windows: list[Value],
-        indices: Signal,
-        mode: Signal,
-        dense: list[Value],
-        o: int,
-        p: int,
-    ) -> Value:
+    def _picked(self, windows: list[Value], indices: Signal, mode: Signal, o: int, p: int) -> Value:
         """Of the group that multiplier p belongs to, the activation that its index names."""
-        spec = self.spec
-        chosen: Value = dense[p].as_signed()
-        width = spec.index_bits
+        spec, picked = self.spec, Value.cast(Const(0, 8))
         for number, pattern in enumerate(spec.kept):
-            index = indices[(o * spec.rows + p) * width :][: log2(pattern.group)]
+            index = indices[(o * spec.rows + p) * spec.index_bits :][: log2(pattern.group)]
             start = p // pattern.kept * pattern.group
-            group = windows[number][8 * start : 8 * (start + pattern.group)]
-            chosen = Mux(mode[number], group.word_select(index, 8).as_signed(), chosen)
-        return chosen
+            group = windows[number][8 * start : 8 * (start + pattern.group)].word_select(index, 8)
+            picked = group if len(spec.kept) == 1 else Mux(mode[number], group, picked)
+        return picked

@@ -31,12 +31,16 @@ class Load(Elaboratable):
         self.idle = Signal()
         wide = spec.wide_bytes // spec.beat_bytes
         self.pads: dict[int, Scratchpad] = {
-            isa.INPUT: Scratchpad("input", spec.input_vectors // spec.wide_vectors, wide, beat),
-            isa.WEIGHTS: Scratchpad("weights", spec.weight_rows, spec.weight_beats, beat),
+            isa.INPUT: Scratchpad(
+                "input", spec.input_vectors // spec.wide_vectors, wide, beat, far=True
+            ),
+            isa.WEIGHTS: Scratchpad("weights", spec.weight_rows, spec.weight_beats, beat, far=True),
             isa.PARAMETERS: Scratchpad("parameters", spec.parameter_words, 1, 64),
         }
         if spec.index_bits:
-            self.pads[isa.INDICES] = Scratchpad("indices", spec.weight_rows, spec.index_beats, beat)
+            self.pads[isa.INDICES] = Scratchpad(
+                "indices", spec.weight_rows, spec.index_beats, beat, far=True
+            )
         # One copy a column; an entry a beat.
         self.table_write, self.table_at = Signal(), Signal(range(spec.table_entries))
         self.table_data = Signal(8)
@@ -89,7 +93,7 @@ class Load(Elaboratable):
         now = {key: Signal.like(f[key], name=f"now_{key}") for key in keys}
         pushes = Signal(len(head.pushes))
         split = Cat(*(now[key] for key in keys), pushes)
-        arrived = Signal()
+        arrived, fills = Signal(), Signal()
         word, at = jobs.r_data, 0
         parts = {}
         for key in keys:
@@ -106,13 +110,13 @@ class Load(Elaboratable):
             with m.State("IDLE"):
                 with m.If(jobs.r_rdy):
                     m.d.comb += [jobs.r_en.eq(1), put.start.eq(1)]
-                    m.d.sync += split.eq(jobs.r_data)
+                    m.d.sync += [split.eq(jobs.r_data), fills.eq(parts["how"] == isa.FILL)]
                     m.next = "WRITE"
             with m.State("WRITE"):
                 m.d.comb += [
                     busy.eq(1),
-                    self.data_ready.eq(now["how"] != isa.FILL),
-                    arrived.eq((now["how"] == isa.FILL) | self.data_valid),
+                    self.data_ready.eq(~fills),
+                    arrived.eq(fills | self.data_valid),
                     put.step.eq(arrived),
                 ]
                 with m.If(arrived & put.last[1]):
@@ -120,16 +124,17 @@ class Load(Elaboratable):
                     m.d.sync += filling.eq(0)
                     m.next = "IDLE"
 
-        # What is written stands in registers first: the scratchpads lie all over the chip.
+        # What is written stands in registers first, and once more in those of its bank.
         beat, ways = 8 * self.spec.beat_bytes, len(self.pads) + 1
-        where = Signal.like(put.address["pad"])
-        data, wide, pair, hit = Signal(beat), Signal(2 * beat), Signal(), Signal(ways)
+        where = Signal(len(put.address["pad"]), reset_less=True)
+        data, wide = Signal(beat, reset_less=True), Signal(2 * beat, reset_less=True)
+        pair, hit = Signal(), Signal(ways)
         constant = Cat(*(now["value"] for _ in range(self.spec.beat_bytes)))
         # A beat of nibbles becomes two beats of bytes with the sign extended, low nibble first.
         nibbles = [self.data[4 * i : 4 * i + 4].as_signed() for i in range(beat // 4)]
         m.d.sync += [
             where.eq(put.address["pad"]),
-            data.eq(Mux(now["how"] == isa.FILL, constant, self.data)),
+            data.eq(Mux(fills, constant, self.data)),
             wide.eq(Cat(*(Cat(n, n[3], n[3], n[3], n[3]) for n in nibbles))),
             pair.eq(now["how"] == isa.NIBBLES),
             hit.eq(Cat(arrived & (now["target"] == t) for t in (*self.pads, isa.TABLES))),

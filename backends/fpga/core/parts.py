@@ -18,12 +18,15 @@ def log2(size: int) -> int:
 class Scratchpad(Elaboratable):
     """``rows`` of ``banks`` words of ``width`` bits: a word is written at a time, a row is read.
 
-    ``write`` marks the banks that are written in this cycle, each with its part of ``data``; what is read
-    follows ``read_row`` by a cycle.
+    ``write`` marks the banks that are written in this cycle, each with its part of ``data``. Banks lie all
+    over the chip, so each has registers of its own (``near_*``) for what comes to it: a write is there to be
+    read two cycles later, and what is read follows ``read_row`` by a cycle, or by two if reads are ``far``.
+    What is read in the cycle in which it is written is undefined: block RAMs leave it open, and tokens keep
+    it from happening.
     """
 
-    def __init__(self, name: str, rows: int, banks: int, width: int) -> None:
-        self.name, self.rows, self.banks, self.width = name, rows, banks, width
+    def __init__(self, name: str, rows: int, banks: int, width: int, *, far: bool = False) -> None:
+        self.name, self.rows, self.banks, self.width, self.far = name, rows, banks, width, far
         self.write = Signal(banks, name=f"{name}_write")
         self.write_row = Signal(range(rows), name=f"{name}_write_row")
         self.write_data = Signal(banks * width, name=f"{name}_write_data")
@@ -33,16 +36,22 @@ class Scratchpad(Elaboratable):
 
     def elaborate(self, platform: object) -> Module:
         m = Module()
+
+        def near(name: str, value: Value) -> Signal:
+            made = Signal(len(value), name=f"near_{name}", reset_less=True)
+            m.d.sync += made.eq(value)
+            return made
+
         for bank in range(self.banks):
             part = slice(bank * self.width, (bank + 1) * self.width)
             memory = Memory(shape=self.width, depth=self.rows, init=[])
             m.submodules[f"bank{bank}"] = memory
             write, read = memory.write_port(), memory.read_port()
             m.d.comb += [
-                write.addr.eq(self.write_row),
-                write.data.eq(self.write_data[part]),
-                write.en.eq(self.write[bank]),
-                read.addr.eq(self.read_row),
+                write.addr.eq(near(f"write_row{bank}", self.write_row)),
+                write.data.eq(near(f"write_data{bank}", self.write_data[part])),
+                write.en.eq(near(f"write{bank}", self.write[bank])),
+                read.addr.eq(near(f"read_row{bank}", self.read_row) if self.far else self.read_row),
                 read.en.eq(self.read_enable),
                 self.read_data[part].eq(read.data),
             ]
@@ -122,9 +131,11 @@ class Nest(Elaboratable):
 class Delay(Elaboratable):
     """A signal, 0 to ``cycles`` cycles late: ``taps[n]`` is n cycles behind ``input``."""
 
-    def __init__(self, name: str, like: int, cycles: int) -> None:
+    def __init__(self, name: str, like: int, cycles: int, *, reset_less: bool) -> None:
         self.input = Signal(like, name=f"{name}_0")
-        self.taps = [self.input] + [Signal(like, name=f"{name}_{i + 1}") for i in range(cycles)]
+        self.taps = [self.input] + [
+            Signal(like, name=f"{name}_{i + 1}", reset_less=reset_less) for i in range(cycles)
+        ]
 
     def elaborate(self, platform: object) -> Module:
         m = Module()
@@ -133,13 +144,51 @@ class Delay(Elaboratable):
         return m
 
 
+class Queue(Elaboratable):
+    """Words in order, ``depth`` at most: ``put`` if there is ``room``, ``fetch`` if one is ``queued``.
+
+    What comes stands in a register before it is written, and both flags are registers: a word is there to be
+    fetched two cycles after it was put.
+    """
+
+    def __init__(self, width: int, depth: int) -> None:
+        self.width, self.depth = width, depth
+        self.put, self.room, self.coming = Signal(), Signal(init=1), Signal()
+        self.put_word = Signal(width)
+        self.fetch, self.queued = Signal(), Signal()
+        self.word = Signal(width)
+
+    def elaborate(self, platform: object) -> Module:
+        m = Module()
+        m.submodules.memory = memory = Memory(shape=self.width, depth=self.depth, init=[])
+        write, read = memory.write_port(), memory.read_port(domain="comb")
+        puts, held = Signal(range(self.depth + 1)), Signal(range(self.depth + 1))
+        comes, come_word = self.coming, Signal(self.width, reset_less=True)
+        m.d.sync += [comes.eq(self.put), come_word.eq(self.put_word)]
+        m.d.comb += [write.en.eq(comes), write.data.eq(come_word), self.word.eq(read.data)]
+        with m.If(comes):
+            m.d.sync += write.addr.eq(write.addr + 1)
+        with m.If(self.fetch):
+            m.d.sync += read.addr.eq(read.addr + 1)
+        # Words that were put, and those of them that are in memory.
+        with m.If(self.put & ~self.fetch):
+            m.d.sync += [puts.eq(puts + 1), self.room.eq(puts != self.depth - 1)]
+        with m.Elif(self.fetch & ~self.put):
+            m.d.sync += [puts.eq(puts - 1), self.room.eq(1)]
+        with m.If(comes & ~self.fetch):
+            m.d.sync += [held.eq(held + 1), self.queued.eq(1)]
+        with m.Elif(self.fetch & ~comes):
+            m.d.sync += [held.eq(held - 1), self.queued.eq(held != 1)]
+        return m
+
+
 class Head(Elaboratable):
     """The next instruction of a unit, taken apart, and whether it may start.
 
-    It stands in a register, which ``fetch`` fills from the queue when it is empty. ``ready``: there is one
-    and the tokens it waits for are there. ``accept`` uses those; in the next cycle ``take`` says that the
-    unit starts with it: a register, as hundreds of bits wait for that signal. The bits in ``pushes`` say
-    which units get a token when it is done.
+    It stands in a register, which takes what the queue offers while it is empty; ``fetch`` if that is one.
+    ``ready``: there is one and the tokens it waits for are there. In the cycle behind ``accept`` those are
+    used and ``take`` says that the unit starts with it: a register, as hundreds of bits wait for that signal.
+    The bits in ``pushes`` say which units get a token when it is done.
     """
 
     def __init__(self, unit: isa.Unit) -> None:
@@ -148,7 +197,8 @@ class Head(Elaboratable):
             Signal(name="queued"),
             Signal(isa.bits(unit), name="queue_word"),
         )
-        self.fetch, self.word = Signal(name="fetch"), Signal(isa.bits(unit), name="word")
+        self.fetch = Signal(name="fetch")
+        self.word = Signal(isa.bits(unit), name="word", reset_less=True)
         self.valid = Signal(name="valid")  # there is one here or in the queue
         self.tokens = {other: Signal(name=f"has_{other}") for other in isa.WAITS[unit]}
         self.used = {other: Signal(name=f"use_{other}") for other in isa.WAITS[unit]}
@@ -167,7 +217,9 @@ class Head(Elaboratable):
         with m.If(self.take):
             m.d.sync += full.eq(0)
         with m.If(self.fetch):
-            m.d.sync += [full.eq(1), self.word.eq(self.queue_word)]
+            m.d.sync += full.eq(1)
+        with m.If(~full):  # hundreds of bits wait for this: a register alone
+            m.d.sync += self.word.eq(self.queue_word)
         m.d.comb += [
             self.fetch.eq(self.queued & ~full),
             self.valid.eq(full | self.queued),
@@ -175,7 +227,7 @@ class Head(Elaboratable):
             self.pushes.eq(self.word[5 : 5 + len(self.pushes)]),
         ]
         for i, used in enumerate(self.used.values()):
-            m.d.comb += used.eq(self.accept & self.word[2 + i])
+            m.d.comb += used.eq(self.take & self.word[2 + i])
         at = sum(isa.HEADER.values())
         for name, width in isa.FIELDS[self.unit].items():
             m.d.comb += self.field[name].eq(self.word[at : at + abs(width)])

@@ -27,8 +27,8 @@ class Pinned(wiring.Component):
         members = core.signature.members
         driven = [getattr(core, name) for name, port in members.items() if port.flow == In]
         seen = Cat(*(getattr(core, name) for name, port in members.items() if port.flow == Out))
-        chain = Signal(sum(len(port) for port in driven))
-        caught, folded = Signal(len(seen)), Signal(len(seen))
+        chain = Signal(sum(len(port) for port in driven), reset_less=True)
+        caught, folded = Signal(len(seen), reset_less=True), Signal(len(seen), reset_less=True)
         m.d.sync += [
             chain.eq(Cat(self.serial_in, chain)),
             caught.eq(seen),

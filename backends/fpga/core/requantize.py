@@ -1,19 +1,20 @@
 """REQUANTIZE: 32-bit sums become bytes, by a multiplier and a shift per column, and a table if asked for.
 
-Stages, counted from the cycle that addresses the sums: 1 read; 2 held; 3 bias added; 4, 5 two products
-of 17 and 16 bits by the multiplier; 6 their sum; 7, 8 shifted; 9 bounded; 10 rounded, zero point and
-saturation; 11 looked up; 12 held; 13 written. A product of 33 by 16 bits at once would set the clock.
+Stages, counted from the cycle that addresses the sums: 1 read; 2 held; 3 bias added; 4 and 5 two products
+of 17 and 16 bits by the multiplier (its input and output registers); 6 their sum; 7, 8 shifted; 9 bounded;
+10 rounded, zero point and saturation; 11 addresses the table; 12 looked up; 13 held; 14 chosen; 15 at the
+scratchpads. A product of 33 by 16 bits at once would set the clock.
 """
 
 from __future__ import annotations
 
 from amaranth.hdl import Cat, Elaboratable, Module, Mux, Signal, Value, signed
-from amaranth.lib.memory import Memory
 
 from netlathe.backends.fpga.core.parts import Delay, Head, Nest, Scratchpad, log2
 from netlathe.backends.fpga.spec import Spec
 
-STAGES = 13
+STAGES = 15
+HIDDEN = 2  # of these, that who waits for the results takes to begin
 LOW = 17  # bits of a sum that the first product takes
 
 
@@ -34,12 +35,16 @@ class Requantize(Elaboratable):
         vector = 8 * spec.columns
         self.output = Scratchpad("output", spec.output_vectors, 1, vector)
         rows = spec.hidden_vectors // spec.wide_vectors
-        self.hidden = Scratchpad("hidden", rows, spec.wide_vectors, vector)
+        self.hidden = Scratchpad("hidden", rows, spec.wide_vectors, vector, far=True)
+        self.tables = [
+            Scratchpad(f"table{o}", spec.table_entries, 1, 8) for o in range(spec.columns)
+        ]
 
     def elaborate(self, platform: object) -> Module:
         m, spec = Module(), self.spec
         m.submodules.head = head = self.head
         m.submodules.output, m.submodules.hidden = self.output, self.hidden
+        m.submodules += self.tables
         f = head.field
         m.submodules.nest = nest = Nest("nest", (2, 12, 12), {"hidden": 18})
         m.d.comb += [
@@ -56,11 +61,18 @@ class Requantize(Elaboratable):
         now["odd"] = Signal(signed(9), name="now_odd")  # twice the zero point, and 1
         pushes, issue, byte = Signal(len(head.pushes)), Signal(), Signal(2)
         row, place = Signal(14), Signal(14)
-        column, word, given = Signal(range(spec.columns + 2)), Signal(14), Signal(64)
+        word, given = Signal(14), Signal(64, reset_less=True)
+        # A one that walks: which column's parameters are asked for, and two cycles later are there.
+        starts, asked = Signal(), Signal(spec.columns + 2)
         flight = Signal(range(STAGES + 1))
-        parameters = [Signal(64, name=f"parameters{o}") for o in range(spec.columns)]
+        parameters = [
+            Signal(64, name=f"parameters{o}", reset_less=True) for o in range(spec.columns)
+        ]
         m.d.comb += self.parameter_word.eq(word)
-        m.d.sync += given.eq(self.parameter_data)
+        m.d.sync += [given.eq(self.parameter_data), asked.eq(Cat(starts, asked))]
+        for o in range(spec.columns):
+            with m.If(asked[o + 2]):
+                m.d.sync += parameters[o].eq(given)
         with m.If(head.take):
             m.d.comb += nest.start.eq(1)
             m.d.sync += [now[key].eq(f[key]) for key in keys]
@@ -70,7 +82,6 @@ class Requantize(Elaboratable):
                 place.eq(f["output"]),
                 word.eq(f["parameters"]),
                 pushes.eq(head.pushes),
-                column.eq(0),
                 byte.eq(0),
             ]
         with m.FSM():
@@ -80,13 +91,11 @@ class Requantize(Elaboratable):
                     m.d.comb += head.accept.eq(1)
                     m.next = "START"
             with m.State("START"):
+                m.d.comb += starts.eq(1)
                 m.next = "PARAMETERS"
             with m.State("PARAMETERS"):  # one word a cycle; what is read follows by two
-                m.d.sync += [word.eq(word + 1), column.eq(column + 1)]
-                for o in range(spec.columns):
-                    with m.If(column == o + 2):
-                        m.d.sync += parameters[o].eq(given)
-                with m.If(column == spec.columns + 1):
+                m.d.sync += word.eq(word + 1)
+                with m.If(asked[spec.columns + 1]):
                     m.next = "RUN"
             with m.State("RUN"):
                 m.d.comb += [issue.eq(1), nest.step.eq(1)]
@@ -94,32 +103,33 @@ class Requantize(Elaboratable):
                 with m.If(nest.last[0]):
                     m.d.sync += row.eq(row + 1)
                 with m.If(nest.last[2]):
-                    m.d.sync += flight.eq(STAGES)
+                    m.d.sync += flight.eq(STAGES - HIDDEN)
                     m.next = "DRAIN"
-            with m.State("DRAIN"):  # the parameters are in use until all is written
+            with m.State("DRAIN"):  # parameters and settings are in use until all is nearly written
                 m.d.sync += flight.eq(flight - 1)
                 with m.If(flight == 1):
                     m.d.comb += self.done.eq(pushes)
                     m.next = "IDLE"
         m.d.comb += self.sum_row.eq(row)
 
-        def late(name: str, value: Value, cycles: int = STAGES) -> list[Signal]:
-            delay = Delay(name, len(value), cycles)
+        def late(name: str, value: Value, cycles: int) -> list[Signal]:
+            delay = Delay(name, len(value), cycles, reset_less=name != "valid")
             m.submodules[f"late_{name}"] = delay
             m.d.comb += delay.input.eq(value)
             return delay.taps
 
-        valid, places = late("valid", issue), late("places", place)
-        hidden, bytes_ = late("hidden", nest.address["hidden"]), late("bytes", byte, 3)
+        before = STAGES - 1  # the last stage is the scratchpads' own
+        valid, places = late("valid", issue, before), late("places", place, before)
+        hidden, bytes_ = late("hidden", nest.address["hidden"], before), late("bytes", byte, 3)
 
         results = Cat()
         for o in range(spec.columns):
             results = Cat(results, self._lane(m, o, parameters[o], now, bytes_[3]))
         slot = log2(spec.wide_vectors)
-        at = hidden[STAGES]
+        at = hidden[before]
         m.d.comb += [
-            self.output.write.eq(valid[STAGES] & now["to_output"]),
-            self.output.write_row.eq(places[STAGES]),
+            self.output.write.eq(valid[before] & now["to_output"]),
+            self.output.write_row.eq(places[before]),
             self.output.write_data.eq(results),
             self.hidden.write_row.eq(at[slot:]),
         ]
@@ -127,7 +137,7 @@ class Requantize(Elaboratable):
             own = (at[:slot] == i) if slot else 1
             part = slice(i * 8 * spec.columns, (i + 1) * 8 * spec.columns)
             m.d.comb += [
-                self.hidden.write[i].eq(valid[STAGES] & now["to_hidden"] & own),
+                self.hidden.write[i].eq(valid[before] & now["to_hidden"] & own),
                 self.hidden.write_data[part].eq(results),
             ]
         return m
@@ -135,23 +145,28 @@ class Requantize(Elaboratable):
     def _lane(
         self, m: Module, o: int, parameters: Signal, now: dict[str, Signal], byte: Signal
     ) -> Signal:
-        """The pipeline of one column; its result is there in stage 13."""
+        """The pipeline of one column; its result is there in stage 14."""
         bias = parameters[:32].as_signed()
         multiplier, shift = parameters[32:48], parameters[48:54]
 
         def stage(name: str, width: int, value: Value, *, sign: bool = True) -> Signal:
-            made = Signal(signed(width) if sign else width, name=f"{name}{o}")
+            shape = signed(width) if sign else width
+            made = Signal(shape, name=f"{name}{o}", reset_less=True)
             m.d.sync += made.eq(value)
             return made
 
         held = stage("held", 32, self.sum_data[32 * o : 32 * o + 32].as_signed())
         biased = stage("biased", 33, held + bias)
-        low = stage("low", LOW + 16, biased[:LOW] * multiplier, sign=False)
-        high = stage("high", 33 - LOW + 16, biased[LOW:].as_signed() * multiplier)
-        low2, high2 = stage("low_2", LOW + 16, low, sign=False), stage("high_2", 49 - LOW, high)
+        factor = stage("factor", 16, multiplier, sign=False)
+        below, beyond = (
+            stage("below", LOW, biased[:LOW], sign=False),
+            stage("beyond", 33 - LOW, biased[LOW:]),
+        )
+        low = stage("low", LOW + 16, below * factor, sign=False)
+        high = stage("high", 33 - LOW + 16, beyond * factor)
         # Only bits from LOW on are added.
-        upper = stage("upper", 50 - LOW, high2 + low2[LOW:])
-        under = stage("under", LOW, low2[:LOW], sign=False)
+        upper = stage("upper", 50 - LOW, high + low[LOW:])
+        under = stage("under", LOW, low[:LOW], sign=False)
         product = Cat(under, upper).as_signed()
         coarse = stage("coarse", 50, product >> (shift & 0x38))
         fine = stage("fine", 50, coarse >> shift[:3])
@@ -168,16 +183,21 @@ class Requantize(Elaboratable):
         for number in range(5, 11):
             plain = stage(f"plain{number}", 8, plain, sign=False)
 
-        memory = Memory(shape=8, depth=self.spec.table_entries, init=[])
-        m.submodules[f"table{o}"] = memory
-        write, read = memory.write_port(), memory.read_port()
-        result = stage("result", 8, Mux(now["raw"], plain, final), sign=False)
+        table = self.tables[o]
+        at = stage(
+            "at",
+            log2(self.spec.table_entries),
+            now["tables"] + (final.as_unsigned() ^ 0x80),
+            sign=False,
+        )
         m.d.comb += [
-            write.en.eq(self.table_write),
-            write.addr.eq(self.table_at),
-            write.data.eq(self.table_data),
-            read.addr.eq(now["tables"] + (final.as_unsigned() ^ 0x80)),
+            table.write.eq(self.table_write),
+            table.write_row.eq(self.table_at),
+            table.write_data.eq(self.table_data),
+            table.read_row.eq(at),
         ]
-        found = stage("found", 8, read.data, sign=False)
-        kept = stage("kept", 8, result, sign=False)
-        return stage("written", 8, Mux(now["table"], found, kept), sign=False)
+        found = stage("found", 8, table.read_data, sign=False)
+        kept = stage("result", 8, Mux(now["raw"], plain, final), sign=False)
+        for number in range(12, 14):
+            kept = stage(f"kept{number}", 8, kept, sign=False)
+        return stage("chosen", 8, Mux(now["table"], found, kept), sign=False)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from amaranth.hdl import Module, Signal
+from amaranth.hdl import Cat, Module, Signal
 from amaranth.lib import wiring
-from amaranth.lib.fifo import SyncFIFO
 from amaranth.lib.wiring import In, Out
 
 from netlathe.backends.fpga import isa
 from netlathe.backends.fpga.core.compute import Compute
 from netlathe.backends.fpga.core.load import Load
+from netlathe.backends.fpga.core.parts import Queue
 from netlathe.backends.fpga.core.requantize import Requantize
 from netlathe.backends.fpga.core.store import Store
 from netlathe.backends.fpga.spec import Spec
@@ -60,21 +60,23 @@ class Core(wiring.Component):
         heads = {name: unit.head for name, unit in units.items()}
 
         # -- one queue a unit, filled in program order
+        coming: list[Signal] = []
         with m.Switch(self.instruction[:2]):
             for number, name in enumerate(isa.UNITS):
                 width = isa.bits(name)
-                m.submodules[f"queue_{name}"] = queue = SyncFIFO(width=width, depth=spec.queue)
+                m.submodules[f"queue_{name}"] = queue = Queue(width, spec.queue)
                 head = heads[name]
+                coming.append(queue.coming)
                 m.d.comb += [
-                    queue.w_data.eq(self.instruction[:width]),
-                    head.queued.eq(queue.r_rdy),
-                    head.queue_word.eq(queue.r_data),
-                    queue.r_en.eq(head.fetch),
+                    queue.put_word.eq(self.instruction[:width]),
+                    head.queued.eq(queue.queued),
+                    head.queue_word.eq(queue.word),
+                    queue.fetch.eq(head.fetch),
                 ]
                 with m.Case(number):
                     m.d.comb += [
-                        self.instruction_ready.eq(queue.w_rdy),
-                        queue.w_en.eq(self.instruction_valid),
+                        self.instruction_ready.eq(queue.room),
+                        queue.put.eq(self.instruction_valid & queue.room),
                     ]
         # -- one counter for every unit that another one waits for
         for name in isa.UNITS:
@@ -127,5 +129,5 @@ class Core(wiring.Component):
             self.write_beat.eq(store.data),
         ]
         idle = [unit.idle for unit in units.values()]
-        m.d.comb += self.idle.eq(idle[0] & idle[1] & idle[2] & idle[3] & ~self.instruction_valid)
+        m.d.comb += self.idle.eq(Cat(idle).all() & ~Cat(coming).any() & ~self.instruction_valid)
         return m

@@ -52,13 +52,14 @@ def _drawn(seed: int, most: int) -> tuple[float, list[Instruction], np.ndarray, 
 
 
 def test_the_closed_form_is_within_two_percent() -> None:
-    errors = []
-    for seed in range(40):
+    """Of every layer; none of these was looked at when the form was made."""
+    errors = {}
+    for seed in range(5000, 5040):
         said, program, _, memory = _drawn(seed, 160)
         taken = max(time.done for time in cycles(program, SPEC, memory))
-        errors.append(abs(said / taken - 1))
-    assert np.mean(errors) < 0.005
-    assert np.sort(errors)[-3] < 0.02 and max(errors) < 0.05  # of 40, two may be further off
+        errors[seed] = abs(said / taken - 1)
+    assert np.mean(list(errors.values())) < 0.005
+    assert {seed: error for seed, error in errors.items() if error > 0.02} == {}
 
 
 @pytest.mark.slow
@@ -66,4 +67,4 @@ def test_the_closed_form_is_within_two_percent() -> None:
 def test_the_closed_form_is_close_to_the_core_itself(seed: int) -> None:
     said, program, held, memory = _drawn(seed, 400)
     run = simulate.run(program, held, SPEC, memory)
-    assert abs(said / (int(run.sent[-1])) - 1) < 0.05
+    assert abs(said / (int(run.sent[-1])) - 1) < 0.02
