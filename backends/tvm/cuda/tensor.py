@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,7 @@ from tvm import tirx
 from netlathe.backends.tvm import storage
 from netlathe.backends.tvm.cuda import ampere, hopper, packing, skinny, stream
 from netlathe.backends.tvm.cuda.code import GpuCode
-from netlathe.backends.tvm.tir import PARALLEL, VECTORIZED, Expr, cast, i64, idiv, imod
+from netlathe.backends.tvm.tir import PARALLEL, VECTORIZED, Expr, cast, i64, idiv, imod, known
 
 PROCESSORS = stream.PROCESSORS
 
@@ -32,6 +33,29 @@ def warpgroups(
     ``bf16`` or ``f16``; inner is a multiple of 8. The grid is as large as the GPU; a block walks over tiles,
     one warpgroup copying ahead while two multiply.
     """
+    with _unless_empty(code, sizes[0]):
+        _warpgroups(code, shape, dtype, a, b, sizes, finish)
+
+
+@contextlib.contextmanager
+def _unless_empty(code: GpuCode, rows: Expr) -> Iterator[None]:
+    """Nothing is launched for no rows: there is no descriptor of nothing."""
+    if known(rows):
+        yield
+    else:
+        with code.when(rows > i64(0)):
+            yield
+
+
+def _warpgroups(
+    code: GpuCode,
+    shape: hopper.Shape,
+    dtype: str,
+    a: Any,
+    b: Any,
+    sizes: tuple[Expr, Expr, Expr],
+    finish: Callable[[Expr, Expr, Expr], None],
+) -> None:
     rows, inner, columns = sizes
     text = hopper.source(shape, dtype)
 
@@ -204,7 +228,8 @@ def few_rows(
     if shape is None:
         _loaded(code, dtype, a, weight, sizes, tiles, scaled)
     else:
-        _streamed(code, dtype, a, weight, sizes, shape, scaled)
+        with _unless_empty(code, sizes[0]):
+            _streamed(code, dtype, a, weight, sizes, shape, scaled)
 
 
 def _streamed(
