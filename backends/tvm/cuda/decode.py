@@ -2,8 +2,8 @@
 
 Keys are split over blocks, each with the online softmax of FlashAttention-2 (arXiv 2307.08691, algorithm 1);
 a second launch merges the parts. The query heads that share a head of keys are rows of one tile of 16, so
-that keys are read once for all of them. A warp takes 16 to 64 keys at a time, straight into registers: no two
-threads need the same bytes, and 64 KB of a multiprocessor are on their way at any time.
+that keys are read once for all of them. A warp takes 16 or 32 keys at a time, straight into registers: no two
+threads need the same bytes, and up to 64 KB are on their way to a multiprocessor.
 
 Products are mma.m16n8k16 (PTX ISA 8.5, section 9.7.13.4.8). What is summed over may come in any order as
 long as both operands agree: so every thread reads 16 neighbouring bytes of a key, and, of a value,
@@ -19,27 +19,27 @@ from netlathe.backends.tvm.cuda import skinny
 WARPS = 4
 THREADS = 32 * WARPS
 ROWS = 16  # of a block: query heads that share keys, by queries
+BLOCKS = 2  # that a multiprocessor holds
 MERGERS = 4  # teams that share the parts of a row
 DEPTHS = (64, 96, 128)
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Heads of ``depth`` elements; a cache of halves, or of int8 with scales of ``scale_bits``."""
+    """Heads of ``depth`` elements; a cache of halves, or of int8 with scales of ``scale_bits``.
+
+    ``hopper``: for sm_90a alone, whose code takes a few registers less.
+    """
 
     depth: int
     bits: int = 16
     scale_bits: int = 16
+    hopper: bool = False
 
     @property
     def tiles(self) -> int:
-        """How many times 16 keys a warp takes at once: few enough for ``blocks``."""
-        return 2 if self.depth == 64 else 1
-
-    @property
-    def blocks(self) -> int:
-        """Blocks that a multiprocessor holds. Bytes take more arithmetic each, and more warps to do it."""
-        return 2 if self.bits == 16 else 3
+        """How many times 16 keys a warp takes at once: as many as registers have room for."""
+        return 2 if self.depth == 64 or (self.bits == 8 and self.hopper) else 1
 
     @property
     def step(self) -> int:

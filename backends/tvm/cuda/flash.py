@@ -110,14 +110,14 @@ class _Problem:
         if self.spec.coded is None:
             return decode.Shape(self.depth)
         wide = self.spec.coded[2].dtype == D.FLOAT
-        return decode.Shape(self.depth, 8, 32 if wide else 16)
+        return decode.Shape(self.depth, 8, 32 if wide else 16, self.code.has_wgmma)
 
     def few(self) -> None:
         """Parts of the keys over blocks, then the parts' sum."""
         code, shape = self.code, self._shape()
         text, groups = decode.source(shape, self.dtype), i64(self.spec.groups)
         tiles = idiv(self.rows + i64(decode.ROWS - 1), decode.ROWS)
-        room = i64(shape.blocks * PROCESSORS)
+        room = i64(decode.BLOCKS * PROCESSORS)
         wanted = idiv(room, tirx.max(self.pairs * tiles, i64(1)))
         most = idiv(self.keys + i64(shape.step - 1), shape.step)
         parts = tirx.max(tirx.min(wanted, most), i64(1))
@@ -125,7 +125,7 @@ class _Problem:
         work = self.kernel.workspace(size, "float32")
         own = idiv(self.heads, self.spec.groups)  # heads of keys in a sequence
         blocks = self.pairs * parts * tiles
-        with code.launch(blocks, decode.THREADS, least=shape.blocks) as (block, _):
+        with code.launch(blocks, decode.THREADS, least=decode.BLOCKS) as (block, _):
             shared = code.address(code.alloc([shape.shared_floats], "float32", scope="shared"))
             caches = (*self.caches, *(None,) * (4 - len(self.caches)))
             buffers = (self.q, *caches, self.allowed, self.lengths, work)
