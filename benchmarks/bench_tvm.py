@@ -35,6 +35,7 @@ from typing import Any
 
 MEAN, WORST, INT8, BANDWIDTH, BUILD_S = 1.0, 1.2, 1.0, 0.8, 30.0
 ROUNDS = 20
+REST_S = 0.3  # before each run, if there are several threads: those of other runtimes sleep by then
 
 
 @dataclass(frozen=True)
@@ -292,7 +293,8 @@ def measure(arguments: argparse.Namespace) -> None:
     if not arguments.without_torch and not case.passes:
         runs["torch"] = compiled_by_torch(case.model, folder, feeds, threads)
     clock = time.thread_time if arguments.clock == "thread" else time.perf_counter
-    found = in_turn(runs, rounds=ROUNDS, warmup=3, clock=clock)
+    rest = 0.005 if threads == 1 else REST_S
+    found = in_turn(runs, rounds=ROUNDS, warmup=3, clock=clock, rest_s=rest)
     weights = [r for r in model.meta["parameters"] if "embed" not in r["name"]]
     print(
         json.dumps(

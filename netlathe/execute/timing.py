@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from netlathe.pipeline.pass_ import Progress, SilentProgress
 
-_REST_S = 0.005  # threads of ONNX Runtime and TVM have gone to sleep by then
+_REST_S = 0.005  # threads of ONNX Runtime have gone to sleep by then
 
 
 @dataclass(frozen=True)
@@ -32,11 +32,13 @@ def in_turn(
     warmup: int = 2,
     progress: Progress | None = None,
     clock: Callable[[], float] = time.perf_counter,
+    rest_s: float = _REST_S,
 ) -> dict[str, Timing]:
     """Run every function once a round, A B C A B C ..., and return the median of each.
 
     Rounds are alternately forward and backward, so that no function always follows the same one. There is
-    a rest before each run: idle threads of the runtime before it spin for a while, on the same cores.
+    a rest of ``rest_s`` before each run: idle threads of the runtime before it spin for a while, on the same
+    cores (those of TVM's pool for 0.1 s, though they yield to others).
     ``clock`` gives seconds: ``time.thread_time`` of what runs on one thread does not count other processes.
 
     Raises:
@@ -51,7 +53,7 @@ def in_turn(
     names = list(functions)
     for number in (progress or SilentProgress()).track(range(rounds), "measuring", rounds):
         for name in names if number % 2 == 0 else reversed(names):
-            time.sleep(_REST_S)
+            time.sleep(rest_s)
             start = clock()
             functions[name]()
             taken[name].append(1e3 * (clock() - start))
