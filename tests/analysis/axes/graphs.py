@@ -302,7 +302,7 @@ def _units(b: Builder, x: ir.Value, width: int, out: int) -> ir.Value:
     return _conv(b, y, 2 * half, out)
 
 
-def _stage(b: Builder, x: ir.Value, width: int, out: int) -> ir.Value:
+def stage(b: Builder, x: ir.Value, width: int, out: int) -> ir.Value:
     """Units of ShuffleNetV1, grouped all through, behind an input that is concatenated or is not."""
     g, c = b.choose(2, 3), b.choose(4, 6)
     stem = g * b.choose(0, 1, 2)  # the input is as wide, where it is concatenated
@@ -351,7 +351,7 @@ def _group_norm(b: Builder, x: ir.Value, width: int, out: int) -> ir.Value:
     return _conv(b, y, g * c, out)
 
 
-IMAGE = (_plain, _grouped, _shuffled, _units, _stage, _pixels, _branches, _excite, _group_norm)
+IMAGE = (_plain, _grouped, _shuffled, _units, stage, _pixels, _branches, _excite, _group_norm)
 
 
 @st.composite

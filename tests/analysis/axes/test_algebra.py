@@ -127,6 +127,14 @@ def test_what_has_no_common_refinement_is_a_misfit() -> None:
     assert [axis.size for axis in views.misfits] == [2, 3, 3, 2]  # but for the 2 at either end
 
 
+def test_what_two_views_share_at_their_ends_is_free() -> None:
+    views, rows, columns = Views(), Axis(3), Axis(4)
+    left, right = views.space.regroup([rows, columns], [2, 6])
+    assert [axis.size for axis in views.misfits] == [3, 2, 2, 3]
+    assert sizes_of(rows, columns, left, right) == ["3", "(2 2)", "2", "(3 2)"]
+    assert algebra.factors(columns)[-1] is algebra.factors(right)[-1]
+
+
 def test_sizes_may_be_symbols() -> None:
     batch, length = dims.symbol("batch"), dims.symbol("length")
     views, b, s, d = Views(), Axis(batch), Axis(length), Axis(12)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import onnx_ir as ir
 import pytest
@@ -64,3 +66,34 @@ def test_the_groups_of_random_models_are_those_of_the_oracle(
         check_exact(made, axes, Oracle(made, graphs.feeds(made)), most=64)
 
     check()
+
+
+class Told(graphs.Builder):
+    """A builder that is told what to choose; without biases."""
+
+    def __init__(self, *choices: int) -> None:
+        super().__init__(lambda strategy: 0)
+        self.choices = list(choices)
+
+    def choose(self, *options: Any) -> Any:
+        """The next choice."""
+        return False if True in options else self.choices.pop(0)
+
+
+@pytest.mark.parametrize(
+    "choices",
+    [(3, 4, 2, 3, 3), (3, 4, 2, 3, 2), (3, 6, 2, 2, 3)],
+    ids=["groups that stay", "a view that does not fit", "two views alike at their ends"],
+)
+def test_stages_whose_groups_are_not_those_of_their_parts(choices: tuple[int, ...]) -> None:
+    """A stage of g groups of c: the groups of its second convolution are not those of what it reads.
+
+    What stays there is known only from nodes further on; what the views have in common may go.
+    """
+    b = Told(*choices)
+    x = ir.Value(name="x", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape(["b", 3, 8, 8]))
+    y = b.op("Reshape", b.op("GlobalAveragePool", graphs.stage(b, x, 3, 2)), b.ints(0, -1))
+    made = b.finish(x, b.op("MatMul", y, b.weight(2, 2)))
+    axes = analyse(made)
+    assert check_exact(made, axes, Oracle(made, graphs.feeds(made)), most=64) > 50
+    assert sum(group.allows("delete") for group in axes.groups) >= 2
