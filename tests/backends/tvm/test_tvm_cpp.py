@@ -12,6 +12,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
+from netlathe.backends.tvm import machine as machines
 from netlathe.backends.tvm.backend import TvmBackend
 from netlathe.execute import ort
 from netlathe.ir import normal
@@ -65,7 +66,7 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(program: Path, *words: object) -> subprocess.CompletedProcess[str]:
-    command = [program, *map(str, words)]
+    command = [str(program), *map(str, words)]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
@@ -100,6 +101,25 @@ def test_what_it_refuses(
     (folder / "model.so").write_bytes(b"not loaded")  # or the message would be another
     done = run(program, folder, "batch=3", "width=21")
     assert done.returncode == 2 and message in done.stderr
+
+
+@pytest.mark.skipif(
+    shutil.which("qemu-x86_64") is None,
+    reason="qemu-x86_64 is not installed (apt-get install qemu-user): not checked on a lesser CPU",
+)
+def test_a_lesser_cpu_is_refused_and_does_not_trap(
+    program: Path, artifact: Path, tmp_path: Path
+) -> None:
+    """/proc/cpuinfo is that of the machine around the emulator; the program asks the CPU too."""
+    folder = tmp_path / "copy"
+    shutil.copytree(artifact, folder)
+    meta = json.loads((folder / "meta.json").read_text())
+    meta["cpu_features"] = list(machines.LEVELS["avx512"][1])
+    (folder / "meta.json").write_text(json.dumps(meta))
+    command = ["qemu-x86_64", "-cpu", "Haswell", str(program), str(folder), "batch=3", "width=21"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "this CPU lacks avx512f avx512bw avx512cd avx512dq avx512vl" in done.stderr
 
 
 @pytest.mark.parametrize(
