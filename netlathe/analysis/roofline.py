@@ -72,7 +72,7 @@ class Work:
         """What :meth:`to_json` wrote; ``names`` are the dynamic dims."""
         known = {name: dims.symbol(name) for name in names}
         float_macs, byte_macs = (
-            sympy.sympify(data[key], locals=known) for key in ("float_macs", "byte_macs")
+            sympy.sympify(str(data[key]), locals=known) for key in ("float_macs", "byte_macs")
         )
         return cls(float_macs, byte_macs, int(data["bytes"]))
 
