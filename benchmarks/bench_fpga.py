@@ -1,6 +1,8 @@
 """Whole networks on the FPGA overlay: what runs there, how long, and whether the numbers are the graph's.
 
-    python benchmarks/bench_fpga.py [--networks mlp,cnn,mobilenet_v2,resnet18,minilm,llama] [--layers]
+    python benchmarks/bench_fpga.py [--networks mlp,cnn,mobilenet_v2,resnet18,minilm,llama]
+    python benchmarks/bench_fpga.py --layers         # single layers
+    python benchmarks/bench_fpga.py --lengths        # the LLaMA's instructions, shared between lengths
 
 Each network goes through the shell: ``netlathe compile MODEL --passes ... --target fpga-ecp5-85f -o OUT``,
 its host in TVM's code, and what was written is loaded and run. MLP and CNN are trained for seconds on
@@ -40,6 +42,7 @@ from netlathe.backends.fpga import artifact
 from netlathe.backends.fpga.artifact import FpgaArtifact
 from netlathe.backends.fpga.layers import Builder
 from netlathe.backends.fpga.model import Memory, cycles
+from netlathe.backends.fpga.network import Network
 from netlathe.backends.fpga.program import link
 from netlathe.backends.fpga.spec import PATTERNS, Spec
 from netlathe.backends.fpga.tensors import Scale, Window
@@ -210,7 +213,7 @@ def measured(name: str, folder: Path) -> Found:
     words += ["--target", TARGET, "-o", str(out), "--no-cache", *case.options]
     if (code := shell(words)) != 0:
         raise SystemExit(f"netlathe {' '.join(words)} ended with exit code {code}")
-    settings = {"cache": True} if "--kv-cache" in case.options else {}
+    settings: dict[str, Any] = {"cache": True} if "--kv-cache" in case.options else {}
     float_scales = netlathe.compile(
         netlathe.capture(case.model, **settings),
         passes.replace("'int8'", "'int8', activation_form='qdq'"),
@@ -312,14 +315,51 @@ def layers() -> None:
         print(json.dumps(found), flush=True)
 
 
+LENGTHS = (1, 16, 32, 64, 96, 128)
+
+
+def lengths(folder: Path) -> None:
+    """Bytes of the LLaMA's instructions, shared between lengths, and cycles with and without."""
+    case = llama(folder)
+    captured = netlathe.capture(case.model, cache=True)
+    passes = f"{case.before}quantize(activations='int8', min_size=0)"
+    model = netlathe.compile(captured, passes, calibration=[case.data]).model
+    plain, shared = Network(model, Spec()), Network(model, Spec(), LENGTHS)
+    shared.prepare()
+    templates = [one for found in shared.templates.values() for one in found]
+    together, apart = sum(one.bytes for one in templates), sum(one.bytes_apart for one in templates)
+    covered = [
+        rows
+        for rows in range(1, LENGTHS[-1] + 1)
+        if all(any(t.low <= rows <= t.high for t in found) for found in shared.templates.values())
+    ]
+    print(json.dumps({"templates": len(templates), "bytes": together, "bytes_apart": apart}))
+    print(json.dumps({"lengths_of_all_layers": len(covered), "of": LENGTHS[-1]}))
+    for rows in (1, 10, 24, 48, 112):
+        feeds = dict(case.feeds["prefill"])
+        feeds["input_ids"] = np.ones((1, rows), np.int64)
+        feeds["attention_mask"] = np.ones((1, rows), np.int64)
+        taken = []
+        for network in (plain, shared):
+            network.run(feeds)
+            taken.append(sum(one["cycles"] for one in network.reports(Memory())))
+        found = {"rows": rows, "cycles_own": taken[0], "cycles_patched": taken[1]}
+        print(json.dumps(found), flush=True)
+
+
 def main() -> None:
     """Measure what is asked for."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--networks", default=",".join(NETWORKS))
     parser.add_argument("--layers", action="store_true", help="single layers instead")
+    parser.add_argument("--lengths", action="store_true", help="instructions of the LLaMA instead")
     args = parser.parse_args()
     if args.layers:
         layers()
+        return
+    if args.lengths:
+        with tempfile.TemporaryDirectory() as folder:
+            lengths(Path(folder))
         return
     for name in args.networks.split(","):
         with tempfile.TemporaryDirectory() as folder:
