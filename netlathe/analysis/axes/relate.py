@@ -293,30 +293,26 @@ class _Walk:
         """Pin what stands in two axes of a node of which one deletion takes only one."""
         for relation in self.found.relations:
             for letter, names in relation.signature.apart.items():
-                of = relation.axes[letter]
                 others = [axis for name in names.split() if (axis := relation.axes[name]).size != 1]
-                if of.size == 1 or not others:
+                if relation.axes[letter].size == 1 or not others:
                     continue
-                shared = {atom for axis in others for atom in algebra.atoms(axis)}
-                shared.intersection_update(algebra.atoms(of))
+                own = list(algebra.atoms(relation.axes[letter]))
+                theirs = {atom for axis in others for atom in algebra.atoms(axis)}
+                shared = [atom for atom in own if atom in theirs]
                 self.node = relation.node
                 reason = f"{_op(self.node)} has it in the number of its groups and in the channels of each"
                 for atom in shared:
                     self._pin(atom, reason, DELETING)
-                held = [atom for atom in algebra.atoms(of) if atom.stays is not None]
-                every = len(held) == len(list(algebra.atoms(of)))
-                if shared or every:
-                    why = Pin(DELETING, reason, self.node) if shared else held[0].stays
-                    self._learn(
-                        letter, relation, Staying(algebra.positions(of, shared or held), why)
-                    )
+                if shared or all(atom.stays is not None for atom in own):
+                    self._learn(relation, letter, shared or own)
 
-    def _learn(self, letter: str, relation: Relation, stays: Staying) -> None:
-        """Note which positions of a letter stay, if they are more than what was known."""
+    def _learn(self, relation: Relation, letter: str, staying: Sequence[Axis]) -> None:
+        """Note which positions of a letter stay with these atoms, if more do than was known."""
+        found = algebra.positions(relation.axes[letter], staying)
         known = self.known.get((relation.node, letter), Staying(frozenset(), None))
-        if not stays.positions <= known.positions:
-            every = stays.positions | known.positions
-            self.news[relation.node, letter] = Staying(every, stays.why)
+        if not found <= known.positions:
+            every = found | known.positions
+            self.news[relation.node, letter] = Staying(every, staying[0].stays)
 
     def _use(self, spot: Spot, axis: Axis) -> None:
         """Note a use of a size; pin the axis where the number comes out of a computation."""
