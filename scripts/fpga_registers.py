@@ -105,10 +105,12 @@ def absorb(module: dict[str, Any]) -> Counter[str]:
     net, count = Netlist(module), Counter[str]()
     for name, cell in net.cells.items():
         if cell["type"] == "MULT18X18D":
-            for side in "AB":
-                if found := net.before(name, [f"{side}{i}" for i in range(18)]):
-                    _clocked(net, name, found, f"REG_INPUT{side}_CLK")
-                    count[f"multiplier, input {side}"] += 1
+            sides = [net.before(name, [f"{side}{i}" for i in range(18)]) for side in "AB"]
+            if sides[0] and sides[1]:  # nextpnr has no timing of a multiplier with one of them
+                for side, both in zip("AB", sides, strict=True):
+                    assert both is not None
+                    _clocked(net, name, both, f"REG_INPUT{side}_CLK")
+                count["multiplier, inputs"] += 1
             if found := net.behind(name, [f"P{i}" for i in range(36)]):
                 _clocked(net, name, found, "REG_OUTPUT_CLK")
                 count["multiplier, output"] += 1

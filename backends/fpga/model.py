@@ -192,7 +192,7 @@ def last_slot(start: int, count: int, rate: tuple[int, int]) -> int:
 
 def compute_stages(spec: Spec) -> int:
     """From the last step of a COMPUTE to its tokens: what waits for them finds the sums written."""
-    return max(1, 7 + spec.rows.bit_length() - 1 - spec.columns)
+    return max(1, 8 + spec.rows.bit_length() - 1 - spec.columns)
 
 
 @dataclasses.dataclass

@@ -3,10 +3,10 @@
 A cycle takes a row of activations and a row of weights; k is the inner loop, so a sum stays in a
 register until it is complete. Stages, counted from the cycle in which the loop nest addresses a step:
 
-    1 the address is at the scratchpads    2 read    3 held (the block RAMs' own registers)    4 of one source
-    5 selected (sparse, slice, vector)    6 operands, 7 products (the multipliers' own registers)
-    7 + log2(rows) dot products    8 + log2(rows) compared with, 9 + log2(rows) joined with the sum before
-    10 + log2(rows) accumulators    11 + log2(rows) at the scratchpads of sums, which are written
+    1 held    2 the address is at the scratchpads    3 read    4 held (the block RAMs' own registers)
+    5 of one source    6 selected (sparse, slice, vector)    7 operands, 8 products (the multipliers' own)
+    8 + log2(rows) dot products    9 + log2(rows) compared with, 10 + log2(rows) joined with the sum before
+    11 + log2(rows) accumulators    12 + log2(rows) at the scratchpads of sums, which are written
 
 A signal that all columns wait for has a register in every column (``near_*``): they lie all over the chip.
 """
@@ -22,7 +22,7 @@ from netlathe.backends.fpga.spec import Spec
 
 def last_stage(spec: Spec) -> int:
     """In which stage sums are written."""
-    return 11 + log2(spec.rows)
+    return 12 + log2(spec.rows)
 
 
 def done_stage(spec: Spec) -> int:
@@ -64,7 +64,7 @@ class Compute(Elaboratable):
         m, spec = Module(), self.spec
         m.submodules.head = head = self.head
         m.submodules.to_add, m.submodules.to_requantize = self.sums
-        f, last = head.field, last_stage(spec)
+        f, last = head.field, last_stage(spec) - 1
         m.submodules.nest = nest = Nest("nest", (12, 8, 8, 12, 12), {"input": 18})
         for i, name in enumerate(("k0", "k1", "k2", "m0", "m1")):
             m.d.comb += [
@@ -76,9 +76,19 @@ class Compute(Elaboratable):
         keys = ("what", "accumulate", "source", "pattern", "factor")
         now = {key: Signal.like(f[key], name=f"now_{key}") for key in keys}
         weights, base, row = Signal(14), Signal(14), Signal(14)
-        pushes, issue = Signal(len(head.pushes)), Signal()
-        wait = Signal(range(WAIT + 1))
-        first, final, end = nest.first[2], nest.last[2], nest.last[4]
+        pushes, wait = Signal(len(head.pushes)), Signal(range(WAIT + 1))
+        # The nest's own flags turn its counters; all else sees them held, a cycle later.
+        vector = Signal(len(nest.address["input"]), reset_less=True)
+        issue, first, final, end = Signal(), Signal(), Signal(), Signal()
+        m.d.sync += [
+            vector.eq(nest.address["input"]),
+            issue.eq(nest.step),
+            first.eq(nest.first[2]),
+            final.eq(nest.step & nest.last[2]),
+            end.eq(nest.step & nest.last[4]),
+        ]
+        with m.If(issue):
+            m.d.sync += [weights.eq(Mux(final, base, weights + 1)), row.eq(row + final)]
         with m.If(head.take):
             m.d.comb += nest.start.eq(1)
             m.d.sync += [now[key].eq(f[key]) for key in keys]
@@ -102,17 +112,14 @@ class Compute(Elaboratable):
                 with m.If(wait == 0):
                     m.next = "RUN"
             with m.State("RUN"):
-                m.d.comb += [issue.eq(1), nest.step.eq(1)]
-                m.d.sync += weights.eq(Mux(final, base, weights + 1))
-                with m.If(final):
-                    m.d.sync += row.eq(row + 1)
-                with m.If(end):
+                m.d.comb += nest.step.eq(1)
+                with m.If(nest.last[4]):
                     m.next = "IDLE"
-        vector = nest.address["input"]
         slot = log2(spec.wide_vectors)
         m.d.comb += [self.activation_row.eq(vector[slot:]), self.weight_row.eq(weights)]
 
         def late(name: str, value: Value, cycles: int) -> list[Signal]:
+            """Behind stage 1: tap n is there in stage n + 1."""
             flags = name in ("ends", "given")
             delay = Delay(name, len(value), cycles, reset_less=not flags)
             m.submodules[f"late_{name}"] = delay
@@ -127,8 +134,8 @@ class Compute(Elaboratable):
         tree = log2(spec.rows)
         dot_stage, before_end = 7 + tree, last - 1
         begins, rows = late("begins", first, before_end), late("rows", row, before_end)
-        ends = late("ends", issue & final, before_end)
-        given = late("given", Mux(issue & end, pushes, 0), done_stage(spec))
+        ends = late("ends", final, before_end)
+        given = late("given", Mux(end, pushes, 0), done_stage(spec) - 1)
         select = late("select", vector[:slot] if slot else Const(0, 1), 4)
         # Settings travel with the data: the next instruction may start while this one is in flight.
         goes_on, source = (
@@ -136,11 +143,11 @@ class Compute(Elaboratable):
             late("source", now["source"], 3),
         )
         maximum = late("max", now["what"] == isa.MAXIMUM, dot_stage + 1)
-        lanes, factor = late("lanes", now["what"] != isa.DOT, 4), late("factor", now["factor"], 5)
+        lanes, factor = late("lanes", now["what"] != isa.DOT, 4), late("factor", now["factor"], 4)
         modes = Cat(now["pattern"] == number + 1 for number in range(len(spec.kept)))
         sparse, pattern = late("sparse", now["pattern"] != 0, 4), late("pattern", modes, 4)
 
-        # -- stages 3 and 4: what the scratchpads gave
+        # -- stages 4 and 5: what the scratchpads gave
         held_input = stage("held_input", len(self.input_data), self.input_data)
         held_hidden = stage("held_hidden", len(self.hidden_data), self.hidden_data)
         held_kernel = stage("held_kernel", len(self.weight_data), self.weight_data)
@@ -149,7 +156,7 @@ class Compute(Elaboratable):
         activations = stage("activations", 8 * spec.wide_bytes, chosen)
         kernel = stage("kernel", len(held_kernel), held_kernel)
         indices = stage("indices", len(held_indices), held_indices)
-        # -- stage 5
+        # -- stage 6
         dense = stage("dense", 8 * spec.rows, self._slice(activations, select[4], spec.rows))
         single = stage(
             "single", 8 * spec.columns, self._slice(activations, select[4], spec.columns)
@@ -157,29 +164,30 @@ class Compute(Elaboratable):
         windows = [
             self._slice(activations, select[4], spec.rows * kept.expansion) for kept in spec.kept
         ]
-        # -- stages 6 and 7: operands and products
+        # -- stages 7 and 8: operands and products
         products: list[list[Signal]] = []
         for o in range(spec.columns):
             near_lanes = stage(f"near_lanes{o}", 1, lanes[3])
-            near_lanes_5 = stage(f"near_lanes_5_{o}", 1, lanes[4])
+            near_lanes_late = stage(f"near_lanes_late_{o}", 1, lanes[4])
             near_sparse = stage(f"near_sparse{o}", 1, sparse[4])
             products.append([])
             for p in range(spec.rows):
                 place = o * spec.rows + p
-                weight = kernel[8 * place : 8 * place + 8]
+                weight: Value = kernel[8 * place : 8 * place + 8]
                 taken: Value = dense[8 * p : 8 * p + 8]
                 if spec.kept:
                     picked = self._picked(windows, indices, pattern[4], o, p)
                     taken = Mux(near_sparse, stage(f"picked{o}_{p}", 8, picked), taken)
                 if p == 0:  # vectors have this multiplier of a column to themselves
-                    own = stage(f"weight{o}_{p}", 8, weight).as_signed()
-                    one = single[8 * o : 8 * o + 8]
-                    a = stage(f"a{o}_{p}", 8, Mux(near_lanes_5, one, taken), sign=True)
-                    w = stage(f"w{o}_{p}", 17, Mux(near_lanes_5, factor[5], own), sign=True)
+                    taken = Mux(near_lanes_late, single[8 * o : 8 * o + 8], taken)
+                    weight = Mux(near_lanes, factor[4], weight.as_signed())
                 else:
-                    own = stage(f"weight{o}_{p}", 8, Mux(near_lanes, 0, weight)).as_signed()
-                    a = stage(f"a{o}_{p}", 8, taken, sign=True)
-                    w = stage(f"w{o}_{p}", 8, own, sign=True)
+                    weight = Mux(near_lanes, 0, weight)
+                width = 17 if p == 0 else 8
+                a = stage(f"a{o}_{p}", 8, taken, sign=True)
+                w = stage(
+                    f"w{o}_{p}", width, stage(f"weight{o}_{p}", width, weight, sign=True), sign=True
+                )
                 products[-1].append(
                     stage(f"product{o}_{p}", 25 if p == 0 else 16, a * w, sign=True)
                 )

@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+from amaranth.hdl import Elaboratable, Module, Mux, Signal
+from amaranth.lib.memory import Memory as memory_of_amaranth
 
 from netlathe.backends.fpga import simulate
+from netlathe.backends.fpga.core import parts
 from netlathe.backends.fpga.core.top import Core
 from netlathe.backends.fpga.isa import Instruction
+from netlathe.backends.fpga.layers import Builder
 from netlathe.backends.fpga.model import Machine, Memory, cycles
+from netlathe.backends.fpga.program import link
 from netlathe.backends.fpga.spec import Spec
+from netlathe.backends.fpga.tensors import Scale
 from tests.backends.fpga.cases import LAYERS, SAME, Built, Layer, build
 
 SMALL = Spec()
@@ -45,6 +52,66 @@ def _same(built: Built, spec: Spec, memory: Memory) -> None:
 @pytest.mark.parametrize("name", LAYERS)
 def test_the_core_is_its_model(name: str, memory: Memory) -> None:
     _same(build(LAYERS[name], SMALL, seed=1), SMALL, memory)
+
+
+@pytest.mark.parametrize("memory", MEMORIES, ids=["fast", "slow"])
+def test_sums_of_a_single_row_are_written_before_they_are_read(memory: Memory) -> None:
+    """Three terms of one vector: each instruction goes on with what the one before is about to write."""
+    rng, builder = np.random.default_rng(3), Builder(SMALL)
+    images = [builder.image(1, 1, 8) for _ in range(3)]
+    one = np.array(1)
+    scale = Scale(0 * one, one << 15, 20 * one, 0)
+    factors = [int(n) for n in rng.integers(1, 30, 3)]
+    output = builder.add("add", list(zip(images, factors, strict=True)), scale)
+    held, total = builder.memory(), np.zeros(8, np.int64)
+    for image, factor in zip(images, factors, strict=True):
+        values = rng.integers(-128, 128, (1, 1, 8)).astype(np.int8)
+        builder.put(held, image, values)
+        total += factor * values[0, 0].astype(np.int64)
+    expected = (total + 16 >> 5)[None, None]
+    _same(Built(builder, link(builder.steps), held, output, expected), SMALL, memory)
+
+
+class Torn(Elaboratable):
+    """A memory that gives what is read in the cycle of its writing with all bits turned round."""
+
+    def __init__(self, **settings: Any) -> None:
+        self.memory = memory_of_amaranth(**settings)
+        self.ports: list[tuple[Any, Signal]] = []
+
+    def write_port(self) -> Any:
+        self.write = self.memory.write_port()
+        return self.write
+
+    def read_port(self, *, domain: str = "sync") -> Any:
+        port = self.memory.read_port(domain=domain)
+        if domain == "comb":  # of a queue: read as it is written, or not yet
+            return port
+        data = Signal.like(port.data)
+        self.ports.append((port, data))
+        return SimpleNamespace(addr=port.addr, en=port.en, data=data)
+
+    def elaborate(self, platform: object) -> Module:
+        m = Module()
+        m.submodules.memory = self.memory
+        for port, data in self.ports:
+            torn = Signal()
+            with m.If(port.en):
+                m.d.sync += torn.eq(self.write.en & (self.write.addr == port.addr))
+            m.d.comb += data.eq(Mux(torn, ~port.data, port.data))
+        return m
+
+
+@pytest.mark.slow
+def test_nothing_is_read_while_it_is_written(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Block RAMs leave open what that gives, and synthesis is told so: here it gives what is wrong."""
+    monkeypatch.setattr(parts, "Memory", Torn)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))  # this core is kept nowhere
+    for layer in LAYERS.values():
+        for memory in MEMORIES:
+            _same(build(layer, SMALL, seed=2), SMALL, memory)
 
 
 @pytest.mark.slow
