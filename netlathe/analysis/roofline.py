@@ -68,13 +68,9 @@ class Work:
         }
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any], names: Mapping[str, int]) -> Work:
-        """What :meth:`to_json` wrote; ``names`` are the dynamic dims."""
-        known = {name: dims.symbol(name) for name in names}
-        float_macs, byte_macs = (
-            sympy.sympify(str(data[key]), locals=known) for key in ("float_macs", "byte_macs")
-        )
-        return cls(float_macs, byte_macs, int(data["bytes"]))
+    def from_json(cls, data: Mapping[str, Any]) -> Work:
+        """What :meth:`to_json` wrote. It is read by the grammar of dims: a file's text is never evaluated."""
+        return cls(dims.parse(data["float_macs"]), dims.parse(data["byte_macs"]), int(data["bytes"]))
 
 
 def work(model: ir.Model) -> Work | None:

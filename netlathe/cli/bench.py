@@ -201,7 +201,7 @@ def _in_tvm(folder: Path, judge: Captured, threads: int) -> _Entrant:
         raise InputError(Diagnostic("bench.artifact", str(error), at=str(folder))) from error
     # What is measured is this CPU: it bounds nothing that a GPU does.
     told = model.meta.get("work") if not model.meta.get("archs") else None
-    work = None if told is None else Work.from_json(told, model.meta["dims"])
+    work = None if told is None else Work.from_json(told)
     return _Entrant(str(folder), "TVM", judge.dynamic, lambda: model.run(feeds), work)
 
 

@@ -65,7 +65,7 @@ def test_it_can_be_written_down() -> None:
     found = work(quantized())
     assert found is not None
     sizes = {"b": 2, "t": 5}
-    assert Work.from_json(found.to_json(), sizes).at(sizes) == found.at(sizes)
+    assert Work.from_json(found.to_json()).at(sizes) == found.at(sizes)
 
 
 def test_the_longer_of_products_and_memory_is_the_least_time() -> None:
