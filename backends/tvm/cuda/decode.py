@@ -39,7 +39,8 @@ class Shape:
     @property
     def tiles(self) -> int:
         """How many times 16 keys a warp takes at once: as many as registers have room for."""
-        return 2 if self.depth == 64 or (self.bits == 8 and self.hopper) else 1
+        roomy = self.bits == 8 and self.hopper and self.depth == 128
+        return 2 if self.depth == 64 or roomy else 1
 
     @property
     def step(self) -> int:
