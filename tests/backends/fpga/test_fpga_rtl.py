@@ -155,6 +155,19 @@ def test_a_program_that_waits_for_ever_is_an_error() -> None:
         simulate.run(stuck, np.zeros(64, np.uint8), SMALL, limit=1000)
 
 
+@pytest.mark.parametrize("named", ["", "no-such-compiler"])
+def test_a_missing_compiler_is_an_error(named: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from netlathe.diagnostics import LowerError
+
+    monkeypatch.delenv("CXX", raising=False)
+    if named:
+        monkeypatch.setenv("CXX", named)
+    else:
+        monkeypatch.setenv("PATH", "")
+    with pytest.raises(LowerError, match=r"no C\+\+ compiler is found"):
+        simulate.executable(SMALL)
+
+
 def test_amaranth_s_own_simulator_agrees() -> None:
     """Another simulator than Verilator, on the smallest core and a layer of a few hundred cycles."""
     from amaranth.sim import Simulator
