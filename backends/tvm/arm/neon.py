@@ -16,7 +16,7 @@ from typing import Any
 
 from tvm import tirx
 
-from netlathe.backends.tvm.tir import Code, Expr, broadcast, cast, const, i64
+from netlathe.backends.tvm.tir import Code, Expr, Index, broadcast, cast, const, flat_index, i64
 
 ROWS = 8  # of the largest tile
 Load = Callable[[Expr, int], Expr]  # (step, number) -> a vector of B
@@ -125,6 +125,13 @@ def _put_pairs(code: Code, sums: Sequence[Any], rows: int, out: Any) -> None:
             code.vstore(out, row * 8 + 2 * number, _pick(value, [first, first + 1]), 2)
 
 
+def pair(first: Expr, second: Expr, step: int) -> Expr:
+    """Eight bytes of each of two rows, from 8 * ``step`` on."""
+    halves = [tirx.reinterpret("int64x2", row) for row in (first, second)]
+    indices = [tirx.IntImm("int32", step + 2 * row) for row in range(2)]
+    return tirx.reinterpret("int8x16", tirx.Shuffle(halves, indices))
+
+
 def fused_lane(held: Expr, b: Expr, a: Expr, lane: int) -> Expr:
     """A sum with lane ``lane`` of ``a`` times ``b``."""
     return held + b * _lane(a, lane, 4)
@@ -184,6 +191,28 @@ class Tile:
             sums = self._zero(rows)
             self._rest(rows, sums, whole)
             scheme.put(code, sums, rows, out)
+
+    def run_windows(
+        self, rows: int, out: Any, extents: Sequence[int], offset: Callable[[Index], Expr]
+    ) -> None:
+        """:meth:`run` over all indices below ``extents``, the last of which counts the registers of a run.
+
+        ``a`` is asked for ``offset(index)``, ``b`` for the registers of all runs one after another.
+        """
+        code, elements = self.code, self.scheme.elements
+        sums = self._zero(rows)
+
+        def inside(index: list[Expr]) -> None:
+            if len(index) < len(extents):
+                with code.loop(extents[len(index)]) as at:
+                    inside([*index, at])
+                return
+            where = code.bind(offset(index))
+            k = code.bind(flat_index(index, [i64(size) for size in extents]) * i64(elements))
+            self._multiply([code.bind(self.a(i, where)) for i in range(rows)], sums, k)
+
+        inside([])
+        self.scheme.put(code, sums, rows, out)
 
     def _zero(self, rows: int) -> list[Any]:
         """A row alone has too few sums to hide latency: every lane gets its own."""

@@ -8,19 +8,64 @@ import onnx_ir as ir
 from netlathe.backends.tvm.packing import Array, array
 
 
+def matrix_shape(tensor: ir.TensorProtocol) -> tuple[int, int]:
+    """K and N of [K, N], or of a convolution's kernel of one element, [N, K, 1, 1]."""
+    first, second, *taps = tensor.shape.numpy()
+    return (second, first) if taps else (first, second)
+
+
+def _matrix(tensor: ir.TensorProtocol) -> Array:
+    values = array(tensor)
+    return values if values.ndim == 2 else values.reshape(values.shape[:2]).T
+
+
 def neighbours(tensor: ir.TensorProtocol, count: int, width: int, inner: int, group: int) -> Array:
-    """[K, N] as [count, inner / group, width, group], zero beyond K and N.
+    """:func:`matrix_shape` [K, N] as [count, inner / group, width, group], zero beyond K and N.
 
     So ``group`` values of k of one column are neighbours, then the columns of a panel.
     """
-    panels = neighbours_of(array(tensor), count, width, inner)
+    return _grouped(neighbours_of(_matrix(tensor), count, width, inner), group)
+
+
+def windows(
+    tensor: ir.TensorProtocol,
+    groups: int,
+    runs: int,
+    channels: int,
+    length: int,
+    count: int,
+    width: int,
+    group: int,
+) -> Array:
+    """A kernel [groups * outputs, inputs, *taps] as [groups, count, runs * length / group, width, group].
+
+    Each of the ``runs`` that a window reads has its taps times ``channels``, zeros up to ``length``.
+    """
+    values = array(tensor)
+    outputs, inputs = values.shape[0] // groups, values.shape[1]
+    parts = values.reshape(groups, outputs, inputs, -1).transpose(0, 3, 2, 1)
+    whole = np.zeros((groups, parts.shape[1], channels, outputs), values.dtype)
+    whole[:, :, :inputs] = parts
+    whole = whole.reshape(groups, runs, -1, outputs)
+    padded = np.zeros((groups, runs, length, outputs), values.dtype)
+    padded[:, :, : whole.shape[2]] = whole
+    inner = runs * length
+    matrices = padded.reshape(groups, inner, outputs)
+    return np.concatenate(
+        [_grouped(neighbours_of(matrix, count, width, inner), group) for matrix in matrices]
+    )
+
+
+def _grouped(panels: Array, group: int) -> Array:
+    """[count, inner, width] as [count, inner / group, width, group], flat."""
+    count, inner, width = panels.shape
     parts = panels.reshape(count, inner // group, group, width)
     return np.ascontiguousarray(parts.transpose(0, 1, 3, 2)).reshape(-1)
 
 
 def column_sums(tensor: ir.TensorProtocol) -> Array:
-    """The sum of every column of [K, N] in int32."""
-    sums: Array = array(tensor).sum(0, dtype=np.int32)
+    """The sum of every column of :func:`matrix_shape` [K, N] in int32."""
+    sums: Array = _matrix(tensor).sum(0, dtype=np.int32)
     return sums
 
 

@@ -30,6 +30,7 @@ from netlathe.backends.tvm.tir import (
     broadcast,
     cast,
     const,
+    dtype_of,
     i64,
     idiv,
     imod,
@@ -58,7 +59,7 @@ def by_constant(
         scheme = neon.FLOAT16
     else:
         return None
-    return _Product(low, a, constant, scheme).pending(dtype, shape)
+    return Product(low, a, constant, scheme).pending(dtype, shape)
 
 
 def by_integers(
@@ -73,14 +74,14 @@ def by_integers(
     if a_zero is not None and not a_zero.is_one:
         return None
     scheme = neon.MATRIX if "i8mm" in features else neon.DOT
-    product = _Product(low, low.force(a), constant, scheme)
+    product = Product(low, low.force(a), constant, scheme)
     if a_zero is not None or a.dtype == D.UINT8:
         product.shift_by(a_zero)
     return product.pending(D.INT32, shape)
 
 
 @dataclass
-class _Shift:
+class Shift:
     """What is added for the zero point of A: (middle - zero) times the sum of a column of B."""
 
     zero: Value | None
@@ -95,18 +96,18 @@ class _Shift:
         return value + by * total
 
 
-class _Product:
-    """A product with a packed constant."""
+class Product:
+    """A product with a packed constant [K, N], or with a kernel of one element, [N, K, 1, 1]."""
 
     def __init__(self, low: Lowering, a: Ready, constant: ir.Value, scheme: Scheme) -> None:
         assert constant.const_value is not None and constant.name is not None
         self.low, self.scheme, self.constant = low, scheme, constant
-        self.inner, self.columns = constant.const_value.shape.numpy()
+        self.inner, self.columns = packing.matrix_shape(constant.const_value)
         self.a = a.viewed((dims.product(a.shape[:-1]), self.inner))
         self.lead = a.shape[:-1]
         self.count = -(-self.columns // scheme.width)
         self.padded = -(-self.inner // scheme.elements) * scheme.elements
-        self.shift: _Shift | None = None
+        self.shift: Shift | None = None
         numbers = (self.count, scheme.width, self.padded, scheme.elements // scheme.steps)
         if scheme.paired:
             numbers = (self.count, scheme.width, self.padded, 8)
@@ -131,7 +132,7 @@ class _Product:
             (self.constant, "neon sums"),
         )
         middle = 128 if self.a.dtype == D.UINT8 else 0
-        self.shift = _Shift(zero, middle, columns)
+        self.shift = Shift(zero, middle, columns)
 
     def pending(self, dtype: D, shape: Shape) -> Pending:
         """The product, with a kernel to be written."""
@@ -156,7 +157,7 @@ class _Product:
             store(code, [*unflatten(row, lead), column], value)
 
         def register(start: Expr) -> Expr:
-            return self._signed(code.vload(buffer, start, scheme.elements), scheme.elements)
+            return signed(code.vload(buffer, start, scheme.elements), self.a.dtype)
 
         def task(size: int, first: Expr, end: Expr, panel: Expr) -> None:
             out = code.alloc([size * scheme.width], out_type, scope="global")
@@ -179,8 +180,8 @@ class _Product:
                     self.inner,
                     lambda i, k: register(start[i] + k),
                     b,
-                    lambda i: self._signed(
-                        code.vload(tails, i * scheme.elements, scheme.elements), scheme.elements
+                    lambda i: signed(
+                        code.vload(tails, i * scheme.elements, scheme.elements), self.a.dtype
                     ),
                 )
                 made.run(size, out)
@@ -246,21 +247,13 @@ class _Product:
         whole, rest = divmod(self.inner, 8)
         if whole:
             with code.loop(whole) as eight:
-                value = self._signed(code.vload(buffer, row + eight * i64(8), 8), 8)
+                value = signed(code.vload(buffer, row + eight * i64(8), 8), self.a.dtype)
                 code.vstore(packed, at + eight * i64(16), value, 8)
         for eight in range(whole, self.padded // 8):
             code.vstore(packed, at + i64(eight * 16), broadcast(const(0, "int8"), 8), 8)
         for j in range(rest):
             value = tirx.BufferLoad(buffer, [row + i64(whole * 8 + j)])
-            if self.a.dtype == D.UINT8:
-                value = tirx.reinterpret("int8", value ^ const(128, "uint8"))
-            code.store(packed, at + i64(whole * 16 + j), value)
-
-    def _signed(self, value: Expr, lanes: int) -> Expr:
-        """uint8 less 128, as int8."""
-        if self.a.dtype != D.UINT8:
-            return value
-        return tirx.reinterpret(f"int8x{lanes}", value ^ broadcast(const(128, "uint8"), lanes))
+            code.store(packed, at + i64(whole * 16 + j), signed(value, self.a.dtype))
 
     def _copy_tails(
         self, code: Code, buffer: Any, tails: Any, stored: str, start: list[Expr], rest: int
@@ -275,6 +268,15 @@ class _Product:
             for j in range(rest):
                 value = tirx.BufferLoad(buffer, [at + i64(first + j)])
                 code.store(tails, i64(i * elements + j), value)
+
+
+def signed(value: Expr, dtype: D) -> Expr:
+    """A number or vector of uint8 less 128, as int8; one of another ``dtype`` as it is."""
+    if dtype != D.UINT8:
+        return value
+    lanes = int(dtype_of(value).partition("x")[2] or 1)
+    flipped = value ^ broadcast(const(128, "uint8"), lanes)
+    return tirx.reinterpret("int8" if lanes == 1 else f"int8x{lanes}", flipped)
 
 
 def tasks(

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from netlathe.backends.tvm import packing
+from netlathe.backends.tvm.arm import conv as arm
 from netlathe.backends.tvm.arm import products
 from netlathe.backends.tvm.kernel import Kernel
 from netlathe.backends.tvm.kernels import conv, gemm, tile
@@ -117,9 +118,9 @@ def _moved(x: Expr, by: int, dtype: str) -> Expr:
     return cast(cast(x, "int32") + const(by, "int32"), dtype)
 
 
-def _zero(value: Value, zero: Value | None) -> Callable[[Code], Expr]:
-    """The zero point of the unsigned numbers, in int32."""
-    shift = 128 if value.dtype == D.INT8 else 0
+def _zero(value: Value, zero: Value | None, moved: bool = True) -> Callable[[Code], Expr]:
+    """The zero point, in int32: of the unsigned numbers if ``moved``."""
+    shift = 128 if moved and value.dtype == D.INT8 else 0
 
     def element(code: Code) -> Expr:
         if zero is None:
@@ -251,20 +252,21 @@ def convolution(
     low, shape = op.low, op.shape()
     sizes = tuple(weight.shape.numpy()) if weight.shape is not None else ()
     geometry = _geometry(op, sizes)
-    if not low.machine.dot_bytes or geometry is None or x.dtype not in _BYTES:
+    if geometry is None or x.dtype not in _BYTES or (zero is not None and not zero.is_one):
         return None
-    if zero is not None and not zero.is_one:
-        return None
-    groups = geometry.groups
-    if geometry.is_depthwise:
+    if geometry.is_depthwise and _has_depthwise(low):
         return _depthwise(op, x, zero, weight, geometry, begins)
-    if groups > 1 and sizes[1] % 4:
+    pads = op.integers("pads") or (0, 0, 0, 0)
+    turned = tuple(to_last(shape))
+    last = channels_last(low, x, 4)
+    if (on_arm := arm.by_integers(low, last, zero, weight, geometry, pads, turned)) is not None:
+        return ChannelsLast(D.INT32, shape, on_arm)
+    groups = geometry.groups
+    if not low.machine.dot_bytes or (groups > 1 and sizes[1] % 4):
         return None
     source = low.operand(channels_last(low, unsigned(low, x), 4))
     offset = _zero(x, zero)
-    turned = tuple(to_last(shape))
     inputs = -(-geometry.inputs // 4) * 4
-    pads = op.integers("pads") or (0, 0, 0, 0)
     plane = dims.product(turned[1:3])
     plain = geometry.taps == 1 and geometry.strides == (1, 1) and not any(pads)
     wide = conv.Geometry(
@@ -323,6 +325,14 @@ def _bordered(
     return low.force(Pending(D.UINT8, whole, build))
 
 
+def _has_depthwise(low: Lowering) -> bool:
+    """Whether bytes are convolved as floats one channel at a time: where they are else multiplied as bytes.
+
+    On ARM even where they are not: there too, sums are those of the integers, and scaled after.
+    """
+    return low.machine.dot_bytes or low.machine.architecture == "aarch64"
+
+
 def _depthwise(
     op: Op,
     x: Value,
@@ -332,7 +342,8 @@ def _depthwise(
     begins: tuple[int, int],
 ) -> Value:
     low, turned = op.low, tuple(to_last(op.shape()))
-    source = low.force(channels_last(low, unsigned(low, x), 4))
+    inner = low.machine.dot_bytes  # short vectors: converting each element once takes less
+    source = low.force(channels_last(low, unsigned(low, x) if inner else _floats(low, x, zero), 4))
     offset = _zero(x, zero)
     assert weight.name is not None
     taps = low.parameter(
@@ -353,10 +364,22 @@ def _depthwise(
             kernel.shape(turned),
             "float32",
             store,
-            lambda code: cast(offset(code), "float32"),
+            (lambda code: cast(offset(code), "float32")) if inner else None,
         )
 
     return ChannelsLast(D.FLOAT, op.shape(), Pending(D.FLOAT, turned, build))
+
+
+def _floats(low: Lowering, x: Value, zero: Value | None) -> Value:
+    """``x`` - ``zero`` in float32."""
+    offset = _zero(x, zero, moved=False)
+    return combine(
+        low,
+        lambda code, e: cast(cast(e, "int32") - offset(code), "float32"),
+        [x],
+        D.FLOAT,
+        x.shape,
+    )
 
 
 def pair_convolution(op: Op, begins: tuple[int, int] | None) -> Value | None:
@@ -388,7 +411,7 @@ def _depthwise_by_floats(
         return None
     one = x.scale.shape is not None and all(dim == 1 for dim in x.scale.shape.numpy())
     geometry = _geometry(op, tuple(weight.shape.numpy()) if weight.shape is not None else ())
-    if not one or (zero is not None and not zero.is_one) or not low.machine.dot_bytes:
+    if not one or (zero is not None and not zero.is_one) or not _has_depthwise(low):
         return None
     if geometry is None or not geometry.is_depthwise:
         return None

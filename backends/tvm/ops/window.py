@@ -9,6 +9,7 @@ import onnx_ir as ir
 from tvm import tirx
 
 from netlathe.backends.tvm import packing, storage
+from netlathe.backends.tvm.arm import conv as arm
 from netlathe.backends.tvm.cuda import conv as cuda_conv
 from netlathe.backends.tvm.cuda import products
 from netlathe.backends.tvm.cuda.machine import Gpu
@@ -231,6 +232,9 @@ def _conv_2d(
             return kernels.depthwise(kernel, source, taps, geometry, begins, out, computed, store)
 
         return Pending(dtype, shape, depthwise)
+    pads = (*spans.begins, *spans.ends)
+    if (made := arm.by_constant(low, x, constant, geometry, pads, shape)) is not None:
+        return made
     if spans.is_plain and groups == 1:
         return _pointwise(low, low.force(x), weight, constant, geometry, dtype, shape)
     bordered = _bordered(low, x, spans, geometry)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 from functools import lru_cache
@@ -12,6 +13,7 @@ import onnx_ir as ir
 import pytest
 
 from netlathe.backends.tvm.arm import emulator
+from netlathe.backends.tvm.arm.artifact import BareArtifact
 from netlathe.backends.tvm.arm.cores import CORES
 from netlathe.ir import normal
 
@@ -48,3 +50,11 @@ def model_of(text: str, **constants: Array) -> ir.Model:
         model.graph.register_initializer(value)
     normal.normalize(model)
     return model
+
+
+def kernels_of(artifact: BareArtifact) -> set[str]:
+    """The schedules that its calls name."""
+    return {
+        re.sub(r"_\d+$", "", step.kernel.removeprefix(artifact.name + "_"))
+        for step in artifact._program.steps
+    }

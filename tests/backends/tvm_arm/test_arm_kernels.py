@@ -17,7 +17,7 @@ pytest.importorskip("tvm", reason="the tvm extra is not installed")
 
 from netlathe.backends.tvm.arm.artifact import BareArtifact
 from netlathe.backends.tvm.arm.cores import CORES
-from tests.backends.tvm_arm.arm import Array, model_of, need_emulator
+from tests.backends.tvm_arm.arm import Array, kernels_of, model_of, need_emulator
 
 # (rows, K, N): whole tiles, tails of rows, of K and of columns, one row, fewer rows than a tile.
 SHAPES = [(16, 64, 16), (13, 37, 21), (1, 77, 40), (5, 32, 9), (4, 16, 8), (3, 7, 3), (2, 130, 8)]
@@ -118,14 +118,6 @@ def built(core: str, whole: bool) -> tuple[Products, BareArtifact]:
     """Products of few shapes or of all, compiled for a core."""
     products = Products(SHAPES if whole else QUICK)
     return products, BareArtifact(products.model(), CORES[core], "products")
-
-
-def kernels_of(artifact: BareArtifact) -> set[str]:
-    """The schedules that its calls name."""
-    return {
-        re.sub(r"_\d+$", "", step.kernel.removeprefix(artifact.name + "_"))
-        for step in artifact._program.steps
-    }
 
 
 SLOW = pytest.mark.slow

@@ -1,0 +1,317 @@
+"""Convolutions with a constant on ARM: tiles of :mod:`netlathe.backends.tvm.arm.neon`, without im2col.
+
+neon.float32.conv, neon.dot.conv, neon.matrix.conv    the schemes of products, A read where it lies
+
+Planes are channels-last, so a row of a window is one run of memory, of its columns times the channels;
+of groups, or where columns are skipped, each element of the window is a run of its own. A tile is
+neighbouring columns of one output row by a panel of output channels. A run is multiplied in whole registers:
+
+* floats: the copy with the border has channels to whole registers, of zeros;
+* bytes: the last register of a run reads on into what follows, times weights of zero. The copy with the
+  border has columns to spare for that.
+
+A window of one element, all of which are taken, is a matrix product
+(:mod:`netlathe.backends.tvm.arm.products`). Each function here gives None for what the kernels of every
+machine take.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from netlathe.backends.tvm import packing as common
+from netlathe.backends.tvm.arm import neon, packing, products
+from netlathe.backends.tvm.arm.neon import ROWS, Scheme, Tile
+from netlathe.backends.tvm.kernel import Kernel
+from netlathe.backends.tvm.kernels import conv
+from netlathe.backends.tvm.kernels.conv import Geometry
+from netlathe.backends.tvm.lowering import Lowering
+from netlathe.backends.tvm.packing import Recipe
+from netlathe.backends.tvm.tir import (
+    PARALLEL,
+    Code,
+    Expr,
+    Index,
+    cast,
+    const,
+    i64,
+    known,
+    total,
+    unflatten,
+)
+from netlathe.backends.tvm.values import Pending, Ready, Store, Value
+from netlathe.ir import dims
+from netlathe.ir.dims import Shape
+
+D = ir.DataType
+# Weights of more bytes than this do not stay in a level-2 cache while a row of the output is made.
+_CACHED_BYTES = 1 << 18
+
+
+def by_constant(
+    low: Lowering,
+    x: Value,
+    constant: ir.Value | None,
+    geometry: Geometry,
+    pads: Sequence[int],
+    shape: Shape,
+) -> Pending | None:
+    """``x`` [b, rows, columns, channels] of float32 with a constant kernel of float32, as ``shape``.
+
+    ``pads`` are those of ONNX: top, left, bottom, right, of zeros.
+    """
+    if low.machine.architecture != "aarch64" or geometry.is_depthwise:
+        return None
+    if constant is None or constant.dtype != D.FLOAT or x.dtype != D.FLOAT:
+        return None
+    return _convolution(low, x, None, constant, geometry, pads, shape, neon.FLOAT32)
+
+
+def by_integers(
+    low: Lowering,
+    x: Value,
+    zero: Value | None,
+    constant: ir.Value,
+    geometry: Geometry,
+    pads: Sequence[int],
+    shape: Shape,
+) -> Pending | None:
+    """``x`` - ``zero`` of 8 bits, channels-last, with a constant kernel of int8, in int32."""
+    features = low.machine.features
+    if "asimddp" not in features or low.machine.architecture != "aarch64":
+        return None
+    if geometry.is_depthwise or constant.dtype != D.INT8 or x.dtype not in (D.INT8, D.UINT8):
+        return None
+    scheme = neon.MATRIX if "i8mm" in features else neon.DOT
+    return _convolution(low, x, zero, constant, geometry, pads, shape, scheme)
+
+
+def _convolution(
+    low: Lowering,
+    x: Value,
+    zero: Value | None,
+    constant: ir.Value,
+    geometry: Geometry,
+    pads: Sequence[int],
+    shape: Shape,
+    scheme: Scheme,
+) -> Pending | None:
+    g = geometry
+    if g.taps == 1 and g.strides == (1, 1) and not any(pads) and g.groups == 1:
+        product = products.Product(low, low.force(x), constant, scheme)
+        if scheme.a_type == "int8":
+            product.shift_by(zero)
+        return product.pending(D.INT32 if scheme.sum_type == "int32" else D.FLOAT, shape)
+    # Registers of little but zeros: of three channels of floats the common schedule takes fewer instructions.
+    if g.inputs % 4 and (g.groups > 1 or (g.inputs < 4 and scheme.a_type == "float32")):
+        return None
+    return _Convolution(low, x, zero, constant, geometry, pads, shape, scheme).pending()
+
+
+@dataclass(frozen=True)
+class _Runs:
+    """What a window reads: ``extents`` runs of ``blocks`` registers each, of ``length`` elements."""
+
+    extents: tuple[int, ...]
+    length: int
+    elements: int
+
+    @property
+    def blocks(self) -> int:
+        """Registers of a run, the last one perhaps partly of something else."""
+        return -(-self.length // self.elements)
+
+    @property
+    def beyond(self) -> int:
+        """Elements that the last register of a run reads behind it."""
+        return self.blocks * self.elements - self.length
+
+    @property
+    def count(self) -> int:
+        """How many runs there are."""
+        return self.extents[0] * (self.extents[1] if len(self.extents) > 1 else 1)
+
+    @property
+    def inner(self) -> int:
+        """Elements of A for each output, with those beyond runs."""
+        return self.count * self.blocks * self.elements
+
+
+class _Convolution:
+    """A convolution with a packed constant."""
+
+    def __init__(
+        self,
+        low: Lowering,
+        x: Value,
+        zero: Value | None,
+        constant: ir.Value,
+        geometry: Geometry,
+        pads: Sequence[int],
+        shape: Shape,
+        scheme: Scheme,
+    ) -> None:
+        assert constant.name is not None  # the IR has no constant without one
+        self.low, self.geometry, self.scheme, self.shape = low, geometry, scheme, shape
+        g = geometry
+        floats = scheme.a_type == "float32"
+        self.channels = -(-g.inputs // 4) * 4 if floats else g.inputs
+        joined = g.groups == 1 and g.dilations[1] == 1
+        self.runs = (
+            _Runs((g.kernel[0],), g.kernel[1] * self.channels, scheme.elements)
+            if joined
+            else _Runs(g.kernel, self.channels, scheme.elements)
+        )
+        self.x = self._bordered(x, zero, pads)
+        self.count = -(-g.outputs // scheme.width)
+        group = 8 if scheme.paired else scheme.elements // scheme.steps
+        numbers = (
+            g.groups, self.runs.count, self.channels, self.runs.blocks * scheme.elements,
+            self.count, scheme.width, group,
+        )  # fmt: skip
+        self.weight = low.parameter(
+            constant.name,
+            D.FLOAT if floats else D.INT8,
+            (g.groups * self.count * self.runs.inner * scheme.width,),
+            Recipe(packing.windows, (constant.name,), numbers),
+            (constant, "neon windows", scheme, g),
+        )
+        self.shift: products.Shift | None = None
+        if not floats and (zero is not None or self.x.dtype == D.UINT8):
+            sums = low.parameter(
+                constant.name,
+                D.INT32,
+                (g.groups * g.outputs,),
+                Recipe(common.dot_sums, (constant.name,), (g.groups, 1)),
+                (constant, "sums", g.groups, 1),
+            )
+            middle = 128 if self.x.dtype == D.UINT8 else 0
+            self.shift = products.Shift(zero, middle, sums)
+
+    def _bordered(self, x: Value, zero: Value | None, pads: Sequence[int]) -> Ready:
+        """``x`` in memory within a border of ``zero``, with channels and columns to whole registers."""
+        top, left, bottom, right = pads
+        whole_channels = self.channels * self.geometry.groups
+        spare = -(-self.runs.beyond // whole_channels)
+        if not any(pads) and not spare and self.channels == self.geometry.inputs:
+            return self.low.force(x)
+        source = self.low.operand(x)
+        b, h, w, _ = x.shape
+        whole = (b, dims.add(h, top + bottom), dims.add(w, left + right + spare), whole_channels)
+        dtype = {D.FLOAT: "float32", D.INT8: "int8", D.UINT8: "uint8"}[x.dtype]
+
+        def border(code: Code) -> Expr:
+            if zero is None:
+                return const(0, dtype)
+            return cast(zero.at(code, [i64(0)] * zero.rank), dtype)
+
+        def build(kernel: Kernel, store: Store) -> str:
+            return conv.padded(kernel, source, (top, left), kernel.shape(whole), border, store)
+
+        return self.low.force(Pending(x.dtype, whole, build))
+
+    def pending(self) -> Pending:
+        """The convolution, with a kernel to be written."""
+        dtype = D.INT32 if self.scheme.sum_type == "int32" else D.FLOAT
+        return Pending(dtype, self.shape, self.build)
+
+    def build(self, kernel: Kernel, store: Store) -> str:
+        """Write the kernel; its schedule's name."""
+        code, scheme, g = kernel.code, self.scheme, self.geometry
+        out = kernel.shape(self.shape)
+        columns = out[2]
+
+        def lines(size: int) -> None:
+            heavy = self.runs.inner * g.outputs * (4 if scheme.a_type == "float32" else 1)
+            order = [out[0], out[1], i64(self.count)]
+            if heavy > _CACHED_BYTES:  # one panel stays while the plane goes by
+                order = [i64(self.count), out[0], out[1]]
+            whole = [i64(g.groups), *order]
+            with code.loop(total(whole), PARALLEL) as task:
+                group, *rest = (code.bind(i) for i in unflatten(task, whole))
+                b, row, panel = rest if heavy <= _CACHED_BYTES else (*rest[1:], rest[0])
+                _Line(self, kernel, store, columns, group, b, row, panel).tiles(size)
+
+        number = known(columns)
+        if number is not None:
+            lines(_tile_columns(max(number, 1)))
+        else:
+            few = lambda: code.branch(columns >= i64(4), lambda: lines(4), lambda: lines(1))  # noqa: E731
+            code.branch(columns >= i64(ROWS), lambda: lines(ROWS), few)
+        name = {"float32": "float32", "int8": "matrix" if scheme.paired else "dot"}
+        return f"neon.{name[scheme.a_type]}.conv"
+
+
+@dataclass
+class _Line:
+    """One row of the output, one panel of its channels."""
+
+    job: _Convolution
+    kernel: Kernel
+    store: Store
+    columns: Expr
+    group: Expr
+    b: Expr
+    row: Expr
+    panel: Expr
+
+    def tiles(self, size: int) -> None:
+        """Tiles of ``size`` columns; the last one starts early enough to be whole."""
+        job, code = self.job, self.kernel.code
+        scheme, g, runs = job.scheme, job.geometry, job.runs
+        _, h, w, c = self.kernel.shape(job.x.shape)
+        data, weight = self.kernel.read(job.x), self.kernel.read(job.weight)
+        line = (self.b * h + self.row * i64(g.strides[0])) * w * c
+        origin = code.bind(line + self.group * i64(g.inputs))
+        number = self.group * i64(job.count) + self.panel
+        base = code.bind(number * i64(runs.inner * scheme.width))
+        held = size + size % 2 if scheme.paired else size  # a pair may be one row twice
+        out = code.alloc(
+            [held * scheme.width], "int32" if scheme.sum_type == "int32" else "float32", "global"
+        )
+
+        def register(at: Expr) -> Expr:
+            return products.signed(code.vload(data, at, scheme.elements), job.x.dtype)
+
+        def offset(index: Index) -> Expr:
+            at = index[0] * (w * c * i64(g.dilations[0])) + index[-1] * i64(scheme.elements)
+            return at + index[1] * (c * i64(g.dilations[1])) if len(index) > 2 else at
+
+        def b(k: Expr, step: Expr, number: int) -> Expr:
+            at = base + k * i64(scheme.width) + step * i64(scheme.vectors * scheme.b_lanes)
+            return code.vload(weight, at + i64(number * scheme.b_lanes), scheme.b_lanes)
+
+        def finish(column: Expr, channel: Expr, value: Expr) -> None:
+            channel = self.group * i64(g.outputs) + channel
+            if job.shift is not None:
+                value = job.shift.add(code, channel, value)
+            self.store(code, [self.b, self.row, column, channel], value)
+
+        def tile(column: Expr) -> None:
+            step = c * i64(g.strides[1])
+            start = [
+                code.bind(origin + (column + i64(min(i, size - 1))) * step) for i in range(held)
+            ]
+
+            def a(i: int, k: Expr) -> Expr:
+                if not scheme.paired:
+                    return register(start[i] + k)
+                return neon.pair(register(start[i & ~1] + k), register(start[i | 1] + k), i % 2)
+
+            made = Tile(code, scheme, runs.inner, a, b, lambda i: i64(0))
+            made.run_windows(held, out, (*runs.extents, runs.blocks), offset)
+            products.put_rows(code, size, column, self.panel, scheme.width, g.outputs, out, finish)
+
+        products.down(code, size, i64(0), self.columns, self.columns, tile)
+
+
+def _tile_columns(columns: int) -> int:
+    """The tile that takes the fewest instructions for a row: multiplications, loads, loop control."""
+
+    def work(size: int) -> int:
+        return -(-columns // size) * (8 * size + size + 6)
+
+    return min(range(min(ROWS, columns), 0, -1), key=work)
