@@ -116,7 +116,9 @@ def test_rows_of_any_magnitude(dtype: str) -> None:
         row = row.astype(np.float32)
         actual, exact = made.run({"x": row})["y"], row.astype(np.float64) @ weight
         size = np.abs(row.astype(np.float64))
-        largest = np.repeat(size.reshape(-1, 32).max(1), 32)  # 32 rows share a scale and an exponent
+        largest = np.repeat(
+            size.reshape(-1, 32).max(1), 32
+        )  # 32 rows share a scale and an exponent
         bound = (largest * 2.0**-22 + size * 2.0**-21) @ np.abs(weight)
         assert np.all(np.abs(actual - exact) <= bound)
 
