@@ -28,6 +28,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -50,12 +51,11 @@ ROWS, INNER, COLUMNS = 64, 512, 256
 
 @dataclass(frozen=True)
 class Kernel:
-    """A product, the cores that have it, and micro-kernels of XNNPACK's that do the same."""
+    """A product or convolution, the cores that have it, and micro-kernels of XNNPACK's that do the same."""
 
-    build: Callable[[int], ir.Model]  # of so many rows
-    rows: int
+    build: Callable[[], ir.Model]
+    work: int  # multiply-adds of all of it
     cores: Sequence[str]
-    macs: int  # multiply-adds of one multiplication
     peers: Mapping[str, float]  # name -> instructions of its inner loop for each multiply-add
 
 
@@ -73,10 +73,10 @@ def _model(text: str, **constants: np.ndarray) -> ir.Model:
 _RNG = np.random.default_rng(0)
 
 
-def floats(kind: str) -> Callable[[int], ir.Model]:
+def floats(kind: str, rows: int = ROWS) -> Callable[[], ir.Model]:
     """A MatMul of floats."""
 
-    def build(rows: int) -> ir.Model:
+    def build() -> ir.Model:
         text = (
             f"({kind}[{rows}, {INNER}] x, {kind}[{INNER}, {COLUMNS}] w)"
             f" => ({kind}[{rows}, {COLUMNS}] y) {{ y = MatMul(x, w) }}"
@@ -87,19 +87,19 @@ def floats(kind: str) -> Callable[[int], ir.Model]:
     return build
 
 
-def bytes_(rows: int) -> ir.Model:
+def bytes_() -> ir.Model:
     """A MatMulInteger of signed bytes."""
     text = (
-        f"(int8[{rows}, {INNER}] x, int8[{INNER}, {COLUMNS}] w)"
-        f" => (int32[{rows}, {COLUMNS}] y) {{ y = MatMulInteger(x, w) }}"
+        f"(int8[{ROWS}, {INNER}] x, int8[{INNER}, {COLUMNS}] w)"
+        f" => (int32[{ROWS}, {COLUMNS}] y) {{ y = MatMulInteger(x, w) }}"
     )
     return _model(text, w=_RNG.integers(-127, 128, (INNER, COLUMNS)).astype(np.int8))
 
 
-def codes(kind: str) -> Callable[[int], ir.Model]:
+def codes(kind: str, rows: int = ROWS) -> Callable[[], ir.Model]:
     """A MatMul of floats with codes in groups of 32."""
 
-    def build(rows: int) -> ir.Model:
+    def build() -> ir.Model:
         blocks = INNER // 32
         text = (
             f"(float[{rows}, {INNER}] x, {kind}[{INNER}, {COLUMNS}] w, float[{blocks}, {COLUMNS}] s)"
@@ -119,32 +119,96 @@ def codes(kind: str) -> Callable[[int], ir.Model]:
     return build
 
 
+@dataclass(frozen=True)
+class Convolution:
+    """A square window over a plane of ``plane`` x ``plane``, channels last, as inside of models."""
+
+    inputs: int
+    outputs: int
+    window: int
+    plane: int
+    stride: int = 1
+    groups: int = 1
+
+    @property
+    def out(self) -> int:
+        """Rows and columns of the result."""
+        return (self.plane + 2 * (self.window // 2) - self.window) // self.stride + 1
+
+    @property
+    def work(self) -> int:
+        """Multiply-adds."""
+        return self.out**2 * self.outputs * self.inputs // self.groups * self.window**2
+
+    def model(self, bytes_: bool) -> ir.Model:
+        """A Conv of floats, or of quantized pairs of bytes."""
+        p, k = self.window // 2, self.window
+        size = (self.outputs, self.inputs // self.groups, k, k)
+        kind = "int8" if bytes_ else "float"
+        conv = (
+            f"Conv<pads = [{p}, {p}, {p}, {p}], strides = [{self.stride}, {self.stride}],"
+            f" group = {self.groups}>"
+        )
+        given = f"{kind}[1, {self.plane}, {self.plane}, {self.inputs}] x, {kind}{list(size)} w"
+        result = f"float[1, {self.out}, {self.out}, {self.outputs}] y"
+        turn = "t = Transpose<perm = [0, 3, 1, 2]>(x)"
+        back = "y = Transpose<perm = [0, 2, 3, 1]>(c)"
+        if not bytes_:
+            text = f"({given}) => ({result}) {{ {turn} c = {conv}(t, w) {back} }}"
+            return _model(text, w=_RNG.normal(size=size).astype(np.float32))
+        text = (
+            f"({given}, float sx, float[{self.outputs}] sw) => ({result}) {{ {turn}"
+            f" d = DequantizeLinear(t, sx) e = DequantizeLinear<axis = 0>(w, sw) c = {conv}(d, e) {back} }}"
+        )
+        return _model(
+            text,
+            w=_RNG.integers(-127, 128, size).astype(np.int8),
+            sx=np.array(0.1, np.float32),
+            sw=np.full(self.outputs, 0.1, np.float32),
+        )
+
+
+CONVOLUTIONS: Mapping[str, Convolution] = {
+    "3x3": Convolution(64, 64, 3, 28),
+    "3x3-7": Convolution(64, 64, 3, 7),
+    "1x1": Convolution(64, 128, 1, 28),
+    "stem": Convolution(3, 32, 3, 56, stride=2),
+    "depthwise": Convolution(128, 128, 3, 28, groups=128),
+}
+
+
 def _peer(multiplies: int, loads: int, control: int, macs: int) -> float:
     return (multiplies + loads + control) / macs
 
 
 ALL = tuple(CORES)
 # Instructions of a peer: multiplications, loads (a pair of registers is one), loop control.
+WORK = ROWS * INNER * COLUMNS
 KERNELS: Mapping[str, Kernel] = {
-    "float32": Kernel(floats("float"), ROWS, ALL, 4, {
+    "float32": Kernel(floats("float"), WORK, ALL, {
         "f32-gemm 6x8 lane ld128": _peer(48, 6 + 4, 2, 6 * 8 * 4),
         "f32-gemm 4x8 lane ld128": _peer(32, 4 + 4, 2, 4 * 8 * 4),
         "f32-gemm 1x8 lane ld64": _peer(4, 1 + 2, 2, 1 * 8 * 2),
     }),
-    "float16": Kernel(floats("float16"), ROWS, ALL[1:], 8, {
+    "float16": Kernel(floats("float16"), WORK, ALL[1:], {
         "f16-gemm 6x16 lane ld64": _peer(48, 6 + 4, 2, 6 * 16 * 4),
         "f16-gemm 1x16 lane ld64": _peer(8, 1 + 4, 2, 1 * 16 * 4),
     }),
-    "dot": Kernel(bytes_, ROWS, ALL[1:2], 16, {
+    "dot": Kernel(bytes_, WORK, ALL[1:2], {
         "qs8-gemm 4x16c4 lane ld128": _peer(64, 4 + 8, 2, 4 * 16 * 16),
         "qs8-gemm 4x16c4 lane ld64": _peer(32, 4 + 4, 2, 4 * 16 * 8),
     }),
-    "matrix": Kernel(bytes_, ROWS, ALL[2:], 32, {
+    "matrix": Kernel(bytes_, WORK, ALL[2:], {
         "qs8-gemm 4x16c8 i8mm": _peer(16, 4 + 2 + 8, 2, 4 * 16 * 8),
     }),
-    "int4-tile": Kernel(codes("int4"), ROWS, ALL, 4, {}),
-    "int4-row": Kernel(codes("int4"), 1, ALL, 4, {}),
-    "int8-row": Kernel(codes("int8"), 1, ALL, 4, {}),
+    "int4-tile": Kernel(codes("int4"), WORK, ALL, {}),
+    "int4-row": Kernel(codes("int4", 1), INNER * COLUMNS, ALL, {}),
+    "int8-row": Kernel(codes("int8", 1), INNER * COLUMNS, ALL, {}),
+    **{
+        f"conv-{kind}-{name}": Kernel(partial(conv.model, kind == "int8"), conv.work, cores, {})
+        for kind, cores in (("float32", ALL), ("int8", ALL[1:]))
+        for name, conv in CONVOLUTIONS.items()
+    },
 }  # fmt: skip
 
 
@@ -161,13 +225,16 @@ def main() -> int:
     arguments = parser.parse_args()
     tools = Tools.find()
     reports, worst = [], 1.0
-    print(f"{'kernel':10} {'core':12} {'instructions':>12} {'cycles':>7} {'ports':>6} {'peak':>6}")
+    print(f"{'kernel':24} {'core':12} {'instructions':>12} {'cycles':>7} {'ports':>6} {'peak':>6}")
     for name in arguments.kernels:
         for core in (CORES[c] for c in arguments.cores if c in KERNELS[name].cores):
-            text, found = inner_loop(tools, KERNELS[name], core)
+            if (made := inner_loop(tools, KERNELS[name], core)) is None:
+                print(f"{name:24} {core.name:12} no loop without branches multiplies", flush=True)
+                continue
+            text, found = made
             reports.append(f"=== {name}, {core.name}\n{text}\n{found.said}")
             print(
-                f"{name:10} {core.name:12} {found.instructions:12} {found.cycles:7.1f}"
+                f"{name:24} {core.name:12} {found.instructions:12} {found.cycles:7.1f}"
                 f" {found.ports / found.cycles:6.1%} {found.peak / found.cycles:6.1%}",
                 flush=True,
             )
@@ -215,14 +282,23 @@ class Measured:
     said: str
 
 
-def inner_loop(tools: Tools, kernel: Kernel, core: Core) -> tuple[str, Measured]:
-    """The hot loop of the kernel's object code, and what llvm-mca says of it."""
-    made = bare.program(kernel.build(kernel.rows), core.machine, "bench", only_plan=False)
+def inner_loop(tools: Tools, kernel: Kernel, core: Core) -> tuple[str, Measured] | None:
+    """The hot loop of the kernel's object code, and what llvm-mca says of it.
+
+    None where none adds products: LLVM unrolled a short one, or taps are conditional, as in depthwise ones.
+    """
+    made = bare.program(kernel.build(), core.machine, "bench", only_plan=False)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.o"
         path.write_bytes(made.object)
         lines = disassembled(tools, path)
-    loop = max(loops(lines), key=lambda body: sum(bool(MULTIPLY.match(line)) for line in body))
+
+    def adds(body: Sequence[str]) -> int:
+        return sum(line.startswith(("fmla", "sdot", "smmla")) for line in body)
+
+    loop = max(loops(lines), key=adds, default=[])
+    if not adds(loop):
+        return None
     whole = simulated(tools, core, loop)
     alone = simulated(tools, core, [line for line in loop if MULTIPLY.match(line)])
     return "\n".join(loop), dataclasses.replace(whole, peak=alone.ports)
@@ -318,14 +394,14 @@ __attribute__((visibility("default"))) int qemu_plugin_install(id_t_ id, const v
 
 def count(tools: Tools, names: Sequence[str], cores: Sequence[str]) -> None:
     """Print instructions for each multiply-add of whole kernels, epilogues and tails included."""
-    print(f"\n{'kernel':10} {'core':12} {'instructions per multiply-add':>30}")
+    print(f"\n{'kernel':24} {'core':12} {'instructions per multiply-add':>30}")
     for name in names:
         kernel = KERNELS[name]
         for core in (CORES[c] for c in cores if c in kernel.cores):
-            macs = kernel.rows * INNER * COLUMNS
-            print(f"{name:10} {core.name:12} {instructions(kernel, core) / macs:30.4f}", flush=True)
+            each = instructions(kernel, core) / kernel.work
+            print(f"{name:24} {core.name:12} {each:30.4f}", flush=True)
         for peer, each in kernel.peers.items():
-            print(f"{'':10} {peer + ' (its inner loop)':42} {each:.4f}")
+            print(f"{'':24} {peer + ' (its inner loop)':42} {each:.4f}")
 
 
 def instructions(kernel: Kernel, core: Core) -> int:
@@ -333,7 +409,7 @@ def instructions(kernel: Kernel, core: Core) -> int:
     before = emulator.command(core)
     if not before:
         sys.exit("counting instructions needs qemu-aarch64 (Debian: apt-get install qemu-user)")
-    artifact = BareArtifact(kernel.build(kernel.rows), core, "model")
+    artifact = BareArtifact(kernel.build(), core, "model")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         artifact.save(folder)
