@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ pytest.importorskip("tvm", reason="the tvm extra is not installed")
 from netlathe.backends.tvm.arm.artifact import BareArtifact
 from netlathe.backends.tvm.arm.cores import CORES
 from tests.backends.tvm_arm.arm import Array, kernels_of, model_of, need_emulator
+from tests.backends.tvm_arm.test_arm_kernels import ATTRIBUTES, disassembled
 
 RNG = np.random.default_rng(0)
 NUMPY = {"float": np.float32, "int8": np.int8, "uint8": np.uint8}
@@ -170,3 +172,11 @@ def test_what_lies_beside_a_window_is_no_part_of_it(core: str) -> None:
     y = BareArtifact(model_of(text, w=w), CORES[core], "model").run({"x": x})["y"]
     finite = np.isfinite(y)
     assert finite.sum() == 9 * 15 and not finite[0, :, 3, 3].any()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("core", ["neoverse-v1", "neoverse-n1", "cortex-a72"])
+def test_no_instruction_beyond_the_core(core: str, tmp_path: Path) -> None:
+    """As the core reads them, no instruction of the convolutions is unknown."""
+    text = disassembled(Convolutions(CASES[:4]).built(core), ATTRIBUTES[core], tmp_path)
+    assert "fmla" in text and "<unknown>" not in text
