@@ -262,7 +262,7 @@ def convolution(
     if (on_arm := arm.by_integers(low, last, zero, weight, geometry, pads, turned)) is not None:
         return ChannelsLast(D.INT32, shape, on_arm)
     groups = geometry.groups
-    if not low.machine.dot_bytes or (groups > 1 and sizes[1] % 4):
+    if not low.machine.dot_bytes or (groups > 1 and geometry.inputs % 4):
         return None
     source = low.operand(channels_last(low, unsigned(low, x), 4))
     offset = _zero(x, zero)
