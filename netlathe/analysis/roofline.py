@@ -70,7 +70,9 @@ class Work:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Work:
         """What :meth:`to_json` wrote. It is read by the grammar of dims: a file's text is never evaluated."""
-        return cls(dims.parse(data["float_macs"]), dims.parse(data["byte_macs"]), int(data["bytes"]))
+        return cls(
+            dims.parse(data["float_macs"]), dims.parse(data["byte_macs"]), int(data["bytes"])
+        )
 
 
 def work(model: ir.Model) -> Work | None:

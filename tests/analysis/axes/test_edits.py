@@ -27,7 +27,7 @@ Feeds = Mapping[str, npt.NDArray[Any]]
 QUICK = ("falcon", "gpt2", "mixtral", "mobilenet_v2", "segformer", "swin")
 # Edited and masked compute the same sums in another order: a few hundred roundings of 2 ** -24 a layer.
 TOLERANCE = 1e-4
-# Where an output nearly cancels, that is more: then in float64, a few times what one rounding of each weight does.
+# Where an output nearly cancels it is more: in float64, a few times what a rounding of each weight does.
 ROUNDINGS = 8
 
 
