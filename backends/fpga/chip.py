@@ -81,7 +81,9 @@ def _size(item: Operation, images: Mapping[ir.Value, Image]) -> tuple[int, int, 
     """Height, width and channels of the result."""
     x = images[item.inputs[0]]
     if isinstance(item, Product):
-        return *item.window.output(x.height, x.width), item.weights.shape[0]
+        height, width = item.window.output(x.height, x.width)
+        return height, width, item.weights.shape[0]
     if isinstance(item, Pool):
-        return *(item.window.output(x.height, x.width) if item.window else (1, 1)), x.channels
+        height, width = item.window.output(x.height, x.width) if item.window else (1, 1)
+        return height, width, x.channels
     return x.height, x.width, x.channels

@@ -146,6 +146,7 @@ def cycles(p: Product, height: int, width: int, memory: Memory) -> float:
             before, last = (last if across == 1 else tile), tile
         # Where tiles at an edge take longer to load than to compute, part is there before their turn: once
         # in every row that has others, once for rows of nothing else.
+        tile = kinds[-1][0]
         by_both += max(0.0, excess - (down if idle else 1) * tile.ahead * tile.own)
     assert first is not None and last is not None
     by_both += by_array

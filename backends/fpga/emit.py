@@ -215,7 +215,7 @@ class Emitter:
             "tables": max(tables, 0), "raw": int(group > 1),
         }  # fmt: skip
         own = ("output", output, output + count * group)
-        writes = [own] if stored else []
+        writes: list[Span] = [own] if stored else []
         if kept:
             move, back = isa.deltas((across, down), steps)
             fields |= {"to_hidden": 1, "hidden": at, "delta_0": move, "delta_1": back}

@@ -128,7 +128,7 @@ def _put_pairs(code: Code, sums: Sequence[Any], rows: int, out: Any) -> None:
 def pair(first: Expr, second: Expr, step: int) -> Expr:
     """Eight bytes of each of two rows, from 8 * ``step`` on."""
     halves = [tirx.reinterpret("int64x2", row) for row in (first, second)]
-    indices = [tirx.IntImm("int32", step + 2 * row) for row in range(2)]
+    indices: list[Expr] = [tirx.IntImm("int32", step + 2 * row) for row in range(2)]
     return tirx.reinterpret("int8x16", tirx.Shuffle(halves, indices))
 
 

@@ -137,12 +137,12 @@ def packed(
         return code.vload(read_b, stored(panel, idiv(k, deep), number), cut.lanes)
 
     def numbers(panel: Expr, k: Expr, number: int) -> Callable[[int], Expr]:
-        if layout is not None:
+        if (packed := layout) is not None:
             held = [
                 code.bind(words(panel, k + i64(first), number))
                 for first in range(0, gemv.STEP, deep)
             ]
-            return lambda place: layout.numbers(
+            return lambda place: packed.numbers(
                 machine, held[place // deep], const(place % deep, "int32"), cut.lanes
             )
         return lambda place: storage.load_vector(

@@ -220,8 +220,8 @@ def test_a_captured_language_model(specs: list[Spec], cached: bool, tmp_path: Pa
     import transformers
 
     torch.manual_seed(0)
-    sizes = {"hidden_size": 128, "intermediate_size": 160, "num_hidden_layers": 2}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 64}
+    sizes: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 160, "num_hidden_layers": 2}
+    heads: dict[str, Any] = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 64}
     config = transformers.LlamaConfig(vocab_size=zoo.VOCAB, **sizes, **heads, use_cache=True)
     transformers.LlamaForCausalLM(config).save_pretrained(tmp_path)
     captured = HuggingFaceDirectory(cache=True).capture(tmp_path)

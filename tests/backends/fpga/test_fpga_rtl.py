@@ -76,11 +76,11 @@ class Torn(Elaboratable):
     """A memory that gives what is read in the cycle of its writing with all bits turned round."""
 
     def __init__(self, **settings: Any) -> None:
-        self.memory = memory_of_amaranth(**settings)
+        self.memory: Any = memory_of_amaranth(**settings)
         self.ports: list[tuple[Any, Signal]] = []
 
     def write_port(self) -> Any:
-        self.write = self.memory.write_port()
+        self.write: Any = self.memory.write_port()
         return self.write
 
     def read_port(self, *, domain: str = "sync") -> Any:
@@ -92,7 +92,7 @@ class Torn(Elaboratable):
         return SimpleNamespace(addr=port.addr, en=port.en, data=data)
 
     def elaborate(self, platform: object) -> Module:
-        m = Module()
+        m: Any = Module()
         m.submodules.memory = self.memory
         for port, data in self.ports:
             torn = Signal()

@@ -314,7 +314,7 @@ def test_sums_beyond_32_bits_are_refused_before_any_run() -> None:
     (bias,) = (n for n in compiled.model.graph if n.op_type == "Add")
     held = bias.inputs[1]
     assert held is not None and held.const_value is not None
-    large = np.full(held.const_value.shape, 2**31 - 1000, np.int32)
+    large = np.full(held.const_value.numpy().shape, 2**31 - 1000, np.int32)
     held.const_value = ir.tensor(large, name=held.name)
     target, *_ = backend.FpgaBackend.targets()
     with pytest.raises(LowerError, match=r"sum of output channel \d+ can reach \d+, beyond 32"):

@@ -68,7 +68,7 @@ def test_agrees_with_float64(heads: tuple[int, int, int, int], kind: str, level:
     made = built(heads, kind == "causal", kind == "masked", level)
     rng = np.random.default_rng(0)
     for queries, keys in SIZES:
-        feeds = {
+        feeds: dict[str, npt.NDArray[Any]] = {
             "q": rng.normal(size=(2, count, queries, depth)).astype(np.float32),
             "k": rng.normal(size=(2, shared, keys, depth)).astype(np.float32),
             "v": rng.normal(size=(2, shared, keys, width)).astype(np.float32),
