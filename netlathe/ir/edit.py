@@ -96,8 +96,9 @@ def node(
 def redirect(old: ir.Value, new: ir.Value) -> None:
     """Let everything that reads ``old`` read ``new``, graph outputs included.
 
-    A graph output keeps its name: ``new`` takes it over. Where ``new`` cannot (it is a graph input,
-    an initializer, itself a graph output, or made outside this subgraph), an Identity stands between.
+    A graph output keeps its name: ``new`` takes it over, and a type or shape that it lacks. Where ``new``
+    cannot (it is a graph input, an initializer, itself a graph output, or made outside this subgraph),
+    an Identity stands between.
     """
     if old is new:
         return
@@ -114,6 +115,10 @@ def redirect(old: ir.Value, new: ir.Value) -> None:
         graph.append(between)
         new = between.outputs[0]
     name = old.name
+    if new.type is None:
+        new.type = old.type
+    if new.shape is None:
+        new.shape = old.shape
     old.replace_all_uses_with(new, replace_graph_outputs=True)
     old.name = None
     new.name = name

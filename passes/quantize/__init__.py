@@ -73,6 +73,7 @@ from netlathe.pipeline.pass_ import (
     ChoosingPass,
     Context,
     Lossy,
+    Pass,
     Reference,
     Result,
     option,
@@ -222,6 +223,15 @@ class Quantize(ChoosingPass):
         le=1,
         help="fail if a smaller share of the weights' elements is quantized",
     )
+
+    def cannot_follow(self, earlier: Pass) -> str:
+        """Sums of integers become float32, in a graph that computes in halves by then."""
+        integers = self.activations == "int8" and self.activation_form == "integer"
+        return (
+            "sums of integers are scaled in float32"
+            if integers and earlier.name == "convert"
+            else ""
+        )
 
     def choose(self, model: ir.Model, ctx: Context) -> list[Entry]:
         """Decide about every weight matrix and find its scales; each is read.

@@ -46,6 +46,16 @@ def test_replacing_an_output_keeps_its_name() -> None:
     assert made.graph.outputs[0] is new.outputs[0] and new.outputs[0].name == "y"
 
 
+def test_an_output_keeps_the_shape_that_its_new_maker_does_not_know() -> None:
+    made = model(X, "float y", "y = Relu(x)")
+    made.graph.outputs[0].shape = ir.Shape(["n", 3])
+    new = ir.node("Abs", [made.graph.inputs[0]])
+    edit.replace(node(made, "Relu"), [new], {made.graph.outputs[0]: new.outputs[0]}, "test")
+    (output,) = made.graph.outputs
+    assert output is new.outputs[0] and output.shape == ir.Shape(["n", 3])
+    assert output.dtype == ir.DataType.FLOAT
+
+
 def test_an_output_that_becomes_an_input_gets_an_identity() -> None:
     made = model(X, "float y", "y = Relu(x)")
     edit.replace(node(made, "Relu"), [], {made.graph.outputs[0]: made.graph.inputs[0]}, "test")

@@ -54,6 +54,8 @@ REFUSED = {
     ("cache", "prune"): ("what the cache holds shares scales by then with what would go",),
     ("cache", "rotate"): ("what the cache holds would round to other codes",),
     ("cache", "equalize"): ("what the cache holds would round to other codes",),
+    ("convert", "integers"): ("sums of integers are scaled in float32",),
+    ("convert", "cache"): ("casts stand in front of the cache by then",),
     ("sparsify", "slice"): (FILLED, TURNED),
     ("sparsify", "adapters"): (FILLED, TURNED),
     ("sparsify", "rotate"): (FILLED, TURNED),
@@ -152,8 +154,10 @@ def plain(name: str) -> str:
 
 def expected(names: tuple[str, ...]) -> list[str]:
     """Why an order is refused, every pair by itself; nothing where it works."""
-    pairs = itertools.combinations([plain(name) for name in names], 2)
-    return [reason for pair in pairs for reason in REFUSED.get(pair, ())]
+    found: list[str] = []
+    for one, other in itertools.combinations(names, 2):
+        found += REFUSED.get((one, other)) or REFUSED.get((plain(one), plain(other)), ())
+    return found
 
 
 def hold(names: tuple[str, ...]) -> None:
