@@ -13,8 +13,21 @@ import onnx.parser
 import onnx_ir as ir
 
 from netlathe.execute import compare, ort
+from netlathe.ir import normal
 
 SIZES = ({"b": 2, "s": 5}, {"b": 3, "s": 8})  # for the dynamic dims of a text model
+
+
+def normal_model(text: str, **constants: Any) -> ir.Model:
+    """A model in normal form from ONNX text; ``constants`` become initializers in place of inputs."""
+    made = ir.from_onnx_text(text)
+    for name, array in constants.items():
+        value = next(v for v in made.graph.inputs if v.name == name)
+        made.graph.inputs.remove(value)
+        value.const_value = ir.tensor(array, name=name)
+        made.graph.register_initializer(value)
+    normal.normalize(made)
+    return made
 
 
 def model(inputs: str, outputs: str, body: str, **weights: Any) -> ir.Model:

@@ -25,7 +25,6 @@ from netlathe.cli import main
 from netlathe.diagnostics import InputError, LowerError, MissingExtraError, OptionError
 from netlathe.execute import ort
 from netlathe.execute.compare import relative_error
-from netlathe.ir import normal
 from netlathe.pipeline.interfaces import Target
 from tests import zoo_ir
 
@@ -38,6 +37,7 @@ from netlathe.backends.tvm.kernel import SCHEDULE
 from netlathe.backends.tvm.kernels.general import SMALL
 from netlathe.backends.tvm.lowering import Lowering
 from tests.backends.tvm.in_process import InProcess
+from tests.ir.onnx_text import normal_model
 
 Array = npt.NDArray[Any]
 BACKEND = TvmBackend()
@@ -47,21 +47,9 @@ BACKEND = TvmBackend()
 BOUND = 1e-5
 
 
-def model_of(text: str, **constants: Array) -> ir.Model:
-    """A model in normal form from ONNX text; ``constants`` become initializers."""
-    model = ir.from_onnx_text(text)
-    for name, array in constants.items():
-        value = next(v for v in model.graph.inputs if v.name == name)
-        model.graph.inputs.remove(value)
-        value.const_value = ir.tensor(array, name=name)
-        model.graph.register_initializer(value)
-    normal.normalize(model)
-    return model
-
-
 def mlp() -> ir.Model:
     rng = np.random.default_rng(0)
-    return model_of(
+    return normal_model(
         """<ir_version: 10, opset_import: ["" : 25]>
         mlp (float[rows, 40] x, float[40, 70] w, float[70] b, float[70, 9] v) => (float[rows, 9] y) {
             h = MatMul(x, w)
@@ -139,7 +127,7 @@ class TestSchedules:
             y = Relu(x)
             z = ReduceMax(x)
         }}"""
-        found = kernels(model_of(text))
+        found = kernels(normal_model(text))
         assert len(found) == 2
         for kernel, function in found.items():
             check_schedule(kernel, function)
@@ -170,7 +158,7 @@ class TestSchedules:
         deep (float[rows, 32] x, {names}) => (float[rows, 32] r3) {{ {lines} }}"""
         rng = np.random.default_rng(0)
         weights = {f"w{i}": rng.normal(size=(32, 32)).astype(np.float32) for i in range(4)}
-        assert len(kernels(model_of(text, **weights))) == 1
+        assert len(kernels(normal_model(text, **weights))) == 1
 
     def test_bias_activation_and_residual_run_inside_the_product(self) -> None:
         text = """<ir_version: 10, opset_import: ["" : 25]>
@@ -182,7 +170,7 @@ class TestSchedules:
         }"""
         rng = np.random.default_rng(0)
         w = rng.normal(size=(32, 32)).astype(np.float32)
-        assert list(kernels(model_of(text, w=w, b=w[0]))) == ["gemm_packed_0"]
+        assert list(kernels(normal_model(text, w=w, b=w[0]))) == ["gemm_packed_0"]
 
 
 @pytest.mark.parametrize("level", ["avx2", "avx512"])
@@ -208,7 +196,7 @@ def _compiled(level: str) -> Any:
 
 class TestGaps:
     def test_all_are_listed_with_their_module_paths(self) -> None:
-        model = model_of(
+        model = normal_model(
             """<ir_version: 10, opset_import: ["" : 25]>
             odd (float[2, 3] x, int64[1] k) => (float[a] y, float[3, 3] d) {
                 u = Relu(x)
@@ -404,7 +392,7 @@ sys.exit("tvm" in sys.modules)
 
 def test_a_cache_that_is_empty(tmp_path: Path) -> None:
     """No element, in the middle of the shape."""
-    model = model_of(
+    model = normal_model(
         """<ir_version: 10, opset_import: ["" : 25]>
         grow (float[2, past, 4] cache, float[2, new, 4] x) => (float[2, all, 4] y) {
             y = Concat<axis=1>(cache, x)
@@ -622,7 +610,7 @@ class TestQuantizedWeights:
             inputs += f", int8[{shown}] z" if scale else ", int8 z"
             constants["z"] = rng.integers(-5, 6, scale).astype(np.int8)
         operands = "q, s, z" if zero else "q, s"
-        model = model_of(
+        model = normal_model(
             f"""<ir_version: 10, opset_import: ["" : 25]>
             q8 ({inputs}) => (float[rows, 70] y) {{
                 w = DequantizeLinear<{attributes}>({operands})
@@ -641,7 +629,7 @@ class TestQuantizedWeights:
 
 
 def test_outputs_that_are_inputs_or_constants_are_copies() -> None:
-    model = model_of(
+    model = normal_model(
         """<ir_version: 10, opset_import: ["" : 25]>
         plain (float[n] x, float[2, 3] w) => (float[n] same, float[6] flat) {
             same = Identity(x)

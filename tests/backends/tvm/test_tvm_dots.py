@@ -11,25 +11,14 @@ import pytest
 
 from netlathe.backends.tvm import machine as machines
 from netlathe.execute import ort
-from netlathe.ir import normal
 
 pytest.importorskip("tvm", reason="the tvm extra is not installed")
 
 from netlathe.backends.tvm.lowering import Lowering
 from tests.backends.tvm.in_process import InProcess
+from tests.ir.onnx_text import normal_model
 
 Array = npt.NDArray[Any]
-
-
-def model_of(text: str, **constants: Array) -> ir.Model:
-    model = ir.from_onnx_text(text)
-    for name, array in constants.items():
-        value = next(v for v in model.graph.inputs if v.name == name)
-        model.graph.inputs.remove(value)
-        value.const_value = ir.tensor(array, name=name)
-        model.graph.register_initializer(value)
-    normal.normalize(model)
-    return model
 
 
 def numbers(dtype: str, shape: tuple[int, ...], seed: int) -> Array:
@@ -52,7 +41,7 @@ def test_matrix_product_is_exact(dtype: str, sizes: tuple[int, int, int]) -> Non
     rows, inner, columns = sizes
     w = numbers("int8", (inner, columns), 0)
     zero = np.array(-3 if dtype == "int8" else 131, dtype)
-    model = model_of(
+    model = normal_model(
         f"""<ir_version: 10, opset_import: ["" : 25]>
         one ({dtype}[rows, {inner}] x, int8[{inner}, {columns}] w, {dtype} z) => (int32[rows, {columns}] y) {{
             y = MatMulInteger(x, w, z)
@@ -86,7 +75,7 @@ def test_convolution_is_exact(dtype: str, sizes: tuple[int, ...]) -> None:
     attributes = (
         f"kernel_shape=[{k}, {k}], strides=[{s}, {s}], pads=[{p}, {p}, {p}, {p}], group={g}"
     )
-    model = model_of(
+    model = normal_model(
         f"""<ir_version: 10, opset_import: ["" : 25]>
         one ({dtype}[n, {inputs}, {h}, {w_}] x, int8[{outputs}, {inputs // g}, {k}, {k}] w, {dtype} z)
             => (int32[n, {outputs}, rows, columns] y) {{
@@ -114,7 +103,7 @@ def test_pairs_around_a_convolution_become_bytes(dtype: str) -> None:
     """Dequantize, convolve with bias, activate, quantize: within one step of ONNX Runtime's float sums."""
     rng = np.random.default_rng(0)
     zero = np.array(-7 if dtype == "int8" else 121, dtype)
-    model = model_of(
+    model = normal_model(
         f"""<ir_version: 10, opset_import: ["" : 25]>
         one (float[n, 16, 9, 11] x, float s, {dtype} z, int8[24, 16, 3, 3] w, float[24] ws,
              int32[24] b, float[24] bs, float t) => ({dtype}[n, 24, 9, 11] y) {{
@@ -145,7 +134,7 @@ def test_pairs_around_a_convolution_become_bytes(dtype: str) -> None:
 
 @pytest.mark.parametrize("scale", [0.1, 1 / 3, 7e-5, 2.0])
 def test_quantizing_by_a_constant_is_division(scale: float) -> None:
-    model = model_of(
+    model = normal_model(
         """<ir_version: 10, opset_import: ["" : 25]>
         one (float[n] x, float s, uint8 z) => (uint8[n] y) { y = QuantizeLinear(x, s, z) }""",
         s=np.array(scale, np.float32),
@@ -171,7 +160,7 @@ def _agree(model: ir.Model, x: Array) -> None:
 @pytest.mark.parametrize("dtype", ["int8", "uint8"])
 def test_depthwise_by_floats_reads_bytes(dtype: str) -> None:
     rng = np.random.default_rng(0)
-    model = model_of(
+    model = normal_model(
         f"""<ir_version: 10, opset_import: ["" : 25]>
         one (float[n, 19, 9, 11] x, float s, {dtype} z, float[19, 1, 3, 3] w, float[19] b, float t)
             => ({dtype}[n, 19, 5, 6] y) {{
@@ -193,7 +182,7 @@ def test_depthwise_by_floats_reads_bytes(dtype: str) -> None:
 
 def test_a_sum_is_done_where_its_bytes_are_made() -> None:
     rng = np.random.default_rng(0)
-    model = model_of(
+    model = normal_model(
         """<ir_version: 10, opset_import: ["" : 25]>
         one (float[n, 16, 7, 5] x, float s, uint8 z, int8[16, 16, 1, 1] w, float ws, float t)
             => (uint8[n, 16, 6, 4] y) {

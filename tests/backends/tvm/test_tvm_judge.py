@@ -15,11 +15,11 @@ from netlathe.backends.tvm import machine as machines
 from netlathe.backends.tvm.backend import TvmBackend
 from netlathe.diagnostics import VerifyError
 from netlathe.execute import ort
-from netlathe.ir import normal
 
 pytest.importorskip("tvm", reason="the tvm extra is not installed")
 
 from tests.backends.tvm.in_process import InProcess
+from tests.ir.onnx_text import normal_model
 
 Array = npt.NDArray[Any]
 LEVELS = [
@@ -29,22 +29,10 @@ LEVELS = [
 ]
 
 
-def model_of(text: str, **constants: Array) -> ir.Model:
-    """A model in normal form from ONNX text; ``constants`` become initializers."""
-    model = ir.from_onnx_text(text)
-    for name, array in constants.items():
-        value = next(v for v in model.graph.inputs if v.name == name)
-        model.graph.inputs.remove(value)
-        value.const_value = ir.tensor(array, name=name)
-        model.graph.register_initializer(value)
-    normal.normalize(model)
-    return model
-
-
 def static() -> ir.Model:
     """Unsigned and signed codes, a convolution, a residual, a softmax between two roundings."""
     rng = np.random.default_rng(0)
-    return model_of(
+    return normal_model(
         """<ir_version: 10, opset_import: ["" : 25]>
         net (float[n, 8, 6, 6] x, int8[8, 8, 3, 3] w, float[8] ws, int8[8, 20] v, float vs,
              float xs, uint8 xz, float hs, int8 hz)
@@ -78,7 +66,7 @@ def static() -> ir.Model:
 def dynamic() -> ir.Model:
     """A scale and a zero point that the data decide."""
     rng = np.random.default_rng(0)
-    return model_of(
+    return normal_model(
         """<ir_version: 10, opset_import: ["" : 25]>
         net (float[n, 16] x, int8[16, 9] w, float ws) => (float[n, 9] y) {
             h = Tanh(x)
@@ -96,7 +84,7 @@ def dynamic() -> ir.Model:
 def integers() -> ir.Model:
     """Operators that scale and round sums of integers, by tensor and by channel, with a bias."""
     rng = np.random.default_rng(0)
-    return model_of(
+    return normal_model(
         """<ir_version: 10, opset_import: ["" : 25]>
         net (float[n, 8, 6, 6] x, float s, uint8 z, int8[8, 8, 3, 3] w, float[8] ws, int8[8] wz,
              int32[8] b, int8[6, 5] v, float[1] vs, int8[1] vz) => (float[n, 8, 6, 5] y) {
@@ -176,7 +164,7 @@ def test_codes_of_integer_operators_are_held_too(name: str) -> None:
 
 
 def test_beside_a_tie_both_codes_are_right_and_no_other() -> None:
-    model = model_of(
+    model = normal_model(
         """<ir_version: 10, opset_import: ["" : 25]>
         tie (float[n] x, float s, uint8 z) => (uint8[n] q) { q = QuantizeLinear(x, s, z) }""",
         s=np.asarray(0.5, np.float32),

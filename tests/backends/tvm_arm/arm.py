@@ -15,7 +15,7 @@ import pytest
 from netlathe.backends.tvm.arm import emulator
 from netlathe.backends.tvm.arm.artifact import BareArtifact
 from netlathe.backends.tvm.arm.cores import CORES
-from netlathe.ir import normal
+from tests.ir.onnx_text import normal_model
 
 Array = npt.NDArray[Any]
 
@@ -41,15 +41,8 @@ def need_emulator() -> None:
 
 
 def model_of(text: str, **constants: Array) -> ir.Model:
-    """A model in normal form from ONNX text; ``constants`` become initializers."""
-    model = ir.from_onnx_text(f'<ir_version: 10, opset_import: ["" : 25]> {text}')
-    for name, array in constants.items():
-        value = next(v for v in model.graph.inputs if v.name == name)
-        model.graph.inputs.remove(value)
-        value.const_value = ir.tensor(array, name=name)
-        model.graph.register_initializer(value)
-    normal.normalize(model)
-    return model
+    """A model of opset 25 in normal form from ONNX text; ``constants`` become initializers."""
+    return normal_model(f'<ir_version: 10, opset_import: ["" : 25]> {text}', **constants)
 
 
 def kernels_of(artifact: BareArtifact) -> set[str]:
