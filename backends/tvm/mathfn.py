@@ -1,7 +1,7 @@
 """Functions of real numbers as arithmetic that vectorizes, in float32; float64 takes libm's.
 
 TVM lowers exp, erf and tanh of a vector to one libm call per lane. The forms here stay within a few
-ulp of the real value (`tests/backends/tvm/test_mathfn.py` measures it) and handle NaN and infinities.
+ulp of the real value (`tests/backends/tvm/test_tvm_mathfn.py` measures it) and handle NaN and infinities.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any
 from tvm import tirx
 
 from netlathe.backends.tvm.bits import as_float, as_int
+from netlathe.backends.tvm.cuda.code import GpuCode
 from netlathe.backends.tvm.tir import Code, Expr, cast, const, dtype_of, is_nan, select
 
 _F = "float32"
@@ -30,19 +31,27 @@ def horner(x: Expr, coefficients: list[float], dtype: str = _F) -> Expr:
     return result
 
 
-def _wide(function: Any) -> Callable[[Callable[[Code, Expr], Expr]], Callable[[Code, Expr], Expr]]:
-    """Use libm's ``function`` where the argument is float64."""
+def _wide(
+    function: Any, name: str
+) -> Callable[[Callable[[Code, Expr], Expr]], Callable[[Code, Expr], Expr]]:
+    """Use libm's ``function`` where the argument is float64, CUDA's ``name`` on a GPU.
+
+    That one has instructions of the GPU to start from, and is within 2 ulp too (CUDA C++ Programming Guide,
+    Mathematical Functions, table of single-precision functions).
+    """
 
     def wrap(narrow: Callable[[Code, Expr], Expr]) -> Callable[[Code, Expr], Expr]:
         def call(code: Code, x: Expr) -> Expr:
-            return function(x) if dtype_of(x) == "float64" else narrow(code, x)
+            if dtype_of(x) == "float64":
+                return function(x)
+            return code.function(name, x) if isinstance(code, GpuCode) else narrow(code, x)
 
         return call
 
     return wrap
 
 
-@_wide(tirx.exp)
+@_wide(tirx.exp, "expf")
 def exp(code: Code, x: Expr) -> Expr:
     """e ** x: x = n ln 2 + r, and e ** r by Cephes' polynomial of degree 7; within 2 ulp."""
     x = code.bind(x)
@@ -73,7 +82,7 @@ def _power_of_two(n: Expr) -> Expr:
     return as_float((n + const(127, "int32")) << const(23, "int32"))
 
 
-@_wide(tirx.log)
+@_wide(tirx.log, "logf")
 def log(code: Code, x: Expr) -> Expr:
     """ln x: x = m 2 ** e with m in [sqrt 1/2, sqrt 2), and Cephes' polynomial of degree 9."""
     x = code.bind(x)
@@ -108,7 +117,7 @@ def log(code: Code, x: Expr) -> Expr:
     return select(x >= f(0.0), result, f(float("nan")))
 
 
-@_wide(tirx.erf)
+@_wide(tirx.erf, "erff")
 def erf(code: Code, x: Expr) -> Expr:
     """The error function, by N. Juffa's two polynomials: within 1 ulp."""
     x = code.bind(x)
@@ -139,7 +148,7 @@ def erf(code: Code, x: Expr) -> Expr:
     return select(t > f(0.927734375), large, select(is_nan(x), x, small))
 
 
-@_wide(tirx.tanh)
+@_wide(tirx.tanh, "tanhf")
 def tanh(code: Code, x: Expr) -> Expr:
     """tanh as a rational function of degree 13 by 6, as Eigen and MLAS have it; 1 from 9 on."""
     x = code.bind(x)

@@ -138,16 +138,18 @@ def _rejoined(quotient: Expr, remainder: Expr, dim: Expr) -> Expr | None:
 
 
 def unflatten(position: Expr, dims: Sequence[Expr]) -> list[Expr]:
-    """The inverse of :func:`flat_index`."""
+    """The inverse of :func:`flat_index`, of a position that is there."""
     index: list[Expr] = []
-    for axis in range(len(dims) - 1, 0, -1):
-        if known(dims[axis]) in (0, 1):  # of an empty tensor there is no element to divide for
+    # What is left of a position is an index of the first dim that has more than one: no remainder of it.
+    single = [known(dim) in (0, 1) for dim in dims]  # of an empty tensor there is no element
+    for axis in range(len(dims) - 1, -1, -1):
+        if single[axis]:
             index.append(i64(0))
-            continue
-        index.append(imod(position, dims[axis]))
-        position = idiv(position, dims[axis])
-    if dims:
-        index.append(i64(0) if known(dims[0]) in (0, 1) else position)
+        elif all(single[:axis]):
+            index.append(position)
+        else:
+            index.append(imod(position, dims[axis]))
+            position = idiv(position, dims[axis])
     return index[::-1]
 
 

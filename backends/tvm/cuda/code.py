@@ -79,6 +79,16 @@ class GpuCode(Code):
             self._task = None
 
     @contextlib.contextmanager
+    def lanes(self, count: int) -> Iterator[Expr]:
+        """A thread's loop over neighbouring elements: what is next to each other moves at one time.
+
+        Elements that are loaded or stored in a row must be aligned as a whole: the first one's position
+        is a multiple of ``count``.
+        """
+        with super().loop(count, VECTORIZED) as lane:
+            yield lane
+
+    @contextlib.contextmanager
     def launch(
         self, blocks: Expr, threads: int, cluster: int = 1, least: int = 0, waits: bool = True
     ) -> Iterator[tuple[Expr, Expr]]:
@@ -163,11 +173,12 @@ class GpuCode(Code):
         box: Sequence[int],
         bytes_: int,
         swizzled: bool = True,
+        steps: Sequence[int] | None = None,
     ) -> Expr:
         """A descriptor of the array ``source`` for copies of ``box``, made on the host.
 
         The innermost dim is first; it has no stride, those of the others are in elements of ``bytes_`` bytes.
-        A box is written to shared memory row by row, ``swizzled`` as rows of 128 bytes with the 128-byte
+        Of a dim whose ``steps`` are n only every n-th element of the box is copied. A box is written to shared memory row by row, ``swizzled`` as rows of 128 bytes with the 128-byte
         swizzle; zeros stand for what lies outside of the array.
         """
         self._count += 1
@@ -179,7 +190,7 @@ class GpuCode(Code):
             *sizes,
             *(stride * i64(bytes_) for stride in strides),
             *(i64(size) for size in box),
-            *(i64(1) for _ in box),
+            *(i64(step) for step in steps or (1,) * len(box)),
             descriptor_dtype={1: "uint8", 2: "uint16", 4: "uint32"}[bytes_],
             rank=len(box),
             swizzle=3 if swizzled else 0,
@@ -203,6 +214,13 @@ class GpuCode(Code):
     def broadcasted(self, value: Expr, lane: Expr) -> Expr:
         """The value that thread ``lane`` of the warp holds."""
         return self._exchanged("netlathe_broadcast", _BROADCAST, value, cast(lane, "int32"))
+
+    def function(self, name: str, x: Expr) -> Expr:
+        """CUDA's function ``name`` of a float32."""
+        source = (
+            f"__device__ __forceinline__ float netlathe_{name}(float x) {{ return {name}(x); }}"
+        )
+        return self.bind(self.call(f"netlathe_{name}", source, "float32", x))
 
     def bfloat16(self, value: Expr) -> Expr:
         """A float32 as the bits of a bfloat16, to nearest even: one instruction."""
