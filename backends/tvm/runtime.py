@@ -14,11 +14,14 @@ a GPU of an architecture that it has machine code for; constants are uploaded on
 from __future__ import annotations
 
 import ast
+import contextlib
 import ctypes
+import functools
 import hashlib
 import importlib.util
 import json
 import math
+import mmap
 import operator
 import os
 import platform
@@ -398,9 +401,9 @@ def check_feeds(
     known = {record["name"] for record in inputs}
     problems += [f"there is no input named {name!r}" for name in feeds if name not in known]
     problems += [f"input {name!r} is missing" for name in known if name not in feeds]
-    sizes: dict[str, tuple[int, str]] = {}
+    sizes: dict[str, tuple[int, int, str]] = {}  # dim -> size, and the axis and input that say so
     arrays: list[npt.NDArray[Any]] = []
-    later: list[tuple[str, str, int]] = []
+    later: list[tuple[int, str, str, int]] = []
     for record in inputs:
         name = record["name"]
         if name not in feeds:
@@ -414,23 +417,29 @@ def check_feeds(
             problems.append(f"input {name!r} has {array.ndim} dims, not {len(shape)}: {shape}")
             continue
         for axis, (size, wanted) in enumerate(zip(array.shape, shape, strict=True)):
-            where = f"axis {axis} of input {name!r}"
             if isinstance(wanted, int):
                 if size != wanted:
-                    problems.append(f"{where} is {size}, not {wanted}")
+                    problems.append(f"{_axis(axis, name)} is {size}, not {wanted}")
             elif not wanted.isidentifier():
-                later.append((where, wanted, size))
-            elif sizes.setdefault(wanted, (size, where))[0] != size:
-                before, other = sizes[wanted]
-                problems.append(f"{where} is {size}, but {other} is {before}: both are {wanted!r}")
+                later.append((axis, name, wanted, size))
+            elif sizes.setdefault(wanted, (size, axis, name))[0] != size:
+                before, first, other = sizes[wanted]
+                problems.append(
+                    f"{_axis(axis, name)} is {size}, but {_axis(first, other)} is {before}:"
+                    f" both are {wanted!r}"
+                )
         arrays.append(array)
-    for where, wanted, size in later:
-        value = _evaluate(wanted, {name: number for name, (number, _) in sizes.items()})
+    for axis, name, wanted, size in later:
+        value = _evaluate(wanted, {dim: found[0] for dim, found in sizes.items()})
         if value is not None and value != size:
-            problems.append(f"{where} is {size}, not {wanted} = {value}")
+            problems.append(f"{_axis(axis, name)} is {size}, not {wanted} = {value}")
     if problems:
         raise ArtifactError("; ".join(problems) + f". The inputs are {describe(inputs)}")
     return arrays
+
+
+def _axis(axis: int, name: str) -> str:
+    return f"axis {axis} of input {name!r}"
 
 
 def describe(inputs: list[dict[str, Any]]) -> str:
@@ -442,7 +451,7 @@ def describe(inputs: list[dict[str, Any]]) -> str:
 
 def _stored(array: npt.NDArray[Any], record: dict[str, Any]) -> npt.NDArray[Any] | None:
     """The array in its type in memory; None if it is of another type."""
-    if array.dtype.name == record["dtype"]:
+    if _name(array.dtype) == record["dtype"]:
         if record["dtype"] == record["stored"]:
             return array
         if array.dtype.itemsize == np.dtype(record["stored"]).itemsize:
@@ -451,12 +460,15 @@ def _stored(array: npt.NDArray[Any], record: dict[str, Any]) -> npt.NDArray[Any]
             same: npt.NDArray[Any] = np.require(array, requirements="C").view(record["stored"])
             return same
     # Without the type's own package, bits may be passed.
-    return array if array.dtype.name == record["stored"] != record["dtype"] else None
+    return array if _name(array.dtype) == record["stored"] != record["dtype"] else None
+
+
+_name = functools.cache(lambda dtype: dtype.name)  # which numpy composes anew each time
 
 
 def restored(array: npt.NDArray[Any], dtype: str) -> npt.NDArray[Any]:
     """An output in its own type, where this process has it; else its bits."""
-    if array.dtype.name == dtype:
+    if _name(array.dtype) == dtype:
         return array
     if importlib.util.find_spec("ml_dtypes") is None:
         return array
@@ -474,6 +486,8 @@ def _in_order(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
         return np.lib.stride_tricks.as_strided(
             np.empty(1, array.dtype.newbyteorder("=")), array.shape, strides
         )
+    if array.flags.carray and array.dtype.isnative:
+        return array
     return np.require(array, array.dtype.newbyteorder("="), ["C", "A", "W"])
 
 
@@ -715,11 +729,16 @@ def _check_room(cudart: Any, wanted: int) -> None:
 
 
 def _parameters(folder: Path, meta: Mapping[str, Any]) -> list[npt.NDArray[Any]]:
-    """The constants, mapped from the file: pages are read when a kernel needs them."""
+    """The constants, mapped from the file: read when a kernel needs them, by huge pages if they are."""
     if not meta["parameters"]:
         return []
     # Private and writable: DLPack refuses read-only memory, and nobody writes.
-    data = np.memmap(folder / PARAMETERS_FILE, np.uint8, mode="c")
+    access = {"flags": mmap.MAP_PRIVATE, "prot": mmap.PROT_READ | mmap.PROT_WRITE}
+    with open(folder / PARAMETERS_FILE, "rb") as file:
+        mapped = mmap.mmap(file.fileno(), 0, **access)
+    with contextlib.suppress(OSError):  # a Linux without huge pages
+        mapped.madvise(mmap.MADV_HUGEPAGE)
+    data = np.frombuffer(mapped, np.uint8)
     arrays = []
     for record in meta["parameters"]:
         start, count = record["offset"], record["bytes"]
