@@ -192,6 +192,7 @@ class TvmArtifact(Artifact):
             "format": runtime.FORMAT,
             "inputs": inputs_of(self._model),
             "outputs": packing.records(self._model.graph.outputs),
+            "in_place": dict(self._built.in_place),
             "dims": samples.dynamic_dims(self._model),
             "architecture": self.machine.architecture,
             "features": self.machine.level,

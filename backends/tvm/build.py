@@ -128,4 +128,4 @@ def library(model: ir.Model, machine: Machine, path: Path, linker: Sequence[str]
     lowered = Lowering(model, machine).run()
 
     executable(lowered, machine).export_library(os.fspath(path), fcompile=linked_by(linker))
-    return Built(lowered.parameters, lowered.kernels)
+    return Built(lowered.parameters, lowered.kernels, lowered.in_place)

@@ -33,6 +33,7 @@ class Kernel:
         self.code = GpuCode(self) if isinstance(lowering.machine, Gpu) else Code(self)
         self._inputs: dict[Any, tuple[Any, Any]] = {}  # relax var -> parameter, flat view
         self._outputs: list[tuple[ir.DataType, Shape, Any, Any]] = []
+        self._updated: list[Ready] = []
         self._workspaces: list[tuple[str, Expr, Any]] = []  # type, elements, flat view
         self._sizes: dict[str, Expr] = {}
 
@@ -61,6 +62,14 @@ class Kernel:
         self._outputs.append((dtype, shape, parameter, flat))
         return flat
 
+    def update(self, value: Ready) -> Any:
+        """The flat buffer of a ready value that becomes an output: the kernel writes some of its elements.
+
+        Whoever reads ``value`` later reads what the kernel left.
+        """
+        self._updated.append(value)
+        return self.read(value)
+
     def workspace(self, count: Expr, dtype: str) -> Any:
         """Scratch memory of ``count`` elements that the caller provides: a flat buffer."""
         flat = tirx.decl_buffer([count], dtype, f"work{len(self._workspaces)}")
@@ -83,7 +92,7 @@ class Kernel:
         return parameter, flat
 
     def finish(self, schedule: str) -> list[Ready]:
-        """End the kernel and call it; the outputs in the order they were declared."""
+        """End the kernel and call it; new outputs in the order they were declared, then those updated."""
         inputs = list(self._inputs.values())
         outputs = [(parameter, flat) for _, _, parameter, flat in self._outputs]
         declared = [
@@ -105,4 +114,5 @@ class Kernel:
             [(dtype, count) for dtype, count, _ in self._workspaces],
             self._sizes,
             schedule,
+            self._updated,
         )

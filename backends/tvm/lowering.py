@@ -18,6 +18,7 @@ import tvm_ffi
 from tvm import relax, tirx
 
 from netlathe.backends.tvm import codes, packing, sizes, storage
+from netlathe.backends.tvm.cuda.machine import Gpu
 from netlathe.backends.tvm.kernel import Kernel
 from netlathe.backends.tvm.kernels import general
 from netlathe.backends.tvm.machine import Machine
@@ -28,6 +29,7 @@ from netlathe.backends.tvm.values import (
     Known,
     Lazy,
     Pending,
+    Placed,
     Ready,
     Scalar,
     Value,
@@ -44,11 +46,15 @@ _MOST_OPERATORS = 64
 
 @dataclass(frozen=True)
 class Lowered:
-    """A Relax module whose ``main`` takes the graph's inputs and then the parameters."""
+    """A Relax module whose ``main`` takes the graph's inputs and then the parameters.
+
+    ``in_place`` are names: an output that is the tensor of an input, and that input.
+    """
 
     module: Any
     parameters: tuple[Parameter, ...]
     kernels: int
+    in_place: tuple[tuple[str, str], ...]
 
 
 class Unsupported(Exception):
@@ -56,9 +62,9 @@ class Unsupported(Exception):
 
 
 class Lowering:
-    """The state of one lowering."""
+    """The state of one lowering. With ``in_place`` it may write over inputs: see :meth:`replaceable`."""
 
-    def __init__(self, model: ir.Model, machine: Machine) -> None:
+    def __init__(self, model: ir.Model, machine: Machine, *, in_place: bool = True) -> None:
         self.model = model
         self.machine = machine
         self.found = types.infer(model)
@@ -72,6 +78,8 @@ class Lowering:
         self._read: set[Any] = set()  # relax variables that some kernel reads
         self._counts: dict[str, int] = {}
         self._forced: dict[Value, Ready] = {}
+        self._may_replace = in_place
+        self._in_place: list[tuple[str, str]] = []
         self._told = codes.told(model)
         self._uses = _count_uses(model.graph, self._told)
 
@@ -103,7 +111,9 @@ class Lowering:
             )
         if gaps:
             raise LowerError(gaps)
-        return Lowered(self.builder.get(), tuple(p for p, _ in used), sum(self._counts.values()))
+        kernels = sum(self._counts.values())
+        module = self.builder.get()
+        return Lowered(module, tuple(p for p, _ in used), kernels, tuple(self._in_place))
 
     def _body(self, gaps: list[Diagnostic]) -> list[Any]:
         """Lower every node that can be; the outputs, and what cannot be added to ``gaps``."""
@@ -267,6 +277,8 @@ class Lowering:
         kernel = Kernel(self)
         if isinstance(value, ChannelsLast):
             value = value.usual()
+        if isinstance(value, Placed):
+            return kernel.finish(general.sections(kernel, [value.section(kernel)]))[0]
         if isinstance(value, Pending):
             out = kernel.write(value.dtype, value.shape)
             shape = kernel.shape(value.shape)
@@ -274,6 +286,35 @@ class Lowering:
         else:
             schedule = general.write(kernel, value)
         return kernel.finish(schedule)[0]
+
+    def together(self, values: Sequence[Value]) -> list[Ready]:
+        """:meth:`force` of all; on a GPU, where a launch costs most, by one kernel if there is none yet."""
+        waiting = [v for v in dict.fromkeys(values) if isinstance(v, (Lazy, Placed))]
+        waiting = [v for v in waiting if v not in self._forced and v.rank > 0]
+        if len(waiting) > 1 and isinstance(self.machine, Gpu):
+            # Outputs come in this order, whichever way they are written.
+            waiting.sort(key=lambda v: isinstance(v, Placed))
+            kernel = Kernel(self)
+            sections = [general.section(kernel, value) for value in waiting]
+            made = kernel.finish(general.sections(kernel, sections))
+            self._forced.update(zip(waiting, made, strict=True))
+        return [self.force(value) for value in values]
+
+    def replaceable(self, node: ir.Node) -> Ready | None:
+        """The tensor of the node's first input, if its first output may be that, written over in part.
+
+        So it is where the input is the caller's and nothing but the node reads it or gives it out, and the
+        output is given out.
+        """
+        given, made = node.inputs[0], node.outputs[0]
+        if not self._may_replace or given is None or not made.is_graph_output():
+            return None
+        if given.is_initializer() or not given.is_graph_input() or given.is_graph_output():
+            return None
+        if len(given.uses()) != 1 or node.graph is not self.model.graph:
+            return None
+        self._in_place.append((made.name or "", given.name or ""))
+        return self.force(self.value(given))
 
     def _copied(self, value: Ready) -> Ready:
         """A copy, where an output must not be an input or a parameter itself."""
@@ -286,7 +327,7 @@ class Lowering:
         if isinstance(value, ChannelsLast):
             value.last = self.operand(value.last)
             return value
-        return self.force(value) if isinstance(value, Pending) else value
+        return self.force(value) if isinstance(value, (Pending, Placed)) else value
 
     # -- sizes --------------------------------------------------------------------------------------
 
@@ -336,21 +377,29 @@ class Lowering:
         workspaces: Sequence[tuple[str, Expr]],
         names: Mapping[str, Expr],
         schedule: str,
+        updated: Sequence[Ready] = (),
     ) -> list[Ready]:
         """Emit a call; an equal kernel that exists already is used instead.
 
         ``names`` maps size names to the kernel's variables, in which ``workspaces`` (TIR dtype,
-        elements) are stated.
+        elements) are stated. Those of the inputs that are ``updated`` are outputs, too, after the others.
         """
         target = self._function(function, schedule)
+        places = [-1 for _ in outputs] + [list(inputs).index(value.var) for value in updated]
+        outputs = [*outputs, *((value.dtype, value.stored_shape) for value in updated)]
         out_types = [self.tensor(dtype, shape) for dtype, shape in outputs]
         inside = {variable: self._names[name] for name, variable in names.items()}
         for stored, count in workspaces:
             out_types.append(relax.TensorType([substituted(count, inside)], stored))
         self._read.update(inputs)
         arguments = [*inputs, *inside.values()]
-        call: Any = relax.call_tir  # its annotation knows no lists of arguments
-        result = self.builder.emit(call(target, arguments, out_types))
+        if updated:
+            places += [-1 for _ in workspaces]
+            made: Any = relax.op.call_tir_inplace(target, arguments, places, out_types)
+        else:
+            call: Any = relax.call_tir  # its annotation knows no lists of arguments
+            made = call(target, arguments, out_types)
+        result = self.builder.emit(made)
         if len(out_types) == 1:
             parts = [result]
         else:

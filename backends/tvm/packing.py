@@ -79,10 +79,14 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Built:
-    """What a library needs beside it, and how many kernels it has."""
+    """What a library needs beside it, how many kernels it has, and what it writes in place.
+
+    ``in_place`` are names: an output that is the tensor of an input, and that input.
+    """
 
     parameters: tuple[Parameter, ...]
     kernels: int
+    in_place: tuple[tuple[str, str], ...]
 
 
 def constants(model: ir.Model) -> dict[str, ir.TensorProtocol]:

@@ -36,12 +36,13 @@ import numpy.typing as npt
 META_FILE = "meta.json"
 LIBRARY_FILE = "model.so"
 PARAMETERS_FILE = "params.bin"
-FORMAT = 3
+FORMAT = 4
 ALIGNMENT = 64  # bytes, of constants in their file: no vector of them lies across two cache lines
 
 _KEYS = {
     "inputs",
     "outputs",
+    "in_place",
     "architecture",
     "features",
     "cpu_features",
@@ -155,7 +156,11 @@ def load(folder: str | os.PathLike[str], *, threads: int | None = None) -> Model
 
 
 class Model:
-    """An artifact in memory. ``inputs`` and ``outputs`` are the records of ``meta.json``."""
+    """An artifact in memory. ``inputs`` and ``outputs`` are the records of ``meta.json``.
+
+    ``in_place`` maps names of outputs to names of inputs: such an output, a cache of which a call replaces
+    some rows, is the input's tensor. :meth:`invoke` writes into what it is given; arrays are copied first.
+    """
 
     def __init__(
         self, meta: dict[str, Any], library: Path, parameters: Sequence[npt.NDArray[Any]]
@@ -163,6 +168,7 @@ class Model:
         self.meta = meta
         self.inputs: list[dict[str, Any]] = meta["inputs"]
         self.outputs: list[dict[str, Any]] = meta["outputs"]
+        self.in_place: dict[str, str] = meta["in_place"]
         self._ffi = _runtime(library.parent)
         self._on_gpu = bool(meta.get("archs"))
         if self._on_gpu:
@@ -202,11 +208,16 @@ class Model:
         Raises:
             ArtifactError: as :meth:`run`.
         """
-        return [self._placed(array) for array in check_feeds(self.inputs, feeds)]
+        written = set() if self._on_gpu else set(self.in_place.values())  # to a GPU all is copied
+        return [
+            self._placed(array.copy() if record["name"] in written else array)
+            for record, array in zip(self.inputs, check_feeds(self.inputs, feeds), strict=True)
+        ]
 
     def invoke(self, given: Sequence[Any]) -> Sequence[Any]:
         """The outputs for tensors from :meth:`place`, or for outputs of an earlier call, as tensors.
 
+        Outputs in ``in_place`` are tensors of ``given``, changed: no other input may be the same tensor.
         On a GPU they may not be finished when this returns: work is queued on the current stream.
         """
         results: Sequence[Any] = self._main(*given, *self._parameters)
@@ -263,7 +274,8 @@ class Recording:
     """A call as a CUDA graph: starting it costs the host one launch, however many kernels there are.
 
     It has memory of its own: ``given`` (the inputs, in the order of the model's), ``results`` (the outputs,
-    which every :meth:`replay` overwrites) and all between. Sizes are those it was recorded with.
+    which every :meth:`replay` overwrites) and all between. Sizes are those it was recorded with. An output
+    that the model writes in place is the tensor in ``given``: a cache goes from one replay to the next.
     """
 
     def __init__(self, model: Model, feeds: Mapping[str, npt.NDArray[Any]]) -> None:
@@ -279,7 +291,7 @@ class Recording:
         self.results = self._recorded(run)
 
     def __call__(self, **feeds: npt.ArrayLike) -> dict[str, npt.NDArray[Any]]:
-        """Write the inputs, replay, read the outputs.
+        """:meth:`write` the inputs, replay, read the outputs.
 
         Raises:
             ArtifactError: a name, dtype or shape is not what was recorded.
@@ -292,19 +304,22 @@ class Recording:
         }
 
     def write(self, feeds: Mapping[str, npt.NDArray[Any]]) -> None:
-        """Copy arrays over the inputs.
+        """Copy arrays over the inputs. Those that the model writes in place may be left out: they stay.
 
         Raises:
             ArtifactError: a name, dtype or shape is not what was recorded.
         """
-        arrays = check_feeds(self._model.inputs, feeds)
-        for record, array, tensor in zip(self._model.inputs, arrays, self.given, strict=True):
+        kept = set(self._model.in_place.values()) - feeds.keys()
+        pairs = zip(self._model.inputs, self.given, strict=True)
+        places = [(record, tensor) for record, tensor in pairs if record["name"] not in kept]
+        arrays = check_feeds([record for record, _ in places], feeds)
+        for (record, tensor), array in zip(places, arrays, strict=True):
             if array.shape != tuple(tensor.shape):
                 raise ArtifactError(
                     f"input {record['name']!r} is {list(array.shape)}, and the call was recorded for"
                     f" {list(tensor.shape)}: record another"
                 )
-        for array, tensor in zip(arrays, self.given, strict=True):
+        for (_, tensor), array in zip(places, arrays, strict=True):
             self._model._upload(_in_order(array), tensor)
 
     def replay(self) -> None:

@@ -23,6 +23,8 @@ from netlathe.ir.dims import Dim, Shape
 Element = Callable[[Code, Index], Expr]
 # store(code, index, element): what a pending kernel does with each of its results
 Store = Callable[[Code, Index, Expr], None]
+# dims, and what a kernel does for every index into them
+Section = tuple[list[Expr], Callable[[Index], None]]
 
 
 @dataclass(eq=False)
@@ -166,6 +168,21 @@ class Pending(Value):
     def at(self, code: Code, index: Index) -> Expr:
         """Not before it is in memory."""
         raise AssertionError("a pending kernel is read before it is written")
+
+
+@dataclass(eq=False)
+class Placed(Value):
+    """A tensor of the caller's, some of whose elements are written over once the value is read or given out.
+
+    ``section`` begins that in a kernel: how many elements there are, along which dims, and what writes one.
+    """
+
+    target: Ready | None = None
+    section: Callable[[Kernel], Section] = field(default=lambda kernel: ([], lambda index: None))
+
+    def at(self, code: Code, index: Index) -> Expr:
+        """Not before it is written."""
+        raise AssertionError("a tensor is read before it is written over")
 
 
 @dataclass(eq=False)

@@ -34,7 +34,7 @@ def program(model: ir.Model, machine: Machine, prefix: str, *, only_plan: bool) 
     Raises:
         LowerError: with every node that has no form here, or a size that only data decides.
     """
-    lowered = Lowering(model, machine).run()
+    lowered = Lowering(model, machine, in_place=False).run()
     _check_sizes(lowered.module["main"])
     kernels = {
         variable.name_hint: _Kernel(function, f"{prefix}_{variable.name_hint}")

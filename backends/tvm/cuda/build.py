@@ -106,4 +106,4 @@ def library(model: ir.Model, machine: Gpu, path: Path, linker: Sequence[str]) ->
         tir_pipeline=_PIPELINE,
     )
     executable.export_library(os.fspath(path), fcompile=build.linked_by(linker))
-    return CudaBuilt(lowered.parameters, lowered.kernels, tuple(found))
+    return CudaBuilt(lowered.parameters, lowered.kernels, lowered.in_place, tuple(found))

@@ -2,6 +2,7 @@
 
 grid.flat        4 elements a thread, neighbours in neighbouring threads
 grid.rows        the last dim over threads, the outer dims over what is left of the block
+grid.sections    the same for several tensors, each with blocks of its own
 reduce.rows      a warp (short rows) or a block (long ones) for each result
 reduce.columns   a thread for each result
 rows.softmax, rows.log_softmax, rows.layer_norm, rows.rms_norm: likewise a warp or a block for each row
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
     from netlathe.backends.tvm.kernel import Kernel
     from netlathe.backends.tvm.kernels.attention import Spec
     from netlathe.backends.tvm.kernels.reduce import Combine
-    from netlathe.backends.tvm.values import Store, Value
+    from netlathe.backends.tvm.values import Section, Store, Value
 
 WARP = 32
 # Rows of at most so many elements are a warp's: a block of 256 would leave threads without work.
@@ -61,21 +62,56 @@ def elementwise(code: GpuCode, shape: list[Expr], flat: bool, one: Callable[[Ind
                 with code.when(at < count):
                     one([at])
         return "grid.flat"
-    last, lead = shape[-1], total(shape[:-1])
-    width = known(last)
+    with code.launch(_blocks(total(shape[:-1]), _rows_at_once(shape)), THREADS) as (block, thread):
+        _rows_of_block(code, shape, block, thread, one)
+    return "grid.rows"
+
+
+def sections(code: GpuCode, parts: Sequence[Section]) -> str:
+    """Call ``one(index)`` for every index below the dims of every part, in one launch."""
+    counts = [_blocks(total(shape[:-1]), _rows_at_once(shape)) for shape, _ in parts]
+    with code.launch(sum(counts[1:], counts[0]), THREADS) as (block, thread):
+
+        def part(number: int, own: Expr) -> None:
+            shape, one = parts[number]
+
+            def here() -> None:
+                _rows_of_block(code, shape, own, thread, one)
+
+            if number + 1 == len(parts):
+                here()
+            else:
+                rest = code.bind(own - counts[number])
+                code.branch(rest < i64(0), here, lambda: part(number + 1, rest))
+
+        part(0, block)
+    return "grid.sections"
+
+
+def _columns_at_once(shape: list[Expr]) -> int:
+    """Threads along the last dim."""
+    width = known(shape[-1])
     columns = 128
     while width is not None and columns > 1 and columns >= 2 * width:
         columns //= 2
-    rows = THREADS // columns
-    with code.launch(_blocks(lead, rows), THREADS) as (block, thread):
-        row = code.bind(block * i64(rows) + idiv(thread, columns))
-        with code.when(row < lead):
-            outer = [code.bind(item) for item in unflatten(row, shape[:-1])]
-            with code.loop(_blocks(last, columns)) as step:
-                j = code.bind(step * i64(columns) + imod(thread, columns))
-                with code.when(j < last):
-                    one([*outer, j])
-    return "grid.rows"
+    return columns
+
+
+def _rows_at_once(shape: list[Expr]) -> int:
+    return THREADS // _columns_at_once(shape)
+
+
+def _rows_of_block(
+    code: GpuCode, shape: list[Expr], block: Expr, thread: Expr, one: Callable[[Index], None]
+) -> None:
+    last, lead, columns = shape[-1], total(shape[:-1]), _columns_at_once(shape)
+    row = code.bind(block * i64(_rows_at_once(shape)) + idiv(thread, columns))
+    with code.when(row < lead):
+        outer = [code.bind(item) for item in unflatten(row, shape[:-1])]
+        with code.loop(_blocks(last, columns)) as step:
+            j = code.bind(step * i64(columns) + imod(thread, columns))
+            with code.when(j < last):
+                one([*outer, j])
 
 
 class Team:

@@ -3,12 +3,13 @@
 general.flat    one loop over all elements: blocks in parallel, vectors within
 general.rows    the outer dims fused and in parallel, vectors along the last dim
 general.flat    of stretches: each of some that lie apart in such blocks
+general.sections   several such loops one after the other, or loops that write over parts of a tensor
 general.small   the same without threads: a launch would cost more than the work
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from netlathe.backends.tvm import storage
 from netlathe.backends.tvm.cuda import grids
@@ -28,7 +29,7 @@ from netlathe.backends.tvm.tir import (
     total,
     unflatten,
 )
-from netlathe.backends.tvm.values import Lazy, Ready, Scalar, Store, Value
+from netlathe.backends.tvm.values import Lazy, Placed, Ready, Scalar, Section, Store, Value
 
 # Elements below which one thread is faster: a parallel launch costs a few microseconds.
 SMALL = 4096
@@ -79,6 +80,31 @@ def elementwise(kernel: Kernel, value: Value, store: Store) -> str:
 
 def _one(code: Code, value: Value, index: Index, store: Store) -> None:
     store(code, index, value.at(code, index))
+
+
+def section(kernel: Kernel, value: Lazy | Placed) -> Section:
+    """Writing ``value``, to a new output or over a tensor, as a part of a kernel."""
+    if isinstance(value, Placed):
+        return value.section(kernel)
+    code, source = kernel.code, value
+    shape = kernel.shape(value.shape)
+    store = into(kernel.write(value.dtype, value.shape), value.dtype, shape)
+    return shape, lambda index: store(code, index, source.at(code, index))
+
+
+def sections(kernel: Kernel, parts: Sequence[Section]) -> str:
+    """Do several parts, which do not read what another writes; the schedule's name."""
+    code = kernel.code
+    if isinstance(code, GpuCode):
+        return grids.sections(code, parts)
+    for shape, one in parts:
+        number = known(total(shape))
+        small = number is not None and number <= SMALL
+        with code.loop(total(shape[:-1]), SERIAL if small else PARALLEL) as row:
+            outer = [code.bind(item) for item in unflatten(row, shape[:-1])]
+            with code.loop(shape[-1]) as j:
+                one([*outer, j])
+    return "general.sections"
 
 
 def is_flat(value: Value) -> bool:

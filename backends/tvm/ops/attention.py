@@ -19,7 +19,7 @@ from netlathe.backends.tvm.ops.norm import softmax
 from netlathe.backends.tvm.ops.op import D, Op, Rule, broadcast_index, combine, is_cheap
 from netlathe.backends.tvm.ops.reduction import reduced
 from netlathe.backends.tvm.tir import Code, Expr, Index, cast, const, dtype_of, i64, idiv, select
-from netlathe.backends.tvm.values import Lazy, Pending, Ready, Scalar, Store, Value
+from netlathe.backends.tvm.values import Lazy, Pending, Placed, Ready, Scalar, Store, Value
 from netlathe.ir import dims
 from netlathe.ir.dims import Shape
 
@@ -48,7 +48,8 @@ def _joined(op: Op, first: Value, second: Value) -> Ready:
 
 def _attention(op: Op) -> Sequence[Value]:
     low = op.low
-    q, k, v = (op.operand(i) for i in range(3))
+    q = op.operand(0)
+    k, v = (op.value(i) if isinstance(op.value(i), Placed) else op.operand(i) for i in (1, 2))
     packed = q.rank == 3
     if packed:
         q = heads(op, q, op.integer("q_num_heads"))
@@ -56,14 +57,17 @@ def _attention(op: Op) -> Sequence[Value]:
     past: dims.Dim = 0
     if op.has(4):
         past_key, past_value = op.operand(4), op.operand(5)
+        k, v = low.operand(k), low.operand(v)
         past = past_key.shape[2]
         k, v = _joined(op, past_key, k), _joined(op, past_value, v)
     tensor_cores = _on_tensor_cores(op, q, k, v, past)
     cache = None
     if tensor_cores is not None:
         cache = None if packed or op.has(4) else masks.coded(op)
-        q = low.force(q)
-        k, v = (x if cache else low.force(x) for x in (k, v))
+        if cache:
+            q = low.force(q)
+        else:
+            q, k, v = low.together([q, k, v])
     else:
         q, k = (x if is_cheap(x) else low.force(x) for x in (q, k))
         # Values are read along the last axis, a vector at a time.

@@ -21,6 +21,7 @@ from netlathe.backends.tvm.tir import (
     PARALLEL,
     Code,
     Expr,
+    Index,
     cast,
     const,
     dtype_of,
@@ -31,7 +32,7 @@ from netlathe.backends.tvm.tir import (
     total,
     unflatten,
 )
-from netlathe.backends.tvm.values import Lazy, Pending, Ready, Store, Value
+from netlathe.backends.tvm.values import Lazy, Pending, Placed, Ready, Section, Store, Value
 from netlathe.ir import dims
 
 
@@ -161,6 +162,14 @@ def _reduction(op: Op, held: Expr, item: Expr, code: Code) -> Expr:
     return (larger if kind == "max" else smaller)(code, held, item)
 
 
+def _started(op: Op, kernel: Kernel) -> Any:
+    """The output of a node that changes some elements: its first input's tensor, or a copy of it."""
+    # What is added to an element must not be added twice, should a call be repeated.
+    plain = op.text("reduction", "none") == "none"
+    held = op.low.replaceable(op.node) if plain else None
+    return _copy(kernel, op.operand(0)) if held is None else kernel.update(held)
+
+
 def _copy(kernel: Kernel, data: Value) -> Any:
     """A new output that starts as a copy of ``data``."""
     out = kernel.write(data.dtype, data.shape)
@@ -175,7 +184,7 @@ def _scatter_elements(op: Op) -> Sequence[Value]:
     axis = op.axis(data.rank)
     kernel = Kernel(op.low)
     code = kernel.code
-    out = _copy(kernel, data)
+    out = _started(op, kernel)
     shape, sizes = kernel.shape(data.shape), kernel.shape(indices.shape)
     others = sizes[:axis] + sizes[axis + 1 :]
     with code.loop(total(others), PARALLEL) as at:
@@ -197,7 +206,7 @@ def _scatter_nd(op: Op) -> Sequence[Value]:
         raise op.gap("indices of unknown depth")
     kernel = Kernel(op.low)
     code = kernel.code
-    out = _copy(kernel, data)
+    out = _started(op, kernel)
     shape = kernel.shape(data.shape)
     lead, rest = kernel.shape(indices.shape[:-1]), shape[depth:]
     with code.loop(total(rest), PARALLEL) as at:
@@ -219,19 +228,34 @@ def _tensor_scatter(op: Op) -> Sequence[Value]:
     data, update = op.operand(0), op.operand(1)
     starts = op.operand(2) if op.has(2) else None
     axis = op.axis(data.rank, -2)
+
+    def changed(kernel: Kernel, out: Any) -> Section:
+        code = kernel.code
+        shape = kernel.shape(data.shape)
+
+        def one(index: Index) -> None:
+            place = index[axis]
+            if starts is not None:
+                place = place + cast(starts.at(code, [index[0]]), "int64")
+            if op.text("mode", "linear") == "circular":
+                place = tirx.truncmod(place, shape[axis])
+            target = flat_index([*index[:axis], place, *index[axis + 1 :]], shape)
+            code.store(out, target, storage.store(code, data.dtype, update.at(code, index)))
+
+        return kernel.shape(update.shape), one
+
+    held = op.low.replaceable(op.node)
+    if held is not None:
+        made = Placed(
+            data.dtype, data.shape, held, lambda kernel: changed(kernel, kernel.update(held))
+        )
+        # Attention writes it beside what else it needs in memory.
+        waits = all(reader.op_type == "Attention" for reader, _ in op.node.outputs[0].uses())
+        return [made if waits else op.low.force(made)]
     kernel = Kernel(op.low)
-    code = kernel.code
-    out = _copy(kernel, data)
-    shape, sizes = kernel.shape(data.shape), kernel.shape(update.shape)
-    with code.loop(total(sizes), PARALLEL) as at:
-        index = [code.bind(i) for i in unflatten(at, sizes)]
-        place = index[axis]
-        if starts is not None:
-            place = place + cast(starts.at(code, [index[0]]), "int64")
-        if op.text("mode", "linear") == "circular":
-            place = tirx.truncmod(place, shape[axis])
-        target = flat_index([*index[:axis], place, *index[axis + 1 :]], shape)
-        code.store(out, target, storage.store(code, data.dtype, update.at(code, index)))
+    sizes, one = changed(kernel, _copy(kernel, data))
+    with kernel.code.loop(total(sizes), PARALLEL) as at:
+        one([kernel.code.bind(i) for i in unflatten(at, sizes)])
     return kernel.finish("scatter.rows")
 
 
