@@ -113,7 +113,7 @@ class _Codes:
             store(code, [*unflatten(row, lead), column], value)
 
         def task(size: int, first: Expr, end: Expr, panel: Expr) -> None:
-            out = code.alloc([size * WIDTH], "float32", scope="global")
+            out = code.alloc([size * WIDTH], "float32")
             panel_.begin(panel)
             floats = panel_.floats() if size == ROWS else None
 

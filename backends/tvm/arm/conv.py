@@ -85,7 +85,9 @@ def by_integers(
         return None
     if geometry.is_depthwise or constant.dtype != D.INT8 or x.dtype not in (D.INT8, D.UINT8):
         return None
-    scheme = neon.MATRIX if "i8mm" in features else neon.DOT
+    scheme = neon.DOT
+    if "i8mm" in features:
+        scheme = neon.MATRIX if 0 < geometry.outputs % 16 <= 8 else neon.WIDE_MATRIX
     return _convolution(low, x, zero, constant, geometry, pads, shape, scheme)
 
 
@@ -101,6 +103,7 @@ def _convolution(
 ) -> Pending | None:
     g = geometry
     if g.taps == 1 and g.strides == (1, 1) and not any(pads) and g.groups == 1:
+        scheme = neon.MATRIX if scheme.paired else scheme
         product = products.Product(low, low.force(x), constant, scheme)
         if scheme.a_type == "int8":
             product.shift_by(zero)
@@ -235,12 +238,16 @@ class _Convolution:
                 b, row, panel = rest if heavy <= _CACHED_BYTES else (*rest[1:], rest[0])
                 _Line(self, kernel, store, columns, group, b, row, panel).tiles(size)
 
+        def split(first: int, *smaller: int) -> None:
+            if not smaller:
+                return lines(first)
+            code.branch(columns >= i64(first), lambda: lines(first), lambda: split(*smaller))
+
         number = known(columns)
         if number is not None:
-            lines(_tile_columns(max(number, 1)))
+            lines(_tile_columns(max(number, 1), scheme.rows))
         else:
-            few = lambda: code.branch(columns >= i64(4), lambda: lines(4), lambda: lines(1))  # noqa: E731
-            code.branch(columns >= i64(ROWS), lambda: lines(ROWS), few)
+            split(*(size for size in (ROWS, 4, 1) if size <= scheme.rows))
         name = {"float32": "float32", "int8": "matrix" if scheme.paired else "dot"}
         return f"neon.{name[scheme.a_type]}.conv"
 
@@ -269,9 +276,8 @@ class _Line:
         number = self.group * i64(job.count) + self.panel
         base = code.bind(number * i64(runs.inner * scheme.width))
         held = size + size % 2 if scheme.paired else size  # a pair may be one row twice
-        out = code.alloc(
-            [held * scheme.width], "int32" if scheme.sum_type == "int32" else "float32", "global"
-        )
+        sums = "int32" if scheme.sum_type == "int32" else "float32"
+        out = code.alloc([held * scheme.width], sums)
 
         def register(at: Expr) -> Expr:
             return products.signed(code.vload(data, at, scheme.elements), job.x.dtype)
@@ -308,10 +314,10 @@ class _Line:
         products.down(code, size, i64(0), self.columns, self.columns, tile)
 
 
-def _tile_columns(columns: int) -> int:
+def _tile_columns(columns: int, most: int) -> int:
     """The tile that takes the fewest instructions for a row: multiplications, loads, loop control."""
 
     def work(size: int) -> int:
         return -(-columns // size) * (8 * size + size + 6)
 
-    return min(range(min(ROWS, columns), 0, -1), key=work)
+    return min(range(min(most, columns), 0, -1), key=work)

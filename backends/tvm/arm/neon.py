@@ -52,7 +52,12 @@ class Scheme:
     @property
     def paired(self) -> bool:
         """Whether A is packed two rows at a time: ``a`` then has a register for each pair and step."""
-        return self.vectors == 4
+        return self.vectors > 2
+
+    @property
+    def rows(self) -> int:
+        """Rows of the largest tile: as many as 16 accumulators hold."""
+        return 16 * 2 // self.vectors if self.paired else ROWS
 
 
 def _lane(vector: Expr, lane: int, lanes: int) -> Expr:
@@ -106,11 +111,12 @@ def _dot(held: Expr, b: Expr, a: Expr, lane: int) -> Expr:
 
 def _multiply_pairs(code: Code, sums: Sequence[Any], a: Sequence[Expr], load: Load) -> None:
     """Sum [pair of rows][pair of columns] is [r0 c0, r0 c1, r1 c0, r1 c1]; ``a`` [pair of rows][step]."""
+    vectors = len(sums) * 2 // len(a)
     for step in range(2):
-        for number in range(4):
+        for number in range(vectors):
             b = code.bind(load(i64(step), number))
             for i in range(len(a) // 2):
-                held = sums[i * 4 + number]
+                held = sums[i * vectors + number]
                 value = _intrinsic(
                     "smmla.v4i32.v16i8", "int32x4", code.vload(held, 0, 4), a[2 * i + step], b
                 )
@@ -118,11 +124,14 @@ def _multiply_pairs(code: Code, sums: Sequence[Any], a: Sequence[Expr], load: Lo
 
 
 def _put_pairs(code: Code, sums: Sequence[Any], rows: int, out: Any) -> None:
+    vectors = len(sums) * 2 // rows
     for row in range(rows):
-        for number in range(4):
-            value = code.vload(sums[row // 2 * 4 + number], 0, 4)
+        for number in range(0, vectors, 2):
+            slot = row // 2 * vectors + number
+            both = [code.vload(sums[slot + i], 0, 4) for i in range(2)]
             first = row % 2 * 2
-            code.vstore(out, row * 8 + 2 * number, _pick(value, [first, first + 1]), 2)
+            places: list[Expr] = [tirx.IntImm("int32", first + i) for i in (0, 1, 4, 5)]
+            code.vstore(out, (row * vectors + number) * 2, tirx.Shuffle(both, places), 4)
 
 
 def pair(first: Expr, second: Expr, step: int) -> Expr:
@@ -149,6 +158,8 @@ FLOAT16 = Scheme(
 )  # fmt: skip
 DOT = Scheme("int8", "int8", "int32", 16, 4, 2, 8, **_by_lanes(4, 4, _dot, "int32"))
 MATRIX = Scheme("int8", "int8", "int32", 16, 2, 4, 8, _multiply_pairs, _put_pairs)
+# Where pairs of rows are joined for each panel: fewer rows to join, more columns for each.
+WIDE_MATRIX = Scheme("int8", "int8", "int32", 16, 2, 8, 16, _multiply_pairs, _put_pairs)
 
 
 @dataclass
@@ -218,7 +229,10 @@ class Tile:
         """A row alone has too few sums to hide latency: every lane gets its own."""
         scheme = self.scheme
         columns = 8 if scheme.sum_type == "float16" else 4
-        count = 8 if rows == 1 else 2 * rows
+        if scheme.paired:
+            count = rows // 2 * scheme.vectors
+        else:
+            count = 8 if rows == 1 else 2 * rows
         return self.code.registers(count, columns, scheme.sum_type)
 
     def _blocks(self, rows: int, sums: list[Any], first: Expr, count: Expr) -> None:

@@ -160,7 +160,7 @@ class Product:
             return signed(code.vload(buffer, start, scheme.elements), self.a.dtype)
 
         def task(size: int, first: Expr, end: Expr, panel: Expr) -> None:
-            out = code.alloc([size * scheme.width], out_type, scope="global")
+            out = code.alloc([size * scheme.width], out_type)
             rest = self.inner % scheme.elements
             tails = code.alloc([size * scheme.elements], stored) if rest else None
             base = code.bind(panel * i64(panel_size))
@@ -217,7 +217,7 @@ class Product:
             tiles = code.bind(idiv(end - first + i64(size - 1), i64(size)))
             most = _ROW_BLOCK if number is None else min(_ROW_BLOCK, -(-number // size) * size)
             packed = code.alloc([most * padded], "int8", scope="global")
-            out = code.alloc([size * scheme.width], "int32", scope="global")
+            out = code.alloc([size * scheme.width], "int32")
             with code.loop(tiles * i64(size)) as i:
                 row = code.bind(tirx.min(first + i, rows - i64(1)) * i64(self.inner))
                 pair = idiv(i, i64(2)) * i64(2 * padded) + imod(i, i64(2)) * i64(8)
