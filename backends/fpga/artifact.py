@@ -38,7 +38,7 @@ from netlathe.pipeline.pass_ import Feeds
 
 META_FILE, MODEL_FILE, CORE_FILE = "meta.json", "model.onnx", "core.v"
 DATA_FILE = MODEL_FILE + ".data"
-FORMAT = 3
+FORMAT = 4
 # The host's float operators are the same kernels in smaller graphs; integers are equal bit for bit.
 _BOUND = 1e-6
 

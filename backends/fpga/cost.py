@@ -9,6 +9,8 @@ the longest ring of units that wait for each other: loading a half waits for who
     requantize   pixels x group + columns + 17
     store    beats over the rate + 3
 
+Pairs of int4 make two vectors at once: load and compute are as for one, requantize and store twice that.
+
 A tile brings its inputs once, between two vectors; they hide behind the array as far as LOAD is ahead of it,
 which is counted in vectors of the tile before: a narrow tile at an edge leaves little time for the next. At
 the end the requantizer and STORE may still be at work on a larger tile than the last.
@@ -20,7 +22,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from netlathe.backends.fpga.kernel import Kernel
@@ -72,17 +74,21 @@ def _sides(window: Window, axis: int, inputs: int, outputs: int, step: int) -> C
 
 @dataclass(frozen=True)
 class _Cost:
-    """Of one tile: its pixels, and the cycles of each unit for one of its vectors of outputs."""
+    """Of one tile: its pixels, and the cycles of each unit.
+
+    A *turn* is what the array does at once: a vector of outputs, or two in pairs.
+    """
 
     pixels: int
-    inputs: float  # LOAD, for all of its vectors
+    inputs: float  # LOAD, for all turns
     own: float  # LOAD, for one
     shared: float
-    array: float
-    requantize: float
+    array: float  # for a turn
+    requantize: float  # for a vector
     store: float
-    period: float  # from vector to vector
-    ahead: float  # vectors that LOAD is ahead of the array
+    busy: float  # the array for all turns, and what it waits for
+    short: float  # of that the last turn, which may have one vector instead of two
+    ahead: float  # turns that LOAD is ahead of the array
 
 
 def _tile(p: Product, v: _Side, h: _Side, memory: Memory) -> _Cost:
@@ -91,27 +97,37 @@ def _tile(p: Product, v: _Side, h: _Side, memory: Memory) -> _Cost:
     parts = [part.rows for part in kernel.parts()]
     gap = _gap(memory.read, 2)
     orders = gap * (2 if kernel.pattern else 1)  # loads of a part: values, and indices
-    load = spec.columns * slow_read + gap
+    n, vectors, last = kernel.tiles, kernel.outputs, len(kernel.vectors_of(kernel.tiles - 1))
+    load = vectors * spec.columns / n * slow_read + gap
     load += sum(kernel.beats(rows) * slow_read + orders for rows in parts)
     pixels, inputs = v.outputs * h.outputs, _inputs(p, v, h, memory)
-    each = len(set(kernel.ranges)) > 1  # every vector of outputs has inputs of its own
-    own, shared = (load + inputs, 0.0) if each else (load, inputs)
+    groups = len(set(kernel.ranges))  # of them each has inputs of its own
+    own, shared = (load + inputs * groups / n, 0.0) if groups > 1 else (load, inputs)
     array = sum(pixels * steps + 3 for steps in parts) + COMPUTE_WAIT * (len(parts) - 1)
     requantize = pixels * p.y.group + spec.columns + REQUANTIZE_STAGES + 4
     store = pixels * p.y.group * spec.vector_beats * slow_write + _gap(memory.write, 3)
     store = store if p.y.address >= 0 else 0.0
-    # Rings: how many vectors of outputs have room at once in weights, sums and output.
+    # Rings: how many turns have room at once in weights and sums, how many vectors in output.
     held = max(1.0, spec.weight_rows // max(parts) / len(parts))
     delay = compute_stages(spec) + 3
-    period = max(
-        array,
-        requantize,
-        store,
-        (own + memory.latency + array + delay) / held,
-        (array + delay + requantize) / max(1, spec.sum_rows // pixels),
-        (requantize + store) / max(1, spec.output_vectors // (pixels * p.y.group)),
+    sums = max(1, spec.sum_rows // kernel.together // pixels)
+    behind = max(store, (requantize + store) / max(1, spec.output_vectors // (pixels * p.y.group)))
+
+    def turn(count: int) -> float:
+        longest: float = max(
+            array,
+            count * requantize if sums < 3 else 0.0,  # with more room turns make up for each other
+            (own + memory.latency + array + delay) / held,
+            (array + delay + count * requantize) / sums,
+        )
+        return longest
+
+    turns = (n - 1) * turn(kernel.together) + turn(last)
+    busy = max(turns, vectors * requantize, vectors * behind)
+    short = max(turn(last), last * requantize, last * behind)
+    return _Cost(
+        pixels, inputs, own, shared, array, requantize, store, busy, short, min(QUEUED, held)
     )
-    return _Cost(pixels, inputs, own, shared, array, requantize, store, period, min(QUEUED, held))
 
 
 def cycles(p: Product, height: int, width: int, memory: Memory) -> float:
@@ -120,7 +136,8 @@ def cycles(p: Product, height: int, width: int, memory: Memory) -> float:
     parts = [part.rows for part in p.kernel.parts()]
     rows = _sides(p.window, 0, p.x.height, p.y.height, height)
     columns = _sides(p.window, 1, p.x.width, p.y.width, width)
-    by_load = by_array = by_both = 0.0
+    vectors = p.kernel.outputs
+    by_load = by_array = by_both = by_requantize = by_store = 0.0
     # The first tile; the last one and the one before it, of another kind or the same.
     first: _Cost | None = None
     last: _Cost | None = None
@@ -130,17 +147,25 @@ def cycles(p: Product, height: int, width: int, memory: Memory) -> float:
         kinds = [(_tile(p, v, h, memory), across) for h, across in columns.items()]
         for number, (tile, across) in enumerate(kinds):
             # Behind which: the neighbour to the left, or at the end of the row above; none at the start.
-            behind = [(kinds[number - 1][0], down), (tile, down * (across - 1))]
+            behind: list[tuple[_Cost | None, int]] = [(tile, down * (across - 1))]
             if first is None:
-                first, behind = tile, [(kinds[-1][0], down - 1), (tile, down * (across - 1) + 1)]
+                first = tile
+                behind += [(kinds[-1][0], down - 1), (None, 1)]
+            else:
+                behind += [(kinds[number - 1][0], down)]
             for left, times in behind:
-                # Inputs come between the weights of two vectors; what is loaded by then keeps the array busy.
-                near = min(tile.ahead, n)
-                lead = near * left.period + (tile.ahead - near) * tile.period
-                late = 2 * tile.own + tile.shared + memory.latency - lead
-                busy, loading = n * tile.period + max(0.0, late), n * tile.own + tile.shared
+                late = 0.0
+                if left is not None:
+                    # Inputs come between the weights of two vectors; what is loaded by then keeps the array
+                    # busy.
+                    near = min(tile.ahead, n)
+                    lead = (near * left.busy + (tile.ahead - near) * tile.busy) / n
+                    late = 2 * tile.own + tile.shared + memory.latency - lead
+                busy, loading = tile.busy + max(0.0, late), n * tile.own + tile.shared
                 by_load += times * loading
                 by_array += times * busy
+                by_requantize += times * vectors * tile.requantize
+                by_store += times * vectors * tile.store
                 excess += times * max(0.0, loading - busy)
                 idle = idle or (times > 0 and loading < busy)
             before, last = (last if across == 1 else tile), tile
@@ -154,12 +179,17 @@ def cycles(p: Product, height: int, width: int, memory: Memory) -> float:
     # Behind the last load: its own part, or what the last inputs let begin.
     part = parts[-1] * last.pixels + delay
     waiting = max(part, delay + n * last.array - (n - 1) * last.own)
-    ends: tuple[float, ...] = (
+    begin = _first(p, first, memory)
+    ends = (
         by_load + memory.latency + waiting,
-        _first(p, first, memory) + by_array + delay,
+        begin + by_array - (last.short - last.array) + delay,
         by_both + part,
     )
-    return 5 + max(ends) + _drain(before, last, n)
+    drained = max(ends) + _drain(before, last, p.kernel)
+    requantized = begin + first.array + delay + by_requantize + last.store
+    stored = begin + first.array + delay + first.requantize + by_store
+    taken: float = 5 + max(drained, requantized, stored)
+    return taken
 
 
 def _first(p: Product, tile: _Cost, memory: Memory) -> float:
@@ -169,14 +199,17 @@ def _first(p: Product, tile: _Cost, memory: Memory) -> float:
     kernel = p.kernel
     rows = next(kernel.parts()).rows
     orders = gap * (3 if kernel.pattern else 2)
-    return tile.inputs + (p.spec.columns + kernel.beats(rows)) * slow + orders + memory.latency
+    return tile.inputs + (kernel.lanes + kernel.beats(rows)) * slow + orders + memory.latency
 
 
-def _drain(before: _Cost, last: _Cost, n: int) -> float:
-    """From the array's end to the last beat: of its last vector, or of a tile before that was larger."""
-    earlier = before.requantize - n * last.period
-    requantized = max(last.requantize, earlier + n * last.requantize)
-    return max(requantized + last.store, earlier + before.store + n * last.store)
+def _drain(before: _Cost, last: _Cost, kernel: Kernel) -> float:
+    """From the array's end to the last beat: of its last vectors, or of a tile before that was larger."""
+    count, vectors = len(kernel.vectors_of(kernel.tiles - 1)), kernel.outputs
+    earlier = count * before.requantize - last.busy
+    requantized = max(count * last.requantize, earlier + vectors * last.requantize)
+    # A vector is stored while the next one is requantized.
+    own = requantized + max(last.store, count * last.store - (count - 1) * last.requantize)
+    return max(own, earlier + before.store + vectors * last.store)
 
 
 def _gap(rate: tuple[int, int], idle: int) -> float:
@@ -215,21 +248,33 @@ def _inputs(p: Product, v: _Side, h: _Side, memory: Memory) -> float:
 # -- the choice ---------------------------------------------------------------------------------------
 
 
-def outputs(spec: Spec, y: Image) -> int:
-    """How many pixels of ``y`` half of the sums takes, and half of the output scratchpad."""
-    room = spec.sum_rows
+def outputs(spec: Spec, y: Image, together: int = 1) -> int:
+    """How many pixels of ``y`` half of the sums takes, in ``together`` rows each, and half of the output."""
+    room = spec.sum_rows // together
     return min(room, spec.output_vectors // y.group if y.address >= 0 else room) // 2
 
 
 def _candidates(p: Product) -> Iterator[tuple[int, int]]:
     height, width = p.y.size
-    room, limit = p.spec.input_vectors // 2, outputs(p.spec, p.y)
+    room, limit = p.spec.input_vectors // 2, outputs(p.spec, p.y, p.kernel.together)
     widths = sorted({math.ceil(width / d) for d in range(1, width + 1)})
     for h in sorted({math.ceil(height / d) for d in range(1, height + 1)}):
         for w in widths:
             area = p.window.taken(0, h) * p.window.taken(1, w) * p.kernel.pitch
             if h * w <= limit and (p.x.hidden >= 0 or area <= room):
                 yield h, w
+
+
+def plan(ways: Sequence[Product], name: str) -> tuple[int, tuple[int, int]]:
+    """Which of the ways to compute a layer takes least, the first of those that do, and its tiles.
+
+    Raises:
+        LowerError: as :func:`tiling`.
+    """
+    tiles = [tiling(p, name) for p in ways]
+    taken = [cycles(p, *tile, Memory()) for p, tile in zip(ways, tiles, strict=True)]
+    best = taken.index(min(taken))
+    return best, tiles[best]
 
 
 def tiling(p: Product, name: str) -> tuple[int, int]:

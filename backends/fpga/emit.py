@@ -30,6 +30,7 @@ class Report:
     name: str
     macs: int  # of the layer
     computed: int  # cycles of the array
+    paired: bool = False  # two int4 products in each multiplier
     beats_in: int = 0
     beats_out: int = 0
     first: int = 0  # its first instruction
@@ -187,8 +188,9 @@ class Emitter:
         fields |= {"input": start, "weights": rows, "sums": sums, "source": source}
         fields |= dict(zip(names, counts, strict=True))
         fields |= {f"delta_{name}": move for name, move in zip(names, moves, strict=True)}
-        own = ("sums", sums, sums + counts[3] * counts[4])
-        self._emit("compute", fields, reads=reads, writes=[own])
+        starts = [sums, sums + self.spec.sum_rows // 2] if what == isa.PAIRS else [sums]
+        own = [("sums", start, start + counts[3] * counts[4]) for start in starts]
+        self._emit("compute", fields, reads=reads, writes=own)
 
     def _finish(
         self, tile: Tile, n: int, sums: int, words: int, scale: Scale, tables: int, y: Image
@@ -286,8 +288,8 @@ class Emitter:
             made.append((at, 0 if indices is None else self._constant(indices), part))
         return made
 
-    def _begin(self, name: str, macs: int) -> Report:
-        self.reports.append(Report(name, macs, 0, first=len(self.steps)))
+    def _begin(self, name: str, macs: int, *, paired: bool = False) -> Report:
+        self.reports.append(Report(name, macs, 0, paired, first=len(self.steps)))
         return self.reports[-1]
 
     def _end(self, report: Report, y: Image) -> Image:

@@ -2,6 +2,8 @@
 
     LOAD        memory -> input | weights | indices | parameters | tables; or a constant
     COMPUTE     sums[m] (+)= sum over k of input[m, k] weights[k];  or the sum or the maximum of vectors
+                in PAIRS a byte of weights is two of int4: the low one is of the column, with sums at m, the
+                high one of another, with sums half the scratchpad behind m. k is at least 2, weights dense
     REQUANTIZE  output, hidden = table[saturate(((sums + bias) multiplier + half) >> shift) + zero)]
     STORE       output -> memory
 
@@ -43,7 +45,7 @@ INPUT, WEIGHTS, INDICES, PARAMETERS, TABLES = range(5)
 # How it gets it: beats as they are, nibbles widened to bytes, a constant byte.
 COPY, NIBBLES, FILL = range(3)
 # What COMPUTE does.
-DOT, ADD, MAXIMUM = range(3)
+DOT, ADD, MAXIMUM, PAIRS = range(4)
 # Where it reads.
 FROM_INPUT, FROM_HIDDEN = range(2)
 

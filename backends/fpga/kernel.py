@@ -29,12 +29,22 @@ class Part:
 
 
 class Kernel:
-    """Weights in the order in which the array reads them: [tap, slice of channels, column, row]."""
+    """Weights in the order in which the array reads them: [tap, slice of channels, column, row].
+
+    Args:
+        weights: int8 [out, in / groups, vertical, horizontal].
+        nibbles: stored in 4 bits, and widened by LOAD.
+        paired: stored in 4 bits, and multiplied by twos: a tile is of two vectors of outputs.
+
+    Raises:
+        LowerError: the core lacks the pattern.
+    """
 
     def __init__(
-        self, spec: Spec, weights: Array, groups: int, pattern: Pattern | None, nibbles: bool
-    ) -> None:
-        self.spec, self.pattern, self.nibbles = spec, pattern, nibbles
+        self, spec: Spec, weights: Array, groups: int, pattern: Pattern | None, nibbles: bool,
+        paired: bool = False,
+    ) -> None:  # fmt: skip
+        self.spec, self.pattern, self.nibbles, self.paired = spec, pattern, nibbles, paired
         if pattern is not None and pattern not in spec.kept:
             have = ", ".join(map(str, spec.kept)) or "none"
             raise LowerError(
@@ -47,20 +57,35 @@ class Kernel:
         # Activations a step reads, and vectors.
         self.width = spec.rows * (1 if pattern is None else pattern.expansion)
         self.vectors = self.width // spec.columns
-        self.tiles = math.ceil(out / spec.columns)
-        self.words = spec.columns
+        self.lanes = spec.columns * self.together
+        self.tiles = math.ceil(out / self.lanes)
         full = math.ceil(per * groups / spec.columns)
         self.weights, self.per, self.groups = weights, per, groups
         self.ranges: list[tuple[int, int]] = []  # vectors of the input that a tile of outputs reads
         each = out // groups
         for n in range(self.tiles):
-            first, last = n * spec.columns // each, (min(out, (n + 1) * spec.columns) - 1) // each
+            first, last = n * self.lanes // each, (min(out, (n + 1) * self.lanes) - 1) // each
             low, high = first * per // spec.columns, math.ceil((last + 1) * per / spec.columns)
             self.ranges.append((0, full) if groups == 1 else (low, high))
         widest = max(high - low for low, high in self.ranges)
         self.slices = math.ceil(widest / self.vectors)
         aligned = max(self.vectors, spec.wide_vectors if pattern else spec.rows // spec.columns)
         self.pitch = math.ceil(widest / aligned) * aligned
+
+    @property
+    def together(self) -> int:
+        """Vectors of outputs in a tile; the last one may have one less."""
+        return 2 if self.paired else 1
+
+    @property
+    def outputs(self) -> int:
+        """Vectors of outputs in all."""
+        out: int = self.weights.shape[0]
+        return math.ceil(out / self.spec.columns)
+
+    def vectors_of(self, n: int) -> range:
+        """The vectors of outputs of tile ``n``."""
+        return range(n * self.together, min(self.outputs, (n + 1) * self.together))
 
     def value_beats(self, steps: int) -> int:
         """Of memory, without indices."""
@@ -102,18 +127,22 @@ class Kernel:
         return self._packed(values), indices
 
     def _wide(self, n: int) -> Array:
-        """Tile ``n`` with the channels of other groups as zeros: int8 [tap, activation, column]."""
-        columns, low = self.spec.columns, self.ranges[n][0] * self.spec.columns
-        made = np.zeros((self.taps, self.slices * self.width, columns), np.int8)
+        """Tile ``n`` with the channels of other groups as zeros: int8 [tap, activation, output]."""
+        lanes, low = self.lanes, self.ranges[n][0] * self.spec.columns
+        made = np.zeros((self.taps, self.slices * self.width, lanes), np.int8)
         each = self.weights.shape[0] // self.groups
-        for column in range(min(columns, self.weights.shape[0] - n * columns)):
-            out = n * columns + column
+        for column in range(min(lanes, self.weights.shape[0] - n * lanes)):
+            out = n * lanes + column
             start = out // each * self.per - low
             flat = self.weights[out].reshape(self.per, -1).T
             made[:, start : start + self.per, column] = flat
         return made
 
     def _packed(self, values: Array) -> Array:
+        """Values [step, output, row] as memory holds them."""
+        if self.paired:
+            low, high = np.split(values.astype(np.uint8), 2, axis=1)
+            return (low & 15) | high << 4
         if not self.nibbles:
             return values
         flat = values.reshape(-1).astype(np.uint8) & 15
@@ -135,3 +164,22 @@ class Kernel:
         packed = (numbers << np.arange(0, 8, bits, dtype=np.uint8)).sum(-1).astype(np.uint8)
         beats = self.spec.index_beats * self.spec.beat_bytes
         return values, np.pad(packed, ((0, 0), (0, beats - packed.shape[1])))
+
+
+def kernels(
+    spec: Spec, weights: Array, groups: int, pattern: Pattern | None, nibbles: bool
+) -> list[Kernel]:
+    """The ways to lay ``weights`` out: one output a column, and pairs of them where the core can.
+
+    Pairs are of dense int4 weights that read the same inputs (two columns of an N:M pattern would not; nor do
+    those of most grouped convolutions), and every instruction has to add up two steps at least: the two sums
+    of a column are written one after the other. Half of the parameters has to have room for both vectors.
+    """
+    single = Kernel(spec, weights, groups, pattern, nibbles)
+    if not (spec.pairs and nibbles and pattern is None):
+        return [single]
+    pairs = Kernel(spec, weights, groups, pattern, nibbles=False, paired=True)
+    same_inputs = pairs.slices == single.slices
+    steps = min(part.rows for part in pairs.parts())
+    able = same_inputs and steps > 1 and 2 * pairs.lanes <= spec.parameter_words
+    return [single, pairs] if able else [single]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from netlathe.backends.fpga import cost, isa
 from netlathe.backends.fpga.emit import Emitter, Report, refuse_overflow
-from netlathe.backends.fpga.kernel import Kernel, Part
+from netlathe.backends.fpga.kernel import Kernel, Part, kernels
 from netlathe.backends.fpga.program import Span
 from netlathe.backends.fpga.spec import Pattern
 from netlathe.backends.fpga.tensors import MEMORY, Array, Image, Place, Scale, Tile, Window, tiles
@@ -57,16 +57,19 @@ class Builder(Emitter):
         """
         window = window or Window()
         refuse_overflow(name, weights, scale, zero)
-        kernel = Kernel(self.spec, weights, groups, pattern, nibbles)
         height, width = window.output(x.height, x.width)
         y = self.image(height, width, weights.shape[0], group=4 if raw else 1, place=place)
         parameters = self._parameters(weights, scale, zero)
         tables = self._table(scale.table)
+        layers = [
+            cost.Product(self.spec, kernel, window, x, y)
+            for kernel in kernels(self.spec, weights, groups, pattern, nibbles)
+        ]
+        way, plan = self.choices.choose(lambda: cost.plan(layers, name))
+        kernel = layers[way].kernel
         addresses = [self._kernel_data(kernel, n) for n in range(kernel.tiles)]
-        layer = cost.Product(self.spec, kernel, window, x, y)
-        plan = self.choices.choose(lambda: cost.tiling(layer, name))
         self.choices.last_tile((width - 1) % plan[1] + 1)
-        report = self._begin(name, weights.size * height * width)
+        report = self._begin(name, weights.size * height * width, paired=kernel.paired)
         for tile in tiles(height, width, *plan):
             slots: dict[tuple[int, int], _Held] = {}
             for n in range(kernel.tiles):
@@ -83,10 +86,14 @@ class Builder(Emitter):
         self, report: Report, tile: Tile, window: Window, kernel: Kernel, n: int, held: _Held,
         parameters: int, scale: Scale, tables: int, y: Image, parts: list[tuple[int, int, Part]],
     ) -> None:  # fmt: skip
-        spec = self.spec
-        sums = self._next("sums", spec.sum_rows, tile.pixels)
-        words = self._next("parameters", spec.parameter_words, spec.columns)
-        self._copy("parameters", isa.PARAMETERS, parameters + n * kernel.words, words, spec.columns)
+        spec, vectors = self.spec, kernel.vectors_of(n)
+        # The second sums of pairs lie half the scratchpad behind the first.
+        half = spec.sum_rows // 2
+        sums = self._next("sums", half if kernel.paired else spec.sum_rows, tile.pixels)
+        count = len(vectors) * spec.columns
+        words = self._next("parameters", spec.parameter_words, count)
+        first = parameters + n * kernel.lanes
+        self._copy("parameters", isa.PARAMETERS, first, words, count)
         pitch, row = held.pitch, held.across * held.pitch
         # k: slices of a pixel, then taps; weights that do not fit at once come in parts.
         for number, (address, index, part) in enumerate(parts):
@@ -104,12 +111,15 @@ class Builder(Emitter):
             )
             start = held.base + v * window.dilations[0] * row + h * window.dilations[1] * pitch
             self._compute(
-                isa.DOT, start + part.slice * kernel.vectors, rows, sums, counts, strides,
+                isa.PAIRS if kernel.paired else isa.DOT, start + part.slice * kernel.vectors, rows,
+                sums, counts, strides,
                 accumulate=number > 0, pattern=kernel.number, source=held.source,
                 reads=[*held.spans, ("weights", rows, rows + part.rows)],
             )  # fmt: skip
             report.computed += math.prod(counts)
-        self._finish(tile, n, sums, words, scale, tables, y)
+        for number, vector in enumerate(vectors):
+            own = words + number * spec.columns
+            self._finish(tile, vector, sums + number * half, own, scale, tables, y)
 
     def add(
         self,

@@ -98,13 +98,20 @@ class Machine:
         vectors = vectors.reshape(m, k)
         pad = self.hidden if i["source"] else self.input.reshape(-1, columns)
         rows = slice(i["sums"], i["sums"] + m)
-        if i["what"] == isa.DOT:
-            kernel = self.kernel(i["weights"], k, i["pattern"])
+        if i["what"] in (isa.DOT, isa.PAIRS):
+            kernel = (
+                self.pairs(i["weights"], k)
+                if i["what"] == isa.PAIRS
+                else self.kernel(i["weights"], k, i["pattern"])
+            )
             width = kernel.shape[1] // columns  # vectors that a step reads
             taken = (vectors[..., None] // width * width + np.arange(width)).reshape(m, -1)
             left = pad[taken].reshape(m, -1).astype(np.float64)
-            total = left @ kernel.reshape(-1, columns).astype(np.float64)
-            self._accumulate(rows, total.astype(np.int64), i["accumulate"])
+            total = left @ kernel.reshape(-1, kernel.shape[-1]).astype(np.float64)
+            for number in range(total.shape[1] // columns):
+                start = i["sums"] + number * self.spec.sum_rows // 2
+                part = total[:, number * columns : (number + 1) * columns].astype(np.int64)
+                self._accumulate(slice(start, start + m), part, i["accumulate"])
             return
         values = pad[vectors].astype(np.int64) * i["factor"]  # [m, k, columns]
         if i["what"] == isa.ADD:
@@ -116,6 +123,11 @@ class Machine:
     def _accumulate(self, rows: slice, total: Array, onto: int) -> None:
         earlier = self.sums[rows].astype(np.int64) if onto else 0
         self.sums[rows] = (total + earlier).astype(np.int32)  # modulo 2^32, as the adders
+
+    def pairs(self, start: int, steps: int) -> Array:
+        """Weights as int8 [step, activation, two columns]: the low nibbles of all columns, then the high."""
+        stored = self.kernel(start, steps, 0)
+        return np.concatenate([(stored << 4) >> 4, stored >> 4], -1)
 
     def kernel(self, start: int, steps: int, pattern: int) -> Array:
         """Weights as int8 [step, activation, column], those that are left out as zeros."""
@@ -243,7 +255,7 @@ def cycles(program: Sequence[Instruction], spec: Spec, memory: Memory) -> list[T
         elif unit == "compute":
             count = step["k0"] * step["k1"] * step["k2"] * step["m0"] * step["m1"]
             count += COMPUTE_WAIT * step["accumulate"]
-            done = start + 2 + count + compute_stages(spec)
+            done = start + 2 + count + compute_stages(spec) + (step["what"] == isa.PAIRS)
             free[unit] = start + 3 + count
         elif unit == "requantize":
             count = step["n0"] * step["n1"] * (4 if step["raw"] else 1)

@@ -15,9 +15,11 @@ PJ_MAC, PJ_SRAM, PJ_DRAM = 0.3, 1.25, 160.0
 
 
 def layers(launch: Launch, memory: Memory) -> list[dict[str, Any]]:
-    """Of every layer cycles, what limits them, utilization (0 to 1), bytes, energy by proxy in microjoules.
+    """Of every layer cycles, what limits them, utilization, bytes, energy by proxy in microjoules.
 
     A layer's cycles are those from the end of what came before it to its own last beat, at ``memory``.
+    Utilization is products a cycle and multiplier: 1 at most, 2 where int4 weights go by ``pairs``, and with
+    N:M weights M / N, zeros counted.
     """
     made, times, start = [], launch.timing(memory), 0
     for report in launch.builder.reports:
@@ -40,5 +42,6 @@ def _layer(report: Report, taken: int, spec: Spec) -> dict[str, Any]:
         "bytes_read": report.beats_in * spec.beat_bytes,
         "bytes_written": report.beats_out * spec.beat_bytes,
         "macs": report.macs,
+        "pairs": report.paired,
         "energy_proxy_uj": energy * 1e-6,
     }

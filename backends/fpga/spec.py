@@ -42,6 +42,7 @@ class Spec:
     columns: int = 8
     beat_bytes: int = 8
     patterns: tuple[str, ...] = ("2:4",)
+    pairs: bool = True  # a multiplier takes two int4 weights: two outputs a column
     input_vectors: int = 8192  # activations that memory delivers
     hidden_vectors: int = 4096  # activations that stay on the chip
     weight_rows: int = 1024  # of rows x columns bytes

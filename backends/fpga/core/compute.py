@@ -8,10 +8,16 @@ register until it is complete. Stages, counted from the cycle in which the loop 
     8 + log2(rows) dot products    9 + log2(rows) compared with, 10 + log2(rows) joined with the sum before
     11 + log2(rows) accumulators    12 + log2(rows) at the scratchpads of sums, which are written
 
+Two int4 weights share a multiplier as (high << 13) + low, of 18 bits. The sum of four such products with
+int8 still says what both of its parts are, so behind two levels of the tree they go apart. The high one
+takes a cycle more: the two sums of a column are joined, and written, one after the other by the same ports.
+
 A signal that all columns wait for has a register in every column (``near_*``): they lie all over the chip.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 from amaranth.hdl import Cat, Const, Elaboratable, Module, Mux, Signal, Value, signed
 
@@ -29,13 +35,27 @@ def done_stage(spec: Spec) -> int:
     """In which stage tokens are given.
 
     Operands have been read by then. The requantizer begins to read sums columns + 5 cycles after its token,
-    and has to find them written.
+    and has to find them written. Those of pairs are written, and their tokens given, a cycle later.
     """
     return max(1, last_stage(spec) - 4 - spec.columns)
 
 
+FOUR = 4  # products of pairs in a sum that can be taken apart
+LOW = 13  # bits of its low part
+
+
 # An instruction that goes on with sums waits until the one before has written them: it may be a single row.
 WAIT = 3
+
+
+def _pair(byte: Value) -> Value:
+    """(high << 13) + low of two nibbles: below a negative low one the high one is less by one."""
+    low, high, borrow = byte[:4], Cat(byte[4:], byte[7]), byte[3]
+    less = []
+    for bit in high:
+        less.append(bit ^ borrow)
+        borrow = borrow & ~bit
+    return Cat(low, low[3].replicate(LOW - 4), *less).as_signed()
 
 
 class Compute(Elaboratable):
@@ -132,18 +152,20 @@ class Compute(Elaboratable):
             return made
 
         tree = log2(spec.rows)
-        dot_stage, before_end = 7 + tree, last - 1
+        dot_stage, before_end, done = 7 + tree, last - 1, done_stage(spec) - 1
         begins, rows = late("begins", first, before_end), late("rows", row, before_end)
         ends = late("ends", final, before_end)
-        given = late("given", Mux(end, pushes, 0), done_stage(spec) - 1)
+        given = late("given", Mux(end, pushes, 0), done + 1)
         select = late("select", vector[:slot] if slot else Const(0, 1), 4)
         # Settings travel with the data: the next instruction may start while this one is in flight.
         goes_on, source = (
-            late("goes_on", now["accumulate"], dot_stage),
+            late("goes_on", now["accumulate"], dot_stage + 1),
             late("source", now["source"], 3),
         )
         maximum = late("max", now["what"] == isa.MAXIMUM, dot_stage + 1)
-        lanes, factor = late("lanes", now["what"] != isa.DOT, 4), late("factor", now["factor"], 4)
+        vectors = (now["what"] == isa.ADD) | (now["what"] == isa.MAXIMUM)
+        lanes, factor = late("lanes", vectors, 4), late("factor", now["factor"], 4)
+        paired = late("paired", now["what"] == isa.PAIRS, before_end)
         modes = Cat(now["pattern"] == number + 1 for number in range(len(spec.kept)))
         sparse, pattern = late("sparse", now["pattern"] != 0, 4), late("pattern", modes, 4)
 
@@ -170,66 +192,125 @@ class Compute(Elaboratable):
             near_lanes = stage(f"near_lanes{o}", 1, lanes[3])
             near_lanes_late = stage(f"near_lanes_late_{o}", 1, lanes[4])
             near_sparse = stage(f"near_sparse{o}", 1, sparse[4])
+            near_pairs = stage(f"near_pairs{o}", 1, paired[3]) if spec.pairs else Const(0)
             products.append([])
             for p in range(spec.rows):
                 place = o * spec.rows + p
-                weight: Value = kernel[8 * place : 8 * place + 8]
+                byte = kernel[8 * place : 8 * place + 8]
+                weight: Value = Mux(near_pairs, _pair(byte), byte.as_signed())
                 taken: Value = dense[8 * p : 8 * p + 8]
                 if spec.kept:
                     picked = self._picked(windows, indices, pattern[4], o, p)
                     taken = Mux(near_sparse, stage(f"picked{o}_{p}", 8, picked), taken)
                 if p == 0:  # vectors have this multiplier of a column to themselves
                     taken = Mux(near_lanes_late, single[8 * o : 8 * o + 8], taken)
-                    weight = Mux(near_lanes, factor[4], weight.as_signed())
+                    weight = Mux(near_lanes, factor[4], weight)
                 else:
                     weight = Mux(near_lanes, 0, weight)
-                width = 17 if p == 0 else 8
+                width = 18 if spec.pairs else 17 if p == 0 else 8
                 a = stage(f"a{o}_{p}", 8, taken, sign=True)
                 w = stage(
                     f"w{o}_{p}", width, stage(f"weight{o}_{p}", width, weight, sign=True), sign=True
                 )
                 products[-1].append(
-                    stage(f"product{o}_{p}", 25 if p == 0 else 16, a * w, sign=True)
+                    stage(f"product{o}_{p}", 16 if width == 8 else 25, a * w, sign=True)
                 )
+
         # -- the tree, and the accumulators
-        before = stage("before", len(self.sums[0].read_data), self.sums[0].read_data)
-        write = Cat()
-        for o in range(spec.columns):
-            level = products[o]
-            while len(level) > 1:
-                made = []
+        def added(level: Sequence[Value], count: int) -> Sequence[Value]:
+            """Sums by twos, a register behind each adder, until there are ``count``."""
+            while len(level) > count:
+                made: list[Value] = []
                 for left, right in zip(level[::2], level[1::2], strict=True):
                     total = Signal(signed(max(len(left), len(right)) + 1), reset_less=True)
                     m.d.sync += total.eq(left + right)
                     made.append(total)
                 level = made
-            # The sum that an instruction goes on with is joined before the accumulator, whose own way round
-            # is then no longer than an adder.
-            dot, earlier = level[0], before[32 * o : 32 * o + 32].as_signed()
-            near_joins = stage(f"near_joins{o}", 1, begins[dot_stage] & goes_on[dot_stage])
-            near_max = stage(f"near_max{o}", 1, maximum[dot_stage])
-            near_begins = stage(f"near_begins{o}", 1, begins[dot_stage + 1])
-            near_max_late = stage(f"near_max_late{o}", 1, maximum[dot_stage + 1])
-            greater = stage(f"greater{o}", 1, (earlier - dot)[-1])  # the sign
+            return level
+
+        def accumulated(o: str, dot: Value, earlier: Value, at: int, *, maxima: bool) -> Signal:
+            """The sum of a column, from its dot product that is there in stage ``at`` + 1.
+
+            The sum that an instruction goes on with is joined before the accumulator, whose own way round
+            is then no longer than an adder.
+            """
+            near_joins = stage(f"near_joins{o}", 1, begins[at] & goes_on[at])
+            near_begins = stage(f"near_begins{o}", 1, begins[at + 1])
             new = stage(f"new{o}", len(dot), dot, sign=True)
             old = stage(f"old{o}", 32, earlier, sign=True)
+            held = Signal(signed(32), name=f"held{o}", reset_less=True)
+            if not maxima:
+                joined = stage(f"joined{o}", 32, Mux(near_joins, new + old, new), sign=True)
+                m.d.sync += held.eq(Mux(near_begins, 0, held) + joined)
+                return held
+            near_max = stage(f"near_max{o}", 1, maximum[at])
+            near_max_late = stage(f"near_max_late{o}", 1, maximum[at + 1])
+            greater = stage(f"greater{o}", 1, (earlier - dot)[-1])  # the sign
             both = Mux(near_max, Mux(greater, new, old), new + old)
             joined = stage(f"joined{o}", 32, Mux(near_joins, both, new), sign=True)
-            held = Signal(signed(32), name=f"held{o}", reset_less=True)
             with m.If(near_max_late):
                 m.d.sync += held.eq(Mux(near_begins | (held - joined)[-1], joined, held))
             with m.Else():
                 m.d.sync += held.eq(Mux(near_begins, 0, held) + joined)
-            write = Cat(write, held)
-        m.d.comb += self.sums[0].read_row.eq(rows[dot_stage - 3])
+            return held
+
+        before = stage("before", len(self.sums[0].read_data), self.sums[0].read_data)
+        again, second = Signal(), Signal()  # the other sums' turn to be read, and to be written
+        if spec.pairs:
+            m.d.sync += [
+                again.eq(begins[dot_stage - 3] & paired[dot_stage - 3]),
+                second.eq(ends[before_end] & paired[before_end]),
+            ]
+        write = Cat()
+        for o in range(spec.columns):
+            earlier = before[32 * o : 32 * o + 32].as_signed()
+            level = added(products[o], spec.rows // FOUR)
+            if not spec.pairs:
+                (dot,) = added(level, 1)
+                write = Cat(write, accumulated(f"{o}", dot, earlier, dot_stage, maxima=True))
+                continue
+            near_apart = stage(f"near_apart{o}", 1, paired[8])
+            low_parts, high_parts = self._apart(m, level, near_apart)
+            ((dot,), (high_dot,)) = added(low_parts, 1), added(high_parts, 1)
+            held = accumulated(f"{o}", dot, earlier, dot_stage, maxima=True)
+            held_high = accumulated(f"{o}_high", high_dot, earlier, dot_stage + 1, maxima=False)
+            near_second = stage(f"near_second{o}", 1, ends[before_end] & paired[before_end])
+            write = Cat(write, Mux(near_second, held_high, held))
+        half = spec.sum_rows // 2
+        late_row = stage("late_row", len(row), rows[before_end])
+        m.d.comb += self.sums[0].read_row.eq(
+            Mux(again, rows[dot_stage - 2] | half, rows[dot_stage - 3])
+        )
         for pad in self.sums:
             m.d.comb += [
-                pad.write.eq(ends[before_end]),
-                pad.write_row.eq(rows[before_end]),
+                pad.write.eq(ends[before_end] | second),
+                pad.write_row.eq(Mux(second, late_row | half, rows[before_end])),
                 pad.write_data.eq(write),
             ]
-        m.d.comb += self.done.eq(given[-1])
+        m.d.comb += self.done.eq(
+            Mux(paired[done], 0, given[done]) | Mux(paired[done + 1], given[done + 1], 0)
+        )
         return m
+
+    def _apart(
+        self, m: Module, level: Sequence[Value], near_apart: Signal
+    ) -> tuple[list[Value], list[Value]]:
+        """Of sums of four products: the low parts of pairs, or what is no pair; a cycle later the high parts.
+
+        A low part of four is from -4064 to 4096: what of its 13 bits looks like -4096 is 4096.
+        """
+        low: list[Value] = []
+        high: list[Value] = []
+        for number, total in enumerate(level):
+            # Of four products of int8; vectors have the first multiplier and its width.
+            whole = total if number == 0 else total[:18]
+            part = total[:LOW]
+            negative = part[-1] & part[:-1].any()
+            low.append(Mux(near_apart, Cat(part, negative).as_signed(), whole.as_signed()))
+            rest = Signal(signed(LOW + 1), reset_less=True)
+            m.d.sync += rest.eq(total[LOW:].as_signed() + negative)
+            high.append(rest)
+        return low, high
 
     # -- which activation a multiplier sees ---------------------------------------------------------
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pytest
 
+from netlathe.backends.fpga import cost
 from netlathe.backends.fpga.isa import Instruction
 from netlathe.backends.fpga.layers import Builder
 from netlathe.backends.fpga.program import link
@@ -47,6 +51,18 @@ class Built:
         if self.output.group > 1:
             return self.builder.get_sums(memory, self.output)
         return self.builder.get(memory, self.output)
+
+
+@contextmanager
+def pairs_wherever_they_can() -> Iterator[None]:
+    """Whatever the cost says."""
+    with pytest.MonkeyPatch.context() as patch:
+
+        def last(ways: Sequence[cost.Product], name: str) -> tuple[int, tuple[int, int]]:
+            return len(ways) - 1, cost.tiling(ways[-1], name)
+
+        patch.setattr(cost, "plan", last)
+        yield
 
 
 def build(layer: Layer, spec: Spec, seed: int) -> Built:
@@ -148,6 +164,11 @@ LAYERS = {
     "raw image": Layer((5, 6), 16, 16, SAME, raw=True),
     "table": Layer((1, 20), 32, 16, table=True),
     "nibbles": Layer((1, 20), 40, 16, nibbles=True),
+    "pairs": Layer((1, 50), 70, 40, nibbles=True),
+    "pairs deeper than the weights": Layer((1, 60), 4400, 16, nibbles=True),
+    "pairs in a convolution": Layer((8, 9), 20, 30, SAME, nibbles=True, table=True),
+    "pairs, raw": Layer((1, 30), 100, 26, nibbles=True, raw=True),
+    "pairs in groups": Layer((5, 5), 48, 64, SAME, groups=2, nibbles=True),
     "2:4": Layer((1, 24), 64, 16, pattern="2:4"),
     "2:4, ragged": Layer((6, 6), 36, 10, SAME, pattern="2:4"),
     "2:4 in nibbles": Layer((1, 9), 64, 8, pattern="2:4", nibbles=True),

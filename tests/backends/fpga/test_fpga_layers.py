@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
+
 import numpy as np
 import onnx.parser
 import onnx_ir as ir
@@ -17,7 +20,7 @@ from netlathe.backends.fpga.tensors import Image, Scale, Window
 from netlathe.diagnostics import LowerError
 from netlathe.execute import ort
 from netlathe.passes.quantize.integer import multiplier_and_shift
-from tests.backends.fpga.cases import LAYERS, Layer, build, requantized
+from tests.backends.fpga.cases import LAYERS, Layer, build, pairs_wherever_they_can, requantized
 
 SMALL = Spec()
 WIDE = Spec(rows=16, columns=8, patterns=("2:4", "4:8", "1:4"))
@@ -57,6 +60,19 @@ def layers(draw: st.DrawFn) -> Layer:
 @settings(max_examples=40, deadline=None)
 def test_any_layer_is_exact(layer: Layer, spec: Spec, seed: int) -> None:
     built = build(layer, spec, seed)
+    Machine(spec, built.memory).run(built.program)
+    np.testing.assert_array_equal(built.got(built.memory), built.expected)
+
+
+@given(layers(), st.sampled_from([SMALL, WIDE, LONG]), st.integers(0, 1000))
+@settings(max_examples=40, deadline=None)
+def test_any_layer_of_pairs_is_exact(layer: Layer, spec: Spec, seed: int) -> None:
+    """By twos even where that does not pay; a step alone is not done by twos."""
+    plain = replace(layer, nibbles=True, pattern="")
+    with pairs_wherever_they_can():
+        built = build(plain, spec, seed)
+    steps = math.prod(plain.window.kernel) * -(-plain.channels // spec.rows)
+    assert built.builder.reports[-1].paired == (steps > 1) or plain.groups > 1
     Machine(spec, built.memory).run(built.program)
     np.testing.assert_array_equal(built.got(built.memory), built.expected)
 

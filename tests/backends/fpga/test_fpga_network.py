@@ -21,6 +21,7 @@ from netlathe.backends.fpga.spec import Spec
 from netlathe.cli import main
 from netlathe.diagnostics import InputError, LowerError
 from netlathe.execute import ort
+from netlathe.ir import edit
 from netlathe.pipeline.pass_ import Feeds
 
 PASSES = "fold_batch_norm, quantize(activations='int8', min_size=0)"
@@ -187,6 +188,33 @@ def test_pruned_weights_take_less_time() -> None:
     assert cycles[0] > 1.4 * cycles[1]
 
 
+def test_int4_weights_take_half_the_time() -> None:
+    """Codes from -8 to 7, whoever made them: two products in a multiplier, the same bits."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(256, 128), nn.ReLU(), nn.Linear(128, 40))
+    captured = netlathe.capture(net, args=(torch.randn(96, 256),))
+    data = [{"input": np.random.default_rng(1).standard_normal((96, 256), np.float32)}]
+    compiled = netlathe.compile(captured, PASSES.partition(", ")[2], calibration=data)
+    model = compiled.model.clone()
+    for node in model.graph:
+        if node.op_type == "MatMulInteger":
+            codes = edit.const_array(node.inputs[1])
+            assert codes is not None and node.inputs[1] is not None
+            node.inputs[1].const_value = ir.tensor(codes >> 4, name=node.inputs[1].name)
+    expected = ort.run(model, data[0])
+    cycles = []
+    for pairs in (False, True):
+        network = Network(model, Spec(pairs=pairs))
+        np.testing.assert_array_equal(network.run(data[0])["output"], expected["output"])
+        layers = network.reports(Memory())
+        assert [layer["pairs"] for layer in layers] == [pairs] * 2
+        assert (layers[0]["utilization"] > 1) == pairs
+        cycles.append(sum(layer["cycles"] for layer in layers))
+    assert cycles[0] > 1.7 * cycles[1]
+    got = network.run(data[0], Rtl(layers=True))
+    np.testing.assert_array_equal(got["output"], expected["output"])
+
+
 def test_an_artifact_is_written_and_read_back(tmp_path: Path) -> None:
     compiled, feeds = _quantized("cnn")
     compiled.save(tmp_path / "out", target="fpga-ecp5-85f")
@@ -226,7 +254,7 @@ def test_files_that_are_no_artifact_are_refused(tmp_path: Path) -> None:
         artifact.load(tmp_path)
     (tmp_path / "meta.json").write_text('{"format": 99}')
     ir.save(_quantized("mlp")[0].model, tmp_path / "model.onnx")
-    with pytest.raises(InputError, match="format 99, and 3 is known"):
+    with pytest.raises(InputError, match="format 99, and 4 is known"):
         artifact.load(tmp_path)
 
 

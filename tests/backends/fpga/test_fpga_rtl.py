@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,9 +20,9 @@ from netlathe.backends.fpga.isa import Instruction
 from netlathe.backends.fpga.layers import Builder
 from netlathe.backends.fpga.model import Machine, Memory, cycles
 from netlathe.backends.fpga.program import link
-from netlathe.backends.fpga.spec import Spec
+from netlathe.backends.fpga.spec import PATTERNS, Spec
 from netlathe.backends.fpga.tensors import Scale
-from tests.backends.fpga.cases import LAYERS, SAME, Built, Layer, build
+from tests.backends.fpga.cases import LAYERS, SAME, Built, Layer, build, pairs_wherever_they_can
 
 SMALL = Spec()
 WIDE = Spec(rows=16, columns=8, patterns=("2:4", "4:8", "1:4"), weight_rows=256)
@@ -72,6 +73,76 @@ def test_sums_of_a_single_row_are_written_before_they_are_read(memory: Memory) -
     _same(Built(builder, link(builder.steps), held, output, expected), SMALL, memory)
 
 
+def test_every_pair_of_weights_times_every_activation() -> None:
+    """All 65,536 triples, one in a sum: what a multiplier and a sum of four make of both halves."""
+    pairs = np.arange(256, dtype=np.uint8).view(np.int8)
+    weights = np.zeros((512, 72, 1, 1), np.int8)
+    columns = weights.reshape(-1, 2, 8, 72)  # tiles of two vectors
+    columns[:, 0, :, 0] = ((pairs << 4) >> 4).reshape(-1, 8)
+    columns[:, 1, :, 0] = (pairs >> 4).reshape(-1, 8)
+    x = np.zeros((1, 256, 72), np.int8)
+    x[0, :, 0] = np.arange(-128, 128)
+    _sums_by_pairs(weights, x)
+
+
+def test_the_largest_sums_of_pairs() -> None:
+    """Sums of four at both of their ends, in the low half, in the high one and in both."""
+    low, high = np.meshgrid([-8, 7, 0, -1], [-8, 7, 0, -1])
+    weights = np.zeros((32, 72, 1, 1), np.int8)
+    columns = weights.reshape(2, 2, 8, 72)
+    columns[:, 0] = low.reshape(2, 8, 1)
+    columns[:, 1] = high.reshape(2, 8, 1)
+    x = np.repeat(np.array([-128, 127, 0, 1], np.int8), 8)[None, :, None].repeat(72, 2)
+    _sums_by_pairs(weights, np.ascontiguousarray(x))
+
+
+def _sums_by_pairs(weights: np.ndarray, x: np.ndarray) -> None:
+    """32-bit sums on the core, against a product of integers."""
+    out, channels = weights.shape[:2]
+    ones, builder = np.ones(out, np.int64), Builder(SMALL)
+    image = builder.image(1, x.shape[1], channels)
+    scale = Scale(0 * ones, ones, ones)
+    with pairs_wherever_they_can():
+        y = builder.product("layer", image, weights, scale, nibbles=True, raw=True)
+    assert builder.reports[-1].paired
+    held = builder.memory()
+    builder.put(held, image, x)
+    expected = x.astype(np.int64) @ weights[:, :, 0, 0].astype(np.int64).T
+    _same(Built(builder, link(builder.steps), held, y, expected), SMALL, Memory())
+
+
+@pytest.mark.parametrize(
+    ("tokens", "inputs", "outputs", "kind", "share"),
+    [
+        (128, 256, 128, "int8", 1),
+        (128, 256, 128, "int4", 2),
+        (128, 256, 128, "2:4", 2),
+        (1, 2048, 256, "int8", 0),
+        (1, 2048, 256, "int4", 0),
+    ],
+)
+def test_the_core_reaches_nine_tenths_of_its_limit(
+    tokens: int, inputs: int, outputs: int, kind: str, share: int
+) -> None:
+    """Of ``share`` x rows x columns products a cycle, or (0) of the beats that weights take."""
+    ones, builder = np.ones(outputs, np.int64), Builder(SMALL)
+    x = builder.image(1, tokens, inputs)
+    weights = np.zeros((outputs, inputs, 1, 1), np.int8)
+    y = builder.product(
+        "layer", x, weights, Scale(0 * ones, ones << 15, 20 * ones), nibbles=kind == "int4",
+        pattern=PATTERNS[kind] if kind in PATTERNS else None,
+    )  # fmt: skip
+    held = builder.memory()
+    run = simulate.run(link(builder.steps), held, SMALL)
+    assert (builder.get(run.memory, y) == 0).all()
+    taken = int(run.sent[-1])
+    if share:
+        assert tokens * inputs * outputs / taken >= 0.9 * share * SMALL.rows * SMALL.columns
+    else:
+        beats = outputs * inputs // (16 if kind == "int4" else 8)
+        assert beats / taken >= 0.9
+
+
 class Torn(Elaboratable):
     """A memory that gives what is read in the cycle of its writing with all bits turned round."""
 
@@ -115,6 +186,15 @@ def test_nothing_is_read_while_it_is_written(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_core_without_pairs_is_its_model(name: str) -> None:
+    spec = replace(SMALL, pairs=False)
+    built = build(LAYERS[name], spec, seed=3)
+    assert not any(report.paired for report in built.builder.reports)
+    _same(built, spec, MEMORIES[0])
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("spec", [WIDE, LONG], ids=["16x8", "16x16"])
 @pytest.mark.parametrize("seed", range(30))
 def test_other_cores_are_their_models(seed: int, spec: Spec) -> None:
@@ -129,7 +209,9 @@ def test_other_cores_are_their_models(seed: int, spec: Spec) -> None:
         nibbles=bool(rng.integers(2)),
         table=bool(rng.integers(2)),
     )
-    _same(build(layer, spec, seed), spec, MEMORIES[seed % 2])
+    with pairs_wherever_they_can():
+        built = build(layer, spec, seed)
+    _same(built, spec, MEMORIES[seed % 2])
 
 
 @pytest.mark.parametrize("seed", [1, 2])
@@ -168,15 +250,18 @@ def test_a_missing_compiler_is_an_error(named: str, monkeypatch: pytest.MonkeyPa
         simulate.executable(SMALL)
 
 
-def test_amaranth_s_own_simulator_agrees() -> None:
+@pytest.mark.parametrize("pairs", [False, True], ids=["int8", "int4 by pairs"])
+def test_amaranth_s_own_simulator_agrees(pairs: bool) -> None:
     """Another simulator than Verilator, on the smallest core and a layer of a few hundred cycles."""
     from amaranth.sim import Simulator
 
     spec = Spec(
         patterns=(), input_vectors=64, hidden_vectors=8, weight_rows=16, sum_rows=16,
-        output_vectors=16, parameter_words=16, table_entries=512,
+        output_vectors=16, parameter_words=32, table_entries=512,
     )  # fmt: skip
-    built = build(Layer((1, 5), 24, 8, table=False), spec, seed=4)
+    with pairs_wherever_they_can():
+        built = build(Layer((1, 5), 24, 8 + 8 * pairs, nibbles=pairs), spec, seed=4)
+    assert built.builder.reports[-1].paired == pairs
     core = Core(spec)
     memory = built.memory.view("<u8").copy()
     ports: Any = core  # made at run time
