@@ -1,11 +1,16 @@
 // Runs an artifact of the TVM backend from C++: fills the inputs with ones, prints the shape and sum of
-// every output. It needs the headers and library of apache-tvm-ffi, and libtvm_runtime.so.
+// every output. With --files DIR inputs are read from DIR/NAME and outputs are written there, as they lie in
+// memory. It needs the headers and library of apache-tvm-ffi, and libtvm_runtime.so.
 //
 //   FFI=$(python -m tvm_ffi.config --libdir)
 //   TVM=$(dirname $(dirname $FFI))/tvm/lib
 //   g++ -O2 examples/tvm_run.cc $(python -m tvm_ffi.config --cxxflags) -L$FFI -L$TVM \
 //       -Wl,--no-as-needed -ltvm_runtime -ltvm_ffi -Wl,-rpath,$FFI:$TVM -o tvm_run
 //   ./tvm_run out/tvm_minilm/compiled batch=1 sequence=16
+//
+// For ARM it is compiled with aarch64-linux-gnu-g++, and FFI and TVM are those of the aarch64 wheels:
+//
+//   pip download --platform manylinux_2_28_aarch64 --only-binary=:all: --no-deps apache-tvm apache-tvm-ffi
 //
 // What could make the library trap is checked before it is loaded: format, architecture, CPU features, and
 // that params.bin is whole. Exit code 2: the artifact or the sizes cannot be used, and why.
@@ -68,7 +73,13 @@ static std::string text(const json::Object& record, const char* key) {
   return std::string(record[ffi::String(key)].cast<ffi::String>());
 }
 
-static ffi::Tensor ones(const json::Object& record, const std::map<std::string, int64_t>& sizes) {
+static size_t bytes_of(const ffi::Tensor& tensor) {
+  return tensor.numel() * ((tensor.dtype().bits + 7) / 8);
+}
+
+// Ones, or what the file of that name in `files` has.
+static ffi::Tensor input(const json::Object& record, const std::map<std::string, int64_t>& sizes,
+                         const std::string& files) {
   std::vector<int64_t> shape;
   for (const ffi::Any& dim : record[ffi::String("shape")].cast<json::Array>()) {
     if (auto fixed = dim.as<int64_t>()) {
@@ -82,6 +93,15 @@ static ffi::Tensor ones(const json::Object& record, const std::map<std::string, 
   std::string type = text(record, "stored");
   ffi::Tensor tensor = ffi::Tensor::FromNDAlloc(Owned(), ffi::Shape(shape.begin(), shape.end()),
                                                 type_of(type), DLDevice{kDLCPU, 0});
+  if (!files.empty()) {
+    std::string path = files + "/" + text(record, "name");
+    std::ifstream file(path, std::ios::binary | std::ios::ate);
+    size_t bytes = bytes_of(tensor);
+    if (!file || size_t(file.tellg()) != bytes)
+      throw std::runtime_error(path + " must have " + std::to_string(bytes) + " bytes");
+    file.seekg(0).read(static_cast<char*>(tensor.data_ptr()), bytes);
+    return tensor;
+  }
   for (int64_t i = 0; i < tensor.numel(); ++i) {
     if (type == "float32") static_cast<float*>(tensor.data_ptr())[i] = 1;
     else if (type == "int64") static_cast<int64_t*>(tensor.data_ptr())[i] = 1;
@@ -125,7 +145,7 @@ static std::set<std::string> cpu_features() {
 }
 
 static void check(const json::Object& meta, int64_t bytes) {
-  if (meta[ffi::String("format")].cast<int64_t>() != 3)
+  if (meta[ffi::String("format")].cast<int64_t>() != 4)
     throw std::runtime_error("the artifact has another format than this program reads");
   struct utsname system;
   uname(&system);
@@ -149,10 +169,14 @@ static void check_sizes(const json::Object& meta, const std::map<std::string, in
 }
 
 static int run(int count, char** words) {
-  std::string folder = words[1];
+  std::string folder = words[1], files;
   std::map<std::string, int64_t> sizes;
   for (int i = 2; i < count; ++i) {
     std::string word = words[i];
+    if (word == "--files" && i + 1 < count) {
+      files = words[++i];
+      continue;
+    }
     size_t at = word.find('=');
     if (at == std::string::npos) return std::fprintf(stderr, "not dim=size: %s\n", words[i]), 2;
     sizes[word.substr(0, at)] = std::stoll(word.substr(at + 1));
@@ -172,7 +196,7 @@ static int run(int count, char** words) {
 
   std::vector<ffi::Any> arguments;
   for (const ffi::Any& record : meta[ffi::String("inputs")].cast<json::Array>())
-    arguments.push_back(ones(record.cast<json::Object>(), sizes));
+    arguments.push_back(input(record.cast<json::Object>(), sizes, files));
 
   char* data = nullptr;
   if (status.st_size) {
@@ -200,7 +224,13 @@ static int run(int count, char** words) {
   auto outputs = result.cast<ffi::Array<ffi::Tensor>>();
   auto records = meta[ffi::String("outputs")].cast<json::Array>();
   for (size_t i = 0; i < outputs.size(); ++i) {
-    std::printf("%s [", text(records[i].cast<json::Object>(), "name").c_str());
+    std::string name = text(records[i].cast<json::Object>(), "name");
+    if (!files.empty()) {
+      std::ofstream file(files + "/" + name, std::ios::binary);
+      file.write(static_cast<const char*>(outputs[i].data_ptr()), bytes_of(outputs[i]));
+      if (!file.flush()) throw std::runtime_error("cannot write " + files + "/" + name);
+    }
+    std::printf("%s [", name.c_str());
     for (int axis = 0; axis < outputs[i].ndim(); ++axis)
       std::printf("%s%ld", axis ? "," : "", long(outputs[i].size(axis)));
     double sum = 0;
@@ -214,7 +244,7 @@ static int run(int count, char** words) {
 
 int main(int count, char** words) {
   if (count < 2) {
-    std::fprintf(stderr, "usage: %s FOLDER [dim=size ...]\n", words[0]);
+    std::fprintf(stderr, "usage: %s FOLDER [--files DIR] [dim=size ...]\n", words[0]);
     return 2;
   }
   try {
