@@ -288,9 +288,9 @@ LAYERS = (
 
 
 def layer(
-    size: tuple[int, int], inputs: int, outputs: int, side: int, groups: int, pattern: str
+    size: tuple[int, int], inputs: int, outputs: int, side: int, groups: int, kind: str
 ) -> int:
-    """Cycles of one layer alone, its first load to its last beat."""
+    """Cycles of one layer alone, its first load to its last beat; ``kind``: int8, int4 or a pattern."""
     spec, builder = Spec(), Builder(Spec())
     pad = side // 2
     window = Window((side, side), pads=(pad, pad, pad, pad))
@@ -298,20 +298,20 @@ def layer(
     ones = np.ones(outputs, np.int64)
     builder.product(
         "layer", builder.image(*size, inputs), weights, Scale(0 * ones, ones << 15, 20 * ones), window,
-        groups=groups, pattern=PATTERNS[pattern] if pattern else None,
+        groups=groups, pattern=PATTERNS.get(kind), nibbles=kind == "int4",
     )  # fmt: skip
     return max(when.done for when in cycles(link(builder.steps), spec, Memory()))
 
 
 def layers() -> None:
-    """Dense, and 2:4 where there are no groups."""
+    """int8 and int4, and 2:4 where there are no groups."""
     for name, size, inputs, outputs, side, groups in LAYERS:
         macs = size[0] * size[1] * outputs * inputs // groups * side * side
-        dense = layer(size, inputs, outputs, side, groups, "")
+        dense = layer(size, inputs, outputs, side, groups, "int8")
         found = {"layer": name, "cycles": dense, "macs_a_cycle": macs / dense}
-        if groups == 1:
-            sparse = layer(size, inputs, outputs, side, groups, "2:4")
-            found |= {"cycles_2:4": sparse, "faster": dense / sparse}
+        for kind in ("2:4", "int4") if groups == 1 else ("int4",):
+            other = layer(size, inputs, outputs, side, groups, kind)
+            found |= {f"cycles_{kind}": other, f"faster_{kind}": dense / other}
         print(json.dumps(found), flush=True)
 
 

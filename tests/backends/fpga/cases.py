@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import onnx_ir as ir
 import pytest
 
 from netlathe.backends.fpga import cost
@@ -17,6 +18,7 @@ from netlathe.backends.fpga.layers import Builder
 from netlathe.backends.fpga.program import link
 from netlathe.backends.fpga.spec import PATTERNS, Spec
 from netlathe.backends.fpga.tensors import Image, Scale, Window
+from netlathe.ir import edit
 
 Array = npt.NDArray[Any]
 
@@ -102,6 +104,17 @@ def build(layer: Layer, spec: Spec, seed: int) -> Built:
     sums = convolved(values.astype(np.int64) - zero, weights, layer) + scale.bias
     expected = sums if layer.raw else requantized(sums, scale)
     return Built(builder, link(builder.steps), memory, y, expected)
+
+
+def in_four_bits(model: ir.Model) -> ir.Model:
+    """The same integer graph with weights from -8 to 7: another network, with the same operators."""
+    made = model.clone()
+    for node in made.graph:
+        if node.op_type in ("ConvInteger", "MatMulInteger"):
+            weight, codes = node.inputs[1], edit.const_array(node.inputs[1])
+            assert weight is not None and codes is not None
+            weight.const_value = ir.tensor(codes >> 4, name=weight.name)
+    return made
 
 
 def convolved(x: Array, weights: Array, layer: Layer) -> Array:

@@ -21,8 +21,8 @@ from netlathe.backends.fpga.spec import Spec
 from netlathe.cli import main
 from netlathe.diagnostics import InputError, LowerError
 from netlathe.execute import ort
-from netlathe.ir import edit
 from netlathe.pipeline.pass_ import Feeds
+from tests.backends.fpga.cases import in_four_bits
 
 PASSES = "fold_batch_norm, quantize(activations='int8', min_size=0)"
 
@@ -195,12 +195,7 @@ def test_int4_weights_take_half_the_time() -> None:
     captured = netlathe.capture(net, args=(torch.randn(96, 256),))
     data = [{"input": np.random.default_rng(1).standard_normal((96, 256), np.float32)}]
     compiled = netlathe.compile(captured, PASSES.partition(", ")[2], calibration=data)
-    model = compiled.model.clone()
-    for node in model.graph:
-        if node.op_type == "MatMulInteger":
-            codes = edit.const_array(node.inputs[1])
-            assert codes is not None and node.inputs[1] is not None
-            node.inputs[1].const_value = ir.tensor(codes >> 4, name=node.inputs[1].name)
+    model = in_four_bits(compiled.model)
     expected = ort.run(model, data[0])
     cycles = []
     for pairs in (False, True):

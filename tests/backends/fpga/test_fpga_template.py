@@ -24,6 +24,7 @@ from netlathe.backends.fpga.spec import Spec
 from netlathe.backends.fpga.template import Patch, Template
 from netlathe.diagnostics import LowerError
 from netlathe.execute import ort
+from tests.backends.fpga.cases import in_four_bits
 
 SPEC = Spec()
 # Less fits at a time: tiles are smaller.
@@ -56,19 +57,25 @@ def compiled() -> netlathe.Compiled:
     return netlathe.compile(captured, "quantize(activations='int8', min_size=0)", calibration=data)
 
 
-def _template(compiled: netlathe.Compiled, spec: Spec, rows: int) -> tuple[OnCore, Template]:
-    (part,) = (p for p in Network(compiled.model, spec).parts if isinstance(p, OnCore))
+def _template(
+    compiled: netlathe.Compiled, spec: Spec, rows: int, *, int4: bool = False
+) -> tuple[OnCore, Template]:
+    model = in_four_bits(compiled.model) if int4 else compiled.model
+    (part,) = (p for p in Network(model, spec).parts if isinstance(p, OnCore))
     (value,) = part.inputs
     return part, template.build(part, {value: 24}, rows, spec)
 
 
 @pytest.mark.parametrize(
-    ("spec", "high"), [(SPEC, 8), (SPEC, 50), (TIGHT, 24)], ids=["one tile", "tiles", "small tiles"]
+    ("spec", "high", "int4"),
+    [(SPEC, 8, False), (SPEC, 50, False), (TIGHT, 24, False), (SPEC, 60, True)],
+    ids=["one tile", "tiles", "small tiles", "pairs of int4"],
 )
 def test_every_length_is_what_is_compiled_for_it(
-    compiled: netlathe.Compiled, spec: Spec, high: int
+    compiled: netlathe.Compiled, spec: Spec, high: int, int4: bool
 ) -> None:
-    part, made = _template(compiled, spec, high)
+    part, made = _template(compiled, spec, high, int4=int4)
+    assert any(one.paired for one in made.longest.builder.reports) == int4
     assert made.low <= high - 5 and made.high == high
     (value,) = part.inputs
     rng = np.random.default_rng(2)
