@@ -11,7 +11,7 @@ rows may be measured one by one, and what is printed last covers all of them. Ba
 float32  time ratio to the better of the two: geometric mean at most 1.0, none above 1.2
 int8     static pairs of quantize(activations="uint8", activation_form="qdq"), to ONNX Runtime: at most 1.0
 weights  decode of a LLaMA as wide and deep as one of 1B parameters, weights in 4 or 8 bits: at least 80 % of
-         the memory bandwidth, which is measured in the same run by the largest element of 512 MiB
+         the memory bandwidth, which is measured in turn with it by the largest element of 512 MiB
 build    a model of 12 layers, 768 wide, in less than 30 s; it is printed where it is built in this run
 
 The exit code is 1 if a bar is missed.
@@ -292,36 +292,26 @@ def measure(arguments: argparse.Namespace) -> None:
     }
     if not arguments.without_torch and not case.passes:
         runs["torch"] = compiled_by_torch(case.model, folder, feeds, threads)
+    runs["memory"], read = reading(threads)
     clock = time.thread_time if arguments.clock == "thread" else time.perf_counter
     rest = 0.005 if threads == 1 else REST_S
     found = in_turn(runs, rounds=ROUNDS, warmup=3, clock=clock, rest_s=rest)
     weights = [r for r in model.meta["parameters"] if "embed" not in r["name"]]
-    print(
-        json.dumps(
-            {
-                "ms": {name: timing.median_ms for name, timing in found.items()},
-                "bytes": sum(record["bytes"] for record in weights),  # which a run reads
-                "memory": bandwidth(threads, clock),
-            }
-        )
-    )
+    ms = {name: timing.median_ms for name, timing in found.items()}
+    memory = read / ms.pop("memory") / 1e6  # GB/s
+    bytes_ = sum(record["bytes"] for record in weights)  # which a run reads
+    print(json.dumps({"ms": ms, "bytes": bytes_, "memory": memory}))
 
 
-def bandwidth(threads: int, clock: Callable[[], float]) -> float:
-    """GB/s that so many threads read memory with: the median over ten runs."""
+def reading(threads: int) -> tuple[Callable[[], object], int]:
+    """What reads memory by so many threads, and how many bytes."""
     import numpy as np
 
-    parts = np.array_split(np.ones(1 << 27, np.float32), threads)
-    taken = []
-    with ThreadPoolExecutor(threads) as pool:
-        for _ in range(10):
-            start = clock()
-            if threads == 1:
-                parts[0].max()
-            else:
-                list(pool.map(np.max, parts))
-            taken.append(clock() - start)
-    return 4 * (1 << 27) / statistics.median(taken) / 1e9
+    whole = np.ones(1 << 27, np.float32)
+    if threads == 1:
+        return whole.max, whole.nbytes
+    parts, pool = np.array_split(whole, threads), ThreadPoolExecutor(threads)
+    return lambda: list(pool.map(np.max, parts)), whole.nbytes
 
 
 def compiled_by_torch(

@@ -31,6 +31,8 @@ _BITS = 21  # of the chunk's largest power of two; its largest element has one m
 _LEAST = 32  # the least exponent of a chunk, as float32 stores it
 _MOST = 128  # elements of a chunk: their sums of products, times 2^8, fit 32 bits
 _STEP = 8  # chunks are a multiple of this
+_FEW = 16  # panels, of which one more or less is much
+_WIDE_ROWS = 6  # of a tile of four vectors, where there are several rows: 24 sums
 _ROUNDER = 1.5 * 2**23
 _F = "float32"
 
@@ -39,6 +41,14 @@ def chunk(block: int) -> int:
     """How many elements of the row share an exponent: a part of ``block``; 0 if there is none."""
     fitting = [size for size in range(_STEP, _MOST + 1, _STEP) if block % size == 0]
     return max(fitting, default=0)
+
+
+def shared(usual: Panels) -> Panels:
+    """``usual``, or wider panels where those are few and odd in number: two threads then do the same each."""
+    wide = Panels(usual.columns, usual.lanes, 4, _WIDE_ROWS)
+    if usual.count > _FEW or usual.count % 2 == 0 or wide.count % 2 or wide.last != wide.width:
+        return usual
+    return wide
 
 
 class Row:

@@ -12,7 +12,7 @@ from netlathe.backends.tvm.arm import codes, products
 from netlathe.backends.tvm.cuda import products as cuda_products
 from netlathe.backends.tvm.cuda.machine import Gpu
 from netlathe.backends.tvm.kernel import Kernel
-from netlathe.backends.tvm.kernels import gemm, gemv
+from netlathe.backends.tvm.kernels import gemm, gemv, limbs
 from netlathe.backends.tvm.kernels import reduce as template
 from netlathe.backends.tvm.lowering import Lowering
 from netlathe.backends.tvm.ops import dots
@@ -80,6 +80,9 @@ def by_quantized(low: Lowering, a: Ready, node: ir.Node, dtype: D, shape: Shape)
 
     if block and axis == 1:  # scales [K, N / block]: one row of K a block
         rows, blocks = 1, inner
+    layout = _layout(low, tensor.dtype, inner, rows)
+    if layout is not None and low.machine.dot_bytes:
+        cut = limbs.shared(cut)
 
     def parameter(value: ir.Value, what: str) -> Ready:
         return low.parameter(
@@ -90,7 +93,6 @@ def by_quantized(low: Lowering, a: Ready, node: ir.Node, dtype: D, shape: Shape)
             (value, what, cut),
         )
 
-    layout = _layout(low, tensor.dtype, inner, rows)
     if layout is not None:
         values = low.parameter(
             _name(data),

@@ -29,7 +29,7 @@ from netlathe.backends.tvm.tir import (
     known,
     select,
 )
-from netlathe.backends.tvm.values import ChannelsLast, Lazy, Pending, Value
+from netlathe.backends.tvm.values import ChannelsLast, Lazy, Pending, Scalar, Value
 from netlathe.ir import weights
 from netlathe.ir.dims import Shape
 
@@ -73,8 +73,12 @@ def _dequantize(op: Op) -> Sequence[Value]:
         return [folded]
     if constant:
         x = op.operand(0)
+    elif _goes_on(op):
+        if (made := _rounded(op)) is not None:
+            return [made]
+        x = op.value(0)
     else:
-        x = op.value(0) if _goes_on(op) else dots.stored(op.low, op.value(0))
+        x = dots.stored(op.low, op.value(0))
     axis = op.axis(max(x.rank, 1), 1) if x.rank else 0
     block = op.integer("block_size")
     operands = [x, _spread(op.operand(1), x.shape, axis, block)]
@@ -97,14 +101,51 @@ def _dequantize(op: Op) -> Sequence[Value]:
 
 
 def _goes_on(op: Op) -> bool:
-    """Whether the kernel that makes the integers can do what is done with the floats: a sum, and no other."""
-    made = op.value(0)
-    last = made.last if isinstance(made, ChannelsLast) else made
+    """Whether the kernel that makes the integers can do what is done with the floats: a sum, and no other.
+
+    Of two such only the first: a kernel has one end, and the other's numbers are shorter than its floats.
+    """
     users = [user for user, _ in op.node.outputs[0].uses()]
     given, result = op.node.inputs[0], op.node.outputs[0]
     alone = given is not None and len(given.uses()) == 1 and not given.is_graph_output()
     added = len(users) == 1 and users[0].op_type == "Add" and not result.is_graph_output()
-    return isinstance(last, Pending) and alone and added
+    if not _is_pending(op.value(0)) or not alone or not added:
+        return False
+    others = (op.low.values.get(value) for value in users[0].inputs if value is not None)
+    return not any(other is not None and _is_pending(other) for other in others)
+
+
+def _is_pending(value: Value) -> bool:
+    return isinstance(value.last if isinstance(value, ChannelsLast) else value, Pending)
+
+
+def _rounded(op: Op) -> Value | None:
+    """What was quantized by constants for this alone, to the nearest of what codes stand for, all in float32.
+
+    The codes themselves are not made: they are between two integers that float32 holds. None where they
+    were made in another way.
+    """
+    node = op.node.inputs[0].producer() if op.node.inputs[0] is not None else None
+    if node is None or node.op_type != "QuantizeLinear" or node.domain:
+        return None
+    made = Op(op.low, node)
+    x, scale, factor, target = made.value(0), made.operand(1), op.operand(1), made.dtype()
+    zeros = [one.operand(2) if one.has(2) else Scalar(target, (), 0) for one in (made, op)]
+    offsets = {int(zero.value) for zero in zeros if isinstance(zero, Scalar)}
+    if not isinstance(scale, Scalar) or not isinstance(factor, Scalar) or target not in _RANGE:
+        return None
+    if not all(isinstance(zero, Scalar) for zero in zeros) or len(offsets) != 1:
+        return None
+    plain = made.integer("precision") in (0, int(D.FLOAT)) and not made.integer("block_size")
+    if not plain or {x.dtype, scale.dtype, op.dtype()} != {D.FLOAT}:
+        return None
+    divisor, offset = float(scale.value), offsets.pop()
+
+    def nearest_code(code: Code, value: Expr, factor: Expr) -> Expr:
+        low, high = (like(value, float(end - offset)) for end in _RANGE[target])
+        return _to_integer(_divided(code, value, divisor, low, high)) * factor
+
+    return combine(op.low, nearest_code, [x, factor], D.FLOAT, x.shape)
 
 
 def _constant_vector(op: Op) -> Value | None:
@@ -166,8 +207,12 @@ _ROUNDER = {"float32": 1.5 * 2**23, "float64": 1.5 * 2**52}
 
 def nearest(code: Code, x: Expr, low: Expr, high: Expr) -> Expr:
     """``x`` held between two integers, and rounded to the nearest."""
+    return _to_integer(_between(code, x, low, high))
+
+
+def _to_integer(x: Expr) -> Expr:
     rounder = like(x, _ROUNDER[dtype_of(x)])
-    return (_between(code, x, low, high) + rounder) - rounder
+    return (x + rounder) - rounder
 
 
 def _offset(zero: Expr) -> Expr:

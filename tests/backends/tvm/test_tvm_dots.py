@@ -206,3 +206,44 @@ def test_a_sum_is_done_where_its_bytes_are_made() -> None:
     held = [str(getattr(parameter, "dtype", "")) for parameter in module["gemm_dots_0"].params]
     assert held.count("uint8") == 3  # what is multiplied, what is added, and the result
     _agree(model, rng.normal(size=(2, 16, 7, 5)).astype(np.float32))
+
+
+@pytest.mark.parametrize("dtype", ["int8", "uint8"])
+def test_both_sides_of_a_sum_are_rounded(dtype: str) -> None:
+    """One by the kernel that adds, as floats; the other is written as bytes."""
+    rng = np.random.default_rng(0)
+    zero = np.array(-7 if dtype == "int8" else 121, dtype)
+    model = normal_model(
+        f"""<ir_version: 10, opset_import: ["" : 25]>
+        one (float[n, 16, 7, 5] x, float s, {dtype} z, int8[20, 16, 1, 1] w, int8[20, 16, 1, 1] v,
+             float ws, float t, float r) => ({dtype}[n, 20, 7, 5] y) {{
+            q = QuantizeLinear(x, s, z)
+            f = DequantizeLinear(q, s, z)
+            g = DequantizeLinear(w, ws)
+            h = DequantizeLinear(v, ws)
+            m = Conv<kernel_shape=[1, 1]>(f, g)
+            o = QuantizeLinear(m, t, z)
+            p = DequantizeLinear(o, t, z)
+            n2 = Conv<kernel_shape=[1, 1]>(f, h)
+            o2 = QuantizeLinear(n2, r, z)
+            p2 = DequantizeLinear(o2, r, z)
+            a = Add(p, p2)
+            y = QuantizeLinear(a, t, z)
+        }}""",
+        s=np.array(0.03, np.float32),
+        z=zero,
+        w=numbers("int8", (20, 16, 1, 1), 1),
+        v=numbers("int8", (20, 16, 1, 1), 2),
+        ws=np.array(0.004, np.float32),
+        t=np.array(0.07, np.float32),
+        r=np.array(0.05, np.float32),
+    )
+    module = Lowering(model, machines.machine("avx512vnni")).run().module
+    held = [
+        str(parameter.dtype)
+        for name in ("gemm_dots_0", "gemm_dots_1")
+        for parameter in module[name].params
+        if len(getattr(parameter, "shape", ())) == 4
+    ]
+    assert len(held) == 5 and set(held) <= {"uint8", dtype}
+    _agree(model, rng.normal(size=(2, 16, 7, 5)).astype(np.float32))

@@ -39,6 +39,8 @@ CASES = [
     ("int8", 72, 50, 0, False),
     ("uint8", 64, 130, 32, True),
     ("int8", 48, 33, 24, True),  # blocks that are no whole vectors
+    ("int8", 72, 128, 24, True),  # two panels of 64 columns, for two threads
+    ("uint4", 64, 512, 32, True),
     ("uint8", 272, 20, 0, False),  # 136 elements of a row share no exponent
 ]
 
