@@ -158,7 +158,10 @@ def build(folder: Path, archs: str) -> None:
         facts = {
             "size": asdict(size),
             "kind": kind,
-            "parameters": [(p.recipe.sources, p.dtype, p.shape) for p in built.parameters],
+            "parameters": [
+                (p.recipe.sources, getattr(p.recipe.function, "in_turn", False), p.dtype, p.shape)
+                for p in built.parameters
+            ],
         }
         (folder / f"{name}.json").write_text(json.dumps(facts))
         print(name, flush=True)
@@ -179,10 +182,15 @@ class Llama:
         self.size, self.bits = Size(**facts["size"]), 4 if facts["kind"] == "int4" else 16
         self.weights: dict[str, Any] = {}
         self.given: list[Any] = []
-        for sources, dtype, shape in facts["parameters"]:
+        for sources, in_turn, dtype, shape in facts["parameters"]:
             made, own = self._parameter(sources[0], dtype, tuple(shape))
-            self.weights[sources[0]] = made
             self.given.append(own)
+            count = len(sources)  # weights of products that are one kernel
+            if in_turn:
+                parts = [made[i::count].contiguous() for i in range(count)]
+            else:
+                parts = made.chunk(count)
+            self.weights.update(zip(sources, parts, strict=True))
 
     def _parameter(self, name: str, dtype: str, shape: tuple[int, ...]) -> tuple[Any, Any]:
         torch = self.torch

@@ -71,6 +71,9 @@ class Lowering:
         self.builder = relax.BlockBuilder()
         self.values: dict[ir.Value, Value] = {}
         self.parameters: dict[object, tuple[Parameter, Ready]] = {}
+        self.made: dict[
+            ir.Node, list[Value]
+        ] = {}  # results that another node's kernel gave already
         self.shifted: dict[Value, Value] = {}  # 8-bit activations -> as unsigned ones in memory
         self._names: dict[str, Expr] = {}  # size name -> variable of the Relax function
         self._functions: dict[int, list[tuple[Any, Any]]] = {}
@@ -150,7 +153,7 @@ class Lowering:
         from netlathe.backends.tvm.ops import Op
 
         rule = self._rule(node)
-        results = self._known_results(node) or rule(Op(self, node))
+        results = self.made.pop(node, None) or self._known_results(node) or rule(Op(self, node))
         for output, result in zip(node.outputs, results, strict=False):
             self._name_sizes(output, result)
             self.values[output] = self._settled(output, result)

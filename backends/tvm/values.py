@@ -171,6 +171,59 @@ class Pending(Value):
 
 
 @dataclass(eq=False)
+class Joinable(Pending):
+    """A product that may be one kernel with another of the same left operand.
+
+    ``paired(other)`` is that kernel, which gives both elements to its store; None where there is none. What
+    was appended since is ``after`` each element.
+    """
+
+    operands: object = None
+    paired: Callable[[Joinable], Pending | None] = field(default=lambda other: None)
+    after: Callable[[Code, Index, Expr], Expr] = field(default=lambda code, index, element: element)
+
+    def then(
+        self,
+        function: Callable[[Code, Index, Expr], Expr],
+        dtype: ir.DataType,
+        shape: Shape | None = None,
+        index: Callable[[Index], Index] | None = None,
+    ) -> Pending:
+        """As of any; one that is computed at the same place can still be joined."""
+        made = super().then(function, dtype, shape, index)
+        if shape is not None or index is not None:
+            return made
+
+        def after(code: Code, at: Index, element: Expr) -> Expr:
+            return storage.rounded(code, dtype, function(code, at, self.after(code, at, element)))
+
+        return replace(self, dtype=dtype, build=made.build, after=after)
+
+    def joined(
+        self,
+        other: Joinable,
+        function: Callable[[Code, Index, Expr, Expr], Expr],
+        dtype: ir.DataType,
+    ) -> Pending | None:
+        """One kernel that stores ``function`` of an element of each; None where it takes two."""
+        both = self.paired(other) if type(self.operands) is type(other.operands) else None
+        if both is None:
+            return None
+        whole = both
+
+        def build(kernel: Kernel, store: Store) -> str:
+            def store_both(code: Code, index: Index, *elements: Expr) -> None:
+                each = (
+                    p.after(code, index, e) for p, e in zip((self, other), elements, strict=True)
+                )
+                store(code, index, storage.rounded(code, dtype, function(code, index, *each)))
+
+            return whole.build(kernel, store_both)
+
+        return Pending(dtype, self.shape, build)
+
+
+@dataclass(eq=False)
 class Placed(Value):
     """A tensor of the caller's, some of whose elements are written over once the value is read or given out.
 

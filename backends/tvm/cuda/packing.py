@@ -2,10 +2,41 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
 import numpy as np
 import onnx_ir as ir
 
 from netlathe.backends.tvm.packing import Array, array
+
+
+@dataclass(frozen=True)
+class Joined:
+    """``function`` of several constants side by side, each with so many ``columns``, which are last.
+
+    A number that holds for all columns is repeated. ``in_turn``: of as many columns each, the first of
+    every constant, then the second of every constant, and so on.
+    """
+
+    function: Callable[..., Array]
+    columns: tuple[int, ...]
+    in_turn: bool
+
+    def __call__(self, *given: Any) -> Array:
+        """``given`` are the constants, then the numbers that the function takes."""
+        tensors: Sequence[ir.TensorProtocol] = given[: len(self.columns)]
+        parts = []
+        for tensor, columns in zip(tensors, self.columns, strict=True):
+            values = tensor.numpy()
+            parts.append(np.repeat(values.reshape(1), columns) if values.size == 1 else values)
+        if self.in_turn:
+            whole = np.stack(parts, -1).reshape(*parts[0].shape[:-1], -1)
+        else:
+            whole = np.concatenate(parts, -1)
+        joined = ir.Tensor(whole, dtype=tensors[0].dtype)
+        return self.function(joined, *given[len(self.columns) :])
 
 
 def transposed(tensor: ir.TensorProtocol) -> Array:

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from math import prod
+from typing import TYPE_CHECKING
 
 import onnx_ir as ir
 from tvm import tirx
 
 from netlathe.backends.tvm import storage
-from netlathe.backends.tvm.cuda import grids, hopper, packing, skinny, tensor
+from netlathe.backends.tvm.cuda import factors, grids, hopper, skinny, tensor
 from netlathe.backends.tvm.cuda.code import GpuCode
+from netlathe.backends.tvm.cuda.factors import Factor
 from netlathe.backends.tvm.cuda.machine import Gpu
 from netlathe.backends.tvm.kernel import Kernel
+from netlathe.backends.tvm.kernels import general
 from netlathe.backends.tvm.lowering import Lowering
-from netlathe.backends.tvm.packing import Recipe
 from netlathe.backends.tvm.tir import (
     Code,
     Expr,
@@ -27,9 +30,12 @@ from netlathe.backends.tvm.tir import (
     total,
     unflatten,
 )
-from netlathe.backends.tvm.values import Pending, Ready, Store, Value
-from netlathe.ir import dims, weights
+from netlathe.backends.tvm.values import Joinable, Pending, Ready, Store, Value
+from netlathe.ir import dims
 from netlathe.ir.dims import Shape
+
+if TYPE_CHECKING:
+    from netlathe.backends.tvm.ops.op import Op
 
 D = ir.DataType
 
@@ -56,8 +62,8 @@ def of_values(kernel: Kernel, a: Value, b: Value, batch: Sequence[Expr], store: 
 
 def of_constant(low: Lowering, a: Ready, constant: ir.Value, dtype: D, shape: Shape) -> Pending:
     """``a`` [..., K] times a constant [K, N]."""
-    if (half := _half(a, constant.dtype)) is not None:
-        return _of_half(low, a, constant, half, shape)
+    if (found := factors.factor(a, constant)) is not None:
+        return _of_factor(low, a, found, shape)
     weight = low.value(constant)
     inner, columns = weight.shape
     flat = a.viewed((dims.product(a.shape[:-1]), inner))
@@ -85,87 +91,104 @@ def of_constant(low: Lowering, a: Ready, constant: ir.Value, dtype: D, shape: Sh
     return Pending(dtype, shape, build)
 
 
-def _half(a: Ready, dtype: D | None) -> str | None:
-    """The tensor cores' name for the type of both operands, where rows are whole pieces of 16 bytes."""
-    inner = a.shape[-1]
-    fits = a.dtype == dtype and isinstance(inner, int) and inner % 8 == 0
-    return {D.BFLOAT16: "bf16", D.FLOAT16: "f16"}.get(a.dtype) if fits else None
-
-
-def _of_half(low: Lowering, a: Ready, constant: ir.Value, half: str, shape: Shape) -> Pending:
-    """Both operands of one half type."""
-    columns, inner = int(shape[-1]), int(a.shape[-1])  # type: ignore[arg-type]
-    assert constant.name is not None
-    recipe = Recipe(packing.transposed, (constant.name,))
-    key = (constant, "transposed")
-    weight = low.parameter(constant.name, a.dtype, (columns, inner), recipe, key)
-    return _on_tensor_cores(low, a, half, shape, lambda kernel: tensor.Weight(kernel.read(weight)))
-
-
 def of_quantized(low: Lowering, a: Ready, value: ir.Value, shape: Shape) -> Pending | None:
     """``a`` [..., K] times a constant [K, N] of 8 or 4 bits that stays so; None where no kernel takes it.
 
-    ``value`` is what a DequantizeLinear makes of it, in the type of ``a``: with a scale for each column, for
-    all of them, or for every so many rows of K in a column; zero points where there are 4 bits.
+    ``value`` is what a DequantizeLinear makes of it, in the type of ``a``.
     """
-    node, half = value.producer(), _half(a, value.dtype)
-    if half is None or node is None or node.op_type != "DequantizeLinear":
-        return None
-    data, scale, zero = (*node.inputs, None)[:3]
-    if data is None or scale is None or not all(weights.is_weight(v) for v in node.inputs if v):
-        return None
-    bits = {D.INT8: 8, D.INT4: 4, D.UINT4: 4}.get(data.dtype or D.UNDEFINED)
-    if bits is None or (bits == 8 and zero is not None) or len(data.shape or ()) != 2:
-        return None
-    columns, inner = int(shape[-1]), int(a.shape[-1])  # type: ignore[arg-type]
-    block = node.attributes.get_int("block_size", 0) or 0
-    axis = (node.attributes.get_int("axis", 1) or 0) % 2
-    if block and (axis or block % skinny.chunk(bits) or inner % block):
-        return None
-    single = tuple(scale.shape or ()) in ((), (1,))
-    if not block and axis == 0 and not single:
-        return None
-    blocks = inner // block if block else 1
-    padded = -(-inner // skinny.chunk(bits)) * skinny.chunk(bits)
-    names = [v.name or "" for v in (data, scale, zero) if v is not None]
-    values = low.parameter(
-        names[0],
-        D.INT8,
-        (packing.padded(columns), padded * bits // 8),
-        Recipe(packing.quantized, (names[0],), (bits,)),
-        (data, "skinny"),
-    )
-    scales = low.parameter(
-        names[1],
-        a.dtype,
-        (blocks, packing.padded(columns)),
-        Recipe(packing.group_values, (names[1],), (blocks, columns)),
-        (scale, "by group", blocks),
-    )
-    plain = 8 if data.dtype == D.INT4 else 0
-    zeros: Ready | None = None
-    if zero is not None:
-        base = 0x4300 if half == "bf16" else 0x6400
-        zeros = low.parameter(
-            names[2],
-            D.UINT16,
-            (blocks, packing.padded(columns)),
-            Recipe(packing.group_zeros, (names[2],), (blocks, columns, plain, base)),
-            (zero, "by group", blocks),
-        )
+    found = factors.factor(a, value)
+    return None if found is None else _of_factor(low, a, found, shape)
 
-    def made(kernel: Kernel) -> tensor.Weight:
-        read = None if zeros is None else kernel.read(zeros)
-        return tensor.Weight(kernel.read(values), bits, kernel.read(scales), read, block, plain)
 
-    return _on_tensor_cores(low, a, half, shape, made)
+def _of_factor(low: Lowering, a: Ready, found: Factor, shape: Shape) -> Pending:
+    """A product that may become one kernel with another of the same left operand, column by column."""
+
+    def paired(other: Joinable) -> Pending | None:
+        second = other.operands
+        assert isinstance(second, tuple)
+        if second[0] is not a or second[1].kind != found.kind or second[1].columns != found.columns:
+            return None
+        weight = factors.weight(low, [found, second[1]], in_turn=True)
+        return _on_tensor_cores(low, a, found, shape, weight, 2)
+
+    alone = _on_tensor_cores(low, a, found, shape, factors.weight(low, [found]))
+    return Joinable(a.dtype, shape, alone.build, operands=(a, found), paired=paired)
+
+
+def beside(op: Op) -> Value | None:
+    """The product that ``op`` is, by one kernel with all others of its left operand; None if it has none.
+
+    They are those whose results are moved next, so that each is in memory: nothing could be appended to it.
+    """
+    low = op.low
+    given = op.node.inputs[0]
+    assert given is not None
+    members: list[tuple[ir.Node, Factor]] = []
+    for node, index in given.uses():
+        if (
+            node.op_type == "MatMul"
+            and index == 0
+            and node.graph is op.node.graph
+            and _is_moved(node)
+        ):
+            value = node.inputs[1]
+            found = None if value is None else factors.factor(op.ready(0), value)
+            if found is not None:
+                members.append((node, found))
+    kind = next((found.kind for node, found in members if node is op.node), None)
+    members = [(node, found) for node, found in members if found.kind == kind]
+    if kind is None or len(members) < 2:
+        return None
+    a = op.ready(0)
+    ends = list(itertools.accumulate(found.columns for _, found in members))
+    weight = factors.weight(low, [found for _, found in members])
+    whole = Factor(kind, ends[-1], members[0][1].values)
+    lead = op.shape()[:-1]
+    made = _on_tensor_cores(low, a, whole, (*lead, ends[-1]), weight)
+    kernel = Kernel(low)
+    shapes = [(*lead, found.columns) for _, found in members]
+    stores = [
+        general.into(kernel.write(a.dtype, shape), a.dtype, kernel.shape(shape)) for shape in shapes
+    ]
+
+    def store(code: Code, index: Index, value: Expr) -> None:
+        """To the tensor that the column belongs to."""
+        *row, column = index
+        first = i64(0)
+        for end, into in zip(ends, stores, strict=True):
+            with code.when(tirx.And(column >= first, column < i64(end))):
+                into(code, [*row, column - first], value)
+            first = i64(end)
+
+    results = kernel.finish(made.build(kernel, store))
+    for (node, _), result in zip(members, results, strict=True):
+        low.made[node] = [result]
+    return low.made.pop(op.node)[0]
+
+
+# What reads a product from memory, whatever computed it.
+_MOVES = {"Reshape", "Transpose", "Attention", "RotaryEmbedding"}
+
+
+def _is_moved(node: ir.Node) -> bool:
+    output = node.outputs[0]
+    readers = [reader.op_type for reader, _ in output.uses()]
+    return bool(readers) and _MOVES.issuperset(readers) and not output.is_graph_output()
 
 
 def _on_tensor_cores(
-    low: Lowering, a: Ready, half: str, shape: Shape, made: Callable[[Kernel], tensor.Weight]
+    low: Lowering,
+    a: Ready,
+    found: Factor,
+    shape: Shape,
+    made: Callable[[Kernel], tensor.Weight],
+    together: int = 1,
 ) -> Pending:
-    """``a`` [..., inner] times a weight [columns, inner], by the kernel that fits the rows there are."""
-    columns, inner = int(shape[-1]), int(a.shape[-1])  # type: ignore[arg-type]
+    """``a`` [..., inner] times a weight [columns, inner], by the kernel that fits the rows there are.
+
+    ``together`` neighbouring columns of the weight are one of the result: all their sums go to the store.
+    """
+    half, inner, columns = found.kind.half, found.kind.inner, together * found.columns
     flat = a.viewed((dims.product(a.shape[:-1]), inner))
     lead = shape[:-1] if a.rank > 1 else ()
 
@@ -177,12 +200,13 @@ def _on_tensor_cores(
         rows = kernel.size(flat.shape[0])
         read, weight = kernel.read(flat), made(kernel)
 
-        def finish(row: Expr, column: Expr, value: Expr) -> None:
-            store(code, [*(code.bind(i) for i in unflatten(row, outer)), column], value)
+        def finish(row: Expr, column: Expr, *values: Expr) -> None:
+            index = [*(code.bind(i) for i in unflatten(row, outer)), column]
+            store(code, index, *values)
 
         def few(tiles: int) -> None:
             sizes = (rows, inner, columns)
-            tensor.few_rows(code, half, read, weight, sizes, tiles, finish)
+            tensor.few_rows(code, half, read, weight, sizes, tiles, finish, together)
 
         def many() -> None:
             values = weight.values
@@ -190,9 +214,10 @@ def _on_tensor_cores(
                 values = tensor.expanded(code, half, weight, inner, columns)
             sizes = (rows, i64(inner), i64(columns))
             if machine.has_wgmma:
-                tensor.warpgroups(code, hopper.Shape(), half, read, values, sizes, finish)
+                form = hopper.Shape()
+                tensor.warpgroups(code, form, half, read, values, sizes, finish, together)
             else:
-                tensor.warps(code, half, read, values, sizes, finish)
+                tensor.warps(code, half, read, values, sizes, finish, together)
 
         number = known(rows)
         if number is not None:

@@ -16,6 +16,8 @@ from netlathe.backends.tvm.cuda.code import GpuCode
 from netlathe.backends.tvm.tir import PARALLEL, VECTORIZED, Expr, cast, i64, idiv, imod, known
 
 PROCESSORS = stream.PROCESSORS
+# finish(row, column, sum). Where ``together`` columns of the weight are one of the result: of all of them.
+Finish = Callable[..., None]
 
 
 def warpgroups(
@@ -25,7 +27,8 @@ def warpgroups(
     a: Any,
     b: Any,
     sizes: tuple[Expr, Expr, Expr],
-    finish: Callable[[Expr, Expr, Expr], None],
+    finish: Finish,
+    together: int = 1,
 ) -> None:
     """finish(row, column, sum over k of a[row, k] * b[column, k]), on sm_90a.
 
@@ -34,7 +37,7 @@ def warpgroups(
     one warpgroup copying ahead while two multiply.
     """
     with _unless_empty(code, sizes[0]):
-        _warpgroups(code, shape, dtype, a, b, sizes, finish)
+        _warpgroups(code, shape, dtype, a, b, sizes, finish, together)
 
 
 @contextlib.contextmanager
@@ -54,7 +57,8 @@ def _warpgroups(
     a: Any,
     b: Any,
     sizes: tuple[Expr, Expr, Expr],
-    finish: Callable[[Expr, Expr, Expr], None],
+    finish: Finish,
+    together: int,
 ) -> None:
     rows, inner, columns = sizes
     text = hopper.source(shape, dtype)
@@ -95,19 +99,25 @@ def _warpgroups(
                 member = code.bind(imod(thread, hopper.GROUP))
 
                 def results(part: int, inside: bool) -> None:
-                    with code.loop(32, VECTORIZED) as step:
-                        line = code.bind(step * i64(2) + idiv(member, 64))
-                        at = code.bind(imod(member, 64))
-                        row, column = code.bind(top + line), code.bind(left + i64(part * 64) + at)
+                    wide = 64 // together
+                    first = idiv(left + i64(part * 64), together)
+                    with code.loop(64 * wide // hopper.GROUP, VECTORIZED) as step:
+                        line = code.bind(step * i64(hopper.GROUP // wide) + idiv(member, wide))
+                        at = code.bind(imod(member, wide))
+                        row, column = code.bind(top + line), code.bind(first + at)
 
                         def one() -> None:
-                            value = code.call(named("staged"), text, "float32", shared, line, at)
-                            finish(row, column, code.bind(value))
+                            places = [at * i64(together) + i64(i) for i in range(together)]
+                            values = [
+                                code.call(named("staged"), text, "float32", shared, line, place)
+                                for place in places
+                            ]
+                            finish(row, column, *map(code.bind, values))
 
                         if inside:
                             one()
                         else:
-                            with code.when(tirx.And(row < rows, column < columns)):
+                            with code.when(tirx.And(row < rows, column < idiv(columns, together))):
                                 one()
 
                 # Without conditions loads and stores of all steps may overlap.
@@ -131,7 +141,8 @@ def warps(
     a: Any,
     b: Any,
     sizes: tuple[Expr, Expr, Expr],
-    finish: Callable[[Expr, Expr, Expr], None],
+    finish: Finish,
+    together: int = 1,
 ) -> None:
     """The same on sm_80 and later, a tile of 128 x 128 for each block."""
     rows, inner, columns = sizes
@@ -147,7 +158,7 @@ def warps(
         pointers = (code.address(a), code.address(b))
         places = (rows, inner, columns, top, left)
         code.run(ampere.name(dtype, "product"), text, shared, *pointers, *places)
-        tile_results(code, dtype, shared, thread, (top, left), (rows, columns), finish)
+        tile_results(code, dtype, shared, thread, (top, left), (rows, columns), finish, together)
 
 
 def tile_results(
@@ -157,19 +168,22 @@ def tile_results(
     thread: Expr,
     first: tuple[Expr, Expr],
     sizes: tuple[Expr, Expr],
-    finish: Callable[[Expr, Expr, Expr], None],
+    finish: Finish,
+    together: int = 1,
 ) -> None:
     """finish(row, column, sum) for what a block of :mod:`ampere` left in shared memory."""
     (top, left), (rows, columns) = first, sizes
     text = ampere.source(dtype)
-    count = ampere.TILE * ampere.TILE // ampere.THREADS
-    with code.loop(count) as step:
+    wide = ampere.TILE // together
+    with code.loop(ampere.TILE * wide // ampere.THREADS) as step:
         at = code.bind(step * i64(ampere.THREADS) + thread)
-        line, within = code.bind(idiv(at, ampere.TILE)), code.bind(imod(at, ampere.TILE))
-        row, column = code.bind(top + line), code.bind(left + within)
-        with code.when(tirx.And(row < rows, column < columns)):
-            value = code.call(ampere.name(dtype, "sum"), text, "float32", shared, line, within)
-            finish(row, column, code.bind(value))
+        line, within = code.bind(idiv(at, wide)), code.bind(imod(at, wide))
+        row, column = code.bind(top + line), code.bind(idiv(left, together) + within)
+        with code.when(tirx.And(row < rows, column < idiv(columns, together))):
+            places = [within * i64(together) + i64(i) for i in range(together)]
+            total = ampere.name(dtype, "sum")
+            values = [code.call(total, text, "float32", shared, line, place) for place in places]
+            finish(row, column, *map(code.bind, values))
 
 
 @dataclass(frozen=True)
@@ -206,7 +220,8 @@ def few_rows(
     weight: Weight,
     sizes: tuple[Expr, int, int],
     tiles: int,
-    finish: Callable[[Expr, Expr, Expr], None],
+    finish: Finish,
+    together: int = 1,
 ) -> None:
     """finish(row, column, sum over k of a[row, k] * weight[column, k]) for at most 8 * ``tiles`` rows.
 
@@ -214,11 +229,13 @@ def few_rows(
     """
     kind = ir.DataType.BFLOAT16 if dtype == "bf16" else ir.DataType.FLOAT16
 
-    def scaled(row: Expr, column: Expr, value: Expr) -> None:
+    def scaled(row: Expr, column: Expr, *values: Expr) -> None:
         if weight.scales is not None and weight.group == 0:
-            scale = storage.load(code, kind, tirx.BufferLoad(weight.scales, [column]))
-            value = code.bind(value * scale)
-        finish(row, column, value)
+            places = [column * i64(together) + i64(i) for i in range(together)]
+            loads = [tirx.BufferLoad(weight.scales, [place]) for place in places]
+            scales = [storage.load(code, kind, load) for load in loads]
+            values = tuple(code.bind(v * s) for v, s in zip(values, scales, strict=True))
+        finish(row, column, *values)
 
     _, inner, columns = sizes
     shape = None
@@ -226,10 +243,10 @@ def few_rows(
         facts = (weight.padded(inner), weight.group, weight.zeros is not None, weight.zero)
         shape = stream.chosen(weight.bits, tiles, columns, *facts)
     if shape is None:
-        _loaded(code, dtype, a, weight, sizes, tiles, scaled)
+        _loaded(code, dtype, a, weight, sizes, tiles, scaled, together)
     else:
         with _unless_empty(code, sizes[0]):
-            _streamed(code, dtype, a, weight, sizes, shape, scaled)
+            _streamed(code, dtype, a, weight, sizes, shape, scaled, together)
 
 
 def _streamed(
@@ -239,7 +256,8 @@ def _streamed(
     weight: Weight,
     sizes: tuple[Expr, int, int],
     shape: stream.Shape,
-    finish: Callable[[Expr, Expr, Expr], None],
+    finish: Finish,
+    together: int,
 ) -> None:
     """On sm_90a: weights through shared memory."""
     rows, inner, columns = sizes
@@ -296,16 +314,21 @@ def _streamed(
             own = code.bind(imod(block, shape.splits) * i64(shape.slice))
             with code.loop(idiv(i64(tiles - 1) - first, clusters) + i64(1)) as number:
                 code.run(named("consume"), text, shared, small(number), small(end))
-                left = code.bind((first + number * i64(clusters)) * i64(shape.columns) + own)
-                count = shape.slice * 8 * shape.tiles
+                left = (first + number * i64(clusters)) * i64(shape.columns) + own
+                left, wide = code.bind(idiv(left, together)), shape.slice // together
+                count = wide * 8 * shape.tiles
                 with code.loop(-(-count // shape.multiplying), VECTORIZED) as step:
                     at = code.bind(step * i64(shape.multiplying) + thread)
-                    row, within = (code.bind(op(at, shape.slice)) for op in (idiv, imod))
+                    row, within = (code.bind(op(at, wide)) for op in (idiv, imod))
                     column = code.bind(left + within)
                     # There are at most 8 * tiles rows, so that this leaves out what is beyond `count`.
-                    with code.when(tirx.And(row < rows, column < i64(columns))):
-                        value = code.call(named("sum"), text, "float32", shared, row, within)
-                        finish(row, column, code.bind(value))
+                    with code.when(tirx.And(row < rows, column < i64(columns // together))):
+                        places = [within * i64(together) + i64(i) for i in range(together)]
+                        values = [
+                            code.call(named("sum"), text, "float32", shared, row, place)
+                            for place in places
+                        ]
+                        finish(row, column, *map(code.bind, values))
                 code.run(named("release"), text, shared)
 
         code.branch(thread >= i64(shape.multiplying), copy, multiply)
@@ -319,7 +342,8 @@ def _loaded(
     weight: Weight,
     sizes: tuple[Expr, int, int],
     tiles: int,
-    finish: Callable[[Expr, Expr, Expr], None],
+    finish: Finish,
+    together: int,
 ) -> None:
     """On every GPU: weights into registers."""
     rows, inner, columns = sizes
@@ -342,14 +366,16 @@ def _loaded(
         )
         code.run(product, text, *pointers, sums, *numbers)
         code.barrier()
-        with code.loop(wide, VECTORIZED) as step:
+        with code.loop(-(-wide // together), VECTORIZED) as step:
             at = code.bind(step * i64(skinny.THREADS) + thread)
-            row, within = code.bind(idiv(at, across)), code.bind(imod(at, across))
-            column = code.bind(first + within)
-            with code.when(tirx.And(row < rows, column < i64(columns))):
+            row, within = (code.bind(op(at, across // together)) for op in (idiv, imod))
+            column = code.bind(idiv(first, together) + within)
+            # Of one column in two there are threads beyond the last row that has sums.
+            with code.when(tirx.And(row < rows, column < i64(columns // together))):
                 total = skinny.name(dtype, f"sum<{wide}>")
-                value = code.call(total, text, "float32", sums, row, within)
-                finish(row, column, code.bind(value))
+                places = [within * i64(together) + i64(i) for i in range(together)]
+                values = [code.call(total, text, "float32", sums, row, place) for place in places]
+                finish(row, column, *map(code.bind, values))
 
 
 def expanded(code: GpuCode, dtype: str, weight: Weight, inner: int, columns: int) -> Any:

@@ -12,6 +12,7 @@ from netlathe.backends.tvm.lowering import Lowering, Unsupported
 from netlathe.backends.tvm.tir import Code, Expr, Index, i64, select
 from netlathe.backends.tvm.values import (
     ChannelsLast,
+    Joinable,
     Known,
     Lazy,
     Pending,
@@ -212,6 +213,12 @@ def combine(
         if isinstance(operand, Pending) and operand.shape == shape and operands.count(operand) == 1:
             chosen = operand
             break
+    if isinstance(chosen, Joinable):
+        second = next((o for o in operands if isinstance(o, Joinable) and o is not chosen), None)
+        if second is not None and second.shape == shape and operands.count(second) == 1:
+            both = _both(low, function, operands, (chosen, second), dtype, shape)
+            if both is not None:
+                return both
     others = [operand if operand is chosen else low.operand(operand) for operand in operands]
     if chosen is not None:
 
@@ -231,6 +238,30 @@ def combine(
         operand.is_one or (operand.shape == shape and is_flat(operand)) for operand in others
     )
     return Lazy(dtype, shape, element, flat=flat, cost=1 + sum(cost_of(o) for o in others))
+
+
+def _both(
+    low: Lowering,
+    function: Function,
+    operands: Sequence[Value],
+    pair: tuple[Joinable, Joinable],
+    dtype: D,
+    shape: Shape,
+) -> Pending | None:
+    """:func:`combine` of two products that are one kernel, or None."""
+    others = [operand if operand in pair else low.operand(operand) for operand in operands]
+
+    def append(code: Code, index: Index, first: Expr, second: Expr) -> Expr:
+        elements = dict(zip(pair, (first, second), strict=True))
+        items = [
+            elements[operand]
+            if isinstance(operand, Joinable)
+            else read(code, operand, index, shape)
+            for operand in others
+        ]
+        return function(code, *items)
+
+    return pair[0].joined(pair[1], append, dtype)
 
 
 def channels_last(low: Lowering, value: Value, rank: int) -> Value:
