@@ -264,13 +264,14 @@ class Compute(Elaboratable):
         write = Cat()
         for o in range(spec.columns):
             earlier = before[32 * o : 32 * o + 32].as_signed()
-            level = added(products[o], spec.rows // FOUR)
+            twos = added(products[o], spec.rows // 2)
+            level = added(twos, spec.rows // FOUR)
             if not spec.pairs:
                 (dot,) = added(level, 1)
                 write = Cat(write, accumulated(f"{o}", dot, earlier, dot_stage, maxima=True))
                 continue
             near_apart = stage(f"near_apart{o}", 1, paired[8])
-            low_parts, high_parts = self._apart(m, level, near_apart)
+            low_parts, high_parts = self._apart(m, twos, level, near_apart)
             ((dot,), (high_dot,)) = added(low_parts, 1), added(high_parts, 1)
             held = accumulated(f"{o}", dot, earlier, dot_stage, maxima=True)
             held_high = accumulated(f"{o}_high", high_dot, earlier, dot_stage + 1, maxima=False)
@@ -293,11 +294,12 @@ class Compute(Elaboratable):
         return m
 
     def _apart(
-        self, m: Module, level: Sequence[Value], near_apart: Signal
+        self, m: Module, twos: Sequence[Value], level: Sequence[Value], near_apart: Signal
     ) -> tuple[list[Value], list[Value]]:
         """Of sums of four products: the low parts of pairs, or what is no pair; a cycle later the high parts.
 
-        A low part of four is from -4064 to 4096: what of its 13 bits looks like -4096 is 4096.
+        A low part of four is from -4064 to 4096: what of its 13 bits looks like -4096 is 4096, which both
+        sums of two have 2048 for. That is seen a cycle ahead.
         """
         low: list[Value] = []
         high: list[Value] = []
@@ -305,7 +307,9 @@ class Compute(Elaboratable):
             # Of four products of int8; vectors have the first multiplier and its width.
             whole = total if number == 0 else total[:18]
             part = total[:LOW]
-            negative = part[-1] & part[:-1].any()
+            most = Signal(name=f"most{number}", reset_less=True)
+            m.d.sync += most.eq(Cat(two[:LOW] == 2048 for two in twos[2 * number :][:2]).all())
+            negative = part[-1] & ~most
             low.append(Mux(near_apart, Cat(part, negative).as_signed(), whole.as_signed()))
             rest = Signal(signed(LOW + 1), reset_less=True)
             m.d.sync += rest.eq(total[LOW:].as_signed() + negative)
