@@ -29,6 +29,8 @@ def _matmul(op: Op) -> Sequence[Value]:
     if (made := dots.pair_product(op)) is not None:
         return [made]
     if constant is not None and op.value(0).rank >= 1:
+        if isinstance(op.low.machine, Gpu) and (made := cuda_products.beside(op)) is not None:
+            return [made]
         if _is_matrix(constant) and _is_plain(constant):
             return [by_constant(op.low, op.ready(0), constant, op.dtype(), op.shape())]
         if isinstance(op.low.machine, Gpu):
