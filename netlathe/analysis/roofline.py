@@ -11,11 +11,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy.typing as npt
 import onnx_ir as ir
 import sympy
 
 from netlathe.analysis.cost import macs_in_names
-from netlathe.ir import dims
+from netlathe.ir import dims, weights
 
 _OF_BYTES = frozenset({"ConvInteger", "MatMulInteger", "QLinearConv", "QLinearMatMul"})
 _PAIRS = frozenset({"Conv", "Gemm", "MatMul"})
@@ -105,3 +106,29 @@ def _is_table(value: ir.Value) -> bool:
     """Whether only rows of it are taken."""
     uses = list(value.uses())
     return bool(uses) and all(node.op_type == "Gather" and position == 0 for node, position in uses)
+
+
+def tokens_of(model: ir.Model, feeds: Mapping[str, npt.NDArray[Any]]) -> int | None:
+    """How many tokens ``feeds`` has: the size of the inputs that say which rows of a constant table to take.
+
+    None where there is no such input, or several of different sizes: it is not a language model's, then.
+    """
+    sizes = {
+        feeds[value.name or ""].size
+        for value in model.graph.inputs
+        if (value.name or "") in feeds and _is_of_tokens(value)
+    }
+    return int(sizes.pop()) if len(sizes) == 1 else None
+
+
+def _is_of_tokens(value: ir.Value) -> bool:
+    """Whether ``value`` [batch, sequence], or what a Cast makes of it, chooses rows of a constant matrix."""
+    if value.shape is None or len(value.shape) != 2:
+        return False
+    for node, position in value.uses():
+        if node.op_type == "Cast" and _is_of_tokens(node.outputs[0]):
+            return True
+        table = node.inputs[0] if node.op_type == "Gather" and position == 1 else None
+        if table is not None and weights.is_weight(table) and len(table.shape or ()) == 2:
+            return True
+    return False

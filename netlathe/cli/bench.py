@@ -15,7 +15,9 @@ from netlathe.diagnostics import Diagnostic, InputError
 
 if TYPE_CHECKING:
     from netlathe.analysis.roofline import Ceilings, Work
+    from netlathe.execute.timing import Timing
     from netlathe.pipeline.interfaces import Captured
+    from netlathe.pipeline.pass_ import Feeds
 
 
 @click.command()
@@ -44,6 +46,12 @@ if TYPE_CHECKING:
     metavar="N",
     help="Threads to compute with.  [default: NETLATHE_THREADS, else every CPU this process has]",
 )
+@click.option(
+    "--inputs-of",
+    metavar="MODEL",
+    type=click.Path(path_type=Path),
+    help="Take the inputs of this model, which is not timed.",
+)
 @options.cache()
 @options.sizes()
 @options.as_json()
@@ -52,6 +60,7 @@ def bench(
     rounds: int,
     warmup: int,
     threads: int | None,
+    inputs_of: Path | None,
     kv_cache: bool,
     dims: dict[str, int],
     as_json: bool,
@@ -59,39 +68,45 @@ def bench(
     """Measure the latency of models in turn.
 
     A folder that was compiled for TVM runs in TVM's runtime, with the inputs of the first MODEL of
-    another kind; everything else runs in ONNX Runtime. Each is shown with its ratio to the first.
+    another kind, or of --inputs-of; everything else runs in ONNX Runtime. Each is shown with its ratio to
+    the first. What was compiled for a GPU is replayed as a CUDA graph, inputs and results in its memory.
     The models take turns (A B C, C B A, ...) in one process, so that a machine that slows down
     slows all of them; the ratio of the medians is what to trust. Optimizations are on, as in an
     application, and all use the same number of threads.
 
     Of the roofline: the least time that the model's products, or reading its weights once, take at the
-    rates that this machine reaches, as a share of the time taken. The rates are measured in the same turns.
+    rates that this machine reaches, as a share of the time taken. The rates are measured in the same turns;
+    that of a GPU's arithmetic is its peak. Of a language model, the tokens of its input are counted: many
+    in a prefill, one in a step of decoding.
 
     \b
     netlathe bench model.onnx out --dims batch=1,sequence=128 --threads 1
     netlathe bench out/onnx out/tvm --threads 2
+    netlathe bench gpu --inputs-of model.onnx --dims batch=1,sequence=1,past=512
     """
-    from netlathe.execute import ceilings, ort
+    from netlathe.execute import ort
     from netlathe.execute.timing import in_turn
 
     threads = threads or ort.default_threads()
     names = _names(models)
-    entrants = _entrants(models, names, threads, kv_cache=kv_cache, dims=dims)
-    probes = ceilings.probes(threads)
+    entrants = _entrants(models, names, inputs_of, threads, kv_cache=kv_cache, dims=dims)
+    probes = _probes(entrants, threads)
     runs = {**{name: entrant.run for name, entrant in entrants.items()}, **probes}
     found = in_turn(runs, rounds=rounds, warmup=warmup, progress=render.Bars())
     first = found[names[0]]
-    most = ceilings.ceilings(found)
+    most = _ceilings(entrants, found)
     bounds = {
-        name: _bound(entrant, most, found[name].median_ms) for name, entrant in entrants.items()
+        name: _bound(entrant, most[entrant.place], found[name].median_ms)
+        for name, entrant in entrants.items()
     }
+    rates = {name: entrant.rate(found[name].median_ms) for name, entrant in entrants.items()}
     if as_json:
         render.print_json(
             {
                 "threads": threads,
                 "rounds": rounds,
                 "warmup": warmup,
-                "ceilings": vars(most),
+                "ceilings": {place: vars(ceilings) for place, ceilings in most.items()},
                 "models": [
                     {
                         "model": entrant.source,
@@ -99,6 +114,7 @@ def bench(
                         "dims": entrant.dims,
                         **vars(found[name]),
                         "ratio": found[name].median_ms / first.median_ms,
+                        "tokens_per_s": rates[name],
                         "roofline": bounds[name],
                     }
                     for name, entrant in entrants.items()
@@ -108,7 +124,18 @@ def bench(
         return
     render.table(
         "",
-        ("model", "runs in", "#median", "#quartiles", "#ratio", "#of roofline", "bound by", "at"),
+        (
+            "model",
+            "runs in",
+            "#median",
+            "#quartiles",
+            "#ratio",
+            "#tokens/s",
+            "#weights",
+            "#of roofline",
+            "bound by",
+            "at",
+        ),
         (
             (
                 name,
@@ -116,7 +143,9 @@ def bench(
                 f"{found[name].median_ms:.2f} ms",
                 f"{found[name].low_ms:.2f} to {found[name].high_ms:.2f} ms",
                 f"{found[name].median_ms / first.median_ms:.2f}",
-                f"{bound['share']:.0%}" if (bound := bounds[name]) is not None else "-",
+                "-" if (rate := rates[name]) is None else f"{rate:.4g}",
+                f"{bound['bytes'] / 2**20:.1f} MiB" if (bound := bounds[name]) is not None else "-",
+                f"{bound['share']:.0%}" if bound is not None else "-",
                 bound["bound_by"] if bound is not None else "-",
                 render.sizes(entrant.dims),
             )
@@ -125,9 +154,19 @@ def bench(
     )
     render.line(
         f"({rounds} rounds after {warmup} of warm-up, {threads} thread{'s' if threads > 1 else ''};"
-        f" {most.float_ops / 1e9:.0f} GFLOP/s in float32, {most.byte_ops / 1e9:.0f} GOP/s of bytes,"
-        f" {most.bytes / 1e9:.1f} GB/s)"
+        f" {'; '.join(_told(place, ceilings) for place, ceilings in most.items())})"
     )
+
+
+def _told(place: str, most: Ceilings) -> str:
+    floats = "float32" if place == _CPU else "halves at the peak"
+    return (
+        f"{place}: {most.float_ops / 1e9:.0f} GFLOP/s in {floats},"
+        f" {most.byte_ops / 1e9:.0f} GOP/s of bytes, {most.bytes / 1e9:.1f} GB/s"
+    )
+
+
+_CPU, _GPU = "CPU", "GPU"
 
 
 @dataclass(frozen=True)
@@ -139,6 +178,30 @@ class _Entrant:
     dims: Mapping[str, int]
     run: Callable[[], object]
     work: Work | None  # None where it is not known
+    tokens: int | None = None  # of its input, where it is a language model's
+    place: str = _CPU
+
+    def rate(self, taken_ms: float) -> float | None:
+        """Tokens a second."""
+        return None if self.tokens is None else 1e3 * self.tokens / taken_ms
+
+
+def _probes(entrants: Mapping[str, _Entrant], threads: int) -> dict[str, Callable[[], object]]:
+    """What the rates are measured by of every place that something runs in."""
+    from netlathe.execute import ceilings, gpu
+
+    places = {entrant.place for entrant in entrants.values()}
+    on_gpu: dict[str, Callable[[], object]] = {gpu.COPY: gpu.copies()} if _GPU in places else {}
+    return {**(ceilings.probes(threads) if _CPU in places else {}), **on_gpu}
+
+
+def _ceilings(entrants: Mapping[str, _Entrant], found: Mapping[str, Timing]) -> dict[str, Ceilings]:
+    """The rates of every place."""
+    from netlathe.execute import ceilings, gpu
+
+    measured = {_CPU: ceilings.ceilings, _GPU: gpu.ceilings}
+    places = dict.fromkeys(entrant.place for entrant in entrants.values())
+    return {place: measured[place](found) for place in places}
 
 
 def _bound(entrant: _Entrant, most: Ceilings, taken_ms: float) -> dict[str, Any] | None:
@@ -153,6 +216,7 @@ def _bound(entrant: _Entrant, most: Ceilings, taken_ms: float) -> dict[str, Any]
 def _entrants(
     models: tuple[Path, ...],
     names: list[str],
+    inputs_of: Path | None,
     threads: int,
     *,
     kv_cache: bool,
@@ -165,16 +229,20 @@ def _entrants(
         for path, name in zip(models, names, strict=True)
         if path not in compiled
     }
-    if not captured:
+    if not captured and inputs_of is None:
         raise InputError(
             Diagnostic(
                 "bench.inputs",
                 "an artifact for TVM does not say which inputs make sense",
                 at=str(models[0]),
-                help="name the model it was made from too, or its ONNX artifact",
+                help="name the model it was made from too, or its ONNX artifact; --inputs-of: not timed",
             )
         )
-    judge = next(iter(captured.values()))
+    judge = (
+        next(iter(captured.values()))
+        if inputs_of is None
+        else capture(inputs_of, kv_cache=kv_cache, dims=dims)
+    )
     return {
         name: _in_onnx_runtime(captured[name], threads)
         if name in captured
@@ -189,20 +257,24 @@ def _is_for_tvm(path: Path) -> bool:
 
 def _in_tvm(folder: Path, judge: Captured, threads: int) -> _Entrant:
     """The artifact, with the inputs of ``judge``."""
-    from netlathe.analysis.roofline import Work
+    from netlathe.analysis.roofline import Work, tokens_of
     from netlathe.backends.tvm import runtime
-    from netlathe.execute.compare import inputs_of
+    from netlathe.execute import compare, gpu
 
-    feeds = inputs_of(judge.model, judge.sample(judge.dynamic, 0))
+    feeds = compare.inputs_of(judge.model, judge.sample(judge.dynamic, 0))
+    run: Callable[[], object]
     try:
         model = runtime.load(folder, threads=threads)
         model.run(feeds)
+        on_gpu = bool(model.meta.get("archs"))
+        run = gpu.replayed(model, feeds) if on_gpu else lambda: model.run(feeds)
     except runtime.ArtifactError as error:
         raise InputError(Diagnostic("bench.artifact", str(error), at=str(folder))) from error
-    # What is measured is this CPU: it bounds nothing that a GPU does.
-    told = model.meta.get("work") if not model.meta.get("archs") else None
+    told = model.meta.get("work")
     work = None if told is None else Work.from_json(told)
-    return _Entrant(str(folder), "TVM", judge.dynamic, lambda: model.run(feeds), work)
+    how, place = ("TVM, CUDA graph", _GPU) if on_gpu else ("TVM", _CPU)
+    tokens = tokens_of(judge.model, feeds)
+    return _Entrant(str(folder), how, judge.dynamic, run, work, tokens, place)
 
 
 def _names(models: tuple[Path, ...]) -> list[str]:
@@ -214,20 +286,20 @@ def _names(models: tuple[Path, ...]) -> list[str]:
 
 
 def _in_onnx_runtime(captured: Captured, threads: int) -> _Entrant:
-    from netlathe.analysis.roofline import work
+    from netlathe.analysis.roofline import tokens_of, work
+    from netlathe.execute import compare
 
-    run = _runner(captured, threads)
-    known = work(captured.model)
-    return _Entrant(captured.source, "ONNX Runtime", captured.dynamic, run, known)
+    feeds = compare.inputs_of(captured.model, captured.sample(captured.dynamic, 0))
+    run, known = _runner(captured, feeds, threads), work(captured.model)
+    tokens = tokens_of(captured.model, feeds)
+    return _Entrant(captured.source, "ONNX Runtime", captured.dynamic, run, known, tokens)
 
 
-def _runner(captured: Captured, threads: int) -> Callable[[], object]:
+def _runner(captured: Captured, feeds: Feeds, threads: int) -> Callable[[], object]:
     """A function that runs the model once: a file as it lies on disk, anything else as captured."""
     from netlathe.backends import onnx_file
     from netlathe.execute import ort
-    from netlathe.execute.compare import inputs_of
 
-    feeds = inputs_of(captured.model, captured.sample(captured.dynamic, 0))
     file = Path(captured.source)
     if file.is_file():
         session = onnx_file.open_file(file, optimize=True, exact=False, threads=threads)

@@ -10,7 +10,7 @@ import onnx_ir as ir
 import pytest
 
 from netlathe.analysis.cost import cost
-from netlathe.analysis.roofline import Ceilings, Work, work
+from netlathe.analysis.roofline import Ceilings, Work, tokens_of, work
 from netlathe.ir import normal
 from tests import zoo_ir
 
@@ -83,3 +83,17 @@ def test_the_products_are_those_that_cost_counts(name: str) -> None:
         at = found.at(dict.fromkeys(names, size))
         counted = cost(model, dict.fromkeys(names, size))
         assert at is not None and at.float_macs + at.byte_macs == counted.macs
+
+
+def test_tokens_are_what_rows_of_a_table_are_taken_by() -> None:
+    model = quantized()
+    assert tokens_of(model, {"ids": np.zeros((2, 3), np.int64)}) == 6
+    assert tokens_of(model, {}) is None
+
+
+def test_what_chooses_no_rows_is_no_token() -> None:
+    model = ir.from_onnx_text(
+        """<ir_version: 10, opset_import: ["" : 25]>
+        net (float[a, b] x, int64[a, b] at) => (float[a, b] y) { y = GatherElements(x, at) }"""
+    )
+    assert tokens_of(model, {"x": np.zeros((2, 3)), "at": np.zeros((2, 3), np.int64)}) is None

@@ -13,6 +13,8 @@ from netlathe.cli import main
 
 pytest.importorskip("tvm", reason="the tvm extra is not installed")
 
+from netlathe.backends.tvm import runtime
+
 MODEL = """<ir_version: 10, opset_import: ["" : 25]>
 one (float[n, 20] x) => (float[n, 20] y) <float[20, 20] w = {WEIGHTS}> {
     m = MatMul(x, w)
@@ -97,3 +99,28 @@ def test_of_another_model(
     words = ["bench", str(other), made[1], "--rounds", "3", "--threads", "1"]
     assert main(words) == 2
     assert "axis 1 of input 'x' is 21, not 20" in capsys.readouterr().err
+
+
+def test_an_artifact_alone_takes_the_inputs_of_a_model(
+    made: tuple[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["bench", made[1], "--inputs-of", made[0], "--rounds", "3", "--threads", "1"]
+    assert main([*words, "--dims", "n=5", "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    (row,) = said["models"]
+    assert row["runtime"] == "TVM" and row["dims"] == {"n": 5} and row["tokens_per_s"] is None
+    assert list(said["ceilings"]) == ["CPU"]
+
+
+@pytest.mark.skipif(not runtime.gpu_lack(["sm_90a"]), reason="there is a GPU")
+def test_an_artifact_for_a_gpu_that_is_not_there(
+    made: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "gpu"
+    shutil.copytree(made[1], folder)
+    meta = json.loads((folder / "meta.json").read_text())
+    meta["archs"] = ["sm_90a"]
+    (folder / "meta.json").write_text(json.dumps(meta))
+    assert main(["bench", str(folder), "--inputs-of", made[0], "--rounds", "3"]) == 2
+    said = capsys.readouterr().err
+    assert "bench.artifact" in said and "driver" in said and str(folder) in said
