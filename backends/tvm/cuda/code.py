@@ -11,7 +11,8 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from tvm import tirx
+import numpy as np
+from tvm import sym, tirx
 from tvm.backend.cuda.op import cuda_func_call
 from tvm.ir import PointerType, PrimType
 
@@ -22,6 +23,7 @@ from netlathe.backends.tvm.tir import (
     VECTORIZED,
     Code,
     Expr,
+    Index,
     _body,
     cast,
     dtype_of,
@@ -29,6 +31,7 @@ from netlathe.backends.tvm.tir import (
     idiv,
     known,
     plain,
+    substituted,
 )
 
 if TYPE_CHECKING:
@@ -46,6 +49,8 @@ class GpuCode(Code):
         self._task: tuple[Expr, Expr] | None = (
             None  # number and count of the tasks of the open grid
         )
+        # What the open loop over lanes stores: the buffer, the position by lane, the values.
+        self._leaving: list[tuple[Any, Expr, Any]] = []
 
     @property
     def has_wgmma(self) -> bool:
@@ -82,11 +87,43 @@ class GpuCode(Code):
     def lanes(self, count: int) -> Iterator[Expr]:
         """A thread's loop over neighbouring elements: what is next to each other moves at one time.
 
-        Elements that are loaded or stored in a row must be aligned as a whole: the first one's position
-        is a multiple of ``count``.
+        That is so where TVM sees that the first one's position in its buffer is a multiple of ``count``: an
+        expression such as ``n * 4``, which no name hides.
         """
+        if count == 1:
+            yield i64(0)
+            return
+        before, self._leaving = self._leaving, []
         with super().loop(count, VECTORIZED) as lane:
             yield lane
+        leaving, self._leaving = self._leaving, before
+        for buffer, position, held in leaving:
+            first, second = (substituted(position, {lane: i64(n)}) for n in (0, 1))
+            multiple = sym.Analyzer().modular_set(first)
+            aligned = multiple.coeff % count == 0 and multiple.base % count == 0
+            if aligned and known(sym.Analyzer().simplify(second - first)) == 1:
+                size = count * np.dtype(str(buffer.dtype)).itemsize
+                pointers = (self.address(buffer, first), self.address(held))
+                self.run(f"netlathe_put<{size}>", _PUT, *pointers)
+                continue
+            with self.loop(count, VECTORIZED) as each:
+                value = tirx.BufferLoad(held, [each])
+                super().store(buffer, substituted(position, {lane: each}), value)
+
+    def store(self, buffer: Any, index: Expr | Index, value: Expr) -> None:
+        """Store one element; in a loop over lanes, all of them when it has ended.
+
+        The type of a vector says nothing of its alignment to nvcc, which then writes element by element.
+        """
+        if self._lane is None or buffer.scope() != "global":
+            super().store(buffer, index, value)
+            return
+        lane, lanes, hoisted = self._lane
+        held = self._scratch([lanes], str(buffer.dtype))
+        hoisted.append(tirx.AllocBuffer(held, _ON_STACK))
+        super().store(held, lane, value)
+        (position,) = index if isinstance(index, (list, tuple)) else (index,)
+        self._leaving.append((buffer, position, held))
 
     @contextlib.contextmanager
     def launch(
@@ -178,8 +215,9 @@ class GpuCode(Code):
         """A descriptor of the array ``source`` for copies of ``box``, made on the host.
 
         The innermost dim is first; it has no stride, those of the others are in elements of ``bytes_`` bytes.
-        Of a dim whose ``steps`` are n only every n-th element of the box is copied. A box is written to shared memory row by row, ``swizzled`` as rows of 128 bytes with the 128-byte
-        swizzle; zeros stand for what lies outside of the array.
+        Of a dim whose ``steps`` are n only every n-th element of the box is copied. A box is written to
+        shared memory row by row, ``swizzled`` as rows of 128 bytes with the 128-byte swizzle; zeros stand
+        for what lies outside of the array.
         """
         self._count += 1
         made = tirx.Var(f"map{self._count}", PointerType(tirx.TensorMapType()))
@@ -238,6 +276,22 @@ _FOLLOW = """
 __device__ __forceinline__ void netlathe_follow() {
   asm volatile("griddepcontrol.launch_dependents;");
   asm volatile("griddepcontrol.wait;" ::: "memory");
+}
+"""
+_PUT = """
+template <int kBytes> __device__ __forceinline__ void netlathe_put(void* to, const void* from) {
+  if constexpr (kBytes == 4) {
+    *static_cast<uint32_t*>(to) = *static_cast<const uint32_t*>(from);
+  } else if constexpr (kBytes == 8) {
+    *static_cast<uint64_t*>(to) = *static_cast<const uint64_t*>(from);
+  } else {
+    static_assert(kBytes % 16 == 0);
+    const uint64_t* part = static_cast<const uint64_t*>(from);
+#pragma unroll
+    for (int i = 0; i < kBytes / 8; i += 2)
+      asm volatile("st.global.v2.b64 [%0], {%1, %2};"
+                   ::"l"(static_cast<uint64_t*>(to) + i), "l"(part[i]), "l"(part[i + 1]) : "memory");
+  }
 }
 """
 _NULL = """

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 from tvm import tirx
 
+from netlathe.backends.tvm.cuda import windows
+from netlathe.backends.tvm.cuda.code import GpuCode
 from netlathe.backends.tvm.kernel import Kernel
 from netlathe.backends.tvm.kernels.reduce import Combine
 from netlathe.backends.tvm.tir import (
@@ -56,6 +58,10 @@ def channels_last(
 ) -> str:
     """store([b, row, column, channel], the window's elements combined); ``out`` is that shape."""
     code = kernel.code
+    if isinstance(code, GpuCode):
+        down, across = ((s.size, s.stride, s.dilation, s.begin) for s in spans)
+        cut = windows.Windows(*zip(down, across, strict=True))
+        return windows.pool(kernel, x, cut, out, dtype, combine, store)
     height, width = kernel.shape(x.shape)[1:3]
     lanes = kernel.lowering.machine.lanes(dtype)
     channels = known(out[3])

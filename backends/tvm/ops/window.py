@@ -13,6 +13,7 @@ from netlathe.backends.tvm.arm import conv as arm
 from netlathe.backends.tvm.cuda import conv as cuda_conv
 from netlathe.backends.tvm.cuda import products
 from netlathe.backends.tvm.cuda.machine import Gpu
+from netlathe.backends.tvm.cuda.windows import Windows as CudaWindows
 from netlathe.backends.tvm.kernel import Kernel
 from netlathe.backends.tvm.kernels import conv as kernels
 from netlathe.backends.tvm.kernels import gemm, pool, tile
@@ -137,7 +138,7 @@ def convolved(
         and x.dtype == constant.dtype == dtype
         and dtype in cuda_conv.HALVES
     ):
-        cut = cuda_conv.Windows(*((v[0], v[1]) for v in _two(spans)))
+        cut = CudaWindows(*_two(spans))
         last = cuda_conv.of_halves(
             low, channels_last(low, x, 4), constant, cut, spans.is_plain, tuple(to_last(shape))
         )
@@ -147,6 +148,12 @@ def convolved(
         made = products.convolution(
             x, weight, spans.strides, spans.dilations, spans.begins, groups, dtype, shape
         )
+    elif isinstance(low.machine, Gpu) and len(kernel) == 2 and dtype in cuda_conv.DEPTHWISE:
+        held = constant if isinstance(weight, Ready) and weight.dtype == dtype else None
+        taps = _taps_first(low, weight, held, kernels.Geometry(groups, 1, 1, *_two(spans)[:3]))
+        cut = CudaWindows(*_two(spans))
+        last = cuda_conv.depthwise(low, channels_last(low, x, 4), taps, cut, tuple(to_last(shape)))
+        made = ChannelsLast(dtype, shape, last)
     elif len(kernel) > 2 or isinstance(low.machine, Gpu):  # there, a thread for each result
         made = _conv_by_reduction(x, weight, spans, channels, dtype, shape)
     else:
@@ -163,8 +170,9 @@ def convolved(
     return biased(low, made, bias)
 
 
-def _two(spans: Windows) -> tuple[tuple[int, ...], ...]:
-    return spans.kernel, spans.strides, spans.dilations, spans.begins
+def _two(spans: Windows) -> list[tuple[int, int]]:
+    """The size, strides, dilations and begins of windows over two dims."""
+    return [(v[0], v[1]) for v in (spans.kernel, spans.strides, spans.dilations, spans.begins)]
 
 
 def biased(low: Lowering, made: Value, bias: Value | None) -> Value:

@@ -133,11 +133,11 @@ def test_every_kernel_is_there_on_each(artifact: CudaArtifact) -> None:
     assert len({frozenset(kernels) for kernels in by_arch.values()}) == 1
     (kernels, *_) = by_arch.values()
     stems = {name.rpartition("_kernel")[0].rstrip("0123456789").rstrip("_") for name in kernels}
-    product = "gemm_warpgroups" if artifact.machine.has_wgmma else "gemm_warps"
+    kind = "warpgroups" if artifact.machine.has_wgmma else "warps"
     wanted = {
-        product,
+        f"gemm_{kind}",
         "attention_flash",
-        "conv_warps",
+        f"conv_{kind}",
         "rows_rms_norm",
         "rows_softmax",
         "reduce_rows",
@@ -155,5 +155,5 @@ def test_blocks_fit_a_multiprocessor(artifact: CudaArtifact) -> None:
     """65536 registers: blocks have 256 threads, those of wgmma 384, those that stream weights 544."""
     for r in resources(artifact):
         few = r.kernel.startswith(("gemm_warpgroups_1", "gemm_warpgroups_2"))
-        many = r.kernel.startswith("gemm_warpgroups_0")
+        many = r.kernel.startswith(("gemm_warpgroups_0", "conv_warpgroups"))
         assert r.registers * (544 if few else 384 if many else 256) <= 65536

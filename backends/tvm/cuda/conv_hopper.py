@@ -1,0 +1,326 @@
+"""Device code of convolutions for sm_90a: boxes of places by the copy engine, products by warpgroups.
+
+A row of the product is a place of the result, a column one of its channels, K are taps by channels (implicit
+GEMM; arXiv 1410.0759, section 3). Each of two warpgroups multiplies a box of up to 64 places, images x rows x
+columns: what one tap reads for them is a box of the input too, whose steps are the strides, and which may
+reach over the edge, where the copy engine writes zeros. So one thread copies, and padding costs nothing.
+
+Instructions and swizzled tiles are as in :mod:`hopper`. Sums leave through shared memory, 4 neighbouring
+channels a thread.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import product
+
+THREADS = 384  # one warpgroup copies, two multiply
+GROUP = 128
+DEEP = 64  # channels in a stage: 128 bytes
+PLACES = 64  # of a box: the rows of a warpgroup's product
+LANES = 4  # neighbouring results of a thread
+PROCESSORS = 132  # of an H100 or H200; on another GPU the walk over tiles is only less even
+_CACHE_BYTES = 32  # that a multiprocessor gets from the level-2 cache in a cycle
+_LEAVING = 30  # cycles that a column of a tile's results takes on its way out
+_STAGING = (
+    2 * PLACES * 64 * 4
+)  # bytes: 64 x 64 results of each multiplying warpgroup on their way out
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A tile of two boxes by ``columns`` outputs, ``stages`` in flight, ``blocks`` to a multiprocessor.
+
+    ``cluster`` blocks share what they read of the weight.
+    """
+
+    columns: int
+    stages: int
+    blocks: int = 1
+    cluster: int = 1
+
+    @property
+    def stage_bytes(self) -> int:
+        """Both operands of one step."""
+        return (2 * PLACES + self.columns) * DEEP * 2
+
+    @property
+    def shared_bytes(self) -> int:
+        """All of shared memory: to align it, the stages, the results, the barriers."""
+        return 1024 + self.stages * self.stage_bytes + _STAGING + 2 * self.stages * 8
+
+    @property
+    def registers(self) -> tuple[int, int]:
+        """Of a thread that copies, and of one that multiplies: what blocks share, moved to the latter."""
+        return (56, 224) if self.blocks == 1 else (48, 96)
+
+
+NARROW = 16  # channels: three quarters of what a stage copies would be zeros
+SHAPES = (Shape(64, 3, 2), Shape(128, 5), Shape(256, 4), Shape(256, 4, 1, 2))
+
+
+@dataclass(frozen=True)
+class Box:
+    """Places that a warpgroup multiplies at one time: ``images`` x ``rows`` x ``columns``."""
+
+    images: int
+    rows: int
+    columns: int
+
+    @property
+    def places(self) -> int:
+        """At most :data:`PLACES`."""
+        return self.images * self.rows * self.columns
+
+
+@lru_cache
+def box(images: int, rows: int, columns: int, stride: tuple[int, int]) -> Box:
+    """The box of which the fewest cover a result of these sizes; of those, the one with the longest rows.
+
+    What a box covers of the input is limited to 256 elements a dim by the copy engine.
+    """
+
+    def count(made: Box) -> int:
+        return -(-images // made.images) * -(-rows // made.rows) * -(-columns // made.columns)
+
+    each = range(1, PLACES + 1)
+    fits = [
+        Box(b, h, w)
+        for h, w in product(each, each)
+        if h * w <= PLACES and (h - 1) * stride[0] < 256 and (w - 1) * stride[1] < 256
+        for b in {min(images, PLACES // (h * w)), 1}
+        if h <= rows and w <= columns
+    ]
+    return min(fits, key=lambda made: (count(made), -made.columns, -made.rows, made.images))
+
+
+def chosen(boxes: int | None, outputs: int, steps: int) -> Shape:
+    """The shape that takes the fewest cycles for ``boxes`` boxes, many if that is known at run time only."""
+
+    def cycles(shape: Shape) -> int:
+        tiles = -(-(boxes or 1 << 16) // (2 * shape.cluster)) * -(-outputs // shape.columns)
+        rounds = -(-tiles * shape.cluster // (PROCESSORS * shape.blocks))
+        own = (2 * PLACES + shape.columns // shape.cluster) * DEEP * 2
+        step = max(own // _CACHE_BYTES, 4 * shape.columns)
+        # Blocks of a multiprocessor share it, but one's results leave while another multiplies.
+        return rounds * (steps * step * shape.blocks + _LEAVING * shape.columns)
+
+    return min(SHAPES, key=cycles)
+
+
+def source(shape: Shape, dtype: str) -> str:
+    """The device functions for one shape; ``dtype`` is ``bf16`` or ``f16``."""
+    registers = shape.columns // 2
+    places = ", ".join(f"%{i}" for i in range(registers))
+    operands = ", ".join(f'"+f"(d[{i}])' for i in range(registers))
+    space = _space(shape, dtype)
+    copying, multiplying = shape.registers
+    return f"""
+#ifndef {space.upper()}
+#define {space.upper()}
+namespace {space} {{
+constexpr int kStages = {shape.stages}, kStageBytes = {shape.stage_bytes}, kCluster = {shape.cluster};
+constexpr int kColumns = {shape.columns}, kShare = kColumns / kCluster;
+constexpr int kBoxBytes = {PLACES * DEEP * 2};
+
+__device__ __forceinline__ uint32_t base(const void* shared) {{
+  return (static_cast<uint32_t>(__cvta_generic_to_shared(shared)) + 1023u) & ~1023u;
+}}
+__device__ __forceinline__ uint32_t full(uint32_t at, int stage) {{
+  return at + kStages * kStageBytes + {_STAGING} + stage * 8;
+}}
+__device__ __forceinline__ uint32_t empty(uint32_t at, int stage) {{ return full(at, kStages + stage); }}
+__device__ __forceinline__ int rank() {{
+  uint32_t r = 0;
+  if (kCluster > 1) asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(r));
+  return r;
+}}
+__device__ __forceinline__ void wait(uint32_t barrier, uint32_t parity) {{
+  asm volatile(
+      "{{\\n.reg .pred p;\\nAGAIN:\\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\\n@p bra DONE;\\nbra AGAIN;\\nDONE:\\n}}"
+      ::"r"(barrier), "r"(parity) : "memory");
+}}
+__device__ __forceinline__ void release(uint32_t barrier) {{
+#pragma unroll
+  for (int cta = 0; cta < kCluster; ++cta)
+    if (kCluster == 1)
+      asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+    else
+      asm volatile(
+          "{{\\n.reg .b32 far;\\nmapa.shared::cluster.u32 far, %0, %1;\\n"
+          "mbarrier.arrive.shared::cluster.b64 _, [far];\\n}}"
+          ::"r"(barrier), "r"(cta) : "memory");
+}}
+__device__ __forceinline__ void copy_box(
+    uint32_t to, const CUtensorMap* map, uint32_t barrier, int channel, int column, int row, int image) {{
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
+      " [%0], [%1, {{%3, %4, %5, %6}}], [%2];"
+      ::"r"(to), "l"(map), "r"(barrier), "r"(channel), "r"(column), "r"(row), "r"(image) : "memory");
+}}
+__device__ __forceinline__ void copy_weight(
+    uint32_t to, const CUtensorMap* map, uint32_t barrier, int channel, int tap, int output) {{
+  if (kCluster == 1)
+    asm volatile(
+        "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
+        " [%0], [%1, {{%3, %4, %5}}], [%2];"
+        ::"r"(to), "l"(map), "r"(barrier), "r"(channel), "r"(tap), "r"(output) : "memory");
+  else
+    asm volatile(
+        "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster"
+        " [%0], [%1, {{%3, %4, %5}}], [%2], %6;"
+        ::"r"(to), "l"(map), "r"(barrier), "r"(channel), "r"(tap), "r"(output),
+          "h"((uint16_t)((1 << kCluster) - 1)) : "memory");
+}}
+__device__ __forceinline__ uint64_t described(uint32_t at) {{
+  return (uint64_t)((at & 0x3FFFF) >> 4) | (1ull << 16) | (64ull << 32) | (1ull << 62);
+}}
+__device__ __forceinline__ void multiply(float* d, uint64_t a, uint64_t b) {{
+  asm volatile(
+      "wgmma.mma_async.sync.aligned.m64n{shape.columns}k16.f32.{dtype}.{dtype} {{{places}}},"
+      " %{registers}, %{registers + 1}, 1, 1, 1, 0, 0;"
+      : {operands}
+      : "l"(a), "l"(b));
+}}
+__device__ __forceinline__ void cluster_barrier() {{
+  if (kCluster > 1)
+    asm volatile("barrier.cluster.arrive.aligned;\\nbarrier.cluster.wait.aligned;" ::: "memory");
+}}
+
+// Every thread, first: the barriers. A stage is full when its bytes are there, and empty when every
+// multiplying warpgroup that reads it, in any block of the cluster, has let it go.
+__device__ __forceinline__ void start(uint8_t* shared) {{
+  const uint32_t at = base(shared);
+  if (threadIdx.x == 0) {{
+    for (int stage = 0; stage < kStages; ++stage) {{
+      asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(full(at, stage)));
+      asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(empty(at, stage)), "r"(2 * kCluster));
+    }}
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  }}
+  __syncthreads();
+  cluster_barrier();
+}}
+__device__ __forceinline__ void finish() {{ cluster_barrier(); }}
+
+// The number of the box that warpgroup `group` of this block multiplies in a tile.
+__device__ __forceinline__ int box_number(int tile, int across, int group) {{
+  return (tile / across * kCluster + rank()) * 2 + group;
+}}
+
+// Copies for every step of every tile: `channels` of each of `down` x `wide` taps. A box is kImages x kRows x
+// kBox places; a plane has `high` x `long_` boxes.
+template <int kImages, int kRows, int kBox, int kDown, int kAcross, int kDilatedDown, int kDilatedAcross,
+          int kAbove, int kBefore>
+__device__ __forceinline__ void produce(
+    uint8_t* shared, uint64_t map_x, uint64_t map_w, int first, int step, int tiles, int across, int high,
+    int long_, int down, int wide, int channels) {{
+  const CUtensorMap *x = reinterpret_cast<const CUtensorMap*>(map_x);
+  const CUtensorMap *w = reinterpret_cast<const CUtensorMap*>(map_w);
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 {copying};");
+  if (threadIdx.x != 0) return;
+  const uint32_t at = base(shared);
+  constexpr int kBytes = kImages * kRows * kBox * {DEEP * 2} * 2 + kColumns * {DEEP * 2};
+  int stage = 0, parity = 1;
+  for (int tile = first; tile < tiles; tile += step) {{
+    int image[2], row[2], column[2];
+#pragma unroll
+    for (int group = 0; group < 2; ++group) {{
+      const int number = box_number(tile, across, group), line = number / long_;
+      column[group] = number % long_ * (kBox * kAcross) - kBefore;
+      row[group] = line % high * (kRows * kDown) - kAbove;
+      image[group] = line / high * kImages;
+    }}
+    const int output = tile % across * kColumns + rank() * kShare;
+    for (int i = 0; i < down; ++i)
+      for (int j = 0; j < wide; ++j)
+        for (int channel = 0; channel < channels; channel += {DEEP}) {{
+          wait(empty(at, stage), parity);
+          const uint32_t to = at + stage * kStageBytes, barrier = full(at, stage);
+          asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(kBytes)
+                       : "memory");
+#pragma unroll
+          for (int group = 0; group < 2; ++group)
+            copy_box(to + group * kBoxBytes, x, barrier, channel, column[group] + j * kDilatedAcross,
+                     row[group] + i * kDilatedDown, image[group]);
+          copy_weight(to + 2 * kBoxBytes + rank() * kShare * {DEEP * 2}, w, barrier, channel, i * wide + j,
+                      output);
+          if (++stage == kStages) stage = 0, parity ^= 1;
+        }}
+  }}
+}}
+
+__device__ __forceinline__ void prepare() {{
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 {multiplying};");
+}}
+
+// The sums of one warpgroup's box.
+__device__ __forceinline__ void consume(uint8_t* shared, float* d, int tile_number, int steps) {{
+  const uint32_t at = base(shared);
+  const int group = threadIdx.x / {GROUP} - 1;
+  const bool speaks = threadIdx.x % {GROUP} == 0;
+  int stage = tile_number * steps % kStages, parity = tile_number * steps / kStages & 1, before = 0;
+#pragma unroll
+  for (int i = 0; i < {registers}; ++i) d[i] = 0.0f;
+  for (int k = 0; k < steps; ++k) {{
+    wait(full(at, stage), parity);
+    const uint32_t tile = at + stage * kStageBytes;
+    const uint64_t a = described(tile + group * kBoxBytes), b = described(tile + 2 * kBoxBytes);
+    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#pragma unroll
+    for (int part = 0; part < {DEEP // 16}; ++part) multiply(d, a + part * 2, b + part * 2);
+    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+    if (k > 0) {{
+      asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
+      if (speaks) release(empty(at, before));
+    }}
+    before = stage;
+    if (++stage == kStages) stage = 0, parity ^= 1;
+  }}
+  asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+#pragma unroll
+  for (int i = 0; i < {registers}; ++i) asm volatile("" : "+f"(d[i])::"memory");
+  if (speaks) release(empty(at, before));
+}}
+
+// 64 x 64 results through shared memory, so that a thread has {LANES} neighbouring columns. Pieces of 8
+// columns are permuted by row against bank conflicts.
+__device__ __forceinline__ float* staging(uint8_t* shared) {{
+  return reinterpret_cast<float*>(
+      __cvta_shared_to_generic(base(shared) + kStages * kStageBytes)) + (threadIdx.x / {GROUP} - 1) * 4096;
+}}
+__device__ __forceinline__ void stage(uint8_t* shared, const float* d) {{
+  float* to = staging(shared);
+  const int warp = threadIdx.x % {GROUP} / 32, lane = threadIdx.x % 32;
+#pragma unroll
+  for (int j = 0; j < 8; ++j)
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {{
+      const int row = warp * 16 + half * 8 + lane / 4;
+      const int column = (j ^ (row & 3)) * 8 + lane % 4 * 2;
+      const float* from = d + j * 4 + half * 2;
+      *reinterpret_cast<float2*>(to + row * 64 + column) = make_float2(from[0], from[1]);
+    }}
+  asm volatile("bar.sync %0, {GROUP};" ::"r"((int)threadIdx.x / {GROUP}) : "memory");
+}}
+__device__ __forceinline__ float4 staged(uint8_t* shared, int64_t row, int64_t column) {{
+  const float* from = staging(shared) + row * 64 + (((column >> 3) ^ (row & 3)) << 3) + (column & 7);
+  return *reinterpret_cast<const float4*>(from);
+}}
+__device__ __forceinline__ void unstage() {{
+  asm volatile("bar.sync %0, {GROUP};" ::"r"((int)threadIdx.x / {GROUP}) : "memory");
+}}
+}}  // namespace
+#endif
+"""
+
+
+def _space(shape: Shape, dtype: str) -> str:
+    return f"netlathe_convolve_{dtype}_{shape.columns}_{shape.stages}_{shape.cluster}"
+
+
+def name(shape: Shape, dtype: str, function: str) -> str:
+    """The function's name in C++."""
+    return f"{_space(shape, dtype)}::{function}"

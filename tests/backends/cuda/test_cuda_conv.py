@@ -1,0 +1,197 @@
+"""Convolutions, depthwise ones and pools for a GPU: how results are cut, and what the kernels take."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from math import ceil, prod
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+pytest.importorskip("tvm", reason="the tvm extra is not installed")
+
+from tvm import tirx
+
+from netlathe.backends.tvm.cuda import conv_hopper
+from netlathe.backends.tvm.cuda.artifact import CudaArtifact
+from netlathe.backends.tvm.cuda.machine import ARCHITECTURES, gpu
+from netlathe.backends.tvm.cuda.toolkit import Resources
+from netlathe.backends.tvm.kernel import SCHEDULE
+from netlathe.backends.tvm.lowering import Lowering
+from netlathe.ir import normal
+from tests.backends.cuda.test_cuda_compile import _has_nvcc
+from tests.backends.cuda.test_cuda_run import BOUNDS, HALVES, HERE, OnGpu
+
+
+def window(kind: str, size: int, stride: int = 1, group: int = 1, dilation: int = 1) -> str:
+    """A node's attributes."""
+    pad = dilation * (size // 2)
+    how = f"strides = [{stride}, {stride}], pads = [{pad}, {pad}, {pad}, {pad}]"
+    if kind == "pool":
+        return f"{how}, kernel_shape = [{size}, {size}]"
+    return f"{how}, dilations = [{dilation}, {dilation}], group = {group}"
+
+
+def network(
+    half: str, image: str, body: str, out: str, shapes: Mapping[str, tuple[int, ...]]
+) -> Any:
+    """A model of one input ``x`` and one output ``y`` with random constants, and the constants."""
+    rng = np.random.default_rng(3)
+    model = ir.from_onnx_text(
+        f"""<ir_version: 12, opset_import: ["" : 22]>
+        g ({half}[{image}] x) => ({half}[{out}] y) {{ {body} }}"""
+    )
+    used = {v.name: v for node in model.graph for v in node.inputs if v is not None}
+    made = {}
+    for name, shape in shapes.items():
+        made[name] = (rng.standard_normal(shape) / prod(shape[1:]) ** 0.5).astype(HALVES[half])
+        value = used[name]
+        value.const_value = ir.Tensor(made[name], dtype=ir.DataType.from_numpy(made[name].dtype))
+        value.dtype, value.shape = value.const_value.dtype, ir.Shape(shape)
+        model.graph.register_initializer(value)
+    normal.normalize(model)
+    return model, made
+
+
+def every_kind(half: str) -> ir.Model:
+    """A stem of 3 channels, a pool, windows of 3 x 3 with strides, a residual, and a depthwise one."""
+    body = f"""
+        a = Conv <{window("conv", 7, 2)}> (x, stem)
+        b = Relu (a)
+        c = MaxPool <{window("pool", 3, 2)}> (b)
+        d = Conv <{window("conv", 3)}> (c, deep)
+        e = Add (d, c)
+        f = Conv <{window("conv", 3, 2)}> (e, wide)
+        h = Conv <{window("conv", 1)}> (f, mixed)
+        i = Conv <{window("conv", 3, 1, 300)}> (h, own)
+        y = Transpose <perm = [0, 2, 3, 1]> (i)"""
+    shapes = {
+        "stem": (64, 3, 7, 7),
+        "deep": (64, 64, 3, 3),
+        "wide": (128, 64, 3, 3),
+        "mixed": (300, 128, 1, 1),
+        "own": (300, 1, 3, 3),
+    }
+    model: ir.Model = network(half, "8, 3, 112, 112", body, "8, 14, 14, 300", shapes)[0]
+    return model
+
+
+# -- boxes and tiles -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [112, 56, 28, 14, 7])
+def test_boxes_of_resnet_waste_nothing(size: int) -> None:
+    box = conv_hopper.box(64, size, size, (1, 1))
+    each = (box.images, box.rows, box.columns)
+    assert box.places == conv_hopper.PLACES
+    assert all(whole % part == 0 for whole, part in zip((64, size, size), each, strict=True))
+
+
+@pytest.mark.parametrize("stride", [1, 2, 7])
+def test_boxes_fit_a_warpgroup_and_the_copy_engine(stride: int) -> None:
+    rng = np.random.default_rng(stride)
+    for images, rows, columns in rng.integers(1, 200, (50, 3)).tolist():
+        box = conv_hopper.box(images, rows, columns, (stride, stride))
+        assert 0 < box.places <= conv_hopper.PLACES
+        assert (box.rows - 1) * stride < 256 and (box.columns - 1) * stride < 256
+        count = ceil(images / box.images) * ceil(rows / box.rows) * ceil(columns / box.columns)
+        square = images * ceil(rows / 8) * ceil(columns / 8)
+        assert count <= square or stride == 7  # 8 x 8 places are always one of the choices
+
+
+def test_tiles_fit_and_keep_every_multiprocessor_busy() -> None:
+    most = ARCHITECTURES["sm_90a"][1]
+    for shape in conv_hopper.SHAPES:
+        assert shape.shared_bytes <= most
+        assert (shape.shared_bytes + 1024) * shape.blocks <= most + 1024
+    # 49 boxes by 512 outputs: wide tiles would leave most of the GPU without work.
+    small = conv_hopper.chosen(49, 512, 72)
+    assert ceil(49 / 2) * 512 // small.columns >= 100
+    assert conv_hopper.chosen(1 << 14, 64, 9).columns == 64
+    assert conv_hopper.chosen(None, 256, 36).columns == 256
+
+
+# -- code ------------------------------------------------------------------------------------------
+
+
+def kernels(model: ir.Model, arch: str) -> dict[str, str]:
+    """The text of every kernel by its schedule; the last one of each."""
+    module = Lowering(model, gpu([arch])).run().module
+    return {
+        str(function.attrs[SCHEDULE]): function.script()
+        for _, function in module.functions_items()
+        if isinstance(function, tirx.PrimFunc) and SCHEDULE in function.attrs
+    }
+
+
+@pytest.mark.parametrize("half", ["float16", "bfloat16"])
+def test_neighbouring_results_leave_together(half: str) -> None:
+    """Four halves are 8 bytes, where rows of channels are whole vectors."""
+    found = kernels(every_kind(half), "sm_90a")
+    assert found.keys() >= {
+        "conv.warpgroups",
+        "conv.depthwise",
+        "conv.padded",
+        "pool.channels_last",
+    }
+    for text in found.values():
+        assert "netlathe_put<8>" in text
+    odd = network(
+        half,
+        "1, 64, 9, 9",
+        f"y = Conv <{window('conv', 3)}> (x, w)",
+        "1, 70, 9, 9",
+        {"w": (70, 64, 3, 3)},
+    )[0]
+    assert "netlathe_put" not in kernels(odd, "sm_90a")["conv.warpgroups"]
+
+
+def test_older_gpus_gather_with_warps() -> None:
+    found = kernels(every_kind("float16"), "sm_80")
+    assert "conv.warps" in found and "conv.warpgroups" not in found
+
+
+@pytest.mark.skipif(not _has_nvcc(), reason="nvcc is not installed")
+def test_nothing_spills() -> None:
+    artifact = CudaArtifact(every_kind("float16"), gpu(["sm_90a"]))
+    found: tuple[Resources, ...] = artifact._built.resources  # type: ignore[attr-defined]
+    stems = {re.sub(r"_\d+_kernel$", "", r.kernel) for r in found}
+    assert stems >= {"conv_warpgroups", "conv_depthwise", "conv_padded", "pool_channels_last"}
+    for r in found:
+        assert r.spill_bytes == 0 and r.stack_bytes == 0, r
+        threads = conv_hopper.THREADS if r.kernel.startswith("conv_warpgroups") else 256
+        assert r.registers * threads <= 65536, r
+
+
+# -- on a GPU --------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not HERE, reason="no GPU that there are kernels for")
+@pytest.mark.parametrize("half", ["bfloat16", "float16"])
+@pytest.mark.parametrize("channels", [37, 48])
+@pytest.mark.parametrize(("size", "stride", "dilation"), [(3, 1, 1), (5, 2, 1), (3, 2, 2)])
+def test_windows(half: str, channels: int, size: int, stride: int, dilation: int) -> None:
+    import torch
+
+    own = window("conv", size, stride, channels, dilation)
+    body = f"""
+        a = Conv <{own}> (x, own)
+        y = MaxPool <{window("pool", 3, 2)}> (a)"""
+    model, made = network(
+        half,
+        f"3, {channels}, 19, 23",
+        body,
+        f"3, {channels}, h, v",
+        {"own": (channels, 1, size, size)},
+    )
+    x = np.random.default_rng(2).standard_normal((3, channels, 19, 23)).astype(HALVES[half])
+    found = OnGpu(model, gpu([HERE[-1]])).run({"x": x})["y"].astype(np.float64)
+    image, taps = (torch.from_numpy(a.astype(np.float64)) for a in (x, made["own"]))
+    pad = dilation * (size // 2)
+    wanted = torch.conv2d(image, taps, None, stride, pad, dilation, channels)
+    wanted = torch.max_pool2d(wanted, 3, 2, 1)
+    assert found.shape == tuple(wanted.shape)
+    assert np.linalg.norm(found - wanted.numpy()) / float(wanted.norm()) < BOUNDS[half]
