@@ -14,6 +14,8 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from netlathe.backends.tvm import toom_cook
+
 Array = npt.NDArray[Any]
 D = ir.DataType
 
@@ -172,6 +174,18 @@ def scales(tensor: ir.TensorProtocol, axis: int, block: int, count: int, width: 
 def window_panels(tensor: ir.TensorProtocol, groups: int, count: int, width: int) -> Array:
     """A kernel [groups * outputs, inputs, *taps] as [groups, count, taps * inputs, width]."""
     return np.stack([_panels(matrix, count, width) for matrix in _by_group(tensor, groups)])
+
+
+def winograd_panels(tensor: ir.TensorProtocol, m: int, count: int, width: int) -> Array:
+    """A kernel [outputs, inputs, 3, 3], transformed for tiles of m x m, as [count, positions, inputs, width].
+
+    Of each pair of channels it is G g G^T (:mod:`netlathe.backends.tvm.toom_cook`), in float64, then rounded.
+    """
+    matrix = toom_cook.taps_matrix(m)
+    values = array(tensor).astype(np.float64)
+    moved = np.einsum("ia,ocab,jb->ijco", matrix, values, matrix, optimize=True).astype(np.float32)
+    parts = [_panels(each, count, width) for each in moved.reshape(-1, *moved.shape[2:])]
+    return np.stack(parts, 1)
 
 
 def _by_group(tensor: ir.TensorProtocol, groups: int) -> Array:

@@ -16,7 +16,7 @@ from netlathe.backends.tvm.cuda.machine import Gpu
 from netlathe.backends.tvm.cuda.windows import Windows as CudaWindows
 from netlathe.backends.tvm.kernel import Kernel
 from netlathe.backends.tvm.kernels import conv as kernels
-from netlathe.backends.tvm.kernels import gemm, pool, tile
+from netlathe.backends.tvm.kernels import gemm, pool, tile, winograd
 from netlathe.backends.tvm.kernels import reduce as template
 from netlathe.backends.tvm.lowering import Lowering
 from netlathe.backends.tvm.ops import dots
@@ -245,6 +245,8 @@ def _conv_2d(
         return made
     if spans.is_plain and groups == 1:
         return _pointwise(low, low.force(x), weight, constant, geometry, dtype, shape)
+    if (made := winograd.by_constant(low, x, constant, geometry, pads, shape)) is not None:
+        return made
     bordered = _bordered(low, x, spans, geometry)
     columns = shape[2] if isinstance(shape[2], int) else None
     cut = tile.panels(low.machine, outputs, computed, columns)

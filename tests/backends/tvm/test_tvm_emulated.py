@@ -79,13 +79,14 @@ def saved(model: ir.Model, level: str, folder: Path) -> Path:
 
 
 def block() -> ir.Model:
-    """A convolution, a normalization, an activation, attention, products of bytes and of 4-bit weights."""
+    """Convolutions, direct and by Winograd, a normalization, attention, products of bytes and of 4 bits."""
     rng = np.random.default_rng(0)
     model = ir.from_onnx_text(
         """<ir_version: 10, opset_import: ["" : 25]>
-        net (float[n, 3, 12, 12] x, float[16, 3, 3, 3] w, float[16] g, int8[16, 32] v, float vs,
-             uint8 vz, int4[32, 24] u, float[24] us) => (float[n, 144, 24] y) {
-            c = Conv<pads=[1, 1, 1, 1]>(x, w)
+        net (float[n, 3, 12, 12] x, float[16, 3, 3, 3] w, float[16, 16, 3, 3] w2, float[16] g,
+             int8[16, 32] v, float vs, uint8 vz, int4[32, 24] u, float[24] us) => (float[n, 144, 24] y) {
+            c1 = Conv<pads=[1, 1, 1, 1]>(x, w)
+            c = Conv<pads=[1, 1, 1, 1]>(c1, w2)
             shape = Constant<value = int64[3] {0, 16, 144}>()
             f = Reshape(c, shape)
             t = Transpose<perm=[0, 2, 1]>(f)
@@ -102,6 +103,7 @@ def block() -> ir.Model:
     )
     constants: dict[str, ir.TensorProtocol] = {
         "w": ir.tensor(rng.normal(size=(16, 3, 3, 3)).astype(np.float32)),
+        "w2": ir.tensor(rng.normal(size=(16, 16, 3, 3)).astype(np.float32)),
         "g": ir.tensor(rng.normal(size=16).astype(np.float32)),
         "v": ir.tensor(rng.integers(-127, 128, (16, 32)).astype(np.int8)),
         "vs": ir.tensor(np.asarray(0.02, np.float32)),
