@@ -1,4 +1,4 @@
-"""ResNet-50 on a GPU, float16, batches of 64: against torch with channels last.
+"""ResNet-50 on a GPU, in float16 or bfloat16, 64 images or another number: against torch with channels last.
 
     python benchmarks/cuda_resnet.py build DIR          # where nvcc and NetLathe are; no GPU needed
     python DIR/cuda_resnet.py run DIR                   # where the GPU is; torch, tvm_ffi and TVM's runtime
@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from bench_cuda import INSIDE, ROUNDS, Bench
 
-BATCH = 64
+HALVES = ("float16", "bfloat16")
 BLOCKS = (3, 4, 6, 3)
 
 
@@ -78,7 +78,7 @@ CLASSES = 1000
 # -- building --------------------------------------------------------------------------------------
 
 
-def graph() -> Any:
+def graph(batch: int, half: str) -> Any:
     """The network as IR; of its constants only shapes matter."""
     import onnx_ir as ir
 
@@ -117,20 +117,21 @@ def graph() -> Any:
     text = "\n".join(body)
     model = ir.from_onnx_text(
         f"""<ir_version: 12, opset_import: ["" : 25]>
-        g (float16[{BATCH}, 3, 224, 224] image) => (float16[{BATCH}, {CLASSES}] y) {{ {text} }}"""
+        g ({half}[{batch}, 3, 224, 224] image) => ({half}[{batch}, {CLASSES}] y) {{ {text} }}"""
     )
     used = {v.name: v for node in model.graph for v in node.inputs if v is not None}
-    rng = np.random.default_rng(0)
+    dtype = ir.DataType[half.upper()]
+    rng = np.random.default_rng(0)  # equal constants would become one
     for name, shape in constants.items():
         value = used[name]
-        value.const_value = ir.Tensor(rng.standard_normal(shape).astype(np.float16))
-        value.dtype, value.shape = ir.DataType.FLOAT16, ir.Shape(shape)
+        value.const_value = ir.Tensor(rng.standard_normal(shape).astype(dtype.numpy()), dtype=dtype)
+        value.dtype, value.shape = dtype, ir.Shape(shape)
         model.graph.register_initializer(value)
     normal.normalize(model)
     return model
 
 
-def build(folder: Path, archs: str) -> None:
+def build(folder: Path, archs: str, batch: int, half: str) -> None:
     """Compile it."""
     from netlathe.backends.tvm import process, runtime, toolchain
     from netlathe.backends.tvm.cuda.machine import gpu
@@ -140,9 +141,12 @@ def build(folder: Path, archs: str) -> None:
     for file in (here, here.with_name("bench_cuda.py"), Path(runtime.__file__)):
         shutil.copyfile(file, folder / file.name)
     machine = gpu(archs.split(","))
-    built = process.build(graph(), machine, folder / "resnet.so", (toolchain.compiler(),))
+    built = process.build(
+        graph(batch, half), machine, folder / "resnet.so", (toolchain.compiler(),)
+    )
     facts = [(p.recipe.sources, p.recipe.function.__name__, p.shape) for p in built.parameters]
-    (folder / "resnet.json").write_text(json.dumps({"parameters": facts}))
+    about = {"parameters": facts, "batch": batch, "half": half}
+    (folder / "resnet.json").write_text(json.dumps(about))
 
 
 # -- measuring -------------------------------------------------------------------------------------
@@ -153,6 +157,8 @@ class Net:
 
     def __init__(self, bench: Bench) -> None:
         self.bench, torch = bench, bench.torch
+        self.main, self.facts = bench.load("resnet")
+        self.dtype = getattr(torch, self.facts["half"])
         self.weights: dict[str, Any] = {}
         every = [STEM]
         for block in blocks():
@@ -162,16 +168,16 @@ class Net:
                 0.5 if conv.name.endswith("z") else 1
             )
             made = torch.randn(conv.shape, device="cuda") * scale
-            self.weights[f"{conv.name}w"] = made.half()
-            self.weights[f"{conv.name}b"] = (0.1 * torch.randn(conv.outputs, device="cuda")).half()
-        self.weights["head"] = (torch.randn((2048, CLASSES), device="cuda") / 45).half()
-        self.weights["classes"] = torch.randn(CLASSES, device="cuda").half()
+            self.weights[f"{conv.name}w"] = made
+            self.weights[f"{conv.name}b"] = 0.1 * torch.randn(conv.outputs, device="cuda")
+        self.weights["head"] = torch.randn((2048, CLASSES), device="cuda") / 45
+        self.weights["classes"] = torch.randn(CLASSES, device="cuda")
+        self.weights = {name: made.to(self.dtype) for name, made in self.weights.items()}
 
     def ours(self, image: Any) -> Callable[[], Any]:
         """A call of our program, whose parameters are torch's weights laid out anew."""
-        main, facts = self.bench.load("resnet")
         given = [image]
-        for sources, function, shape in facts["parameters"]:
+        for sources, function, shape in self.facts["parameters"]:
             weight = self.weights[sources[0]]
             if function == "taps_by_channels":
                 turned = weight.permute(0, 2, 3, 1)
@@ -180,8 +186,9 @@ class Net:
             elif function == "transposed":
                 weight = weight.t()
             given.append(weight.reshape(shape).contiguous())
-        own = [self.bench.ffi.from_dlpack(x) for x in given]
-        return lambda: main(*own)
+        bits = self.bench.torch.uint16 if self.facts["half"] == "bfloat16" else self.dtype
+        own = [self.bench.ffi.from_dlpack(x.view(bits)) for x in given]
+        return lambda: self.main(*own)
 
     def theirs(self, image: Any, weights: dict[str, Any]) -> Any:
         """torch's result."""
@@ -205,9 +212,10 @@ def run(folder: Path, write: Path | None) -> None:
     torch = bench.torch
     torch.backends.cudnn.benchmark = True
     net = Net(bench)
-    image = torch.randn((BATCH, 3, 224, 224), device="cuda").half()
+    batch = net.facts["batch"]
+    image = torch.randn((batch, 3, 224, 224), device="cuda").to(net.dtype)
     ours = net.ours(image)
-    found = torch.from_dlpack(ours()[0]).float()
+    found = torch.from_dlpack(ours()[0]).view(net.dtype).float()
     wide = {name: weight.float() for name, weight in net.weights.items()}
     wanted = net.theirs(image.float(), wide)
     error = float((found - wanted).norm() / wanted.norm())
@@ -234,7 +242,8 @@ def run(folder: Path, write: Path | None) -> None:
     ]
     mine, peer = (statistics.median(column) for column in zip(*rounds, strict=True))
     print(
-        f"{bench.results['gpu']}: ResNet-50, {BATCH} images: {mine:.3f} ms, torch {peer:.3f} ms,"
+        f"{bench.results['gpu']}: ResNet-50, {net.facts['half']}, {batch} images: {mine:.3f} ms,"
+        f" torch {peer:.3f} ms,"
         f" share {peer / mine:.3f}, error {error:.1e}"
     )
     if write is not None:
@@ -250,9 +259,11 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--archs", default="sm_90a", help="build: architectures, with commas")
     parser.add_argument("--json", type=Path, help="run: write the numbers here too")
+    parser.add_argument("--batch", type=int, default=64, help="build: images")
+    parser.add_argument("--half", choices=HALVES, default=HALVES[0], help="build: the type")
     given = parser.parse_args()
     if given.what == "build":
-        build(given.folder, given.archs)
+        build(given.folder, given.archs, given.batch, given.half)
     else:
         run(given.folder, given.json)
 

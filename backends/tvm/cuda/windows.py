@@ -29,6 +29,7 @@ from netlathe.backends.tvm.values import Ready, Store, Value
 
 LANES = 4
 _UNROLLED = 32  # taps of a window that are written out
+_WIDE = 4  # places of a row that a thread of a depthwise convolution makes
 
 
 @dataclass(frozen=True)
@@ -103,29 +104,66 @@ def depthwise(
 ) -> str:
     """store([b, row, column, channel], sum over taps of x times its weight), in float32.
 
-    ``x`` is [b, rows, columns, channels], ``taps`` [rows * columns of a window, channels].
+    ``x`` is [b, rows, columns, channels], ``taps`` [rows * columns of a window, channels]. A thread makes
+    neighbouring places of a row, which share weights and most of what they read.
     """
     code = kernel.code
     assert isinstance(code, GpuCode)
     height, width = kernel.shape(x.shape)[1:3]
+    wide = _WIDE if prod(windows.kernel) <= _UNROLLED else 1
+    down, across = windows.kernel
 
     def one(b: Expr, row: Expr, column: Expr, channel: Expr, lanes: int) -> None:
-        sums = code.alloc([lanes], "float32")
-        with code.lanes(lanes) as lane:
-            code.store(sums, lane, const(0.0, "float32"))
-
-        def step(tap: Expr, at: Expr, place: Expr) -> None:
+        sums = [code.alloc([lanes], "float32") for _ in range(wide)]
+        for held in sums:
             with code.lanes(lanes) as lane:
-                item = x.at(code, [b, at, place, channel + lane])
-                weight = taps.at(code, [tap, channel + lane])
-                code.store(sums, lane, tirx.BufferLoad(sums, [lane]) + item * weight)
+                code.store(held, lane, const(0.0, "float32"))
+        top = code.bind(row * i64(windows.strides[0]) - i64(windows.begins[0]))
+        left = code.bind(column * i64(wide * windows.strides[1]) - i64(windows.begins[1]))
 
-        _taps(code, windows, (row, column), (height, width), step)
-        with code.lanes(lanes) as lane:
-            store(code, [b, row, column, channel + lane], tirx.BufferLoad(sums, [lane]))
+        def line(i: Expr) -> None:
+            """The row of taps ``i``: each element is read once, for every window that it is in."""
+            at = code.bind(top + i * i64(windows.dilations[0]))
+            with code.when(tirx.And(at >= i64(0), at < height)):
+                weights = [code.alloc([lanes], "float32") for _ in range(across)]
+                for j, weight in enumerate(weights):
+                    with code.lanes(lanes) as lane:
+                        value = taps.at(code, [i * i64(across) + i64(j), channel + lane])
+                        code.store(weight, lane, value)
+                for offset, pairs in _readers(windows, wide).items():
+                    place = code.bind(left + i64(offset))
+                    with code.when(tirx.And(place >= i64(0), place < width)):
+                        item = code.alloc([lanes], "float32")
+                        with code.lanes(lanes) as lane:
+                            code.store(item, lane, x.at(code, [b, at, place, channel + lane]))
+                        for which, j in pairs:
+                            with code.lanes(lanes) as lane:
+                                now, left_, right = (
+                                    tirx.BufferLoad(held, [lane])
+                                    for held in (sums[which], item, weights[j])
+                                )
+                                code.store(sums[which], lane, now + left_ * right)
 
-    _each(code, out, lanes_of(out[3], "float32"), one)
+        with code.loop(down, VECTORIZED if wide > 1 else SERIAL) as i:
+            line(i)
+        for which, held in enumerate(sums):
+            place = code.bind(column * i64(wide) + i64(which))
+            with code.when(place < out[2]), code.lanes(lanes) as lane:
+                store(code, [b, row, place, channel + lane], tirx.BufferLoad(held, [lane]))
+
+    groups = idiv(out[2] + i64(wide - 1), wide)
+    _each(code, [out[0], out[1], groups, out[3]], lanes_of(out[3], "float32"), one)
     return "conv.depthwise"
+
+
+def _readers(windows: Windows, wide: int) -> dict[int, list[tuple[int, int]]]:
+    """Column of the input after the first -> which of ``wide`` windows read it, with which tap."""
+    found: dict[int, list[tuple[int, int]]] = {}
+    for which in range(wide):
+        for j in range(windows.kernel[1]):
+            offset = which * windows.strides[1] + j * windows.dilations[1]
+            found.setdefault(offset, []).append((which, j))
+    return found
 
 
 def _each(
