@@ -1,6 +1,6 @@
 """Convolutions with a constant on ARM: tiles of :mod:`netlathe.backends.tvm.arm.neon`, without im2col.
 
-neon.float32.conv, neon.dot.conv, neon.matrix.conv    the schemes of products, A read where it lies
+neon.{float32,float16,dot,matrix}.conv    the schemes of products, A read where it lies
 
 Planes are channels-last, so a row of a window is one run of memory, of its columns times the channels;
 of groups, or where columns are skipped, each element of the window is a run of its own. A tile is
@@ -23,12 +23,14 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from netlathe.backends.tvm import packing as common
+from netlathe.backends.tvm import storage
 from netlathe.backends.tvm.arm import neon, packing, products
 from netlathe.backends.tvm.arm.neon import ROWS, Scheme, Tile
 from netlathe.backends.tvm.kernel import Kernel
 from netlathe.backends.tvm.kernels import conv
 from netlathe.backends.tvm.kernels.conv import Geometry
 from netlathe.backends.tvm.lowering import Lowering
+from netlathe.backends.tvm.machine import Machine
 from netlathe.backends.tvm.packing import Recipe
 from netlathe.backends.tvm.tir import (
     PARALLEL,
@@ -59,15 +61,21 @@ def by_constant(
     pads: Sequence[int],
     shape: Shape,
 ) -> Pending | None:
-    """``x`` [b, rows, columns, channels] of float32 with a constant kernel of float32, as ``shape``.
+    """``x`` [b, rows, columns, channels] of floats with a constant kernel of the same type, as ``shape``.
 
     ``pads`` are those of ONNX: top, left, bottom, right, of zeros.
     """
-    if low.machine.architecture != "aarch64" or geometry.is_depthwise:
+    scheme = multiplies(low.machine, x.dtype, constant)
+    if scheme is None or constant is None or geometry.is_depthwise:
         return None
-    if constant is None or constant.dtype != D.FLOAT or x.dtype != D.FLOAT:
+    return _convolution(low, x, None, constant, geometry, pads, shape, scheme)
+
+
+def multiplies(machine: Machine, dtype: D, constant: ir.Value | None) -> Scheme | None:
+    """The scheme for floats of a type with a constant of theirs; None where they are widened first."""
+    if machine.architecture != "aarch64" or constant is None or constant.dtype != dtype:
         return None
-    return _convolution(low, x, None, constant, geometry, pads, shape, neon.FLOAT32)
+    return products.of_floats(machine, dtype)
 
 
 def by_integers(
@@ -107,11 +115,16 @@ def _convolution(
         product = products.Product(low, low.force(x), constant, scheme)
         if scheme.a_type == "int8":
             product.shift_by(zero)
-        return product.pending(D.INT32 if scheme.sum_type == "int32" else D.FLOAT, shape)
+        return product.pending(_result(scheme), shape)
     # Registers of little but zeros: of three channels of floats the common schedule takes fewer instructions.
-    if g.inputs % 4 and (g.groups > 1 or (g.inputs < 4 and scheme.a_type == "float32")):
+    whole = 8 if scheme.a_type == "float16" else 4
+    if g.inputs % whole and (g.groups > 1 or (g.inputs < 4 and scheme.a_type != "int8")):
         return None
     return _Convolution(low, x, zero, constant, geometry, pads, shape, scheme).pending()
+
+
+def _result(scheme: Scheme) -> D:
+    return {"int8": D.INT32, "float32": D.FLOAT, "float16": D.FLOAT16}[scheme.a_type]
 
 
 @dataclass(frozen=True)
@@ -160,8 +173,9 @@ class _Convolution:
         assert constant.name is not None  # the IR has no constant without one
         self.low, self.geometry, self.scheme, self.shape = low, geometry, scheme, shape
         g = geometry
-        floats = scheme.a_type == "float32"
-        self.channels = -(-g.inputs // 4) * 4 if floats else g.inputs
+        floats = scheme.a_type != "int8"
+        whole = -(-g.inputs // scheme.elements) * scheme.elements
+        self.channels = whole if floats else g.inputs
         joined = g.groups == 1 and g.dilations[1] == 1
         self.runs = (
             _Runs((g.kernel[0],), g.kernel[1] * self.channels, scheme.elements)
@@ -177,7 +191,7 @@ class _Convolution:
         )  # fmt: skip
         self.weight = low.parameter(
             constant.name,
-            D.FLOAT if floats else D.INT8,
+            scheme.constant,
             (g.groups * self.count * self.runs.inner * scheme.width,),
             Recipe(packing.windows, (constant.name,), numbers),
             (constant, "neon windows", scheme, g),
@@ -204,7 +218,7 @@ class _Convolution:
         source = self.low.operand(x)
         b, h, w, _ = x.shape
         whole = (b, dims.add(h, top + bottom), dims.add(w, left + right + spare), whole_channels)
-        dtype = {D.FLOAT: "float32", D.INT8: "int8", D.UINT8: "uint8"}[x.dtype]
+        dtype = storage.computed(x.dtype)
 
         def border(code: Code) -> Expr:
             if zero is None:
@@ -218,8 +232,7 @@ class _Convolution:
 
     def pending(self) -> Pending:
         """The convolution, with a kernel to be written."""
-        dtype = D.INT32 if self.scheme.sum_type == "int32" else D.FLOAT
-        return Pending(dtype, self.shape, self.build)
+        return Pending(_result(self.scheme), self.shape, self.build)
 
     def build(self, kernel: Kernel, store: Store) -> str:
         """Write the kernel; its schedule's name."""
@@ -228,7 +241,7 @@ class _Convolution:
         columns = out[2]
 
         def lines(size: int) -> None:
-            heavy = self.runs.inner * g.outputs * (4 if scheme.a_type == "float32" else 1)
+            heavy = self.runs.inner * g.outputs * scheme.constant.itemsize
             order = [out[0], out[1], i64(self.count)]
             if heavy > _CACHED_BYTES:  # one panel stays while the plane goes by
                 order = [i64(self.count), out[0], out[1]]
@@ -248,8 +261,7 @@ class _Convolution:
             lines(_tile_columns(max(number, 1), scheme.rows))
         else:
             split(*(size for size in (ROWS, 4, 1) if size <= scheme.rows))
-        name = {"float32": "float32", "int8": "matrix" if scheme.paired else "dot"}
-        return f"neon.{name[scheme.a_type]}.conv"
+        return f"neon.{scheme.name}.conv"
 
 
 @dataclass

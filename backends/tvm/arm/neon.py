@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import onnx_ir as ir
 from tvm import tirx
 
 from netlathe.backends.tvm.tir import Code, Expr, Index, broadcast, cast, const, flat_index, i64
@@ -50,6 +51,23 @@ class Scheme:
         return {"float32": 4, "float16": 8, "int8": 16}[self.b_type]
 
     @property
+    def constant(self) -> ir.DataType:
+        """The type of B in the file of constants."""
+        types = {
+            "float32": ir.DataType.FLOAT,
+            "float16": ir.DataType.FLOAT16,
+            "int8": ir.DataType.INT8,
+        }
+        return types[self.b_type]
+
+    @property
+    def name(self) -> str:
+        """As names of kernels have it."""
+        if self.a_type != "int8":
+            return self.a_type
+        return "matrix" if self.paired else "dot"
+
+    @property
     def paired(self) -> bool:
         """Whether A is packed two rows at a time: ``a`` then has a register for each pair and step."""
         return self.vectors > 2
@@ -62,10 +80,6 @@ class Scheme:
 
 def _lane(vector: Expr, lane: int, lanes: int) -> Expr:
     return broadcast(tirx.Shuffle([vector], [tirx.IntImm("int32", lane)]), lanes)
-
-
-def _pick(vector: Expr, indices: Sequence[int]) -> Expr:
-    return tirx.Shuffle([vector], [tirx.IntImm("int32", index) for index in indices])
 
 
 def _intrinsic(name: str, dtype: str, *arguments: Expr) -> Expr:
@@ -188,9 +202,7 @@ class Tile:
             scheme.put(code, sums, rows, out)
             return
         per = scheme.chunk // scheme.elements
-        zero = broadcast(const(0.0, "float32"), 8)
-        for at in range(0, rows * scheme.width, 8):
-            code.vstore(out, at, zero, 8)
+        self._clear(rows, out)
         chunks = -(-whole // per)
         with code.loop(chunks) as chunk:
             sums = self._zero(rows)
@@ -210,20 +222,45 @@ class Tile:
 
         ``a`` is asked for ``offset(index)``, ``b`` for the registers of all runs one after another.
         """
-        code, elements = self.code, self.scheme.elements
-        sums = self._zero(rows)
+        code, scheme = self.code, self.scheme
+        per = scheme.chunk // scheme.elements or extents[-1]
 
-        def inside(index: list[Expr]) -> None:
-            if len(index) < len(extents):
-                with code.loop(extents[len(index)]) as at:
-                    inside([*index, at])
-                return
+        def block(index: list[Expr], sums: list[Any]) -> None:
             where = code.bind(offset(index))
-            k = code.bind(flat_index(index, [i64(size) for size in extents]) * i64(elements))
+            k = code.bind(flat_index(index, [i64(size) for size in extents]) * i64(scheme.elements))
             self._multiply([code.bind(self.a(i, where)) for i in range(rows)], sums, k)
 
-        inside([])
-        self.scheme.put(code, sums, rows, out)
+        def run(index: list[Expr], sums: list[Any]) -> None:
+            if not scheme.chunk:
+                with code.loop(extents[-1]) as at:
+                    block([*index, at], sums)
+                return
+            with code.loop(-(-extents[-1] // per)) as chunk:
+                part = self._zero(rows)
+                first = code.bind(chunk * i64(per))
+                count = tirx.min(i64(per), i64(extents[-1]) - first)
+                with code.loop(count) as at:
+                    block([*index, code.bind(first + at)], part)
+                scheme.put(code, part, rows, out)
+
+        def inside(index: list[Expr], sums: list[Any]) -> None:
+            if len(index) == len(extents) - 1:
+                return run(index, sums)
+            with code.loop(extents[len(index)]) as at:
+                inside([*index, at], sums)
+
+        if scheme.chunk:
+            self._clear(rows, out)
+            return inside([], [])
+        sums = self._zero(rows)
+        inside([], sums)
+        scheme.put(code, sums, rows, out)
+
+    def _clear(self, rows: int, out: Any) -> None:
+        """Zeros, to which sums of chunks are added."""
+        zero = broadcast(const(0.0, "float32"), 8)
+        for at in range(0, rows * self.scheme.width, 8):
+            self.code.vstore(out, at, zero, 8)
 
     def _zero(self, rows: int) -> list[Any]:
         """A row alone has too few sums to hide latency: every lane gets its own."""

@@ -22,6 +22,7 @@ from netlathe.backends.tvm.arm.neon import ROWS, Scheme, Tile
 from netlathe.backends.tvm.kernel import Kernel
 from netlathe.backends.tvm.kernels.general import vectors
 from netlathe.backends.tvm.lowering import Lowering
+from netlathe.backends.tvm.machine import Machine
 from netlathe.backends.tvm.packing import Recipe
 from netlathe.backends.tvm.tir import (
     PARALLEL,
@@ -51,15 +52,17 @@ def by_constant(
     low: Lowering, a: Ready, constant: ir.Value, dtype: D, shape: Shape
 ) -> Pending | None:
     """``a`` [..., K] times a constant [K, N] of floats of the same type."""
-    if low.machine.architecture != "aarch64" or a.dtype != constant.dtype:
-        return None
-    if a.dtype == D.FLOAT:
-        scheme = neon.FLOAT32
-    elif a.dtype == D.FLOAT16 and "asimdhp" in low.machine.features:
-        scheme = neon.FLOAT16
-    else:
+    scheme = of_floats(low.machine, a.dtype)
+    if low.machine.architecture != "aarch64" or a.dtype != constant.dtype or scheme is None:
         return None
     return Product(low, a, constant, scheme).pending(dtype, shape)
+
+
+def of_floats(machine: Machine, dtype: D) -> Scheme | None:
+    """The scheme that multiplies floats of a type; None if the core cannot."""
+    if dtype == D.FLOAT16 and "asimdhp" in machine.features:
+        return neon.FLOAT16
+    return neon.FLOAT32 if dtype == D.FLOAT else None
 
 
 def by_integers(
@@ -114,7 +117,7 @@ class Product:
         elements = self.count * self.padded * scheme.width
         self.weight = low.parameter(
             constant.name,
-            {"float32": D.FLOAT, "float16": D.FLOAT16, "int8": D.INT8}[scheme.b_type],
+            scheme.constant,
             (elements,),
             Recipe(packing.neighbours, (constant.name,), numbers),
             (constant, "neon", scheme),
@@ -190,8 +193,7 @@ class Product:
             down(code, size, first, end, rows, tile)
 
         tasks(code, rows, self.count, task)
-        names = {"float32": "float32", "float16": "float16", "int8": "dot"}
-        return f"neon.{names[scheme.a_type]}"
+        return f"neon.{scheme.name}"
 
     def _build_pairs(self, kernel: Kernel, store: Store) -> str:
         """A task packs its rows by pairs, then takes some panels: that is done once for all of these."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import onnx_ir as ir
 from tvm import tirx
 
@@ -157,7 +158,8 @@ def convolved(
     elif len(kernel) > 2 or isinstance(low.machine, Gpu):  # there, a thread for each result
         made = _conv_by_reduction(x, weight, spans, channels, dtype, shape)
     else:
-        source = channels_last(low, _widened(x), x.rank)
+        held = arm.multiplies(low.machine, x.dtype, constant)
+        source = channels_last(low, x if held else _widened(x), x.rank)
         if len(kernel) == 1:  # a plane of one row
             source = _line(low, source)
             spans = _plane(spans)
@@ -231,7 +233,7 @@ def _conv_2d(
     if constant is not None and (weight.dtype != dtype or not isinstance(weight, Ready)):
         constant = None
     if geometry.is_depthwise:
-        source = low.force(x)
+        source = low.force(_widened(x))
         taps = _taps_first(low, weight, constant, geometry)
         begins = (spans.begins[0], spans.begins[1])
 
@@ -243,13 +245,15 @@ def _conv_2d(
     pads = (*spans.begins, *spans.ends)
     if (made := arm.by_constant(low, x, constant, geometry, pads, shape)) is not None:
         return made
+    x = _widened(x)
     if spans.is_plain and groups == 1:
         return _pointwise(low, low.force(x), weight, constant, geometry, dtype, shape)
     if (made := winograd.by_constant(low, x, constant, geometry, pads, shape)) is not None:
         return made
     bordered = _bordered(low, x, spans, geometry)
     columns = shape[2] if isinstance(shape[2], int) else None
-    cut = tile.panels(low.machine, outputs, computed, columns)
+    apart = geometry.strides[1] * groups * inputs * np.dtype(computed).itemsize
+    cut = tile.panels(low.machine, outputs, computed, columns, apart)
     held = _panelled(low, weight, constant, geometry, cut)
 
     def build(kernel: Kernel, store: Store) -> str:
@@ -273,7 +277,8 @@ def _pointwise(
     """A window of one element, all of which are taken: a matrix product of all positions."""
     plane = dims.product(shape[1:3])
     rows = plane if isinstance(plane, int) else None
-    cut = tile.panels(low.machine, geometry.outputs, storage.computed(dtype), rows)
+    apart = geometry.inputs * np.dtype(storage.STORED[x.dtype]).itemsize
+    cut = tile.panels(low.machine, geometry.outputs, storage.computed(dtype), rows, apart)
     held = gemm.Weight(_panelled(low, weight, constant, geometry, cut))
     flat = x.viewed((dims.product(x.shape[:-1]), geometry.inputs))
 

@@ -16,7 +16,7 @@ from tests.backends.tvm_arm.arm import Array, kernels_of, model_of, need_emulato
 from tests.backends.tvm_arm.test_arm_kernels import ATTRIBUTES, disassembled
 
 RNG = np.random.default_rng(0)
-NUMPY = {"float": np.float32, "int8": np.int8, "uint8": np.uint8}
+NUMPY = {"float": np.float32, "float16": np.float16, "int8": np.int8, "uint8": np.uint8}
 RANGE = {"int8": (-128, 128), "uint8": (0, 256)}
 
 
@@ -44,7 +44,7 @@ class Case:
 
     def expected(self, x: Array, w: Array, zero: int) -> Array:
         """In float64, or int64 of integers."""
-        wide = np.float64 if x.dtype == np.float32 else np.int64
+        wide = np.float64 if x.dtype.kind == "f" else np.int64
         top, left, bottom, right = self.pads
         border = ((0, 0), (0, 0), (top, bottom), (left, right))
         padded = np.pad(x.astype(wide) - wide(zero), border)
@@ -75,13 +75,13 @@ CASES = [
     Case(6, 6, groups=3, plane=(6, 6)),
     Case(40, 16, plane=(8, 13)),
 ]
-# Sums of up to 360 products in float32, one after another: the largest error, of the RMS.
-BOUND = 5e-6
+# The largest error, of the RMS: sums of up to 360 products in float32, one after another; in float16 of 64.
+BOUNDS = {np.float32: 5e-6, np.float16: 16 * 2**-11}
 
 
 @dataclass
 class Convolutions:
-    """One model with every case in float32, int8 and uint8, the last two around 77."""
+    """One model with every case in float32, float16, int8 and uint8, the last two around 77."""
 
     cases: list[Case]
     inputs: list[str] = field(default_factory=list)
@@ -94,12 +94,12 @@ class Convolutions:
     def __post_init__(self) -> None:
         for number, case in enumerate(self.cases):
             for kind in NUMPY:
-                self._add(f"{kind[0]}{number}", case, kind)
+                self._add(f"{kind}_{number}", case, kind)
 
     def _add(self, name: str, case: Case, kind: str) -> None:
         shape = (2, case.inputs, *case.plane)
         sizes = (case.outputs, case.inputs // case.groups, *case.kernel)
-        floats = kind == "float"
+        floats = kind.startswith("float")
         x: Array
         w: Array
         if floats:
@@ -110,11 +110,11 @@ class Convolutions:
             self.constants[f"{name}z"] = np.array(zero, NUMPY[kind])
             self.inputs.append(f"{kind} {name}z")
         x = self.feeds[f"{name}x"] = x.astype(NUMPY[kind])
-        w = self.constants[f"{name}w"] = w.astype(np.float32 if floats else np.int8)
+        w = self.constants[f"{name}w"] = w.astype(NUMPY[kind] if floats else np.int8)
         self.inputs.append(f"{kind}{list(shape)} {name}x")
-        self.inputs.append(f"{'float' if floats else 'int8'}{list(sizes)} {name}w")
+        self.inputs.append(f"{kind if floats else 'int8'}{list(sizes)} {name}w")
         y = self.expected[f"{name}y"] = case.expected(x, w, zero)
-        self.outputs.append(f"{'float' if floats else 'int32'}{list(y.shape)} {name}y")
+        self.outputs.append(f"{kind if floats else 'int32'}{list(y.shape)} {name}y")
         call = f"Conv<{case.attributes}>({name}x, {name}w)"
         if not floats:
             call = f"ConvInteger<{case.attributes}>({name}x, {name}w, {name}z)"
@@ -129,9 +129,11 @@ class Convolutions:
 
 SCHEDULES = {
     "cortex-a72": {"neon_float32", "neon_float32_conv"},
-    "neoverse-n1": {"neon_float32", "neon_float32_conv", "neon_dot", "neon_dot_conv"},
-    "neoverse-v1": {"neon_float32", "neon_float32_conv", "neon_matrix", "neon_matrix_conv"},
+    "neoverse-n1": {"neon_dot", "neon_dot_conv"},
+    "neoverse-v1": {"neon_matrix", "neon_matrix_conv"},
 }
+for _core in ("neoverse-n1", "neoverse-v1"):
+    SCHEDULES[_core] |= SCHEDULES["cortex-a72"] | {"neon_float16", "neon_float16_conv"}
 
 
 @pytest.mark.parametrize(
@@ -155,7 +157,8 @@ def test_convolutions(core: str, count: int | None) -> None:
             np.testing.assert_array_equal(actual[name], expected, name)
             continue
         error = np.abs(actual[name] - expected).max()
-        assert error <= BOUND * np.sqrt(np.mean(np.square(expected))), name
+        bound = BOUNDS[actual[name].dtype.type]
+        assert error <= bound * np.sqrt(np.mean(np.square(expected))), name
 
 
 @pytest.mark.slow
