@@ -9,6 +9,7 @@ Tasks (row block, panel) run in parallel; a task goes down its rows a tile at a 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -31,6 +32,7 @@ from netlathe.backends.tvm.tir import (
     idiv,
     imod,
     known,
+    select,
     unflatten,
 )
 from netlathe.backends.tvm.values import Ready, Store, Value
@@ -39,6 +41,8 @@ from netlathe.backends.tvm.values import Ready, Store, Value
 _BLOCK_BYTES = 3 << 18
 _ROW_BLOCKS = (32, 512)  # the least and the most rows of a task
 _LINE = 64  # bytes of a cache line
+_WORKERS = 4  # threads that get equal shares
+_FEW_PANELS = 16  # which do not see to that by themselves
 
 
 @dataclass(frozen=True)
@@ -252,23 +256,34 @@ def _tasks(
     code, rows = job.code, job.rows
 
     def panel_tasks(tile_rows: int) -> None:
-        size = row_block(row_bytes, tile_rows)
-        blocks = idiv(rows + i64(size - 1), i64(size))
+        size = code.bind(_row_block(rows, row_bytes, tile_rows, cut.count))
+        blocks = idiv(rows + size - i64(1), size)
         with code.loop(blocks * i64(cut.count), PARALLEL) as task:
             block = code.bind(idiv(task, i64(cut.count)))
             panel = code.bind(imod(task, i64(cut.count)))
-            first = code.bind(block * i64(size))
-            end = code.bind(tirx.min(first + i64(size), rows))
+            first = code.bind(block * size)
+            end = code.bind(tirx.min(first + size, rows))
             job.panel(tile_rows, first, end, cut, panel, load(panel))
 
     by_rows(code, rows, cut.rows, panel_tasks, at_least)
 
 
-def row_block(row_bytes: int, tile_rows: int) -> int:
-    """Rows of A that one task works on: whole tiles."""
+def _row_block(rows: Expr, row_bytes: int, tile_rows: int, panels: int) -> Expr:
+    """Rows of A that one task works on: whole tiles, and of all blocks about as many.
+
+    Each thread takes as many tasks, one after the other: several blocks of few panels are so many that
+    the tasks are a multiple of four, for as many threads or fewer.
+    """
     least, most = _ROW_BLOCKS
     fitting = max(least, min(most, _BLOCK_BYTES // max(row_bytes, 1)))
-    return max(fitting // tile_rows, 1) * tile_rows
+    fitting = max(fitting // tile_rows, 1) * tile_rows
+    blocks = tirx.max(idiv(rows + i64(fitting - 1), fitting), i64(1))
+    together = _WORKERS // math.gcd(_WORKERS, panels)
+    if panels < _FEW_PANELS and together > 1:
+        rounded = idiv(blocks + i64(together - 1), together) * i64(together)
+        blocks = select(blocks > i64(1), rounded, blocks)
+    tiles = tirx.max(idiv(rows + i64(tile_rows - 1), tile_rows), i64(1))
+    return idiv(tiles + blocks - i64(1), blocks) * i64(tile_rows)
 
 
 def batched(

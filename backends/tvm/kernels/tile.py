@@ -22,6 +22,7 @@ from netlathe.backends.tvm.tir import Code, Expr, broadcast, cast, i64, idiv, kn
 _CHAINS = 4
 _LATENCY = 4  # cycles of a multiply-add; two start in each cycle
 _CACHE_BYTES = 16  # that a level-2 cache gives in a cycle: panels of B do not stay in level 1
+_SETS_BYTES, _WAYS = 4096, 8  # of a level-1 cache: lines so far apart share a set, of so many lines
 _MOST_ROWS = 14
 _USUAL_ROWS = 64  # where nothing is known: sequences are often a multiple of some power of two
 
@@ -51,12 +52,21 @@ class Panels:
         return self.columns - (self.count - 1) * self.width
 
 
-def panels(machine: Machine, columns: int, dtype: str, rows: int | None = None) -> Panels:
-    """The cut that takes the fewest cycles; ``rows`` is None where only the run knows how many there are."""
+def panels(
+    machine: Machine, columns: int, dtype: str, rows: int | None = None, apart: int = 0
+) -> Panels:
+    """The cut that takes the fewest cycles; ``rows`` is None where only the run knows how many there are.
+
+    ``apart`` is how many bytes lie between rows of A, or 0 if that does not matter: where it is a multiple of
+    4 KiB, all rows of a tile share one set of the level-1 cache, and are fewer than its ways then.
+    """
     lanes = machine.lanes(dtype)
     while lanes > 4 and lanes >= 2 * columns:
         lanes //= 2
     whole = max(1, -(-columns // lanes))
+    most = _MOST_ROWS if rows is None else min(_MOST_ROWS, max(rows, 1))
+    if apart:  # one way is left to B
+        most = min(most, (_WAYS - 1) * _SETS_BYTES // math.gcd(apart, _SETS_BYTES))
 
     def cycles(shape: tuple[int, int]) -> float:
         """Of one step along K, for all rows and columns."""
@@ -68,11 +78,9 @@ def panels(machine: Machine, columns: int, dtype: str, rows: int | None = None) 
     shapes = [
         (height, count)
         for count in range(1, 5)
-        for height in range(1, _MOST_ROWS + 1)
+        for height in range(1, most + 1)
         # Sums, a vector of B for each, and an element of A.
-        if height * count + count + 1 <= machine.registers
-        and height <= max(rows if rows is not None else _MOST_ROWS, 1)
-        and count <= whole
+        if height * count + count + 1 <= machine.registers and count <= whole
     ]
     height, count = min(shapes, key=cycles)
     return Panels(columns, lanes, count, height)
