@@ -90,7 +90,7 @@ class Scalar(Value):
 class Lazy(Value):
     """An expression. ``flat``: may be indexed by element number, because every operand has this very
     shape or one element. ``cheap``: costs no more than a load. ``unit``: neighbours along the last
-    axis are neighbours in memory.
+    axis are neighbours in memory. ``along``: they are along this other axis.
     """
 
     element: Element = field(default=lambda code, index: i64(0))
@@ -98,6 +98,7 @@ class Lazy(Value):
     cheap: bool = False
     unit: bool = False
     cost: int = 1  # operators in the expression
+    along: int | None = None
 
     def at(self, code: Code, index: Index) -> Expr:
         """Compute one element, once per index and block."""

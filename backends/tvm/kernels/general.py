@@ -3,6 +3,7 @@
 general.flat    one loop over all elements: blocks in parallel, vectors within
 general.rows    the outer dims fused and in parallel, vectors along the last dim
 general.flat    of stretches: each of some that lie apart in such blocks
+general.tiles   of what is transposed: as many rows at a time as a line of the cache holds of what is read
 general.sections   several such loops one after the other, or loops that write over parts of a tensor
 general.small   the same without threads: a launch would cost more than the work
 """
@@ -10,6 +11,8 @@ general.small   the same without threads: a launch would cost more than the work
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+
+import numpy as np
 
 from netlathe.backends.tvm import storage
 from netlathe.backends.tvm.cuda import grids
@@ -35,6 +38,7 @@ from netlathe.backends.tvm.values import Lazy, Placed, Ready, Scalar, Section, S
 SMALL = 4096
 # Elements of a block of the flat schedule: some 4 to 8 microseconds of work, in a level-1 cache.
 _BLOCK = 4096
+_LINE_BYTES = 64
 
 
 def into(out: object, dtype: object, shape: list[Expr]) -> Store:
@@ -71,11 +75,41 @@ def elementwise(kernel: Kernel, value: Value, store: Store) -> str:
     if is_flat(value):
         _flat(kernel, count, small, lambda at: store(code, at, value.at(code, at)))
         return "general.small" if small else "general.flat"
+    if isinstance(value, Lazy) and value.along is not None and not small:
+        _tiles(kernel, value, value.along, shape, store)
+        return "general.tiles"
     with code.loop(total(shape[:-1]), SERIAL if small else PARALLEL) as row:
         outer = [code.bind(item) for item in unflatten(row, shape[:-1])]
         lanes = lanes_of(kernel, value, shape[-1])
         vectors(code, shape[-1], lanes, lambda j: _one(code, value, [*outer, j], store))
     return "general.small" if small else "general.rows"
+
+
+def _tiles(kernel: Kernel, value: Value, axis: int, shape: list[Expr], store: Store) -> None:
+    """Vectors along the last dim, for all that lie in a line along ``axis`` before the next vectors."""
+    code, last = kernel.code, shape[-1]
+    lanes = lanes_of(kernel, value, last)
+    rows = _LINE_BYTES // np.dtype(storage.STORED[value.dtype]).itemsize
+    tasks = [*shape[:-1]]
+    tasks[axis] = idiv(shape[axis] + i64(rows - 1), rows)
+    with code.loop(total(tasks), PARALLEL) as task:
+        index = [code.bind(item) for item in unflatten(task, tasks)]
+        begin = code.bind(index[axis] * i64(rows))
+        height = code.bind(_smaller(i64(rows), shape[axis] - begin))
+
+        def give(row: Expr, column: Expr) -> None:
+            place = [*index[:axis], code.bind(begin + row), *index[axis + 1 :], column]
+            _one(code, value, place, store)
+
+        done = i64(0)
+        if lanes > 1:
+            whole = code.bind(idiv(last, lanes))
+            with code.loop(whole) as block, code.loop(height) as row:
+                with code.loop(lanes, VECTORIZED) as lane:
+                    give(row, block * i64(lanes) + lane)
+            done = whole * i64(lanes)
+        with code.loop(height) as row, code.loop(last - done) as j:
+            give(row, done + j)
 
 
 def _one(code: Code, value: Value, index: Index, store: Store) -> None:

@@ -1,7 +1,7 @@
 """Reductions: sums, extremes and products over some axes.
 
 reduce.rows      the last axis is reduced: vectors of partial results along it
-reduce.columns   the last axis is kept: a vector of results along it, the reduced axes within
+reduce.columns   the last axis is kept: vectors of results along it, the reduced axes within
 reduce.small     either of them without threads: a launch would cost more than the work
 """
 
@@ -40,6 +40,8 @@ Element = Callable[[Code, Index], Expr]
 
 # Of the partial results of a row: the widest vectors that any of our machines has.
 _PARTIAL_BYTES = 64
+_ROWS = 4
+_VECTORS = 128  # of results at a time: half a KiB of each row of elements
 
 
 @dataclass(frozen=True)
@@ -180,50 +182,91 @@ def reduce(
     width = known(kept[-1])
     while width is not None and lanes > 1 and lanes > width:
         lanes //= 2
-    with code.loop(total(kept[:-1]), kind) as at:
-        outer = [code.bind(i) for i in unflatten(at, kept[:-1])]
-        _columns(code, outer, kept[-1], reduced, lanes, dtype, combine, element, store)
+    last, wide = kept[-1], _VECTORS * lanes
+    few = kind == SERIAL or (width is not None and width < wide)
+    blocks = i64(1) if few else code.bind(idiv(last + i64(wide - 1), wide))
+    with code.loop(total([*kept[:-1], blocks]), kind) as at:
+        *outer, block = (code.bind(i) for i in unflatten(at, [*kept[:-1], blocks]))
+        job = _Columns(code, outer, reduced, lanes, dtype, combine, element, store)
+        if few:
+            job.until(i64(0), last)
+        else:
+            first = code.bind(block * i64(wide))
+            code.branch(
+                first + i64(wide) <= last,
+                lambda: job.together(first, _VECTORS, lanes),
+                lambda: job.until(first, last),
+            )
     return "reduce.columns" if kind == PARALLEL else "reduce.small"
 
 
-def _columns(
-    code: Code,
-    outer: list[Expr],
-    last: Expr,
-    reduced: list[Expr],
-    lanes: int,
-    dtype: str,
-    combine: Combine,
-    element: Callable[[Code, list[Expr], list[Expr]], Expr],
-    store: Store,
-) -> None:
-    def results(first: Expr, width: int) -> None:
-        partial = code.alloc([width], dtype)
-        start = combine.start(dtype)
-        code.vstore(partial, 0, broadcast(start, width), width)
-        with code.loop(total(reduced)) as inner:
-            at = [code.bind(i) for i in unflatten(inner, reduced)]
+@dataclass(frozen=True)
+class _Columns:
+    """Neighbouring results of a reduction, whose elements are neighbours too."""
 
-            def step(lane: Expr) -> None:
-                value = element(code, [*outer, first + lane], at)
-                code.store(partial, lane, combine.function(tirx.BufferLoad(partial, [lane]), value))
+    code: Code
+    outer: list[Expr]
+    reduced: list[Expr]
+    lanes: int
+    dtype: str
+    combine: Combine
+    element: Callable[[Code, list[Expr], list[Expr]], Expr]
+    store: Store
 
-            _lanes(code, width, step)
-        _lanes(
-            code,
-            width,
-            lambda lane: store(code, [*outer, first + lane], tirx.BufferLoad(partial, [lane])),
+    def together(self, first: Expr, count: int, lanes: int) -> None:
+        """The results from ``first`` on, in ``count`` vectors: the elements are read row by row."""
+        code = self.code
+        partial = code.alloc([count * lanes], self.dtype, scope="local" if count == 1 else "global")
+
+        def each(body: Callable[[Expr], None]) -> None:
+            if count == 1:
+                _lanes(code, lanes, body)
+                return
+            with code.loop(count) as number:
+                _lanes(code, lanes, lambda lane: body(number * i64(lanes) + lane))
+
+        def step(rows: list[list[Expr]], place: Expr) -> None:
+            value = tirx.BufferLoad(partial, [place])
+            for at in rows:
+                element = self.element(code, [*self.outer, first + place], at)
+                value = code.bind(self.combine.function(value, element))
+            code.store(partial, place, value)
+
+        start = self.combine.start(self.dtype)
+        each(lambda place: code.store(partial, place, start))
+
+        def rows(count: Expr, begin: Expr, group: int) -> None:
+            with code.loop(count) as number:
+                found = []
+                for place in range(group):
+                    position = code.bind(begin + number * i64(group) + i64(place))
+                    found.append([code.bind(i) for i in unflatten(position, self.reduced)])
+                each(lambda place: step(found, place))
+
+        length = total(self.reduced)
+        group = 1 if count == 1 else _ROWS
+        whole = code.bind(idiv(length, group))
+        rows(whole, i64(0), group)
+        if group > 1:
+            rows(length - whole * i64(group), whole * i64(group), 1)
+        each(
+            lambda place: self.store(
+                code, [*self.outer, first + place], tirx.BufferLoad(partial, [place])
+            )
         )
 
-    number = known(last)
-    whole = i64(number // lanes) if number is not None else code.bind(idiv(last, lanes))
-    if lanes > 1:
-        with code.loop(whole) as block:
-            results(code.bind(block * i64(lanes)), lanes)
-    done = whole * i64(lanes) if lanes > 1 else i64(0)
-    if known(last - done) != 0:
-        with code.loop(last - done) as j:
-            results(code.bind(done + j), 1)
+    def until(self, first: Expr, end: Expr) -> None:
+        """The results from ``first`` to ``end``, a vector and then one at a time."""
+        code, lanes = self.code, self.lanes
+        length = known(end - first)
+        whole = code.bind(idiv(end - first, lanes)) if length is None else i64(length // lanes)
+        if lanes > 1 and known(whole) != 0:
+            with code.loop(whole) as block:
+                self.together(code.bind(first + block * i64(lanes)), 1, lanes)
+        done = first + whole * i64(lanes) if lanes > 1 else first
+        if known(end - done) != 0:
+            with code.loop(end - done) as j:
+                self.together(code.bind(done + j), 1, 1)
 
 
 def _lanes(code: Code, width: int, body: Callable[[Expr], None]) -> None:

@@ -201,7 +201,10 @@ def transposed(op: Op, value: Value, perm: Sequence[int]) -> Value:
         )
     inverse = [perm.index(axis) for axis in range(len(perm))]
     source = op.low.operand(value)
-    return moved(source, shape, lambda code, index: [index[a] for a in inverse], unit=last)
+    made = moved(source, shape, lambda code, index: [index[a] for a in inverse], unit=last)
+    if isinstance(source, Ready) and not last:
+        made.along = perm.index(len(perm) - 1)
+    return made
 
 
 def _transpose(op: Op) -> Sequence[Value]:
