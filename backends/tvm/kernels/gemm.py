@@ -271,18 +271,18 @@ def _tasks(
 def _row_block(rows: Expr, row_bytes: int, tile_rows: int, panels: int) -> Expr:
     """Rows of A that one task works on: whole tiles, and of all blocks about as many.
 
-    Each thread takes as many tasks, one after the other: several blocks of few panels are so many that
-    the tasks are a multiple of four, for as many threads or fewer.
+    Each thread takes equally many tasks, one after the other. So where there are few panels, and enough
+    rows, blocks are as many as make the tasks a multiple of four, for as many threads or fewer.
     """
     least, most = _ROW_BLOCKS
     fitting = max(least, min(most, _BLOCK_BYTES // max(row_bytes, 1)))
     fitting = max(fitting // tile_rows, 1) * tile_rows
+    tiles = tirx.max(idiv(rows + i64(tile_rows - 1), tile_rows), i64(1))
     blocks = tirx.max(idiv(rows + i64(fitting - 1), fitting), i64(1))
     together = _WORKERS // math.gcd(_WORKERS, panels)
     if panels < _FEW_PANELS and together > 1:
-        rounded = idiv(blocks + i64(together - 1), together) * i64(together)
-        blocks = select(blocks > i64(1), rounded, blocks)
-    tiles = tirx.max(idiv(rows + i64(tile_rows - 1), tile_rows), i64(1))
+        even = idiv(blocks + i64(together - 1), together) * i64(together)
+        blocks = select(tiles >= i64(3) * even, even, blocks)
     return idiv(tiles + blocks - i64(1), blocks) * i64(tile_rows)
 
 
