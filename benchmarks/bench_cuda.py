@@ -5,7 +5,8 @@
 
 ``build`` compiles one library for each weight shape and format and puts this file and the loader beside
 them; no weights are stored, ``run`` makes random ones. Products with many rows are timed in turn with
-torch.matmul, and checked against it in float64. Products with few rows are launches in one CUDA graph
+torch.matmul, torch._int_mm of int8 to int32, and torch._scaled_mm of 8-bit floats to bfloat16, a scale for
+each operand; all are checked against float64. Products with few rows are launches in one CUDA graph
 that walks over copies of the weight that no cache holds; their share is of what copying a gigabyte moves,
 counted in bytes of weights, scales, inputs and results. Times are medians of CUDA events.
 """
@@ -15,6 +16,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import math
 import os
 import shutil
 import statistics
@@ -32,6 +34,7 @@ LARGE = {
     (11008, 4096): (2048,),
 }
 SMALL = [(4096, 4096), (4096, 11008), (11008, 4096), (8192, 8192), (8192, 28672), (28672, 8192)]
+MANY = ("bf16", "f16", "int8x8", "e4m3", "e5m2")  # kinds of products with many rows
 ROWS = (1, 4, 16)
 GROUP = 128
 ROUNDS, INSIDE = 7, 10
@@ -50,8 +53,7 @@ def build(folder: Path, archs: str) -> None:
     shutil.copyfile(__file__, folder / "bench_cuda.py")
     shutil.copyfile(runtime.__file__, folder / "runtime.py")
     machine = gpu(archs.split(","))
-    wanted = [(shape, half) for shape in LARGE for half in ("bf16", "f16")]
-    jobs = [(shape, half, half) for shape, half in wanted]
+    jobs = [(shape, kind, "f16" if kind == "f16" else "bf16") for shape in LARGE for kind in MANY]
     jobs += [(shape, kind, "bf16") for shape in SMALL for kind in ("bf16", "int8", "int4")]
 
     def one(job: tuple[tuple[int, int], str, str]) -> None:
@@ -78,29 +80,45 @@ def linear(inner: int, columns: int, kind: str, half: str) -> Any:
     import onnx_ir as ir
 
     dtypes = {"bf16": ir.DataType.BFLOAT16, "f16": ir.DataType.FLOAT16}
+    floats = {"e4m3": ir.DataType.FLOAT8E4M3FN, "e5m2": ir.DataType.FLOAT8E5M2}
     dtype = dtypes[half]
     graph = ir.Graph([], [], nodes=[], opset_imports={"": 25}, name="linear")
 
     def constant(name: str, dtype: ir.DataType, shape: list[int]) -> ir.Value:
         value = ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(shape))
-        size = int(shape[0] * (shape[1] if len(shape) > 1 else 1) * dtype.itemsize)
+        size = int(math.prod(shape) * dtype.itemsize)
         value.const_value = ir.ExternalTensor("", 0, size, dtype, shape=ir.Shape(shape), name=name)
         graph.register_initializer(value)
         return value
 
     def node(
-        kind: str, inputs: list[ir.Value], shape: list[int | str], **attributes: int
+        kind: str,
+        inputs: list[ir.Value],
+        shape: list[int | str],
+        dtype: ir.DataType = dtype,
+        **attributes: int,
     ) -> ir.Value:
         made = ir.Node("", kind, inputs, [ir.AttrInt64(k, v) for k, v in attributes.items()])
         (output,) = made.outputs
-        output.name, output.type, output.shape = kind, ir.TensorType(dtype), ir.Shape(shape)
+        output.name = f"{kind}{len(graph)}"
+        output.type, output.shape = ir.TensorType(dtype), ir.Shape(shape)
         graph.append(made)
         return output
 
-    x = ir.Value(name="x", type=ir.TensorType(dtype), shape=ir.Shape(["n", inner]))
+    given = ir.DataType.INT8 if kind == "int8x8" else floats.get(kind, dtype)
+    x = ir.Value(name="x", type=ir.TensorType(given), shape=ir.Shape(["n", inner]))
     graph.inputs.append(x)
+    if kind == "int8x8":
+        weight = constant("w", ir.DataType.INT8, [inner, columns])
+        made = node("MatMulInteger", [x, weight], ["n", columns], ir.DataType.INT32)
+        graph.outputs.append(made)
+        return ir.Model(graph, ir_version=12)
     if kind in dtypes:
         weight = constant("w", dtype, [inner, columns])
+    elif kind in floats:
+        x = node("DequantizeLinear", [x, constant("t", dtype, [])], ["n", inner])
+        parts = [constant("w", floats[kind], [inner, columns]), constant("s", dtype, [])]
+        weight = node("DequantizeLinear", parts, [inner, columns])
     elif kind == "int8":
         parts = [constant("w", ir.DataType.INT8, [inner, columns]), constant("s", dtype, [columns])]
         weight = node("DequantizeLinear", parts, [inner, columns], axis=1)
@@ -159,34 +177,56 @@ class Bench:
         if dtype == "int8":
             made = torch.randint(-128, 128, shape, dtype=torch.int8, device="cuda")
             return made, self.ffi.from_dlpack(made)
+        if dtype in ("e4m3", "e5m2"):
+            made = torch.randn(shape, device="cuda") * scale
+            made = made.to(torch.float8_e4m3fn if dtype == "e4m3" else torch.float8_e5m2)
+            return made, self.ffi.from_dlpack(made.view(torch.uint8))
         half = torch.bfloat16 if dtype == "uint16" else torch.float16
         made = (torch.randn(shape, device="cuda") * scale).to(half)
         bits = made.view(torch.uint16) if dtype == "uint16" else made
         return made, self.ffi.from_dlpack(bits)
 
     def large(self, name: str, rows: int) -> None:
-        """Against torch.matmul, in turn."""
+        """Against torch, in turn."""
         torch = self.torch
         main, facts = self.load(name)
-        ((dtype, shape),) = facts["parameters"]
-        inner, columns = facts["inner"], facts["columns"]
-        x, own_x = self.tensor(dtype, (rows, inner), 1.0)
-        weight, own_weight = self.tensor(dtype, tuple(shape), inner**-0.5)
-        found = torch.from_dlpack(main(own_x, own_weight)[0]).view(x.dtype).double()
+        inner, columns, kind = facts["inner"], facts["columns"], facts["kind"]
+        held = {"bf16": "uint16", "f16": "float16", "int8x8": "int8"}.get(kind, kind)
+        x, own_x = self.tensor(held, (rows, inner), 1.0)
+        spread = 1.0 if kind in ("e4m3", "e5m2") else inner**-0.5
+        given, weight = [], None
+        for _, shape in facts["parameters"]:
+            if shape:
+                weight, own = self.tensor(held, tuple(shape), spread)
+            else:  # a scale
+                own = self.ffi.from_dlpack(
+                    torch.ones((), device="cuda").bfloat16().view(torch.uint16)
+                )
+            given.append(own)
+        assert weight is not None
+        result = {"f16": torch.float16, "int8x8": torch.int32}.get(kind, torch.bfloat16)
+        found = torch.from_dlpack(main(own_x, *given)[0]).view(result).double()
         wanted = x.double() @ weight.double().t()
         error = float((found - wanted).norm() / wanted.norm())
         del found, wanted
-        turned = weight.t()
-        sides = (lambda: main(own_x, own_weight), lambda: torch.matmul(x, turned))
+        turned, one = weight.t(), torch.ones((), device="cuda")
+        theirs = {
+            "int8x8": lambda: torch._int_mm(x, turned),
+            "e4m3": lambda: torch._scaled_mm(x, turned, one, one, out_dtype=result),
+        }.get(kind, lambda: torch.matmul(x, turned))
+        sides = [lambda: main(own_x, *given)]
+        if kind != "e5m2":  # cuBLAS has no product of two of these
+            sides.append(theirs)
         for side in sides:
             self.milliseconds(side, INSIDE)
         times = [[self.milliseconds(side, INSIDE) for side in sides] for _ in range(ROUNDS)]
-        ours, theirs = (statistics.median(column) for column in zip(*times, strict=True))
+        medians = [statistics.median(column) for column in zip(*times, strict=True)]
         work = 2 * rows * inner * columns / 1e9
-        self.results[f"{name} rows {rows}"] = {"ms": ours, "torch_ms": theirs, "error": error}
+        self.results[f"{name} rows {rows}"] = {"ms": medians, "error": error}
+        rates = [work / time for time in medians]
+        against = f", torch {rates[1]:5.0f}, share {rates[0] / rates[1]:.3f}" if rates[1:] else ""
         print(
-            f"{name:18s} {rows:5d} rows: {work / ours:5.0f} TFLOP/s, torch {work / theirs:5.0f},"
-            f" share {theirs / ours:.3f}, error {error:.1e}",
+            f"{name:18s} {rows:5d} rows: {rates[0]:5.0f} T/s{against}, error {error:.1e}",
             flush=True,
         )
 
@@ -230,9 +270,9 @@ def run(folder: Path, write: Path | None) -> None:
     bench.results["copy_GB_per_s"] = rate / 1e6
     print(f"{bench.results['gpu']}: copies {rate / 1e6:.0f} GB/s")
     for (inner, columns), many in LARGE.items():
-        for half in ("bf16", "f16"):
+        for kind in MANY:
             for rows in many:
-                bench.large(f"{half}-{inner}-{columns}", rows)
+                bench.large(f"{kind}-{inner}-{columns}", rows)
     for inner, columns in SMALL:
         for kind in ("bf16", "int8", "int4"):
             bench.few(f"{kind}-{inner}-{columns}", rate)

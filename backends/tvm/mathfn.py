@@ -175,7 +175,10 @@ def tanh(code: Code, x: Expr) -> Expr:
 def sigmoid(code: Code, x: Expr) -> Expr:
     """1 / (1 + e ** -x)."""
     one = const(1.0, dtype_of(x))
-    return one / (one + exp(code, const(0.0, dtype_of(x)) - x))
+    whole = one + exp(code, const(0.0, dtype_of(x)) - x)
+    if isinstance(code, GpuCode) and dtype_of(x) == "float32":
+        return code.reciprocal(whole)
+    return one / whole
 
 
 def softplus(code: Code, x: Expr) -> Expr:

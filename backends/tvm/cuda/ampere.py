@@ -1,68 +1,75 @@
 """Device code for sm_80 and later: copies that do not wait (cp.async) and products of a warp (mma).
 
-A block of 8 warps makes 128 x 128 results, each warp 64 x 32 of them; 4 stages of 32 elements of K are in
-flight. Instructions as in the PTX ISA 8.5, sections 9.7.8.22 (cp.async), 9.7.13.4.8 (mma.m16n8k16) and
-9.7.13.4.15 (ldmatrix). Rows of a tile are 64 bytes, their 16-byte pieces permuted by row against bank
-conflicts.
+A block of 8 warps makes 128 x 128 results, each warp 64 x 32 of them; 4 stages of 64 bytes of K are in
+flight. Instructions as in the PTX ISA 8.5, sections 9.7.8.22 (cp.async), 9.7.13.4.8 and 9.7.13.4.10
+(mma.m16n8k16, and m16n8k32 of 8 bits) and 9.7.13.4.15 (ldmatrix). The 16-byte pieces of a tile's rows are
+permuted by row against bank conflicts. In bytes, all kinds of operands lie alike.
 """
 
 from __future__ import annotations
 
+from netlathe.backends.tvm.cuda.operands import operands
+
 TILE = 128
 THREADS = 256
-DEEP = 32
+ROW_BYTES = 64  # of K in a stage
 STAGES = 4
-SHARED_BYTES = STAGES * 2 * TILE * DEEP * 2  # exactly what 128 x 128 float32 results take, too
+SHARED_BYTES = STAGES * 2 * TILE * ROW_BYTES  # exactly what 128 x 128 results of 4 bytes take, too
 assert SHARED_BYTES == TILE * TILE * 4
 
 
 def source(dtype: str) -> str:
-    """The device functions; ``dtype`` is ``bf16`` or ``f16``."""
+    """The device functions; ``dtype`` is the name of :class:`Operands`."""
+    kind = operands(dtype)
+    deep, piece = ROW_BYTES // kind.bytes, 16 // kind.bytes
+    letter, form, whole = ("r", "s32", "int") if kind.sums == "int32" else ("f", "f32", "float")
     return f"""
 #ifndef NETLATHE_AMPERE_{dtype}
 #define NETLATHE_AMPERE_{dtype}
 namespace netlathe_ampere_{dtype} {{
+using Element = uint{8 * kind.bytes}_t;
+using Sum = {whole};
 __device__ __forceinline__ uint32_t piece(uint32_t tile, int row, int at) {{
-  return tile + row * {DEEP * 2} + ((at ^ ((row >> 1) & 3)) << 4);
+  return tile + row * {ROW_BYTES} + ((at ^ ((row >> 1) & 3)) << 4);
 }}
 __device__ __forceinline__ void load(uint32_t from, uint32_t* to) {{
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {{%0, %1, %2, %3}}, [%4];"
                : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3]) : "r"(from));
 }}
-__device__ __forceinline__ void multiply(float* d, const uint32_t* a, uint32_t b0, uint32_t b1) {{
+__device__ __forceinline__ void multiply(Sum* d, const uint32_t* a, uint32_t b0, uint32_t b1) {{
   asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.{dtype}.{dtype}.f32 {{%0, %1, %2, %3}}, {{%4, %5, %6, %7}},"
-      " {{%8, %9}}, {{%0, %1, %2, %3}};"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      "mma.sync.aligned.m16n8k{kind.deep}.row.col.{form}.{kind.a}.{kind.b}.{form} {{%0, %1, %2, %3}},"
+      " {{%4, %5, %6, %7}}, {{%8, %9}}, {{%0, %1, %2, %3}};"
+      : "+{letter}"(d[0]), "+{letter}"(d[1]), "+{letter}"(d[2]), "+{letter}"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }}
 // One stage of one operand, [rows, inner] from row `first` on: two pieces a thread, zeros beyond the end.
 __device__ __forceinline__ void copy(
-    uint32_t tile, const uint16_t* from, int64_t rows, int64_t inner, int64_t first, int64_t k) {{
+    uint32_t tile, const Element* from, int64_t rows, int64_t inner, int64_t first, int64_t k) {{
 #pragma unroll
   for (int part = 0; part < 2; ++part) {{
     const int number = part * {THREADS} + threadIdx.x, row = number / 4, at = number % 4;
-    const bool inside = first + row < rows && k + at * 8 < inner;
-    const uint16_t* source = inside ? from + (first + row) * inner + k + at * 8 : from;
+    const bool inside = first + row < rows && k + at * {piece} < inner;
+    const Element* source = inside ? from + (first + row) * inner + k + at * {piece} : from;
     asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;"
                  ::"r"(piece(tile, row, at)), "l"(source), "r"(inside ? 16 : 0) : "memory");
   }}
 }}
-// The block's 128 x 128 sums, left in shared memory as float32. copy_a(tile, k) starts a stage of A.
+// The block's 128 x 128 sums, left in shared memory. copy_a(tile, k) starts a stage of A.
 template <typename CopyA>
 __device__ __forceinline__ void tile_product(
-    uint8_t* shared, const CopyA& copy_a, const uint16_t* b, int64_t inner, int64_t columns, int64_t left) {{
-  constexpr int kBytes = {TILE * DEEP * 2};
+    uint8_t* shared, const CopyA& copy_a, const Element* b, int64_t inner, int64_t columns, int64_t left) {{
+  constexpr int kBytes = {TILE * ROW_BYTES};
   const uint32_t base = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int down = warp / 4 * 64, across = warp % 4 * 32;
-  const int steps = (int)((inner + {DEEP - 1}) / {DEEP});
-  float sums[4][4][4] = {{}};
+  const int steps = (int)((inner + {deep - 1}) / {deep});
+  Sum sums[4][4][4] = {{}};
 #pragma unroll
   for (int stage = 0; stage < {STAGES - 1}; ++stage) {{
     if (stage < steps) {{
-      copy_a(base + stage * 2 * kBytes, (int64_t)stage * {DEEP});
-      copy(base + stage * 2 * kBytes + kBytes, b, columns, inner, left, (int64_t)stage * {DEEP});
+      copy_a(base + stage * 2 * kBytes, (int64_t)stage * {deep});
+      copy(base + stage * 2 * kBytes + kBytes, b, columns, inner, left, (int64_t)stage * {deep});
     }}
     asm volatile("cp.async.commit_group;" ::: "memory");
   }}
@@ -72,13 +79,13 @@ __device__ __forceinline__ void tile_product(
     const int ahead = step + {STAGES - 1};
     if (ahead < steps) {{
       const uint32_t to = base + ahead % {STAGES} * 2 * kBytes;
-      copy_a(to, (int64_t)ahead * {DEEP});
-      copy(to + kBytes, b, columns, inner, left, (int64_t)ahead * {DEEP});
+      copy_a(to, (int64_t)ahead * {deep});
+      copy(to + kBytes, b, columns, inner, left, (int64_t)ahead * {deep});
     }}
     asm volatile("cp.async.commit_group;" ::: "memory");
     const uint32_t at = base + step % {STAGES} * 2 * kBytes;
 #pragma unroll
-    for (int k = 0; k < {DEEP // 16}; ++k) {{
+    for (int k = 0; k < {ROW_BYTES // 32}; ++k) {{
       uint32_t x[4][4], y[2][4];
 #pragma unroll
       for (int i = 0; i < 4; ++i) load(piece(at, down + i * 16 + lane % 16, k * 2 + lane / 16), x[i]);
@@ -93,7 +100,7 @@ __device__ __forceinline__ void tile_product(
   }}
   asm volatile("cp.async.wait_group 0;" ::: "memory");
   __syncthreads();
-  float* to = reinterpret_cast<float*>(shared);
+  Sum* to = reinterpret_cast<Sum*>(shared);
 #pragma unroll
   for (int i = 0; i < 4; ++i)
 #pragma unroll
@@ -102,20 +109,20 @@ __device__ __forceinline__ void tile_product(
       for (int half = 0; half < 2; ++half) {{
         const int row = down + i * 16 + half * 8 + lane / 4;
         const int column = (across + j * 8) ^ ((row & 3) * 8);
-        *reinterpret_cast<float2*>(to + row * {TILE} + column + lane % 4 * 2) =
-            make_float2(sums[i][j][half * 2], sums[i][j][half * 2 + 1]);
+        *reinterpret_cast<{whole}2*>(to + row * {TILE} + column + lane % 4 * 2) =
+            {{sums[i][j][half * 2], sums[i][j][half * 2 + 1]}};
       }}
   __syncthreads();
 }}
 __device__ __forceinline__ void product(
     uint8_t* shared, const void* a_, const void* b_, int64_t rows, int64_t inner, int64_t columns,
     int64_t top, int64_t left) {{
-  const uint16_t *a = static_cast<const uint16_t*>(a_), *b = static_cast<const uint16_t*>(b_);
+  const Element *a = static_cast<const Element*>(a_), *b = static_cast<const Element*>(b_);
   auto copy_a = [&](uint32_t tile, int64_t k) {{ copy(tile, a, rows, inner, top, k); }};
   tile_product(shared, copy_a, b, inner, columns, left);
 }}
-__device__ __forceinline__ float sum(const uint8_t* shared, int64_t row, int64_t column) {{
-  return reinterpret_cast<const float*>(shared)[row * {TILE} + (column ^ ((row & 3) * 8))];
+__device__ __forceinline__ Sum sum(const uint8_t* shared, int64_t row, int64_t column) {{
+  return reinterpret_cast<const Sum*>(shared)[row * {TILE} + (column ^ ((row & 3) * 8))];
 }}
 }}  // namespace
 #endif

@@ -260,6 +260,13 @@ class GpuCode(Code):
         )
         return self.bind(self.call(f"netlathe_{name}", source, "float32", x))
 
+    def reciprocal(self, x: Expr) -> Expr:
+        """1 / x of a float32 within 1 ulp: one instruction.
+
+        A division has a branch for what is out of its range, and no load is moved in front of that.
+        """
+        return self.bind(self.call("netlathe_reciprocal", _RECIPROCAL, "float32", x))
+
     def bfloat16(self, value: Expr) -> Expr:
         """A float32 as the bits of a bfloat16, to nearest even: one instruction."""
         return self.call("netlathe_bfloat16", _BFLOAT16, "uint16", value)
@@ -302,6 +309,13 @@ __device__ __forceinline__ uint16_t netlathe_bfloat16(float value) {
   uint16_t bits;
   asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(value));
   return bits;
+}
+"""
+_RECIPROCAL = """
+__device__ __forceinline__ float netlathe_reciprocal(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
 }
 """
 _EXCHANGE = """

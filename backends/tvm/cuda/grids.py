@@ -20,6 +20,7 @@ from netlathe.backends.tvm import mathfn
 from netlathe.backends.tvm.cuda.code import THREADS, GpuCode
 from netlathe.backends.tvm.tir import (
     PARALLEL,
+    SERIAL,
     VECTORIZED,
     Code,
     Expr,
@@ -45,6 +46,7 @@ WARP = 32
 # Rows of at most so many elements are a warp's: a block of 256 would leave threads without work.
 _SHORT = 1024
 _EACH = 4  # elements of a thread in the flat schedule
+_MANY = 9  # steps that are a loop: fewer are written out, so that their loads overlap
 
 
 def _blocks(count: Expr, size: int) -> Expr:
@@ -89,9 +91,11 @@ def sections(code: GpuCode, parts: Sequence[Section]) -> str:
 
 
 def _columns_at_once(shape: list[Expr]) -> int:
-    """Threads along the last dim."""
+    """Threads along the last dim: few for short ones, as elements of a thread share what an index takes."""
     width = known(shape[-1])
     columns = 128
+    while width is not None and columns > WARP and width <= 2 * columns:
+        columns //= 2
     while width is not None and columns > 1 and columns >= 2 * width:
         columns //= 2
     return columns
@@ -108,7 +112,9 @@ def _rows_of_block(
     row = code.bind(block * i64(_rows_at_once(shape)) + idiv(thread, columns))
     with code.when(row < lead):
         outer = [code.bind(item) for item in unflatten(row, shape[:-1])]
-        with code.loop(_blocks(last, columns)) as step:
+        steps = _blocks(last, columns)
+        few = (known(steps) or _MANY) < _MANY
+        with code.loop(steps, VECTORIZED if few else SERIAL) as step:
             j = code.bind(step * i64(columns) + imod(thread, columns))
             with code.when(j < last):
                 one([*outer, j])

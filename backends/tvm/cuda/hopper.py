@@ -3,16 +3,24 @@
 Instruction by instruction it follows the PTX ISA 8.5, sections 9.7.8.24 (cp.async.bulk.tensor), 9.7.12.15
 (mbarrier) and 9.7.14 (wgmma). Tiles lie in shared memory as rows of 128 bytes whose 16-byte pieces are
 permuted by row (the 128-byte swizzle), which copies and products know alike.
+
+Work comes in units: a tile, or a piece of one where there are so few last tiles that each block gets at most
+one of their pieces.
+
+Tensor cores keep sums of 8-bit floats with some 14 bits. So those of one stage, 128 elements of K, are added
+to float32 in registers, which have room for tiles half as wide.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from netlathe.backends.tvm.cuda.operands import Operands, operands
+
 # Threads: one warpgroup copies, two multiply. Registers are moved from the first to the others.
 THREADS = 384
 GROUP = 128
-DEEP = 64  # elements of K in a stage: 128 bytes of a half type
+ROW_BYTES = 128  # of K in a stage
 ROWS = 128  # of a tile: 64 for each multiplying warpgroup
 _STAGING = 2 * 64 * 64 * 4  # bytes: 64 x 64 results of each multiplying warpgroup on their way out
 
@@ -24,11 +32,17 @@ class Shape:
     columns: int = 256
     stages: int = 4
     cluster: int = 2
+    pieces: int = 2  # that a tile may be cut in
 
     @property
     def stage_bytes(self) -> int:
         """Both operands of one step."""
-        return (ROWS + self.columns) * DEEP * 2
+        return (ROWS + self.columns) * ROW_BYTES
+
+    @property
+    def box_rows(self) -> int:
+        """Rows of B that one copy brings: what a block of the cluster copies of a piece."""
+        return self.columns // self.cluster // self.pieces
 
     @property
     def shared_bytes(self) -> int:
@@ -36,27 +50,115 @@ class Shape:
         return 1024 + self.stages * self.stage_bytes + _STAGING + 2 * self.stages * 8
 
 
+def chosen(kind: Operands) -> Shape:
+    """The tile for operands of this kind."""
+    return Shape(128, 6) if kind.is_float8 else Shape()
+
+
+def _multiply(kind: Operands, columns: int) -> str:
+    """One instruction: 64 rows by ``columns``."""
+    count = columns // 2
+    letter, form = ("r", "s32") if kind.sums == "int32" else ("f", "f32")
+    # Integers have no signs to choose; halves may be transposed, too.
+    rest = "" if kind.sums == "int32" else ", 1, 1" if kind.is_float8 else ", 1, 1, 0, 0"
+    places = ", ".join(f"%{i}" for i in range(count))
+    registers = ", ".join(f'"+{letter}"(d[{i}])' for i in range(count))
+    return f"""    asm volatile(
+        "{{\\n.reg .pred p;\\nsetp.ne.b32 p, %{count + 2}, 0;\\n"
+        "wgmma.mma_async.sync.aligned.m64n{columns}k{kind.deep}.{form}.{kind.a}.{kind.b} {{{places}}},"
+        " %{count}, %{count + 1}, p{rest};\\n}}"
+        : {registers}
+        : "l"(a), "l"(b), "r"(add));"""
+
+
+_OPERANDS = f"""    const int stage = number % kStages;
+    wait(ready(at, stage), (number / kStages) & 1);
+    const uint32_t tile = at + stage * kStageBytes;
+    const uint64_t a = described(tile + group * {64 * ROW_BYTES}), b = described(tile + {ROWS * ROW_BYTES});
+    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+"""
+# Products of one stage go on while those of the stage before are waited for.
+_STAGES = f"""  for (int k = 0; k < steps; ++k, ++number) {{
+{_OPERANDS}#pragma unroll
+    for (int part = 0; part < 4; ++part) multiply<kN>(d, a + part * 2, b + part * 2, 1);
+    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+    if (k > 0) {{
+      asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
+      if (speaks)
+        for (int cta = 0; cta < kCluster; ++cta) release(empty(at, (number - 1) % kStages), cta);
+    }}
+  }}
+  asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+  hold<kN>(d);
+  if (speaks)
+    for (int cta = 0; cta < kCluster; ++cta) release(empty(at, (number - 1) % kStages), cta);
+"""
+# Sums of one stage are added to those in registers while products of the next go on.
+_STAGES_ADDED = f"""  Sum even[kN / 2] = {{}}, odd[kN / 2] = {{}};
+  auto start = [&](Sum* part, int number) {{
+{_OPERANDS}#pragma unroll
+    for (int step = 0; step < 4; ++step) multiply<kN>(part, a + step * 2, b + step * 2, step > 0);
+    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+  }};
+  auto add = [&](Sum* part, int number) {{
+    hold<kN>(part);
+    if (speaks)
+      for (int cta = 0; cta < kCluster; ++cta) release(empty(at, number % kStages), cta);
+#pragma unroll
+    for (int i = 0; i < kN / 2; ++i) d[i] += part[i];
+  }};
+  int k = 0;
+  for (; k + 1 < steps; k += 2) {{
+    start(even, number + k);
+    start(odd, number + k + 1);
+    asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
+    add(even, number + k);
+    asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+    add(odd, number + k + 1);
+  }}
+  if (k < steps) {{
+    start(even, number + k);
+    asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+    add(even, number + k);
+  }}
+"""
+# The same one after the other: half of the registers.
+_STAGES_IN_TURN = f"""  Sum part[kN / 2] = {{}};
+  for (int k = 0; k < steps; ++k, ++number) {{
+{_OPERANDS}#pragma unroll
+    for (int step = 0; step < 4; ++step) multiply<kN>(part, a + step * 2, b + step * 2, step > 0);
+    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+    asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+    hold<kN>(part);
+    if (speaks)
+      for (int cta = 0; cta < kCluster; ++cta) release(empty(at, stage), cta);
+#pragma unroll
+    for (int i = 0; i < kN / 2; ++i) d[i] += part[i];
+  }}
+"""
+
+
 def source(shape: Shape, dtype: str) -> str:
-    """The device functions for one shape; ``dtype`` is ``bf16`` or ``f16``."""
-    registers = shape.columns // 2
-    places = ", ".join(f"%{i}" for i in range(registers))
-    operands = ", ".join(f'"+f"(d[{i}])' for i in range(registers))
-    share = shape.columns // shape.cluster
+    """The device functions for one shape; ``dtype`` is the name of :class:`Operands`."""
+    kind = operands(dtype)
+    deep = ROW_BYTES // kind.bytes
+    letter, whole = ("r", "int") if kind.sums == "int32" else ("f", "float")
     guard = f"NETLATHE_{dtype}_{shape.columns}_{shape.cluster}"
     return f"""
 #ifndef {guard}
 #define {guard}
 namespace netlathe_{dtype}_{shape.columns}_{shape.cluster} {{
 constexpr int kStages = {shape.stages}, kStageBytes = {shape.stage_bytes}, kCluster = {shape.cluster};
-constexpr int kColumns = {shape.columns}, kShare = {share};
+constexpr int kColumns = {shape.columns}, kPieces = {shape.pieces}, kBox = {shape.box_rows};
+using Sum = {whole};
 
 __device__ __forceinline__ uint32_t base(const void* shared) {{
   return (static_cast<uint32_t>(__cvta_generic_to_shared(shared)) + 1023u) & ~1023u;
 }}
-__device__ __forceinline__ uint32_t full(uint32_t at, int stage) {{
+__device__ __forceinline__ uint32_t ready(uint32_t at, int stage) {{
   return at + kStages * kStageBytes + {_STAGING} + stage * 8;
 }}
-__device__ __forceinline__ uint32_t empty(uint32_t at, int stage) {{ return full(at, kStages + stage); }}
+__device__ __forceinline__ uint32_t empty(uint32_t at, int stage) {{ return ready(at, kStages + stage); }}
 __device__ __forceinline__ uint32_t rank() {{
   uint32_t r;
   asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(r));
@@ -94,13 +196,16 @@ __device__ __forceinline__ void copy_to_all(
 __device__ __forceinline__ uint64_t described(uint32_t at) {{
   return (uint64_t)((at & 0x3FFFF) >> 4) | (1ull << 16) | (64ull << 32) | (1ull << 62);
 }}
-__device__ __forceinline__ void multiply(float* d, uint64_t a, uint64_t b, int add) {{
-  asm volatile(
-      "{{\\n.reg .pred p;\\nsetp.ne.b32 p, %{registers + 2}, 0;\\n"
-      "wgmma.mma_async.sync.aligned.m64n{shape.columns}k16.f32.{dtype}.{dtype} {{{places}}},"
-      " %{registers}, %{registers + 1}, p, 1, 1, 0, 0;\\n}}"
-      : {operands}
-      : "l"(a), "l"(b), "r"(add));
+template <int kN> __device__ __forceinline__ void multiply(Sum* d, uint64_t a, uint64_t b, int add) {{
+  if constexpr (kN == kColumns)
+{_multiply(kind, shape.columns)}
+  else
+{_multiply(kind, shape.columns // shape.pieces)}
+}}
+// Products read and write these registers until they are waited for.
+template <int kN> __device__ __forceinline__ void hold(Sum* d) {{
+#pragma unroll
+  for (int i = 0; i < kN / 2; ++i) asm volatile("" : "+{letter}"(d[i])::"memory");
 }}
 __device__ __forceinline__ void cluster_barrier() {{
   if (kCluster > 1)
@@ -113,7 +218,7 @@ __device__ __forceinline__ void start(uint8_t* shared) {{
   uint32_t at = base(shared);
   if (threadIdx.x == 0) {{
     for (int stage = 0; stage < kStages; ++stage) {{
-      asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(full(at, stage)));
+      asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(ready(at, stage)));
       asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(empty(at, stage)), "r"(2 * kCluster));
     }}
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
@@ -123,27 +228,29 @@ __device__ __forceinline__ void start(uint8_t* shared) {{
 }}
 __device__ __forceinline__ void finish() {{ cluster_barrier(); }}
 
-// Where a tile lies: strips of 8 rows of tiles are walked column by column, so that what blocks read at
-// one time overlaps in the level-2 cache.
-__device__ __forceinline__ void place(int64_t tile, int64_t down, int64_t across, int64_t* where) {{
+// Where a unit lies; those from `full` on are pieces of tiles. Strips of 8 rows of tiles are walked column by
+// column, so that what blocks read at one time overlaps in the level-2 cache.
+__device__ __forceinline__ void place(
+    int64_t unit, int64_t full, int64_t down, int64_t across, int64_t* where) {{
+  const int64_t tile = unit < full ? unit : full + (unit - full) / kPieces;
   const int64_t strip = 8, size = strip * across, first = tile / size * strip;
   const int64_t high = down - first < strip ? down - first : strip, within = tile % size;
   where[0] = first + within % high;
-  where[1] = within / high;
+  where[1] = within / high * kColumns + (unit < full ? 0 : (unit - full) % kPieces * (kColumns / kPieces));
 }}
-__device__ __forceinline__ int64_t tile_row(int64_t tile, int64_t down, int64_t across) {{
+__device__ __forceinline__ int64_t top(int64_t unit, int64_t full, int64_t down, int64_t across) {{
   int64_t where[2];
-  place(tile, down, across, where);
+  place(unit, full, down, across, where);
   return (where[0] * kCluster + (kCluster > 1 ? rank() : 0)) * {ROWS};
 }}
-__device__ __forceinline__ int64_t tile_column(int64_t tile, int64_t down, int64_t across) {{
+__device__ __forceinline__ int64_t left(int64_t unit, int64_t full, int64_t down, int64_t across) {{
   int64_t where[2];
-  place(tile, down, across, where);
-  return where[1] * kColumns;
+  place(unit, full, down, across, where);
+  return where[1];
 }}
 
 __device__ __forceinline__ void produce(
-    uint8_t* shared, uint64_t map_a, uint64_t map_b, int64_t first, int64_t step, int64_t tiles,
+    uint8_t* shared, uint64_t map_a, uint64_t map_b, int64_t first, int64_t step, int64_t units, int64_t full,
     int64_t down, int64_t across, int steps) {{
   const CUtensorMap *a = reinterpret_cast<const CUtensorMap*>(map_a);
   const CUtensorMap *b = reinterpret_cast<const CUtensorMap*>(map_b);
@@ -152,62 +259,50 @@ __device__ __forceinline__ void produce(
   const uint32_t at = base(shared);
   const int mine = kCluster > 1 ? rank() : 0;
   int number = 0;
-  for (int64_t tile = first; tile < tiles; tile += step) {{
-    const int row = (int)tile_row(tile, down, across), column = (int)tile_column(tile, down, across);
+  for (int64_t unit = first; unit < units; unit += step) {{
+    const int row = (int)top(unit, full, down, across), column = (int)left(unit, full, down, across);
+    const int boxes = unit < full ? kPieces : 1;  // of B, for this block to bring
+    const int bytes = ({ROWS} + boxes * kCluster * kBox) * {ROW_BYTES};
     for (int k = 0; k < steps; ++k, ++number) {{
       const int stage = number % kStages;
       wait(empty(at, stage), ((number / kStages) & 1) ^ 1);
-      const uint32_t to = at + stage * kStageBytes, barrier = full(at, stage);
-      asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(kStageBytes)
+      const uint32_t to = at + stage * kStageBytes, barrier = ready(at, stage);
+      asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
                    : "memory");
-      copy(to, a, barrier, k * {DEEP}, row);
-      const uint32_t share = to + {ROWS * DEEP * 2} + mine * kShare * {DEEP * 2};
-      if (kCluster > 1) copy_to_all(share, b, barrier, k * {DEEP}, column + mine * kShare);
-      else copy(share, b, barrier, k * {DEEP}, column);
+      copy(to, a, barrier, k * {deep}, row);
+      for (int box = 0; box < boxes; ++box) {{
+        const int line = (mine * boxes + box) * kBox;
+        const uint32_t share = to + ({ROWS} + line) * {ROW_BYTES};
+        if (kCluster > 1) copy_to_all(share, b, barrier, k * {deep}, column + line);
+        else copy(share, b, barrier, k * {deep}, column + line);
+      }}
     }}
   }}
 }}
 
 __device__ __forceinline__ void prepare() {{ asm volatile("setmaxnreg.inc.sync.aligned.u32 232;"); }}
 
-// The sums of one tile, 64 rows of it for each of the two warpgroups.
-__device__ __forceinline__ void consume(uint8_t* shared, float* d, int64_t tile_number, int steps) {{
+template <int kN> __device__ __forceinline__ void sum_up(uint8_t* shared, Sum* d, int number, int steps) {{
   const uint32_t at = base(shared);
   const int group = threadIdx.x / {GROUP} - 1;
   const bool speaks = threadIdx.x % {GROUP} == 0;
-  int number = (int)(tile_number * steps);
 #pragma unroll
-  for (int i = 0; i < {registers}; ++i) d[i] = 0.0f;
-  for (int k = 0; k < steps; ++k, ++number) {{
-    const int stage = number % kStages;
-    wait(full(at, stage), (number / kStages) & 1);
-    const uint32_t tile = at + stage * kStageBytes;
-    uint64_t a = described(tile + group * {64 * DEEP * 2}), b = described(tile + {ROWS * DEEP * 2});
-    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
-#pragma unroll
-    for (int part = 0; part < {DEEP // 16}; ++part) multiply(d, a + part * 2, b + part * 2, 1);
-    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-    if (k > 0) {{
-      asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
-      if (speaks)
-        for (int cta = 0; cta < kCluster; ++cta) release(empty(at, (number - 1) % kStages), cta);
-    }}
-  }}
-  asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
-#pragma unroll
-  for (int i = 0; i < {registers}; ++i) asm volatile("" : "+f"(d[i])::"memory");
-  if (speaks)
-    for (int cta = 0; cta < kCluster; ++cta) release(empty(at, (number - 1) % kStages), cta);
+  for (int i = 0; i < kColumns / 2; ++i) d[i] = 0;
+{(_STAGES_ADDED if shape.columns <= 128 else _STAGES_IN_TURN) if kind.is_float8 else _STAGES}}}
+// The sums of one unit, 64 rows of it for each of the two warpgroups; `before` were summed up by this block.
+__device__ __forceinline__ void consume(uint8_t* shared, Sum* d, int64_t before, bool whole, int steps) {{
+  if (whole) sum_up<kColumns>(shared, d, (int)(before * steps), steps);
+  else sum_up<kColumns / kPieces>(shared, d, (int)(before * steps), steps);
 }}
 
 // 64 x 64 results through shared memory, so that neighbouring threads have neighbouring columns. Pieces
 // of 8 columns are permuted by row against bank conflicts.
-__device__ __forceinline__ float* staging(uint8_t* shared) {{
-  return reinterpret_cast<float*>(
+__device__ __forceinline__ Sum* staging(uint8_t* shared) {{
+  return reinterpret_cast<Sum*>(
       __cvta_shared_to_generic(base(shared) + kStages * kStageBytes)) + (threadIdx.x / {GROUP} - 1) * 4096;
 }}
-__device__ __forceinline__ void stage(uint8_t* shared, const float* d) {{
-  float* to = staging(shared);
+__device__ __forceinline__ void stage(uint8_t* shared, const Sum* d) {{
+  Sum* to = staging(shared);
   const int warp = threadIdx.x % {GROUP} / 32, lane = threadIdx.x % 32;
 #pragma unroll
   for (int j = 0; j < 8; ++j)
@@ -215,12 +310,12 @@ __device__ __forceinline__ void stage(uint8_t* shared, const float* d) {{
     for (int half = 0; half < 2; ++half) {{
       const int row = warp * 16 + half * 8 + lane / 4;
       const int column = (j ^ (row & 3)) * 8 + lane % 4 * 2;
-      const float* from = d + j * 4 + half * 2;
-      *reinterpret_cast<float2*>(to + row * 64 + column) = make_float2(from[0], from[1]);
+      const Sum* from = d + j * 4 + half * 2;
+      *reinterpret_cast<{whole}2*>(to + row * 64 + column) = {{from[0], from[1]}};
     }}
   asm volatile("bar.sync %0, {GROUP};" ::"r"((int)threadIdx.x / {GROUP}) : "memory");
 }}
-__device__ __forceinline__ float staged(uint8_t* shared, int64_t row, int64_t column) {{
+__device__ __forceinline__ Sum staged(uint8_t* shared, int64_t row, int64_t column) {{
   return staging(shared)[row * 64 + (((column >> 3) ^ (row & 3)) << 3) + (column & 7)];
 }}
 __device__ __forceinline__ void unstage() {{

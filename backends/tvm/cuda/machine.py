@@ -33,6 +33,11 @@ class Gpu(Machine):
         return all(arch == "sm_90a" for arch in self.archs)
 
     @property
+    def has_float8(self) -> bool:
+        """Whether the tensor cores of every architecture multiply floats of 8 bits."""
+        return all(ARCHITECTURES[arch][0] >= 89 for arch in self.archs)
+
+    @property
     def shared_bytes(self) -> int:
         """Shared memory that a block may have on all of the architectures."""
         return min(ARCHITECTURES[arch][1] for arch in self.archs)

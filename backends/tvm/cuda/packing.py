@@ -39,9 +39,22 @@ class Joined:
         return self.function(joined, *given[len(self.columns) :])
 
 
-def transposed(tensor: ir.TensorProtocol) -> Array:
-    """[K, N] as [N, K]: what is summed over lies together."""
-    return np.ascontiguousarray(array(tensor).T)
+def transposed(tensor: ir.TensorProtocol, inner: int | None = None) -> Array:
+    """[K, N] as [N, K]: what is summed over lies together; with zeros behind it, up to ``inner``."""
+    values = array(tensor).T
+    if inner is None:
+        return np.ascontiguousarray(values)
+    made = np.zeros((values.shape[0], inner), values.dtype)
+    made[:, : values.shape[1]] = values
+    return made
+
+
+def dequantized(data: ir.TensorProtocol, scale: ir.TensorProtocol) -> Array:
+    """Floats [K, N] times their scale or scales [N], rounded to the type of those: as [N, K]."""
+    wide = data.numpy().astype(np.float32).T * scale.numpy().astype(np.float32).reshape(-1, 1)
+    return array(
+        ir.Tensor(np.ascontiguousarray(wide.astype(scale.numpy().dtype)), dtype=scale.dtype)
+    )
 
 
 def taps_by_channels(tensor: ir.TensorProtocol, channels: int) -> Array:

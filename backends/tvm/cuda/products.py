@@ -109,9 +109,9 @@ def _of_factor(low: Lowering, a: Ready, found: Factor, shape: Shape) -> Pending:
         if second[0] is not a or second[1].kind != found.kind or second[1].columns != found.columns:
             return None
         weight = factors.weight(low, [found, second[1]], in_turn=True)
-        return _on_tensor_cores(low, a, found, shape, weight, 2)
+        return on_tensor_cores(low, a, found, shape, weight, 2)
 
-    alone = _on_tensor_cores(low, a, found, shape, factors.weight(low, [found]))
+    alone = on_tensor_cores(low, a, found, shape, factors.weight(low, [found]))
     return Joinable(a.dtype, shape, alone.build, operands=(a, found), paired=paired)
 
 
@@ -144,7 +144,7 @@ def beside(op: Op) -> Value | None:
     weight = factors.weight(low, [found for _, found in members])
     whole = Factor(kind, ends[-1], members[0][1].values)
     lead = op.shape()[:-1]
-    made = _on_tensor_cores(low, a, whole, (*lead, ends[-1]), weight)
+    made = on_tensor_cores(low, a, whole, (*lead, ends[-1]), weight)
     kernel = Kernel(low)
     shapes = [(*lead, found.columns) for _, found in members]
     stores = [
@@ -176,7 +176,7 @@ def _is_moved(node: ir.Node) -> bool:
     return bool(readers) and _MOVES.issuperset(readers) and not output.is_graph_output()
 
 
-def _on_tensor_cores(
+def on_tensor_cores(
     low: Lowering,
     a: Ready,
     found: Factor,

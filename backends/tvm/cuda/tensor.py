@@ -11,9 +11,19 @@ import onnx_ir as ir
 from tvm import tirx
 
 from netlathe.backends.tvm import storage
-from netlathe.backends.tvm.cuda import ampere, hopper, packing, skinny, stream
+from netlathe.backends.tvm.cuda import ampere, hopper, operands, packing, skinny, stream
 from netlathe.backends.tvm.cuda.code import GpuCode
-from netlathe.backends.tvm.tir import PARALLEL, VECTORIZED, Expr, cast, i64, idiv, imod, known
+from netlathe.backends.tvm.tir import (
+    PARALLEL,
+    VECTORIZED,
+    Expr,
+    cast,
+    i64,
+    idiv,
+    imod,
+    known,
+    select,
+)
 
 PROCESSORS = stream.PROCESSORS
 # finish(row, column, sum). Where ``together`` columns of the weight are one of the result: of all of them.
@@ -32,9 +42,9 @@ def warpgroups(
 ) -> None:
     """finish(row, column, sum over k of a[row, k] * b[column, k]), on sm_90a.
 
-    ``a`` [rows, inner] and ``b`` [columns, inner] are flat buffers of 2-byte elements, ``dtype`` is
-    ``bf16`` or ``f16``; inner is a multiple of 8. The grid is as large as the GPU; a block walks over tiles,
-    one warpgroup copying ahead while two multiply.
+    ``a`` [rows, inner] and ``b`` [columns, inner] are flat buffers, ``dtype`` is the name of their
+    :class:`Operands`; a row is a multiple of 16 bytes. The grid is as large as the GPU; a block walks over
+    units, one warpgroup copying ahead while two multiply. Sums are float32, or int32 of integers.
     """
     with _unless_empty(code, sizes[0]):
         _warpgroups(code, shape, dtype, a, b, sizes, finish, together)
@@ -61,7 +71,8 @@ def _warpgroups(
     together: int,
 ) -> None:
     rows, inner, columns = sizes
-    text = hopper.source(shape, dtype)
+    text, kind = hopper.source(shape, dtype), operands.operands(dtype)
+    deep = hopper.ROW_BYTES // kind.bytes
 
     def named(function: str) -> str:
         return hopper.name(shape, dtype, function)
@@ -69,12 +80,15 @@ def _warpgroups(
     cluster = shape.cluster
     down = idiv(rows + i64(hopper.ROWS * cluster - 1), hopper.ROWS * cluster)
     across = idiv(columns + i64(shape.columns - 1), shape.columns)
-    tiles = down * across
-    groups = tirx.min(tiles, i64(PROCESSORS // cluster))
-    steps = cast(idiv(inner + i64(hopper.DEEP - 1), hopper.DEEP), "int32")
-    map_a = code.tensor_map(a, [inner, rows], [inner], (hopper.DEEP, hopper.ROWS), 2)
-    share = (hopper.DEEP, shape.columns // cluster)
-    map_b = code.tensor_map(b, [inner, columns], [inner], share, 2)
+    # The last tiles are cut into pieces where no block gets more than one of these.
+    tiles, most = down * across, i64(PROCESSORS // cluster)
+    rest = imod(tiles, most)
+    cut = select(rest * i64(shape.pieces) <= most, rest, i64(0))
+    full, units = tiles - cut, tiles + cut * i64(shape.pieces - 1)
+    groups = tirx.min(units, most)
+    steps = cast(idiv(inner + i64(deep - 1), deep), "int32")
+    map_a = code.tensor_map(a, [inner, rows], [inner], (deep, hopper.ROWS), kind.bytes)
+    map_b = code.tensor_map(b, [inner, columns], [inner], (deep, shape.box_rows), kind.bytes)
     with code.launch(groups * i64(cluster), hopper.THREADS, cluster, least=1) as (block, thread):
         memory = code.alloc([shape.shared_bytes], "uint8", scope="shared.dyn")
         shared = code.address(memory)
@@ -83,17 +97,18 @@ def _warpgroups(
 
         def copy() -> None:
             maps = (tirx.address_of(map_a), tirx.address_of(map_b))
-            places = (first, groups, tiles, down, across, steps)
+            places = (first, groups, units, full, down, across, steps)
             code.run(named("produce"), text, shared, *maps, *places)
 
         def multiply() -> None:
             code.run(named("prepare"), text)
-            sums = code.alloc([shape.columns // 2], "float32")
-            with code.loop(idiv(tiles - first + groups - i64(1), groups)) as number:
-                code.run(named("consume"), text, shared, code.address(sums), number, steps)
-                tile = code.bind(first + number * groups)
-                top = code.call(named("tile_row"), text, "int64", tile, down, across)
-                left = code.call(named("tile_column"), text, "int64", tile, down, across)
+            sums = code.alloc([shape.columns // 2], kind.sums)
+            with code.loop(idiv(units - first + groups - i64(1), groups)) as number:
+                unit = code.bind(first + number * groups)
+                all_ = code.bind(unit < full)
+                code.run(named("consume"), text, shared, code.address(sums), number, all_, steps)
+                top = code.call(named("top"), text, "int64", unit, full, down, across)
+                left = code.call(named("left"), text, "int64", unit, full, down, across)
                 group = idiv(thread, hopper.GROUP) - i64(1)
                 top, left = code.bind(top + group * i64(64)), code.bind(left)
                 member = code.bind(imod(thread, hopper.GROUP))
@@ -109,7 +124,7 @@ def _warpgroups(
                         def one() -> None:
                             places = [at * i64(together) + i64(i) for i in range(together)]
                             values = [
-                                code.call(named("staged"), text, "float32", shared, line, place)
+                                code.call(named("staged"), text, kind.sums, shared, line, place)
                                 for place in places
                             ]
                             finish(row, column, *map(code.bind, values))
@@ -123,13 +138,15 @@ def _warpgroups(
                 # Without conditions loads and stores of all steps may overlap.
                 whole = tirx.And(top + i64(64) <= rows, left + i64(shape.columns) <= columns)
                 for part in range(shape.columns // 64):
-                    code.run(named("stage"), text, shared, code.address(sums, part * 32))
-                    code.branch(
-                        whole,
-                        lambda part=part: results(part, True),  # type: ignore[misc]
-                        lambda part=part: results(part, False),  # type: ignore[misc]
-                    )
-                    code.run(named("unstage"), text)
+                    there = part < shape.columns // shape.pieces // 64  # in a piece, too
+                    with contextlib.nullcontext() if there else code.when(all_):
+                        code.run(named("stage"), text, shared, code.address(sums, part * 32))
+                        code.branch(
+                            whole,
+                            lambda part=part: results(part, True),  # type: ignore[misc]
+                            lambda part=part: results(part, False),  # type: ignore[misc]
+                        )
+                        code.run(named("unstage"), text)
 
         code.branch(thread < i64(hopper.GROUP), copy, multiply)
         code.run(named("finish"), text)
@@ -173,7 +190,7 @@ def tile_results(
 ) -> None:
     """finish(row, column, sum) for what a block of :mod:`ampere` left in shared memory."""
     (top, left), (rows, columns) = first, sizes
-    text = ampere.source(dtype)
+    text, kind = ampere.source(dtype), operands.operands(dtype)
     wide = ampere.TILE // together
     with code.loop(ampere.TILE * wide // ampere.THREADS) as step:
         at = code.bind(step * i64(ampere.THREADS) + thread)
@@ -182,7 +199,7 @@ def tile_results(
         with code.when(tirx.And(row < rows, column < idiv(columns, together))):
             places = [within * i64(together) + i64(i) for i in range(together)]
             total = ampere.name(dtype, "sum")
-            values = [code.call(total, text, "float32", shared, line, place) for place in places]
+            values = [code.call(total, text, kind.sums, shared, line, place) for place in places]
             finish(row, column, *map(code.bind, values))
 
 

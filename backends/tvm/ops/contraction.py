@@ -9,6 +9,7 @@ from tvm import tirx
 
 from netlathe.backends.tvm import packing, storage
 from netlathe.backends.tvm.arm import codes, products
+from netlathe.backends.tvm.cuda import eight
 from netlathe.backends.tvm.cuda import products as cuda_products
 from netlathe.backends.tvm.cuda.machine import Gpu
 from netlathe.backends.tvm.kernel import Kernel
@@ -26,7 +27,8 @@ from netlathe.ir.dims import Shape
 
 def _matmul(op: Op) -> Sequence[Value]:
     constant = op.node.inputs[1]
-    if (made := dots.pair_product(op)) is not None:
+    pair = eight.of_pair if isinstance(op.low.machine, Gpu) else dots.pair_product
+    if (made := pair(op)) is not None:
         return [made]
     if constant is not None and op.value(0).rank >= 1:
         if isinstance(op.low.machine, Gpu) and (made := cuda_products.beside(op)) is not None:
@@ -34,9 +36,9 @@ def _matmul(op: Op) -> Sequence[Value]:
         if _is_matrix(constant) and _is_plain(constant):
             return [by_constant(op.low, op.ready(0), constant, op.dtype(), op.shape())]
         if isinstance(op.low.machine, Gpu):
-            held = cuda_products.of_quantized(op.low, op.ready(0), constant, op.shape())
-            if held is not None:
-                return [held]
+            for of in (cuda_products.of_quantized, eight.of_weight):
+                if (held := of(op.low, op.ready(0), constant, op.shape())) is not None:
+                    return [held]
         elif (quantized := _quantized(constant)) is not None:
             return [by_quantized(op.low, op.ready(0), quantized, op.dtype(), op.shape())]
     return [product(op.low, op.operand(0), op.operand(1), op.dtype())]

@@ -17,6 +17,8 @@ import onnx_ir as ir
 from netlathe.backends.tvm import packing
 from netlathe.backends.tvm.arm import conv as arm
 from netlathe.backends.tvm.arm import products
+from netlathe.backends.tvm.cuda import eight
+from netlathe.backends.tvm.cuda.machine import Gpu
 from netlathe.backends.tvm.kernel import Kernel
 from netlathe.backends.tvm.kernels import conv, gemm, tile
 from netlathe.backends.tvm.lowering import Lowering
@@ -165,6 +167,8 @@ def product(
 ) -> Value | None:
     """sum (x - zero) w in int32 of ``x`` [..., K] and a constant [K, N]; None where that is for others."""
     sizes = tuple(weight.shape.numpy()) if weight.shape is not None else ()
+    if isinstance(low.machine, Gpu):
+        return eight.by_integers(low, x, zero, weight, shape)
     if len(sizes) == 2 and (made := products.by_integers(low, x, zero, weight, shape)) is not None:
         return made
     if not low.machine.dot_bytes or len(sizes) != 2 or sizes[0] % 4 or x.rank < 2:

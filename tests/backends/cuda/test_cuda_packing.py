@@ -92,6 +92,9 @@ def test_a_transposed_weight() -> None:
     made = packing.transposed(tensor(values, ir.DataType.FLOAT16))
     np.testing.assert_array_equal(made, values.T)
     assert made.flags.c_contiguous
+    wide = packing.transposed(tensor(values, ir.DataType.FLOAT16), 8)
+    np.testing.assert_array_equal(wide[:, :2], values.T)
+    np.testing.assert_array_equal(wide[:, 2:], 0)
 
 
 def test_a_window_lies_by_channels() -> None:
