@@ -104,6 +104,8 @@ RAGGED = [
     Layer(2, 20, 9, 9, 20, 5, group=20, sizes=True),
     Layer(1, 24, 40, 33, 24, 7, pad=2, group=24),
     Layer(2, 32, 9, 9, 64, 3, group=4),
+    Layer(2, 3, 64, 48, 96, 16, stride=16, pad=0),
+    Layer(2, 3, 65, 48, 96, 8, stride=8, pad=3),
 ]
 CHECKS = {
     f"{half} {number}": Layer(**{**asdict(layer), "half": half})
@@ -166,13 +168,14 @@ def build(folder: Path, archs: str) -> None:
     here = Path(__file__)
     for file in (here, here.with_name("bench_cuda.py"), Path(runtime.__file__)):
         shutil.copyfile(file, folder / file.name)
-    machine = gpu(archs.split(","))
-    for name, layer in {**SPEED, **CHECKS}.items():
-        library = folder / f"{name}.so"
-        built = process.build(graph(layer), machine, library, (toolchain.compiler(),))
-        facts = [(p.recipe.sources, p.recipe.function.__name__, p.shape) for p in built.parameters]
+    layers = {**SPEED, **CHECKS}
+    models = [graph(layer) for layer in layers.values()]
+    libraries = [folder / f"{name}.so" for name in layers]
+    linker = (toolchain.compiler(),)
+    built = process.build_each(models, gpu(archs.split(",")), libraries, linker)
+    for name, made in zip(layers, built, strict=True):
+        facts = [(p.recipe.sources, p.recipe.function.__name__, p.shape) for p in made.parameters]
         (folder / f"{name}.json").write_text(json.dumps({"parameters": facts}))
-        print(name, flush=True)
 
 
 # -- measuring -------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ one place; the weight is [outputs, taps, channels]. A row of the product is a pl
 by channels (implicit GEMM; arXiv 1410.0759, section 3). Windows of one element that take all places are
 products of matrices as they lie.
 
-conv.warpgroups   sm_90a: boxes of places by the copy engine (:mod:`conv_hopper`)
+conv.warpgroups   sm_90a: boxes of places by the copy engine (:mod:`conv_boxes`)
 conv.warps        every GPU: 128 places by 128 outputs, 16 bytes a thread (:mod:`ampere`)
 conv.depthwise    4 channels of a place a thread (:mod:`windows`)
 """
@@ -13,13 +13,12 @@ conv.depthwise    4 channels of a place a thread (:mod:`windows`)
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from math import prod
 
 import onnx_ir as ir
 from tvm import tirx
 
-from netlathe.backends.tvm.cuda import ampere, conv_hopper, packing, tensor
+from netlathe.backends.tvm.cuda import ampere, conv_boxes, conv_hopper, packing, tensor
 from netlathe.backends.tvm.cuda import windows as small
 from netlathe.backends.tvm.cuda.code import GpuCode
 from netlathe.backends.tvm.cuda.machine import Gpu
@@ -29,8 +28,6 @@ from netlathe.backends.tvm.lowering import Lowering
 from netlathe.backends.tvm.packing import Recipe
 from netlathe.backends.tvm.tir import (
     PARALLEL,
-    SERIAL,
-    VECTORIZED,
     Expr,
     cast,
     const,
@@ -66,7 +63,10 @@ def of_halves(
     machine = low.machine
     assert isinstance(machine, Gpu)
     inputs = -(-int(x.shape[3]) // 8) * 8  # type: ignore[arg-type]
-    joined = machine.has_wgmma and inputs <= conv_hopper.NARROW and _joins(windows, x.shape, shape)
+    down, across = (stride <= conv_hopper.MOST_STRIDE for stride in windows.strides)
+    narrow_ = inputs <= conv_hopper.NARROW and _joins(windows, x.shape, shape)
+    joined = machine.has_wgmma and down and narrow_
+    boxes = machine.has_wgmma and down and (across or joined)
     if joined:
         held = low.force(_padded(x, inputs, windows.begins[1], _reach(windows, shape)))
     else:
@@ -89,21 +89,23 @@ def of_halves(
         def finish_row(row: Expr, column: Expr, value: Expr) -> None:
             finish(unflatten(row, out[:3]) if plain else narrow(code, row, out[:3]), column, value)
 
-        if machine.has_wgmma and plain:
+        if boxes and plain:
             whole = rows * sizes[3]
-            lines = _Source([i64(1), i64(1), rows, sizes[3]], [sizes[3], whole, whole])
+            lines = conv_boxes.Source([i64(1), i64(1), rows, sizes[3]], [sizes[3], whole, whole])
             flat = [i64(1), i64(1), rows, out[3]]
 
             def finish_flat(index: list[Expr], column: Expr, value: Expr) -> None:
                 finish_row(index[2], column, value)
 
-            _boxes(code, dtype, operands, lines, windows, flat, finish_flat)
-        elif machine.has_wgmma:
-            source = _Source(sizes, [sizes[3], sizes[2] * sizes[3], sizes[1] * sizes[2] * sizes[3]])
+            conv_boxes.convolve(code, dtype, operands, lines, windows, flat, finish_flat)
+        elif boxes:
+            source = conv_boxes.Source(
+                sizes, [sizes[3], sizes[2] * sizes[3], sizes[1] * sizes[2] * sizes[3]]
+            )
             cut = windows
             if joined:
                 source, cut = source.joined(windows, out[2])
-            _boxes(code, dtype, operands, source, cut, out, finish)
+            conv_boxes.convolve(code, dtype, operands, source, cut, out, finish)
         elif plain:
             tensor.warps(code, dtype, *operands, (rows, i64(inputs), i64(outputs)), finish_row)
             return "gemm.warps"
@@ -124,25 +126,6 @@ def _joins(windows: Windows, x: Shape, out: Shape) -> bool:
 def _reach(windows: Windows, out: Shape) -> int:
     """The columns that windows cover, with the border before them."""
     return (int(out[2]) - 1) * windows.strides[1] + windows.kernel[1]  # type: ignore[arg-type]
-
-
-@dataclass(frozen=True)
-class _Source:
-    """What places are copied from: sizes [b, h, w, channels], and how far apart w, h and b are."""
-
-    sizes: list[Expr]
-    strides: list[Expr]
-
-    def joined(self, windows: Windows, columns: Expr) -> tuple[_Source, Windows]:
-        """The same with a window's row in one piece: places of a row of the result overlap.
-
-        The border before the rows of the input is part of it.
-        """
-        b, h, _, channels = self.sizes
-        wide = i64(windows.kernel[1]) * channels
-        step = i64(windows.strides[1]) * channels
-        cut = Windows(*((v[0], n) for v, n in zip(windows.each, (1, 1, 1, 0), strict=True)))
-        return _Source([b, h, columns, wide], [step, *self.strides[1:]]), cut
 
 
 def depthwise(low: Lowering, x: Value, taps: Ready, cut: Windows, shape: Shape) -> Pending:
@@ -189,155 +172,6 @@ def _padded(x: Value, channels: int, before: int, width: Dim) -> Value:
         return "conv.padded"
 
     return Pending(x.dtype, shape, build)
-
-
-def _boxes(
-    code: GpuCode,
-    dtype: str,
-    operands: tuple[Expr, Expr],
-    x: _Source,
-    windows: Windows,
-    out: list[Expr],
-    finish: Callable[[list[Expr], Expr, Expr], None],
-) -> None:
-    """finish([image, row, column], output, sum) for all of ``out`` [b, rows, columns, outputs], on sm_90a.
-
-    The grid is as large as the GPU; a block walks over tiles, one warpgroup copying ahead while two multiply.
-    """
-    inputs, outputs = known(x.sizes[3]), known(out[3])
-    assert inputs is not None and outputs is not None
-    steps = prod(windows.kernel) * -(-inputs // conv_hopper.DEEP)
-    images, high, wide = (known(size) for size in out[:3])
-    square = 64 if high == 1 else 8  # where sizes are known at run time only
-    box = conv_hopper.box(images or 1, high or 8, wide or square, windows.strides)
-    each = (box.images, box.rows, box.columns)
-    counts = [idiv(n + i64(size - 1), size) for n, size in zip(out[:3], each, strict=True)]
-    shape = conv_hopper.chosen(known(counts[0] * counts[1] * counts[2]), outputs, steps)
-    text = conv_hopper.source(shape, dtype)
-
-    def named(function: str) -> str:
-        return conv_hopper.name(shape, dtype, function)
-
-    def int32(value: Expr | int) -> Expr:
-        return cast(i64(value), "int32")
-
-    cluster = shape.cluster
-    across = -(-outputs // shape.columns)
-    boxes = counts[0] * counts[1] * counts[2]
-    tiles = idiv(boxes + i64(2 * cluster - 1), 2 * cluster) * i64(across)
-    groups = tirx.min(tiles, i64(tensor.PROCESSORS * shape.blocks // cluster))
-    covered = [(n - 1) * step + 1 for n, step in zip(each[1:], windows.strides, strict=True)]
-    box_x = (conv_hopper.DEEP, covered[1], covered[0], box.images)
-    stepping = (1, windows.strides[1], windows.strides[0], 1)
-    map_x = code.tensor_map(operands[0], x.sizes[::-1], x.strides, box_x, 2, steps=stepping)
-    taps = prod(windows.kernel)
-    sizes_w = [i64(n) for n in (inputs, taps, outputs)]
-    box_w = (conv_hopper.DEEP, 1, shape.columns // cluster)
-    map_w = code.tensor_map(operands[1], sizes_w, [i64(inputs), i64(taps * inputs)], box_w, 2)
-    numbers = [*each, *windows.strides, *windows.dilations, *windows.begins]
-    produce = f"produce<{', '.join(map(str, numbers))}>"
-    launch = code.launch(groups * i64(cluster), conv_hopper.THREADS, cluster, least=shape.blocks)
-    with launch as (block, thread):
-        shared = code.address(code.alloc([shape.shared_bytes], "uint8", scope="shared.dyn"))
-        code.run(named("start"), text, shared)
-        first = code.bind(idiv(block, cluster))
-
-        def copy() -> None:
-            maps = (tirx.address_of(map_x), tirx.address_of(map_w))
-            walk = [int32(n) for n in (first, groups, tiles, across, counts[1], counts[2])]
-            window = [int32(n) for n in (*windows.kernel, inputs)]
-            code.run(named(produce), text, shared, *maps, *walk, *window)
-
-        def multiply() -> None:
-            code.run(named("prepare"), text)
-            sums = code.alloc([shape.columns // 2], "float32")
-            member = code.bind(imod(thread, conv_hopper.GROUP))
-            group = code.bind(cast(idiv(thread, conv_hopper.GROUP) - i64(1), "int32"))
-            with code.loop(idiv(tiles - first + groups - i64(1), groups)) as number:
-                code.run(
-                    named("consume"), text, shared, code.address(sums), int32(number), int32(steps)
-                )
-                tile = code.bind(first + number * groups)
-                held = code.call(
-                    named("box_number"), text, "int32", int32(tile), int32(across), group
-                )
-                where = narrow(code, held, counts)
-                corner = [code.bind(w * i64(n)) for w, n in zip(where, each, strict=True)]
-                # Columns are products without a name: vectors must see what they are multiples of.
-                left = code.bind(imod(tile, across)) * i64(shape.columns)
-
-                def results(part: int, inside: bool) -> None:
-                    threads = 64 // conv_hopper.LANES  # to a row
-                    count = conv_hopper.GROUP // threads
-                    kind = (
-                        VECTORIZED if inside else SERIAL
-                    )  # every step's conditions take registers
-                    with code.loop(conv_hopper.PLACES // count, kind) as step:
-                        line = code.bind(step * i64(count) + idiv(member, threads))
-                        at = code.bind(imod(member, threads)) * i64(conv_hopper.LANES)
-                        moved = narrow(code, line, [i64(n) for n in each])
-                        index = [code.bind(c + m) for c, m in zip(corner, moved, strict=True)]
-                        column = left + i64(part * 64) + at
-
-                        def all_() -> None:
-                            _quad(
-                                code,
-                                named("staged"),
-                                text,
-                                (shared, line, at),
-                                outputs,
-                                column,
-                                lambda c, v: finish(index, c, v),
-                            )
-
-                        if inside:
-                            all_()
-                            return
-                        fits = tirx.And(line < i64(box.places), column < i64(outputs))
-                        for i, size in zip(index, out[:3], strict=True):
-                            fits = tirx.And(fits, i < size)
-                        with code.when(fits):
-                            all_()
-
-                # Without conditions loads and stores of all steps may overlap.
-                whole = left + i64(shape.columns) <= i64(outputs)
-                for c, n, size in zip(corner, each, out[:3], strict=True):
-                    whole = tirx.And(whole, c + i64(n) <= size)
-                for part in range(shape.columns // 64):
-                    code.run(named("stage"), text, shared, code.address(sums, part * 32))
-                    if box.places < conv_hopper.PLACES:
-                        results(part, False)
-                    else:
-                        code.branch(
-                            whole,
-                            lambda part=part: results(part, True),  # type: ignore[misc]
-                            lambda part=part: results(part, False),  # type: ignore[misc]
-                        )
-                    code.run(named("unstage"), text)
-
-        code.branch(thread < i64(conv_hopper.GROUP), copy, multiply)
-        code.run(named("finish"), text)
-
-
-def _quad(
-    code: GpuCode,
-    staged: str,
-    text: str,
-    where: tuple[Expr, Expr, Expr],
-    outputs: int,
-    column: Expr,
-    finish: Callable[[Expr, Expr], None],
-) -> None:
-    """finish(column, value) for neighbouring results of a thread: in one piece where rows are whole ones."""
-    lanes = conv_hopper.LANES
-    quad = code.alloc([lanes], "float32")
-    code.vstore(quad, 0, code.call(staged, text, f"float32x{lanes}", *where), lanes)
-    if outputs % lanes == 0:
-        with code.lanes(lanes) as lane:
-            finish(column + lane, tirx.BufferLoad(quad, [lane]))
-        return
-    with code.loop(lanes, VECTORIZED) as lane, code.when(column + lane < i64(outputs)):
-        finish(code.bind(column + lane), tirx.BufferLoad(quad, [lane]))
 
 
 def _gathered(

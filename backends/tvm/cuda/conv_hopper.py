@@ -57,6 +57,7 @@ class Shape:
         return (56, 224) if self.blocks == 1 else (48, 96)
 
 
+MOST_STRIDE = 8  # that the copy engine can take
 NARROW = 16  # channels: three quarters of what a stage copies would be zeros
 SHAPES = (Shape(64, 3, 2), Shape(128, 5), Shape(256, 4, 1, 2))
 

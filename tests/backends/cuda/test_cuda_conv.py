@@ -154,6 +154,29 @@ def test_older_gpus_gather_with_warps() -> None:
     assert "conv.warps" in found and "conv.warpgroups" not in found
 
 
+@pytest.mark.parametrize(
+    ("inputs", "stride", "kind"), [(3, 8, "groups"), (3, 9, "s"), (64, 9, "s")]
+)
+def test_strides_beyond_the_copy_engine_are_gathered(inputs: int, stride: int, kind: str) -> None:
+    how = f"strides = [{stride}, {stride}]"
+    model = network(
+        "float16",
+        f"2, {inputs}, 72, 72",
+        f"y = Conv <{how}> (x, w)",
+        f"2, 16, {72 // stride}, {72 // stride}",
+        {"w": (16, inputs, stride, stride)},
+    )[0]
+    assert f"conv.warp{kind}" in kernels(model, "sm_90a")
+
+
+def test_nothing_is_launched_for_no_images() -> None:
+    """There is no descriptor of an empty tensor."""
+    body = f"y = Conv <{window('conv', 3)}> (x, w)"
+    model = network("float16", "b, 64, h, v", body, "b, 32, h, v", {"w": (32, 64, 3, 3)})[0]
+    text = kernels(model, "sm_90a")["conv.warpgroups"]
+    assert re.search(r"if .*> T.int64\(0\):", text[: text.index("tensormap_encode_tiled")])
+
+
 @pytest.mark.skipif(not _has_nvcc(), reason="nvcc is not installed")
 def test_nothing_spills() -> None:
     artifact = CudaArtifact(every_kind("float16"), gpu(["sm_90a"]))
