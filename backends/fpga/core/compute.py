@@ -103,7 +103,7 @@ class Compute(Elaboratable):
         m.d.sync += [
             vector.eq(nest.address["input"]),
             issue.eq(nest.step),
-            first.eq(nest.first[2]),
+            first.eq(nest.step & nest.first[2]),
             final.eq(nest.step & nest.last[2]),
             end.eq(nest.step & nest.last[4]),
         ]

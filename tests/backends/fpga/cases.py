@@ -71,8 +71,10 @@ def build(layer: Layer, spec: Spec, seed: int) -> Built:
     """With random weights, scales that use the whole range, a zero point of each side, and a bias."""
     rng = np.random.default_rng(seed)
     per = layer.channels // layer.groups
-    low, high = (-8, 8) if layer.nibbles else (-127, 128)
+    # Around 0: else a zero point far from it makes most results saturate.
+    low, high = (-7, 8) if layer.nibbles else (-127, 128)
     weights = rng.integers(low, high, (layer.out, per, *layer.window.kernel)).astype(np.int8)
+    weights.reshape(-1)[0] = low - 1
     if layer.pattern:
         weights = _pruned(weights, layer.pattern)
     spread = (5 if layer.nibbles else 74) * 74 * np.sqrt(per * np.prod(layer.window.kernel)) / 60
@@ -178,7 +180,8 @@ LAYERS = {
     "table": Layer((1, 20), 32, 16, table=True),
     "nibbles": Layer((1, 20), 40, 16, nibbles=True),
     "pairs": Layer((1, 50), 70, 40, nibbles=True),
-    "pairs deeper than the weights": Layer((1, 60), 4400, 16, nibbles=True),
+    "pairs deeper than the weights": Layer((1, 30), 4400, 16, nibbles=True),
+    "pairs in parts, raw": Layer((3, 9), 520, 32, Window((3, 3)), nibbles=True, raw=True),
     "pairs in a convolution": Layer((8, 9), 20, 30, SAME, nibbles=True, table=True),
     "pairs, raw": Layer((1, 30), 100, 26, nibbles=True, raw=True),
     "pairs in groups": Layer((5, 5), 48, 64, SAME, groups=2, nibbles=True),
