@@ -13,7 +13,7 @@ import pytest
 from amaranth.hdl import Elaboratable, Module, Mux, Signal
 from amaranth.lib.memory import Memory as memory_of_amaranth
 
-from netlathe.backends.fpga import simulate
+from netlathe.backends.fpga import isa, simulate
 from netlathe.backends.fpga.core import parts
 from netlathe.backends.fpga.core.top import Core
 from netlathe.backends.fpga.isa import Instruction
@@ -141,6 +141,17 @@ def test_the_core_reaches_nine_tenths_of_its_limit(
     else:
         beats = outputs * inputs // (16 if kind == "int4" else 8)
         assert beats / taken >= 0.9
+
+
+@pytest.mark.parametrize("channels", [4112, 4400])
+def test_pairs_of_a_single_row_go_on_in_parts(channels: int) -> None:
+    """Both sums are read a few cycles after they are written; the last part has two steps, or more."""
+    with pairs_wherever_they_can():
+        built = build(Layer((1, 1), channels, 48, nibbles=True, raw=True), SMALL, seed=1)
+    parts_of = [i for i in built.program if i.unit == "compute"]
+    assert sum(i["accumulate"] for i in parts_of) == len(parts_of) // 2
+    assert all(i["what"] == isa.PAIRS for i in parts_of)
+    _same(built, SMALL, Memory())
 
 
 class Torn(Elaboratable):
