@@ -28,6 +28,7 @@ from netlathe.backends.tvm.tir import (
     broadcast,
     cast,
     const,
+    flat_index,
     i64,
     idiv,
     imod,
@@ -43,6 +44,11 @@ _ROW_BLOCKS = (32, 512)  # the least and the most rows of a task
 _LINE = 64  # bytes of a cache line
 _WORKERS = 4  # threads that get equal shares
 _FEW_PANELS = 16  # which do not see to that by themselves
+
+
+_Load = Callable[
+    [Expr], Callable[[list[Expr], int], Expr]
+]  # panel -> (index, vector) -> its elements
 
 
 @dataclass(frozen=True)
@@ -129,8 +135,35 @@ def packed(
     extents = [i64(inner)] if layout is None else [i64(panel_rows), i64(deep)]
     job = Tiles(code, cut.lanes, dtype, extents, rows, element, finish)
 
+    def unpacked(panel: Expr) -> Callable[[list[Expr], int], Expr]:
+        """The panel as floats in the cache, for many rows."""
+        held = code.alloc([inner * cut.width], dtype, scope="global")
+        get = load(panel)
+
+        def unpack(index: list[Expr]) -> None:
+            k = flat_index(index, extents)
+            for number in range(cut.vectors):
+                at = k * i64(cut.width) + i64(number * cut.lanes)
+                code.vstore(held, at, get(index, number), cut.lanes)
+
+        with code.loop(panel_rows) as k:
+            if layout is None:
+                unpack([k])
+            else:
+                with code.loop(deep) as place:
+                    unpack([k, place])
+        return lambda index, number: code.vload(
+            held, index[0] * i64(cut.width) + i64(number * cut.lanes), cut.lanes
+        )
+
+    def whole(row: Expr, index: list[Expr]) -> Expr:
+        return a.at(code, [row, index[0]])
+
+    floats = Tiles(code, cut.lanes, dtype, [i64(inner)], rows, whole, finish)
+
     def many() -> None:
-        _tasks(job, cut, 4 * inner, load, at_least)
+        in_cache = (floats, unpacked) if weight.scales is not None else None
+        _tasks(job, cut, 4 * inner, load, at_least, in_cache)
 
     block = weight.block or inner
     if dtype != "float32" or not block or block % gemv.STEP or inner % block or at_least > 1:
@@ -249,10 +282,14 @@ def _tasks(
     job: Tiles,
     cut: Panels,
     row_bytes: int,
-    load: Callable[[Expr], Callable[[list[Expr], int], Expr]],
+    load: _Load,
     at_least: int,
+    in_cache: tuple[Tiles, _Load] | None = None,
 ) -> None:
-    """All blocks of rows and panels; ``load`` gives the vectors of a panel."""
+    """All blocks of rows and panels; ``load`` gives the vectors of a panel.
+
+    Where there are rows for whole tiles, ``in_cache`` is taken for both.
+    """
     code, rows = job.code, job.rows
 
     def panel_tasks(tile_rows: int) -> None:
@@ -263,7 +300,8 @@ def _tasks(
             panel = code.bind(imod(task, i64(cut.count)))
             first = code.bind(block * size)
             end = code.bind(tirx.min(first + size, rows))
-            job.panel(tile_rows, first, end, cut, panel, load(panel))
+            tiles, get = (job, load) if in_cache is None or tile_rows < cut.rows else in_cache
+            tiles.panel(tile_rows, first, end, cut, panel, get(panel))
 
     by_rows(code, rows, cut.rows, panel_tasks, at_least)
 
