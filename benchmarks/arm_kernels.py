@@ -128,10 +128,10 @@ class Convolution:
 
     def ragged(self) -> Convolution:
         """A small one of the kind that no tile, register or panel divides."""
-        odd = {"plane": 11 * self.stride, "outputs": 45}
+        plane = min(self.plane, 11 * self.stride)
         if self.groups > 1:
-            return replace(self, plane=11, inputs=22, outputs=22, groups=22)
-        return replace(self, **odd, inputs=min(self.inputs, 22))
+            return replace(self, plane=plane, inputs=22, outputs=22, groups=22)
+        return replace(self, plane=plane, inputs=min(self.inputs, 14), outputs=29)
 
 
 CONVOLUTIONS: Mapping[str, Convolution] = {

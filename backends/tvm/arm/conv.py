@@ -51,6 +51,13 @@ from netlathe.ir.dims import Shape
 D = ir.DataType
 # Weights of more bytes than this do not stay in a level-2 cache while a row of the output is made.
 _CACHED_BYTES = 1 << 18
+_WIDER = {
+    neon.FLOAT32: neon.WIDE_FLOAT32,
+    neon.FLOAT16: neon.WIDE_FLOAT16,
+    neon.MATRIX: neon.WIDE_MATRIX,
+}
+# Units that multiply times the cycles that a sum is waited for.
+_SUMS = {"cortex-a72": 8, "neoverse-n1": 8, "neoverse-v1": 16}
 
 
 def by_constant(
@@ -93,9 +100,7 @@ def by_integers(
         return None
     if geometry.is_depthwise or constant.dtype != D.INT8 or x.dtype not in (D.INT8, D.UINT8):
         return None
-    scheme = neon.DOT
-    if "i8mm" in features:
-        scheme = neon.MATRIX if 0 < geometry.outputs % 16 <= 8 else neon.WIDE_MATRIX
+    scheme = neon.MATRIX if "i8mm" in features else neon.DOT
     return _convolution(low, x, zero, constant, geometry, pads, shape, scheme)
 
 
@@ -111,7 +116,6 @@ def _convolution(
 ) -> Pending | None:
     g = geometry
     if g.taps == 1 and g.strides == (1, 1) and not any(pads) and g.groups == 1:
-        scheme = neon.MATRIX if scheme.paired else scheme
         product = products.Product(low, low.force(x), constant, scheme)
         if scheme.a_type == "int8":
             product.shift_by(zero)
@@ -171,8 +175,11 @@ class _Convolution:
         scheme: Scheme,
     ) -> None:
         assert constant.name is not None  # the IR has no constant without one
-        self.low, self.geometry, self.scheme, self.shape = low, geometry, scheme, shape
         g = geometry
+        self.low, self.geometry, self.shape = low, geometry, shape
+        columns = shape[2] if isinstance(shape[2], int) else ROWS
+        scheme, self.size = _tile(scheme, low.machine, max(columns, 1), g.outputs)
+        self.scheme = scheme
         floats = scheme.a_type != "int8"
         whole = -(-g.inputs // scheme.elements) * scheme.elements
         self.channels = whole if floats else g.inputs
@@ -258,7 +265,7 @@ class _Convolution:
 
         number = known(columns)
         if number is not None:
-            lines(_tile_columns(max(number, 1), scheme.rows))
+            lines(self.size)
         else:
             split(*(size for size in (ROWS, 4, 1) if size <= scheme.rows))
         return f"neon.{scheme.name}.conv"
@@ -326,10 +333,24 @@ class _Line:
         products.down(code, size, i64(0), self.columns, self.columns, tile)
 
 
-def _tile_columns(columns: int, most: int) -> int:
-    """The tile that takes the fewest instructions for a row: multiplications, loads, loop control."""
+def _tile(scheme: Scheme, machine: Machine, columns: int, outputs: int) -> tuple[Scheme, int]:
+    """The shape of tile, of few or of many channels, and its columns, that takes the least for a row.
 
-    def work(size: int) -> int:
-        return -(-columns // size) * (8 * size + size + 6)
+    Fewer sums than hide the latency take as long as these. Then loads, of which two of B are one
+    instruction, rows to be joined, and loop control count.
+    """
 
-    return min(range(min(most, columns), 0, -1), key=work)
+    def work(shape: tuple[Scheme, int]) -> int:
+        made, size = shape
+        held = size + size % 2 if made.paired else size
+        sums = held * made.vectors // (2 if made.paired else 1)
+        multiplied = max(sums, _SUMS[machine.mcpu]) * made.steps
+        joined = held if made.paired else 0
+        each = multiplied + joined + size + made.vectors * made.steps // 2 + 2
+        return -(-columns // size) * -(-outputs // made.width) * each
+
+    shapes = [scheme, *([_WIDER[scheme]] if scheme in _WIDER else [])]
+    return min(
+        ((made, size) for made in shapes for size in range(min(made.rows, columns), 0, -1)),
+        key=work,
+    )

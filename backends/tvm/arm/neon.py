@@ -70,12 +70,12 @@ class Scheme:
     @property
     def paired(self) -> bool:
         """Whether A is packed two rows at a time: ``a`` then has a register for each pair and step."""
-        return self.vectors > 2
+        return self.elements // self.steps == 8
 
     @property
     def rows(self) -> int:
         """Rows of the largest tile: as many as 16 accumulators hold."""
-        return 16 * 2 // self.vectors if self.paired else ROWS
+        return 16 // self.vectors * (2 if self.paired else 1)
 
 
 def _lane(vector: Expr, lane: int, lanes: int) -> Expr:
@@ -87,23 +87,27 @@ def _intrinsic(name: str, dtype: str, *arguments: Expr) -> Expr:
 
 
 def _by_lanes(
-    lanes: int, columns: int, fused: Callable[[Expr, Expr, Expr, int], Expr], sum_type: str
+    lanes: int,
+    columns: int,
+    fused: Callable[[Expr, Expr, Expr, int], Expr],
+    sum_type: str,
+    vectors: int = 2,
 ) -> dict[str, Any]:
     """``multiply`` and ``put`` where every lane of A is one step."""
 
     def multiply(code: Code, sums: Sequence[Any], a: Sequence[Expr], load: Load) -> None:
-        chains = len(sums) // (len(a) * 2)
+        chains = len(sums) // (len(a) * vectors)
         for lane in range(lanes):
-            b = [code.bind(load(i64(lane), number)) for number in range(2)]
+            b = [code.bind(load(i64(lane), number)) for number in range(vectors)]
             for i, row in enumerate(a):
-                for number in range(2):
-                    held = sums[((lane % chains) * len(a) + i) * 2 + number]
+                for number in range(vectors):
+                    held = sums[((lane % chains) * len(a) + i) * vectors + number]
                     code.vstore(
                         held, 0, fused(code.vload(held, 0, columns), b[number], row, lane), columns
                     )
 
     def put(code: Code, sums: Sequence[Any], rows: int, out: Any) -> None:
-        tile = rows * 2
+        tile = rows * vectors
         for slot in range(tile):
             value = code.vload(sums[slot], 0, columns)
             for chain in range(1, len(sums) // tile):
@@ -164,15 +168,23 @@ FLOAT32 = Scheme(
     "float32", "float32", "float32", 4, 4, 2, 8,
     **_by_lanes(4, 4, fused_lane, "float32"),
 )  # fmt: skip
+WIDE_FLOAT32 = Scheme(
+    "float32", "float32", "float32", 4, 4, 4, 16,
+    **_by_lanes(4, 4, fused_lane, "float32", 4),
+)  # fmt: skip
 # Sums of 64 products in float16 stay within 2**-11 * 64 of the sum of their sizes, and mostly far below.
 FLOAT16 = Scheme(
     "float16", "float16", "float16", 8, 8, 2, 16,
     **_by_lanes(8, 8, lambda held, b, a, lane: held + b * _lane(a, lane, 8), "float16"),
     chunk=64,
 )  # fmt: skip
+WIDE_FLOAT16 = Scheme(
+    "float16", "float16", "float16", 8, 8, 4, 32,
+    **_by_lanes(8, 8, lambda held, b, a, lane: held + b * _lane(a, lane, 8), "float16", 4),
+    chunk=64,
+)  # fmt: skip
 DOT = Scheme("int8", "int8", "int32", 16, 4, 2, 8, **_by_lanes(4, 4, _dot, "int32"))
 MATRIX = Scheme("int8", "int8", "int32", 16, 2, 4, 8, _multiply_pairs, _put_pairs)
-# Where pairs of rows are joined for each panel: fewer rows to join, more columns for each.
 WIDE_MATRIX = Scheme("int8", "int8", "int32", 16, 2, 8, 16, _multiply_pairs, _put_pairs)
 
 
@@ -223,14 +235,16 @@ class Tile:
         ``a`` is asked for ``offset(index)``, ``b`` for the registers of all runs one after another.
         """
         code, scheme = self.code, self.scheme
-        per = scheme.chunk // scheme.elements or extents[-1]
+        # Chunks of a run are equal, so some have up to half as many values again.
+        run = extents[-1] * scheme.elements
+        per = -(-extents[-1] // max(1, round(run / scheme.chunk))) if scheme.chunk else 0
 
         def block(index: list[Expr], sums: list[Any]) -> None:
             where = code.bind(offset(index))
             k = code.bind(flat_index(index, [i64(size) for size in extents]) * i64(scheme.elements))
             self._multiply([code.bind(self.a(i, where)) for i in range(rows)], sums, k)
 
-        def run(index: list[Expr], sums: list[Any]) -> None:
+        def along(index: list[Expr], sums: list[Any]) -> None:
             if not scheme.chunk:
                 with code.loop(extents[-1]) as at:
                     block([*index, at], sums)
@@ -245,7 +259,7 @@ class Tile:
 
         def inside(index: list[Expr], sums: list[Any]) -> None:
             if len(index) == len(extents) - 1:
-                return run(index, sums)
+                return along(index, sums)
             with code.loop(extents[len(index)]) as at:
                 inside([*index, at], sums)
 
@@ -269,7 +283,7 @@ class Tile:
         if scheme.paired:
             count = rows // 2 * scheme.vectors
         else:
-            count = 8 if rows == 1 else 2 * rows
+            count = 8 if rows == 1 else rows * scheme.vectors
         return self.code.registers(count, columns, scheme.sum_type)
 
     def _blocks(self, rows: int, sums: list[Any], first: Expr, count: Expr) -> None:

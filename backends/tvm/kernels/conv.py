@@ -213,7 +213,8 @@ def depthwise(
     what is taken off every element of ``x``.
     """
     code, machine = kernel.code, kernel.lowering.machine
-    lanes = machine.lanes(dtype)
+    # Halves are computed with as halves where the machine can, and else widened before.
+    lanes = machine.lanes(dtype) * (2 if dtype == "float16" else 1)
     while lanes > geometry.groups:
         lanes //= 2
     columns = known(out[2])

@@ -158,8 +158,8 @@ def convolved(
     elif len(kernel) > 2 or isinstance(low.machine, Gpu):  # there, a thread for each result
         made = _conv_by_reduction(x, weight, spans, channels, dtype, shape)
     else:
-        held = arm.multiplies(low.machine, x.dtype, constant)
-        source = channels_last(low, x if held else _widened(x), x.rank)
+        as_it_is = arm.multiplies(low.machine, x.dtype, constant) is not None
+        source = channels_last(low, x if as_it_is else _widened(x), x.rank)
         if len(kernel) == 1:  # a plane of one row
             source = _line(low, source)
             spans = _plane(spans)
@@ -233,13 +233,17 @@ def _conv_2d(
     if constant is not None and (weight.dtype != dtype or not isinstance(weight, Ready)):
         constant = None
     if geometry.is_depthwise:
-        source = low.force(_widened(x))
+        halves = dtype == D.FLOAT16 and arm.multiplies(low.machine, x.dtype, constant) is not None
+        source = low.force(x if halves else _widened(x))
         taps = _taps_first(low, weight, constant, geometry)
         begins = (spans.begins[0], spans.begins[1])
 
         def depthwise(kernel: Kernel, store: Store) -> str:
-            out = kernel.shape(shape)
-            return kernels.depthwise(kernel, source, taps, geometry, begins, out, computed, store)
+            def widened(code: Code, index: Index, value: Expr) -> None:
+                store(code, index, cast(value, computed))
+
+            out, by = kernel.shape(shape), "float16" if halves else computed
+            return kernels.depthwise(kernel, source, taps, geometry, begins, out, by, widened)
 
         return Pending(dtype, shape, depthwise)
     pads = (*spans.begins, *spans.ends)

@@ -74,6 +74,8 @@ CASES = [
     Case(7, 7, groups=7, plane=(6, 6)),
     Case(6, 6, groups=3, plane=(6, 6)),
     Case(40, 16, plane=(8, 13)),
+    Case(8, 60, plane=(3, 12)),  # few columns, many channels
+    Case(11, 11, groups=11, stride=2, plane=(6, 9)),
 ]
 # The largest error, of the RMS: sums of up to 360 products in float32, one after another; in float16 of 64.
 BOUNDS = {np.float32: 5e-6, np.float16: 16 * 2**-11}
