@@ -64,22 +64,33 @@ def plan(
 
     None stands for a size that only the run knows: the batch is then taken as 1, rows or columns as 14.
     """
-    g = geometry
+    found = estimates(machine, geometry, batch, plane).values()
+    ratio, best = min(found, key=lambda each: each[0], default=(1.0, None))
+    return best if ratio < 1.0 else None
+
+
+def estimates(
+    machine: Machine,
+    geometry: Geometry,
+    batch: int | None,
+    plane: tuple[int | None, int | None],
+) -> dict[int, tuple[float, Plan]]:
+    """Of each m the cost of the cheapest plan over that of the direct kernel, and the plan; or nothing."""
+    g, lanes = geometry, machine.lanes("float32")
     if g.kernel != (TAPS, TAPS) or g.groups != 1 or {*g.strides, *g.dilations} != {1}:
-        return None
-    if g.inputs < machine.lanes("float32"):
-        return None
+        return {}
+    if g.inputs < lanes:
+        return {}
     images, height, width = batch or 1, plane[0] or _UNKNOWN, plane[1] or _UNKNOWN
-    direct = images * height * width + 4 * _BYTE
-    direct *= TAPS**2 * g.inputs * _whole(g.outputs, machine.lanes("float32"))
-    best, least = None, direct
+    products = TAPS**2 * g.inputs * _whole(g.outputs, lanes)
+    direct = products * (images * height * width + 4 * _BYTE)
+    found = {}
     for m in POINTS:
         tiles = images * -(-height // m) * -(-width // m)
-        for made in _plans(machine, g, m, tiles):
-            cost = _cost(made, g, tiles)
-            if cost < least:
-                best, least = made, cost
-    return best
+        costs = [(_cost(made, g, tiles), made) for made in _plans(machine, g, m, tiles)]
+        cost, made = min(costs, key=lambda each: each[0])
+        found[m] = (cost / direct, made)
+    return found
 
 
 def _whole(count: int, size: int) -> int:
