@@ -6,6 +6,8 @@ for bit.
 
 from __future__ import annotations
 
+import dataclasses
+import importlib.util
 import json
 import os
 import shutil
@@ -21,6 +23,7 @@ import pytest
 
 pytest.importorskip("tvm", reason="the tvm extra is not installed")
 
+from netlathe.backends.tvm.arm import cross
 from netlathe.backends.tvm.arm.backend import ArmBackend
 from netlathe.backends.tvm.arm.cores import CORES
 from netlathe.execute import ort
@@ -207,3 +210,26 @@ def test_a_lesser_core_is_refused_and_does_not_trap(device: Device, tmp_path: Pa
     for told in (done.stderr, loaded.stderr):
         assert "this CPU lacks" in told and "asimddp" in told
     assert device.example("neoverse-n1", folder, "batch=2").returncode == 0
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("ziglang") is None,
+    reason="zig linked nothing: it is not installed (pip install 'netlathe[arm]')",
+)
+def test_zig_links_both_forms(
+    device: Device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where GCC's cross compiler is not found."""
+    found = shutil.which
+    text = "g (float[batch, 6] x) => (float[batch, 6] y) { y = Softmax<axis = 1>(x) }"
+    feeds = {"x": RNG.normal(size=(2, 6)).astype(np.float32)}
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "which", lambda name: None if "aarch64-" in name else found(name))
+        assert "zig" in cross.compiler()[0] and "zig" in cross.archiver()[0]
+        folder = saved(model_of(text), "neoverse-n1", tmp_path / "artifact")
+        settings = {"form": "bare", "dims": "batch=2"}
+        target = dataclasses.replace(TARGETS["neoverse-n1"], settings=settings)
+        bare = BACKEND.compile(model_of(text), target).run(feeds)
+    expected = ort.run(model_of(text), feeds)["y"]
+    for actual in (bare, device.outputs("neoverse-n1", folder, feeds, tmp_path)):
+        np.testing.assert_allclose(actual["y"], expected, rtol=1e-6)
