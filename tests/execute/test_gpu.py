@@ -27,6 +27,6 @@ def test_no_rate_is_made_up() -> None:
 
 def test_ceilings(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "_attribute", {75: 9, 76: 0, 16: 132, 13: 1_980_000}.__getitem__)
-    found = gpu.ceilings({gpu.COPY: Timing(0.6, 0.5, 0.7, 3)})
+    found = gpu.ceilings({gpu.COPY: Timing(2.4, 2.0, 2.8, 3)})
     assert found.float_ops == 132 * 1.98e9 * 4096 and found.byte_ops == 2 * found.float_ops
     assert found.bytes == pytest.approx(2 * 2**30 / 0.5e-3)

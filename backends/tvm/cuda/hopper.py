@@ -4,8 +4,8 @@ Instruction by instruction it follows the PTX ISA 8.5, sections 9.7.8.24 (cp.asy
 (mbarrier) and 9.7.14 (wgmma). Tiles lie in shared memory as rows of 128 bytes whose 16-byte pieces are
 permuted by row (the 128-byte swizzle), which copies and products know alike.
 
-Work comes in units: a tile, or a piece of one where there are so few last tiles that each block gets at most
-one of their pieces.
+Work comes in units: a tile, or half of one where there are so few last tiles that each block gets at most one
+of their halves.
 
 Tensor cores keep sums of 8-bit floats with some 14 bits. So those of one stage, 128 elements of K, are added
 to float32 in registers, which have room for tiles half as wide.
@@ -22,6 +22,7 @@ THREADS = 384
 GROUP = 128
 ROW_BYTES = 128  # of K in a stage
 ROWS = 128  # of a tile: 64 for each multiplying warpgroup
+PIECES = 2  # that a tile may be cut in
 _STAGING = 2 * 64 * 64 * 4  # bytes: 64 x 64 results of each multiplying warpgroup on their way out
 
 
@@ -32,7 +33,6 @@ class Shape:
     columns: int = 256
     stages: int = 4
     cluster: int = 2
-    pieces: int = 2  # that a tile may be cut in
 
     @property
     def stage_bytes(self) -> int:
@@ -42,7 +42,7 @@ class Shape:
     @property
     def box_rows(self) -> int:
         """Rows of B that one copy brings: what a block of the cluster copies of a piece."""
-        return self.columns // self.cluster // self.pieces
+        return self.columns // self.cluster // PIECES
 
     @property
     def shared_bytes(self) -> int:
@@ -122,20 +122,6 @@ _STAGES_ADDED = f"""  Sum even[kN / 2] = {{}}, odd[kN / 2] = {{}};
     add(even, number + k);
   }}
 """
-# The same one after the other: half of the registers.
-_STAGES_IN_TURN = f"""  Sum part[kN / 2] = {{}};
-  for (int k = 0; k < steps; ++k, ++number) {{
-{_OPERANDS}#pragma unroll
-    for (int step = 0; step < 4; ++step) multiply<kN>(part, a + step * 2, b + step * 2, step > 0);
-    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-    asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
-    hold<kN>(part);
-    if (speaks)
-      for (int cta = 0; cta < kCluster; ++cta) release(empty(at, stage), cta);
-#pragma unroll
-    for (int i = 0; i < kN / 2; ++i) d[i] += part[i];
-  }}
-"""
 
 
 def source(shape: Shape, dtype: str) -> str:
@@ -149,7 +135,7 @@ def source(shape: Shape, dtype: str) -> str:
 #define {guard}
 namespace netlathe_{dtype}_{shape.columns}_{shape.cluster} {{
 constexpr int kStages = {shape.stages}, kStageBytes = {shape.stage_bytes}, kCluster = {shape.cluster};
-constexpr int kColumns = {shape.columns}, kPieces = {shape.pieces}, kBox = {shape.box_rows};
+constexpr int kColumns = {shape.columns}, kPieces = {PIECES}, kBox = {shape.box_rows};
 using Sum = {whole};
 
 __device__ __forceinline__ uint32_t base(const void* shared) {{
@@ -200,7 +186,7 @@ template <int kN> __device__ __forceinline__ void multiply(Sum* d, uint64_t a, u
   if constexpr (kN == kColumns)
 {_multiply(kind, shape.columns)}
   else
-{_multiply(kind, shape.columns // shape.pieces)}
+{_multiply(kind, shape.columns // PIECES)}
 }}
 // Products read and write these registers until they are waited for.
 template <int kN> __device__ __forceinline__ void hold(Sum* d) {{
@@ -228,7 +214,7 @@ __device__ __forceinline__ void start(uint8_t* shared) {{
 }}
 __device__ __forceinline__ void finish() {{ cluster_barrier(); }}
 
-// Where a unit lies; those from `full` on are pieces of tiles. Strips of 8 rows of tiles are walked column by
+// Where a unit lies; those from `full` on are halves of tiles. Strips of 8 rows of tiles are walked column by
 // column, so that what blocks read at one time overlaps in the level-2 cache.
 __device__ __forceinline__ void place(
     int64_t unit, int64_t full, int64_t down, int64_t across, int64_t* where) {{
@@ -288,7 +274,7 @@ template <int kN> __device__ __forceinline__ void sum_up(uint8_t* shared, Sum* d
   const bool speaks = threadIdx.x % {GROUP} == 0;
 #pragma unroll
   for (int i = 0; i < kColumns / 2; ++i) d[i] = 0;
-{(_STAGES_ADDED if shape.columns <= 128 else _STAGES_IN_TURN) if kind.is_float8 else _STAGES}}}
+{_STAGES_ADDED if kind.is_float8 else _STAGES}}}
 // The sums of one unit, 64 rows of it for each of the two warpgroups; `before` were summed up by this block.
 __device__ __forceinline__ void consume(uint8_t* shared, Sum* d, int64_t before, bool whole, int steps) {{
   if (whole) sum_up<kColumns>(shared, d, (int)(before * steps), steps);

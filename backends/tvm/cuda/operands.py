@@ -59,8 +59,9 @@ def operands(name: str) -> Operands:
 
 def of_types(a: D | None, b: D | None) -> Operands | None:
     """Those of two types that may be multiplied with each other; None where no instruction does."""
-    if a not in _NAMES or b not in _NAMES:
+    left, right = (_NAMES.get(dtype or D.UNDEFINED) for dtype in (a, b))
+    if left is None or right is None:
         return None
-    found = Operands(_NAMES[a], _NAMES[b])
+    found = Operands(left, right)
     kinds = [{"bf16"}, {"f16"}, set(_WHOLE), {"e4m3", "e5m2"}]
     return found if any({found.a, found.b} <= kind for kind in kinds) else None

@@ -80,11 +80,11 @@ def _warpgroups(
     cluster = shape.cluster
     down = idiv(rows + i64(hopper.ROWS * cluster - 1), hopper.ROWS * cluster)
     across = idiv(columns + i64(shape.columns - 1), shape.columns)
-    # The last tiles are cut into pieces where no block gets more than one of these.
+    # The last tiles are halved where no block gets more than one half.
     tiles, most = down * across, i64(PROCESSORS // cluster)
     rest = imod(tiles, most)
-    cut = select(rest * i64(shape.pieces) <= most, rest, i64(0))
-    full, units = tiles - cut, tiles + cut * i64(shape.pieces - 1)
+    cut = select(rest * i64(hopper.PIECES) <= most, rest, i64(0))
+    full, units = tiles - cut, tiles + cut * i64(hopper.PIECES - 1)
     groups = tirx.min(units, most)
     steps = cast(idiv(inner + i64(deep - 1), deep), "int32")
     map_a = code.tensor_map(a, [inner, rows], [inner], (deep, hopper.ROWS), kind.bytes)
@@ -138,7 +138,7 @@ def _warpgroups(
                 # Without conditions loads and stores of all steps may overlap.
                 whole = tirx.And(top + i64(64) <= rows, left + i64(shape.columns) <= columns)
                 for part in range(shape.columns // 64):
-                    there = part < shape.columns // shape.pieces // 64  # in a piece, too
+                    there = part < shape.columns // hopper.PIECES // 64  # in a piece, too
                     with contextlib.nullcontext() if there else code.when(all_):
                         code.run(named("stage"), text, shared, code.address(sums, part * 32))
                         code.branch(
