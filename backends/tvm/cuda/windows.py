@@ -29,7 +29,7 @@ from netlathe.backends.tvm.values import Ready, Store, Value
 
 LANES = 4
 _UNROLLED = 32  # taps of a window that are written out
-_WIDE = 4  # places of a row that a thread of a depthwise convolution makes
+_WIDE = 2  # places of a row that a thread of a depthwise convolution makes
 
 
 @dataclass(frozen=True)
