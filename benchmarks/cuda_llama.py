@@ -3,9 +3,9 @@
     python benchmarks/cuda_llama.py build DIR          # where nvcc and NetLathe are; no GPU needed
     python DIR/cuda_llama.py run DIR                   # where the GPU is; torch, tvm_ffi and TVM's runtime
 
-Layers have the full width: 4096, 32 heads of 128, 11008 between gate and down, 32000 words. There are 2 and
-8 of them, so that the time of 32 is reckoned from what a layer takes: those rows say so. Weights are random,
-made on the GPU. A step reads a cache with room for 1024 tokens of which 512 are there and writes the next; it
+The model has the full width, 4096, 32 heads of 128, 11008 between gate and down, 32000 words, and 32 layers;
+8 of them where it is compared with torch, which takes minutes to compile. Weights are random, made on the
+GPU. A step reads a cache with room for 1024 tokens of which 512 are there and writes the next, in place; it
 runs from a CUDA graph on both sides. torch's side is the same model in torch under torch.compile, decoding
 with ``mode="max-autotune-no-cudagraphs"``: its own graphs would leave out a cache that is written in place,
 so that the graph is recorded around it here. Times are medians of CUDA events; logits are compared as
@@ -32,8 +32,7 @@ import numpy as np
 from bench_cuda import GROUP, INSIDE, ROUNDS, Bench
 
 ROOM, THERE, PROMPT = 1024, 512, 2048
-LAYERS = (2, 8)
-FULL = 32
+SOME, FULL = 8, 32  # layers
 EPSILON = 1e-5
 
 
@@ -51,10 +50,10 @@ class Size:
 
 # What is built: name -> (size, format of the layers' weights).
 MODELS = {
-    **{f"bf16-{n}": (Size(n), "bf16") for n in LAYERS},
-    **{f"int4-{n}": (Size(n), "int4") for n in LAYERS},
-    "pruned-8": (Size(8, heads=22, inner=7680), "bf16"),
-    "sliced-8": (Size(8, width=2880), "bf16"),
+    f"bf16-{SOME}": (Size(SOME), "bf16"),
+    **{f"{kind}-{FULL}": (Size(FULL), kind) for kind in ("bf16", "int8", "int4")},
+    "pruned-8": (Size(SOME, heads=22, inner=7680), "bf16"),
+    "sliced-8": (Size(SOME, width=2880), "bf16"),
     "dropped-8": (Size(6), "bf16"),
 }
 
@@ -85,9 +84,11 @@ def graph(size: Size, kind: str) -> Any:
             constants[name] = ("BFLOAT16", [inner, columns])
             body.append(f"{out} = MatMul ({x}, {name})")
             return
-        constants[f"{name}q"] = ("INT4", [inner, columns])
-        constants[f"{name}s"] = ("BFLOAT16", [inner // GROUP, columns])
-        how = f"axis = 0, block_size = {GROUP}"
+        constants[f"{name}q"] = (kind.upper(), [inner, columns])
+        blocks, how = [inner // GROUP], f"axis = 0, block_size = {GROUP}"
+        if kind == "int8":
+            blocks, how = [], "axis = 1"
+        constants[f"{name}s"] = ("BFLOAT16", [*blocks, columns])
         body.append(f"{name} = DequantizeLinear <{how}> ({name}q, {name}s)")
         body.append(f"{out} = MatMul ({x}, {name})")
 
@@ -179,7 +180,7 @@ class Llama:
     def __init__(self, bench: Bench, name: str) -> None:
         self.bench, self.torch = bench, bench.torch
         self.main, facts = bench.load(name)
-        self.size, self.bits = Size(**facts["size"]), 4 if facts["kind"] == "int4" else 16
+        self.size, self.kind = Size(**facts["size"]), facts["kind"]
         self.weights: dict[str, Any] = {}
         self.given: list[Any] = []
         for sources, in_turn, dtype, shape in facts["parameters"]:
@@ -189,7 +190,7 @@ class Llama:
             if in_turn:
                 parts = [made[i::count].contiguous() for i in range(count)]
             else:
-                parts = made.chunk(count)
+                parts = made.tensor_split(count)
             self.weights.update(zip(sources, parts, strict=True))
 
     def _parameter(self, name: str, dtype: str, shape: tuple[int, ...]) -> tuple[Any, Any]:
@@ -202,8 +203,8 @@ class Llama:
             made = getattr(torch, name)(angles)
         elif len(shape) == 1:
             made = 1 + 0.1 * torch.randn(shape, device="cuda")
-        elif name.endswith("s") and self.bits == 4:
-            made = torch.rand(shape, device="cuda") / 256
+        elif name.endswith("s") and self.kind != "bf16":
+            made = torch.rand(shape, device="cuda") / (256 if self.kind == "int4" else 4096)
         else:
             made = torch.randn(shape, device="cuda") * shape[1] ** -0.5
         made = made.to(torch.bfloat16)
@@ -323,10 +324,11 @@ def run(folder: Path, write: Path | None, peer: bool) -> None:
         step, caches = model.inputs(1, ROOM, THERE)
         time = median(bench, replayed(bench, model.ours(step, caches)))
         share = model.bytes() / time / rate
-        say(f"decode {name}", time, f"{model.bytes() / 2**20:.0f} MiB, share {share:.3f}")
+        rates = f"{1000 / time:.0f} tokens/s, {model.bytes() / 2**20:.0f} MiB, share {share:.3f}"
+        say(f"decode {name}", time, rates)
         prompt, empty = model.inputs(PROMPT, PROMPT, 0)
         say(f"prefill {name}", median(bench, replayed(bench, model.ours(prompt, empty))))
-        if not peer or name != f"bf16-{LAYERS[-1]}":  # torch takes a minute to compile it
+        if not peer or name != f"bf16-{SOME}":
             continue
         for kind, given, room in (("decode", step, caches), ("prefill", prompt, empty)):
             ours = torch.from_dlpack(model.ours(given, room)()[0]).view(torch.bfloat16).double()
@@ -336,11 +338,6 @@ def run(folder: Path, write: Path | None, peer: bool) -> None:
             del ours, wanted
             time = median(bench, replayed(bench, theirs))
             say(f"{kind} {name}, torch", time, f"logits differ by {error:.1e}")
-    for kind in ("bf16", "int4"):
-        ends = [times[f"decode {kind}-{n}"] for n in LAYERS]
-        layer = (ends[1] - ends[0]) / (LAYERS[1] - LAYERS[0])
-        whole = ends[1] + (FULL - LAYERS[1]) * layer
-        say(f"decode {kind}, {FULL} layers, reckoned", whole, f"{1000 / whole:.0f} tokens/s")
 
 
 def main() -> None:

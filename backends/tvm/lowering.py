@@ -222,9 +222,7 @@ class Lowering:
         ready = self.force(self.value(value))
         type_ = self.found.type(value)
         shape = ready.shape if type_.shape is None else type_.shape
-        if ready.var in self._given or any(
-            ready.var.same_as(known.var) for _, known in self.parameters.values()
-        ):
+        if ready.var in self._given or self.is_constant(ready):
             ready = self._copied(ready)
         if ready.stored_shape == shape:
             return ready.var
@@ -267,6 +265,10 @@ class Lowering:
             made = Parameter(name, storage.STORED[dtype], dims_, recipe)
             self.parameters[key] = (made, Ready(dtype, dims_, var, dims_))
         return self.parameters[key][1]
+
+    def is_constant(self, value: Ready) -> bool:
+        """Whether this is a parameter, which no kernel writes."""
+        return any(value.var.same_as(made.var) for _, made in self.parameters.values())
 
     def force(self, value: Value) -> Ready:
         """``value`` in memory."""

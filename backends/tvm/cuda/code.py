@@ -138,8 +138,8 @@ class GpuCode(Code):
         grid, lane = (tirx.Var(self.var("int32", stem).name, "int32") for stem in ("b", "t"))
         self._loops += 1
         with self._block() as statements:
-            if waits and self.has_wgmma:
-                self.run("netlathe_follow", _FOLLOW)
+            if waits:
+                self.follow()
             yield cast(grid, "int64"), cast(lane, "int64")
         self._loops -= 1
         body = _body(statements)
@@ -158,6 +158,15 @@ class GpuCode(Code):
             axis = tirx.IterVar(no_range, var, tirx.IterVar.ThreadIndex, tag)
             body = tirx.AttrStmt(axis, "thread_extent", extent, body)
         self.emit(body)
+
+    def follow(self) -> None:
+        """Wait for the grids in front, and let the one behind start: see :meth:`launch`."""
+        if self.has_wgmma:
+            self.run("netlathe_follow", _FOLLOW)
+
+    def ahead(self, buffer: Any, at: Expr) -> None:
+        """Ask for an element of a constant, before it is read: it may be far away in memory."""
+        self.run("netlathe_ahead", _AHEAD, self.address(buffer, at))
 
     def alloc(self, shape: Sequence[int | Expr], dtype: str, scope: str = "local") -> Any:
         """Scratch memory: ``local`` of a thread, ``shared`` by a block.
@@ -279,6 +288,11 @@ class GpuCode(Code):
         return cast(self.bind(self.call(name, source, wide, cast(value, wide), other)), dtype)
 
 
+_AHEAD = """
+__device__ __forceinline__ void netlathe_ahead(const void* line) {
+  asm volatile("prefetch.global.L1 [%0];" ::"l"(line));
+}
+"""
 _FOLLOW = """
 __device__ __forceinline__ void netlathe_follow() {
   asm volatile("griddepcontrol.launch_dependents;");

@@ -3,7 +3,9 @@
 Keys are split over blocks, each with the online softmax of FlashAttention-2 (arXiv 2307.08691, algorithm 1);
 a second launch merges the parts. The query heads that share a head of keys are rows of one tile of 16, so
 that keys are read once for all of them. A warp takes 16 or 32 keys at a time, straight into registers: no two
-threads need the same bytes, and up to 64 KB are on their way to a multiprocessor.
+threads need the same bytes, and up to 64 KB are on their way to a multiprocessor. A block asks for the first
+of them before the kernel in front has ended. That may be writing one of the rows, so that they come as far as
+the level-2 cache, where both see the same.
 
 Products are mma.m16n8k16 (PTX ISA 8.5, section 9.7.13.4.8). What is summed over may come in any order as
 long as both operands agree: so every thread reads 16 neighbouring bytes of a key, and, of a value,
@@ -21,6 +23,9 @@ THREADS = 32 * WARPS
 ROWS = 16  # of a block: query heads that share keys, by queries
 BLOCKS = 2  # that a multiprocessor holds
 MERGERS = 4  # teams that share the parts of a row
+AHEAD = (
+    32 << 10
+)  # bytes of keys, and as many of values, that a block asks for before it may read them
 DEPTHS = (64, 96, 128)
 
 
@@ -126,6 +131,26 @@ __device__ __forceinline__ void turned(const uint32_t* low, const uint32_t* high
     to[1] = __byte_perm(low[j / 2], high[j / 2], 0x7632);
   }} else {{
     from_bytes(__byte_perm(low[j / 4], high[j / 4], j % 4 ? 0x7362 : 0x5140), to);
+  }}
+}}
+
+// Ask for the beginning of what `part` will read.
+__device__ __forceinline__ void ahead(
+    const void* k, const void* v, const void* lengths, int64_t block, int64_t parts, int64_t tiles,
+    int64_t heads, int64_t most) {{
+  constexpr int kBytes = kDepth * kBits / 8;  // of a key
+  const int64_t number = block / tiles % parts, pair = block / tiles / parts;
+  int64_t count = most;
+  if (lengths) count = max((int64_t)0, min(static_cast<const int64_t*>(lengths)[pair / heads], count));
+  const int64_t chunk = (count + parts * kKeys - 1) / (parts * kKeys) * kKeys;
+  const int64_t first = number * chunk, own = min(count - first, chunk) * kBytes;
+#pragma unroll
+  for (int i = 0; i < {AHEAD} / 128 / {THREADS}; ++i) {{
+    const int64_t at = (i * {THREADS} + threadIdx.x) * 128;
+    if (at >= own) break;
+    const int64_t place = (pair * most + first) * kBytes + at;
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(static_cast<const uint8_t*>(k) + place));
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(static_cast<const uint8_t*>(v) + place));
   }}
 }}
 

@@ -125,7 +125,13 @@ class _Problem:
         work = self.kernel.workspace(size, "float32")
         own = idiv(self.heads, self.spec.groups)  # heads of keys in a sequence
         blocks = self.pairs * parts * tiles
-        with code.launch(blocks, decode.THREADS, least=decode.BLOCKS) as (block, _):
+        launch = code.launch(blocks, decode.THREADS, least=decode.BLOCKS, waits=False)
+        with launch as (block, _):
+            if code.has_wgmma:
+                given = [self.pointer(buffer) for buffer in (*self.caches[:2], self.lengths)]
+                places = (block, parts, tiles, own, self.keys)
+                code.run(decode.name(shape, self.dtype, "ahead"), text, *given, *places)
+            code.follow()
             shared = code.address(code.alloc([shape.shared_floats], "float32", scope="shared"))
             caches = (*self.caches, *(None,) * (4 - len(self.caches)))
             buffers = (self.q, *caches, self.allowed, self.lengths, work)

@@ -46,6 +46,8 @@ WARP = 32
 # Rows of at most so many elements are a warp's: a block of 256 would leave threads without work.
 _SHORT = 1024
 _EACH = 4  # elements of a thread in the flat schedule
+_HELD = 32  # elements of a row that a thread keeps in registers
+_LINE = 128  # bytes of memory that come together
 _MANY = 9  # steps that are a loop: fewer are written out, so that their loads overlap
 
 
@@ -126,14 +128,37 @@ class Team:
     def __init__(self, code: GpuCode, threads: int, lane: Expr) -> None:
         self.code, self.threads, self.lane = code, threads, lane
         self._shared: dict[str, Any] = {}
+        self._step: Expr | None = None  # of the loop in :meth:`each`
 
     def each(self, length: Expr, body: Callable[[Expr], None]) -> None:
         """Call ``body(j)`` for all j below ``length``, each in one thread."""
-        code = self.code
+        code, steps = self.code, self._few(length)
+        if steps:
+            with code.loop(steps, VECTORIZED) as step:
+                self._step = step
+                body(code.bind(step * i64(self.threads) + self.lane))
+            return
         with code.loop(_blocks(length, self.threads)) as step:
             j = code.bind(step * i64(self.threads) + self.lane)
             with code.when(j < length):
                 body(j)
+
+    def _few(self, length: Expr) -> int:
+        """How many elements each thread has, where all have as many, and few; else 0."""
+        size = known(length)
+        even = size is not None and size % self.threads == 0 and size <= _HELD * self.threads
+        return size // self.threads if even and size is not None else 0
+
+    def held(
+        self, length: Expr, dtype: str, element: Callable[[Expr], Expr]
+    ) -> Callable[[Expr], Expr]:
+        """``element`` for use in :meth:`each`, read once, where registers have room for a thread's share."""
+        steps = self._few(length)
+        if not steps:
+            return element
+        kept = self.code.alloc([steps], dtype)
+        self.each(length, lambda j: self.code.store(kept, self._step, element(j)))
+        return lambda j: tirx.BufferLoad(kept, [self._step])
 
     def combined(
         self, length: Expr, dtype: str, combine: Combine, element: Callable[[Expr], Expr]
@@ -183,22 +208,41 @@ class Team:
 
 
 def rows(
-    code: GpuCode, lead: list[Expr], length: Expr, body: Callable[[Team, Index], None]
+    code: GpuCode,
+    lead: list[Expr],
+    length: Expr,
+    body: Callable[[Team, Index], None],
+    constants: Sequence[tuple[Any, int]] = (),
 ) -> None:
-    """``body(team, index)`` for every index below ``lead``; a row has ``length`` elements."""
+    """``body(team, index)`` for every index below ``lead``; a row has ``length`` elements.
+
+    ``constants``, with the bytes of an element each, are as long; they are asked for before the grid in
+    front has ended.
+    """
     size = known(length)
     count = total(lead)
     if size is not None and size <= _SHORT:
         each = THREADS // WARP
-        with code.launch(_blocks(count, each), THREADS) as (block, thread):
+        with code.launch(_blocks(count, each), THREADS, waits=False) as (block, thread):
+            _ask(code, length, thread, constants)
             row = code.bind(block * i64(each) + idiv(thread, WARP))
             with code.when(row < count):
                 index = [code.bind(i) for i in unflatten(row, lead)]
                 body(Team(code, WARP, code.bind(imod(thread, WARP))), index)
         return
-    with code.launch(count, THREADS) as (block, thread):
+    with code.launch(count, THREADS, waits=False) as (block, thread):
+        _ask(code, length, thread, constants)
         index = [code.bind(i) for i in unflatten(block, lead)]
         body(Team(code, THREADS, thread), index)
+
+
+def _ask(code: GpuCode, length: Expr, thread: Expr, constants: Sequence[tuple[Any, int]]) -> None:
+    """Ask for the lines of constants, a thread for each, then wait for the grid in front."""
+    for buffer, size in constants:
+        at = code.bind(thread * i64(_LINE // size))
+        with code.when(at < length):
+            code.ahead(buffer, at)
+    code.follow()
 
 
 def reduce(
@@ -280,19 +324,20 @@ def normalize(
     centred: bool,
     combines: Mapping[str, Combine],
     finish: Callable[[Code, Index, Expr, Expr], None],
+    constants: Sequence[tuple[Any, int]],
 ) -> str:
     """(x - mean) / sqrt(variance + epsilon), or without the mean x / sqrt(mean square + epsilon)."""
 
     def one(team: Team, index: Index) -> None:
         count = cast(length, dtype)
         mean: Expr | None = None
+        element = team.held(length, dtype, lambda j: x(code, index, j))
         if centred:
-            whole = team.combined(length, dtype, combines["sum"], lambda j: x(code, index, j))
+            whole = team.combined(length, dtype, combines["sum"], element)
             mean = code.bind(whole / count)
 
         def at(j: Expr) -> Expr:
-            value = x(code, index, j)
-            return value if mean is None else value - mean
+            return element(j) if mean is None else element(j) - mean
 
         def squared(j: Expr) -> Expr:
             value = code.bind(at(j))
@@ -303,7 +348,7 @@ def normalize(
         factor = code.bind(const(1, dtype) / deviation)
         team.each(length, lambda j: finish(code, index, j, at(j) * factor))
 
-    rows(code, lead, length, one)
+    rows(code, lead, length, one, constants)
     return "rows.layer_norm" if centred else "rows.rms_norm"
 
 

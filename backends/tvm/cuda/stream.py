@@ -22,7 +22,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from netlathe.backends.tvm.cuda import skinny
+from netlathe.backends.tvm.cuda import limbs, skinny
 
 WARPS = 8  # of a team
 PROCESSORS = 132  # of an H100 or H200
@@ -35,7 +35,8 @@ class Shape:
     """A tile of ``columns`` columns (32 to 256) and 8 * ``tiles`` rows; ``splits`` blocks share its K.
 
     ``group`` rows of K share a scale, 0: one for each column or none. Zero points are given where ``zeros``
-    says so, else ``zero`` of 4 bits stands for zero.
+    says so, else ``zero`` of 4 bits stands for zero. ``limbs``: at most so many rows of x are made integers,
+    for ``inner`` elements of K (see :mod:`netlathe.backends.tvm.cuda.limbs`); 0: none are.
     """
 
     bits: int
@@ -45,6 +46,33 @@ class Shape:
     group: int = 0
     zeros: bool = False
     zero: int = 8
+    limbs: int = 0
+    inner: int = 0
+
+    @property
+    def rows(self) -> int:
+        """Of the result."""
+        return self.limbs or 8 * self.tiles
+
+    @property
+    def share(self) -> int:
+        """What a block has of K, of limbs."""
+        return -(-self.inner // self.deep // self.splits) * self.deep
+
+    @property
+    def limb_bytes(self) -> int:
+        """Of x as integers."""
+        return limbs.bytes_(self.limbs, self.share, self.bits) if self.limbs else 0
+
+    @property
+    def able(self) -> bool:
+        """Whether making x integers takes a block less time than it saves."""
+        return self.share * self.limbs <= limbs.MOST
+
+    @property
+    def stage_rows(self) -> int:
+        """Bytes of x in a stage."""
+        return 0 if self.limbs else 16 * self.tiles * self.deep
 
     @property
     def teams(self) -> int:
@@ -91,23 +119,24 @@ class Shape:
     @property
     def stage_bytes(self) -> int:
         """Weights, rows of x, scales and zero points; swizzled rows start at multiples of 1024."""
-        return -(-(_WEIGHTS + 16 * self.tiles * self.deep + 2 * self.scale_bytes) // 1024) * 1024
+        return -(-(_WEIGHTS + self.stage_rows + 2 * self.scale_bytes) // 1024) * 1024
 
     @property
     def sums_bytes(self) -> int:
         """What the warps of the cluster send a block."""
-        return self.multiplying * 8 * self.tiles * 4
+        return self.multiplying * self.rows * 4
 
     @property
     def stages(self) -> int:
         """As many as there is room for, the same number for each team, so that a stage is always one's."""
-        room = _SHARED - 2048 - self.sums_bytes
+        room = _SHARED - 2048 - self.sums_bytes - self.limb_bytes
         return room // self.stage_bytes // self.teams * self.teams
 
     @property
     def shared_bytes(self) -> int:
-        """To align it, the stages, the sums, the barriers."""
-        return 1024 + self.stages * self.stage_bytes + self.sums_bytes + 16 * self.stages + 16
+        """To align it, the stages, the sums, the limbs, the barriers."""
+        held = self.stages * self.stage_bytes + self.sums_bytes + self.limb_bytes
+        return 1024 + held + 16 * self.stages + 16
 
     @property
     def slice(self) -> int:
@@ -122,30 +151,40 @@ _SHARING = 8.0
 
 
 def chosen(
-    bits: int, tiles: int, columns: int, inner: int, group: int, zeros: bool, zero: int
+    bits: int,
+    tiles: int,
+    columns: int,
+    inner: int,
+    group: int,
+    zeros: bool,
+    zero: int,
+    limbs: int = 0,
 ) -> Shape | None:
-    """The tile that the most loaded block is done with first; None where groups of K do not fit stages."""
+    """The tile that the most loaded block is done with first.
+
+    None where groups of K do not fit stages, or x as ``limbs`` would take a block too long.
+    """
 
     def cost(shape: Shape) -> float:
         across = -(-columns // shape.columns)
         rounds = -(-across // (PROCESSORS // shape.splits))
         stages = -(-inner // shape.deep) / shape.splits
-        each = _NARROW[bits] if shape.columns == 32 else 1.0
+        each = _NARROW[bits] if shape.columns == 32 and not limbs else 1.0
         return rounds * (stages * each + _SHARING * (shape.splits.bit_length() - 1))
 
     shapes = [
-        Shape(bits, tiles, across, splits, group, zeros, zero)
+        Shape(bits, tiles, across, splits, group, zeros, zero, limbs, inner if limbs else 0)
         for across in (64, 32)
-        for splits in (1, 2, 4, 8)
+        # Blocks that share K of several rows were slower with limbs than with halves.
+        for splits in ((1, 2, 4, 8) if limbs <= 1 else (1,))
     ]
-    able = [s for s in shapes if s.fits and -(-inner // s.deep) >= s.splits]
+    able = [s for s in shapes if s.fits and -(-inner // s.deep) >= s.splits and s.able]
     return min(able, key=cost, default=None)
 
 
 def source(shape: Shape, dtype: str) -> str:
     """The device functions for one shape; ``dtype`` is ``bf16`` or ``f16``."""
     s = shape
-    zero = "half_at(at + kZeros + place)" if s.zeros else f"kMagic + {s.zero}u"
     return f"""{skinny.source(dtype)}
 #ifndef NETLATHE_{_stem(s, dtype)}
 #define NETLATHE_{_stem(s, dtype)}
@@ -155,8 +194,9 @@ constexpr int kBits = {s.bits}, kTiles = {s.tiles}, kColumns = {s.columns};
 constexpr int kSplits = {s.splits}, kGroup = {s.group};
 constexpr int kChunk = 512 / kBits, kAcross = kColumns / 32, kDown = {s.down}, kDeep = {s.deep};
 constexpr int kStages = {s.stages}, kStageBytes = {s.stage_bytes}, kGroups = {s.groups};
-constexpr int kRows = {_WEIGHTS}, kScales = kRows + 16 * kTiles * kDeep, kZeros = kScales + {s.scale_bytes};
-constexpr int kSlice = {s.slice}, kSums = kStages * kStageBytes, kBarriers = kSums + {s.sums_bytes};
+constexpr int kRows = {_WEIGHTS}, kScales = kRows + {s.stage_rows}, kZeros = kScales + {s.scale_bytes};
+constexpr int kSlice = {s.slice}, kSums = kStages * kStageBytes;
+constexpr int kBarriers = kSums + {s.sums_bytes + s.limb_bytes};
 
 __device__ __forceinline__ uint32_t base(const void* shared) {{
   return (static_cast<uint32_t>(__cvta_generic_to_shared(shared)) + 1023u) & ~1023u;
@@ -211,8 +251,8 @@ __device__ __forceinline__ void cluster_barrier() {{
 // Everything that kernels in front have written is there.
 __device__ __forceinline__ void follow() {{ asm volatile("griddepcontrol.wait;" ::: "memory"); }}
 
-// Every thread, first.
-__device__ __forceinline__ void start(uint8_t* shared) {{
+// Every thread, first. `summing` warps finish a tile.
+__device__ __forceinline__ void start(uint8_t* shared, int summing) {{
   const uint32_t at = base(shared);
   if (threadIdx.x == 0) {{
     for (int stage = 0; stage < kStages; ++stage) {{
@@ -220,7 +260,7 @@ __device__ __forceinline__ void start(uint8_t* shared) {{
       set(empty(at, stage), {WARPS});
     }}
     set(ready(at), {WARPS * s.teams} * kSplits);
-    set(taken(at), {WARPS * s.teams} * kSplits);
+    set(taken(at), summing * kSplits);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }}
   asm volatile("griddepcontrol.launch_dependents;");
@@ -288,6 +328,7 @@ __device__ __forceinline__ void produce(
     if ({int(s.zeros)}) copy(to + kZeros, map_zeros, barrier, left, group, once);
   }};
   auto inputs = [&](int number) {{
+    if ({int(bool(s.limbs))}) return;  // all of x is made into limbs before
     int tile, k;
     place(number, tile, k);
     const int slot = number % kStages;
@@ -295,7 +336,7 @@ __device__ __forceinline__ void produce(
   }};
   const int ahead = min(count, kStages);
   for (int number = 0; number < ahead; ++number) constants(number);
-  follow();
+  if ({int(not s.limbs)}) follow();
   for (int number = 0; number < ahead; ++number) inputs(number);
   for (int number = ahead; number < count; ++number) {{
     wait(empty(at, number % kStages), ((number / kStages) & 1) ^ 1);
@@ -311,6 +352,48 @@ __device__ __forceinline__ uint16_t half_at(const uint8_t* at) {{
 // Rows of swizzled tiles are dealt to lanes so that eight neighbours read all banks: 0 4 1 5 2 6 3 7.
 __device__ __forceinline__ int dealt(int g) {{ return g / 2 + g % 2 * 4; }}
 
+// The 16 bytes of a column that the thread of a quad has, of packed weights; and its scale.
+__device__ __forceinline__ uint4 packed_at(const uint8_t* at, int across, int down, int half, int lane) {{
+  const int sixteen = across * 2 + half / 2;
+  constexpr int kOf64 = kColumns < 64 ? kColumns / 16 : 4;
+  const int place = (sixteen / kOf64 * kDown + down) * kOf64 + sixteen % kOf64;
+  return held(at + place * 1024 + half % 2 * 512 + lane * 16);
+}}
+__device__ __forceinline__ int constant_at(int column, int down) {{
+  const int group = kGroup ? down * kChunk / (kGroup ? kGroup : 1) % (kGroups ? kGroups : 1) : 0;
+  return (group * kColumns + column) * 2;
+}}
+__device__ __forceinline__ float scale_at(const uint8_t* at, int column, int down) {{
+  return wide(half_at(at + kScales + constant_at(column, down)));
+}}
+// The number of the warp among those that finish a tile, which take turns, if it is below `summing`.
+__device__ __forceinline__ int turn(int tile_number, int summing) {{
+  constexpr int kWarps = {WARPS * s.teams};
+  return (threadIdx.x / 32 + kWarps - tile_number * summing % kWarps) % kWarps;
+}}
+// What the warps of the cluster sent for one result, `stride` bytes apart.
+__device__ __forceinline__ float added(uint32_t at, int stride) {{
+  float value = 0.0f;
+#pragma unroll 8
+  for (int part = 0; part < kSplits * {s.teams} * kDown; ++part) {{
+    float v;
+    asm volatile("ld.shared.f32 %0, [%1];" : "=f"(v) : "r"(at + part * stride) : "memory");
+    value += v;
+  }}
+  return value;
+}}
+{limbs.source(s, WARPS) if s.limbs else _halves(s)}
+// The slice has been read: others may send the next.
+__device__ __forceinline__ void release(uint8_t* shared) {{ tell_all(taken(base(shared))); }}
+}}  // namespace
+#endif
+"""
+
+
+def _halves(s: Shape) -> str:
+    """Multiplying halves, which integers become: for every number of rows."""
+    zero = "half_at(at + kZeros + place)" if s.zeros else f"kMagic + {s.zero}u"
+    return f"""
 // A multiplying warp's 32 columns and one chunk of K in a stage.
 __device__ __forceinline__ void use(const uint8_t* at, float (*total)[2][4]) {{
   const int warp = threadIdx.x / 32 % {WARPS}, lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
@@ -325,14 +408,10 @@ __device__ __forceinline__ void use(const uint8_t* at, float (*total)[2][4]) {{
       const int piece = (down % 2 * 4 + q) ^ row;
       weight[half] = held(at + down / 2 * kColumns * 128 + (column + row) * 128 + piece * 16);
     }} else {{
-      const int sixteen = across * 2 + half / 2;
-      constexpr int kOf64 = kColumns < 64 ? kColumns / 16 : 4;
-      const int place = (sixteen / kOf64 * kDown + down) * kOf64 + sixteen % kOf64;
-      weight[half] = held(at + place * 1024 + half % 2 * 512 + lane * 16);
+      weight[half] = packed_at(at, across, down, half, lane);
     }}
-    const int group = kGroup ? down * kChunk / (kGroup ? kGroup : 1) % (kGroups ? kGroups : 1) : 0;
-    const int place = (group * kColumns + column + g) * 2;
-    if (kGroup) scale[half] = wide(half_at(at + kScales + place));
+    const int place = constant_at(column + g, down);
+    if (kGroup) scale[half] = scale_at(at, column + g, down);
     zero[half] = ({zero}) * 0x10001u;
   }}
   float part[kTiles][2][4] = {{}};
@@ -364,8 +443,9 @@ __device__ __forceinline__ void use(const uint8_t* at, float (*total)[2][4]) {{
         for (int j = 0; j < 4; ++j) total[tile][i][j] += part[tile][i][j] * scale[2 * i + j / 2];
 }}
 
-// A multiplying warp's share of one tile, sent to the blocks that finish its columns.
-__device__ __forceinline__ void consume(uint8_t* shared, int tile_number, int end) {{
+// A multiplying warp's share of one tile, sent to the blocks that finish its columns. The warps that do so
+// wait for all of them; the others go on with the next tile.
+__device__ __forceinline__ void consume(uint8_t* shared, int tile_number, int end, int summing) {{
   const uint32_t at = base(shared);
   const int warp = threadIdx.x / 32 % {WARPS}, lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
   const int across = warp % kAcross, down = warp / kAcross, each = share(end);
@@ -396,33 +476,22 @@ __device__ __forceinline__ void consume(uint8_t* shared, int tile_number, int en
     }}
   }}
   tell_all(ready(at));
-  wait<true>(ready(at), tile_number & 1);
+  if (turn(tile_number, summing) < summing) wait<true>(ready(at), tile_number & 1);
 }}
 // One result of the block's slice.
 __device__ __forceinline__ float sum(uint8_t* shared, int64_t row, int64_t column) {{
   // The lane that held row r of eight had it as number 2 r, or 2 r - 7 from 4 on.
   const int place = (int)(row / 8 * 8 + row % 4 * 2 + row / 4 % 2);
-  const uint32_t at = base(shared) + kSums + (int)column * kTiles * 32 + place * 4;
-  float value = 0.0f;
-#pragma unroll 8
-  for (int part = 0; part < kSplits * {s.teams} * kDown; ++part) {{
-    float v;
-    asm volatile("ld.shared.f32 %0, [%1];" : "=f"(v) : "r"(at + part * kSlice * kTiles * 32) : "memory");
-    value += v;
-  }}
-  return value;
+  return added(base(shared) + kSums + (int)column * kTiles * 32 + place * 4, kSlice * kTiles * 32);
 }}
-// The slice has been read: others may send the next.
-__device__ __forceinline__ void release(uint8_t* shared) {{ tell_all(taken(base(shared))); }}
-}}  // namespace
-#endif
 """
 
 
 def _stem(shape: Shape, dtype: str) -> str:
     s = shape
     zero = "z" if s.zeros else s.zero
-    return f"stream_{dtype}_{s.bits}_{s.tiles}_{s.columns}_{s.splits}_{s.group}_{zero}"
+    limbs_ = f"_{s.limbs}_{s.inner}" if s.limbs else ""
+    return f"stream_{dtype}_{s.bits}_{s.tiles}_{s.columns}_{s.splits}_{s.group}_{zero}{limbs_}"
 
 
 def name(shape: Shape, dtype: str, function: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ import onnx_ir as ir
 from tvm import tirx
 
 from netlathe.backends.tvm import storage
-from netlathe.backends.tvm.cuda import ampere, hopper, operands, packing, skinny, stream
+from netlathe.backends.tvm.cuda import ampere, hopper, limbs, operands, packing, skinny, stream
 from netlathe.backends.tvm.cuda.code import GpuCode
 from netlathe.backends.tvm.tir import (
     PARALLEL,
@@ -254,16 +254,42 @@ def few_rows(
             values = tuple(code.bind(v * s) for v, s in zip(values, scales, strict=True))
         finish(row, column, *values)
 
-    _, inner, columns = sizes
-    shape = None
-    if code.has_wgmma and inner % 64 == 0:  # whole swizzled rows
-        facts = (weight.padded(inner), weight.group, weight.zeros is not None, weight.zero)
-        shape = stream.chosen(weight.bits, tiles, columns, *facts)
-    if shape is None:
-        _loaded(code, dtype, a, weight, sizes, tiles, scaled, together)
-    else:
-        with _unless_empty(code, sizes[0]):
+    rows, inner, columns = sizes
+    facts = (weight.padded(inner), weight.group, weight.zeros is not None, weight.zero)
+
+    def halves() -> None:
+        shape = None
+        if code.has_wgmma and inner % 64 == 0:  # whole swizzled rows
+            shape = stream.chosen(weight.bits, tiles, columns, *facts)
+        if shape is None:
+            _loaded(code, dtype, a, weight, sizes, tiles, scaled, together)
+        else:
             _streamed(code, dtype, a, weight, sizes, shape, scaled, together)
+
+    def fewest(counts: Sequence[int]) -> None:
+        """By the kernel for so many rows that has the fewest."""
+        shape, most = None, 0
+        if counts and tiles == 1:
+            most = counts[0]
+            shape = stream.chosen(weight.bits, tiles, columns, *facts, most)
+        if shape is None:
+            return halves() if not counts else fewest(counts[1:])
+        found = shape
+
+        def these() -> None:
+            _streamed(code, dtype, a, weight, sizes, found, scaled, together)
+
+        number = known(rows)
+        if number is None:
+            code.branch(rows <= i64(most), these, lambda: fewest(counts[1:]))
+        elif number <= most:
+            these()
+        else:
+            fewest(counts[1:])
+
+    signed = weight.bits == 8 or (weight.bits == 4 and weight.zeros is None and weight.zero == 8)
+    with _unless_empty(code, rows):
+        fewest(limbs.ROWS if signed and code.has_wgmma else ())
 
 
 def _streamed(
@@ -296,7 +322,7 @@ def _streamed(
         box_ = (row, box, shape.deep // row)
         return code.tensor_map(source, sizes, [i64(inner), i64(row)], box_, 2)
 
-    map_a = deep(a, rows, 8 * shape.tiles)
+    map_a = None if shape.limbs else deep(a, rows, 8 * shape.tiles)
     maps: dict[str, Expr] = {}
     if weight.bits == 16:
         maps["weight"] = deep(weight.values, i64(columns), shape.columns)
@@ -315,30 +341,38 @@ def _streamed(
     def mapped(role: str) -> Expr:
         return tirx.address_of(maps[role]) if role in maps else tirx.const(0, "uint64")
 
+    wide = shape.slice // together
+    count = wide * shape.rows
+    summing = min(-(-count // 32), shape.multiplying // 32)  # warps; they take turns, tile by tile
     blocks = i64(clusters * shape.splits)
     launch = code.launch(blocks, shape.threads, shape.splits, least=1, waits=False)
     with launch as (block, thread):
         shared = code.address(code.alloc([shape.shared_bytes], "uint8", scope="shared.dyn"))
-        code.run(named("start"), text, shared)
+        code.run(named("start"), text, shared, small(summing))
         first = code.bind(idiv(block, shape.splits))
 
         def copy() -> None:
             numbers = [small(item) for item in (first, clusters, tiles, end)]
-            sources = (mapped(role) for role in ("weight", "scales", "zeros"))
-            code.run(named("produce"), text, shared, tirx.address_of(map_a), *sources, *numbers)
+            sources = [mapped(role) for role in ("weight", "scales", "zeros")]
+            given = tirx.const(0, "uint64") if map_a is None else tirx.address_of(map_a)
+            code.run(named("produce"), text, shared, given, *sources, *numbers)
 
         def multiply() -> None:
+            if shape.limbs:
+                pointer = code.address(a)
+                code.run(named("prepare"), text, shared, pointer, small(rows), small(inner))
             own = code.bind(imod(block, shape.splits) * i64(shape.slice))
             with code.loop(idiv(i64(tiles - 1) - first, clusters) + i64(1)) as number:
-                code.run(named("consume"), text, shared, small(number), small(end))
+                code.run(named("consume"), text, shared, *map(small, (number, end, summing)))
                 left = (first + number * i64(clusters)) * i64(shape.columns) + own
-                left, wide = code.bind(idiv(left, together)), shape.slice // together
-                count = wide * 8 * shape.tiles
+                left = code.bind(idiv(left, together))
+                before = imod(number * i64(32 * summing), shape.multiplying)
+                turn = code.bind(imod(thread + i64(shape.multiplying) - before, shape.multiplying))
                 with code.loop(-(-count // shape.multiplying), VECTORIZED) as step:
-                    at = code.bind(step * i64(shape.multiplying) + thread)
+                    at = code.bind(step * i64(shape.multiplying) + turn)
                     row, within = (code.bind(op(at, wide)) for op in (idiv, imod))
                     column = code.bind(left + within)
-                    # There are at most 8 * tiles rows, so that this leaves out what is beyond `count`.
+                    # There are no more rows than sums, so that this leaves out what is beyond `count`.
                     with code.when(tirx.And(row < rows, column < i64(columns // together))):
                         places = [within * i64(together) + i64(i) for i in range(together)]
                         values = [
@@ -346,7 +380,8 @@ def _streamed(
                             for place in places
                         ]
                         finish(row, column, *map(code.bind, values))
-                code.run(named("release"), text, shared)
+                with code.when(turn < i64(32 * summing)):
+                    code.run(named("release"), text, shared)
 
         code.branch(thread >= i64(shape.multiplying), copy, multiply)
         code.run(named("finish"), text)

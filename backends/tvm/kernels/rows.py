@@ -5,7 +5,8 @@ rows.softmax, rows.log_softmax, rows.layer_norm, rows.rms_norm: rows in parallel
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from tvm import tirx
 
@@ -109,11 +110,16 @@ def normalize(
     epsilon: float,
     centred: bool,
     finish: Finish,
+    constants: Sequence[tuple[Any, int]] = (),
 ) -> str:
-    """(x - mean) / sqrt(variance + epsilon), or without the mean x / sqrt(mean square + epsilon)."""
+    """(x - mean) / sqrt(variance + epsilon), or without the mean x / sqrt(mean square + epsilon).
+
+    ``constants`` are vectors as long as a row that ``finish`` reads, with the bytes of an element each.
+    """
     code = kernel.code
     if isinstance(code, GpuCode) and code.on_host:
-        return grids.normalize(code, x, lead, length, dtype, epsilon, centred, COMBINE, finish)
+        how = (dtype, epsilon, centred, COMBINE, finish, constants)
+        return grids.normalize(code, x, lead, length, *how)
 
     def body(line: _Row, index: Index) -> None:
         count = cast(length, dtype)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 from tvm import tirx
 
 from netlathe.backends.tvm import mathfn, storage
@@ -14,7 +15,7 @@ from netlathe.backends.tvm.ops.elementwise import like
 from netlathe.backends.tvm.ops.op import Op, Rule, combine, read
 from netlathe.backends.tvm.ops.reduction import arg_extreme, reduced
 from netlathe.backends.tvm.tir import Code, Expr, Index, cast, i64, select, unflatten
-from netlathe.backends.tvm.values import Lazy, Pending, Store, Value
+from netlathe.backends.tvm.values import Lazy, Pending, Ready, Store, Value
 from netlathe.ir import dims
 
 
@@ -104,6 +105,13 @@ def _norm(op: Op) -> Sequence[Value]:
                 value = value + cast(read(code, bias, at, shape), computed)
             store(code, at, value)
 
+        constants = [
+            (kernel.read(value), np.dtype(storage.STORED[value.dtype]).itemsize)
+            for value in (scale, bias)
+            if isinstance(value, Ready)
+            and value.shape == shape[axis:]
+            and op.low.is_constant(value)
+        ]
         return rows.normalize(
             kernel,
             load,
@@ -113,6 +121,7 @@ def _norm(op: Op) -> Sequence[Value]:
             epsilon,
             centred,
             finish,
+            constants,
         )
 
     return [Pending(dtype, shape, build)]

@@ -1,0 +1,192 @@
+"""Device code for products of at most four rows with integer weights: x as pairs of bytes.
+
+Unpacking an integer to a half takes three to four instructions for two, far more than multiplying it. So here
+the weight stays what it is, and x becomes integers: of every so many elements of a row of x the largest is
+32512, and the others are rounded to whole steps, by 2^-16 of the largest at most, where a bfloat16 is rounded
+by 2^-9 of itself. Such a number is 256 high + low, two columns of mma.m16n8k32 (PTX ISA 8.5, section
+9.7.13.4.10), whose left operand is the weight in bytes; of 4 bits, 16 times the number, which takes three
+instructions for eight. Sums of integers are exact; they are scaled to float32 once for each chunk of K.
+
+Every block does this for its share of K, before anything else, and keeps the bytes in the order in which
+products read them: for each 32 of K, 8 bytes for each thread of a warp whose column of x has something in it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from netlathe.backends.tvm.cuda import skinny
+
+if TYPE_CHECKING:
+    from netlathe.backends.tvm.cuda.stream import Shape
+
+ROWS = (1, 4)  # that there are kernels for
+MOST = 16384  # elements of x that a block may take time for
+_MOST = 32512  # 127 * 256: of the high byte no more than 127
+
+
+def bytes_(rows: int, share: int, bits: int) -> int:
+    """Shared memory for ``share`` elements of each row, and for their scales; copies start at 128."""
+    return -(-(share * 2 * rows + share // skinny.chunk(bits) * rows * 4) // 128) * 128
+
+
+def source(s: Shape, warps: int) -> str:
+    """What differs from products of halves: preparing x, multiplying, and where sums lie."""
+    # Where the eight elements of K that a thread has lie in its 8 bytes, as the weight has them.
+    first, second = ((0, 1, 2, 3), (4, 5, 6, 7)) if s.bits == 8 else ((0, 4, 1, 5), (2, 6, 3, 7))
+
+    def packed(values: str, order: tuple[int, ...], byte: int) -> str:
+        pick = f"0x{byte + 4}{byte}u"
+        low, high = (
+            f"__byte_perm({values}[{order[i]}], {values}[{order[i + 1]}], {pick})" for i in (0, 2)
+        )
+        return f"__byte_perm({low}, {high}, 0x5410u)"
+
+    scale = "scale[half] * " if s.group else ""
+    least = "1.0f / 16" if s.bits == 4 else "1.0f"
+    return f"""
+constexpr int kR = {s.limbs}, kShare = {s.share}, kLimbs = kSums + {s.sums_bytes};
+constexpr int kLimbScales = kLimbs + kShare * 2 * kR, kLine = kR == 1 ? 64 : 256;  // bytes for 32 of K
+
+__device__ __forceinline__ float largest(float a, float b) {{
+  float c;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(c) : "f"(a), "f"(b));
+  return c;
+}}
+// The block's share of x [rows, inner], by all multiplying threads; kChunk elements have a scale.
+__device__ __forceinline__ void prepare(uint8_t* shared, const void* x_, int rows, int inner) {{
+  follow();
+  const uint16_t* x = static_cast<const uint16_t*>(x_);
+  uint8_t* to = shared + (base(shared) - static_cast<uint32_t>(__cvta_generic_to_shared(shared)));
+  constexpr int kEach = kShare / 8, kAhead = 4;
+  const int count = rows * kEach;
+  for (int start = threadIdx.x; start < count; start += {s.multiplying} * kAhead) {{
+    uint4 held[kAhead];
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {{
+      const int item = start + i * {s.multiplying}, own = item % kEach * 8;
+      const int k = (rank() + own / kDeep * kSplits) * kDeep + own % kDeep;
+      held[i] = make_uint4(0, 0, 0, 0);
+      const uint16_t* from = x + item / kEach * (int64_t)inner + k;
+      if (item < count && k < inner) held[i] = *reinterpret_cast<const uint4*>(from);
+    }}
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {{
+      const int item = start + i * {s.multiplying};
+      if (item >= count) break;  // whole warps do
+      const int row = item / kEach, own = item % kEach * 8;
+      const uint32_t words[4] = {{held[i].x, held[i].y, held[i].z, held[i].w}};
+      float value[8], most = 1e-30f;
+#pragma unroll
+      for (int j = 0; j < 8; ++j) {{
+        value[j] = wide((uint16_t)(words[j / 2] >> (j % 2 * 16)));
+        most = largest(most, fabsf(value[j]));
+      }}
+#pragma unroll
+      for (int mask = kChunk / 16; mask > 0; mask /= 2)
+        most = largest(most, __shfl_xor_sync(0xffffffffu, most, mask));
+      const float factor = {_MOST}.0f / most;
+      uint32_t low[8], high[8];
+#pragma unroll
+      for (int j = 0; j < 8; ++j) {{
+        low[j] = __float_as_uint(fmaf(value[j], factor, 12582912.0f));  // its last bits are the integer
+        high[j] = low[j] + 128;  // whose low byte, with its sign, is taken off
+      }}
+      uint8_t* line = to + kLimbs + own / 32 * kLine + (row * 2 * 4 + own % 32 / 8) * 8;
+      *reinterpret_cast<uint2*>(line) =
+          make_uint2({packed("high", first, 1)}, {packed("high", second, 1)});
+      *reinterpret_cast<uint2*>(line + 32) =
+          make_uint2({packed("low", first, 0)}, {packed("low", second, 0)});
+      float* scale = reinterpret_cast<float*>(to + kLimbScales) + own / kChunk * kR + row;
+      if (own % kChunk == 0) *scale = most * ({least} / {_MOST});
+    }}
+  }}
+  asm volatile("bar.sync 1, {s.multiplying};" ::: "memory");
+}}
+__device__ __forceinline__ void multiply_bytes(
+    int* d, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {{
+  asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {{%0, %1, %2, %3}}, {{%4, %5, %6, %7}}, {{%8, %9}},"
+      " {{%0, %1, %2, %3}};"
+      : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}}
+// Eight elements of K of a column as bytes.
+__device__ __forceinline__ void bytes_of(const uint4& weight, int p, uint32_t& first, uint32_t& second) {{
+  const uint32_t* words = reinterpret_cast<const uint32_t*>(&weight);
+  if constexpr (kBits == 8) {{
+    first = words[2 * p], second = words[2 * p + 1];
+  }} else {{
+    asm("lop3.b32 %0, %1, 0xF0F0F0F0, 0x80808080, 0x6A;" : "=r"(first) : "r"(words[p] << 4));  // (a & b) ^ c
+    asm("lop3.b32 %0, %1, 0xF0F0F0F0, 0x80808080, 0x6A;" : "=r"(second) : "r"(words[p]));
+  }}
+}}
+// A multiplying warp's 32 columns and one chunk of K in a stage; `limbs`: where x has the stage.
+__device__ __forceinline__ void use(
+    const uint8_t* at, const uint8_t* limbs, const uint8_t* scales, float* total) {{
+  const int warp = threadIdx.x / 32 % {warps}, lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
+  const int across = warp % kAcross, down = warp / kAcross;
+  uint4 weight[4];
+  float scale[4];
+#pragma unroll
+  for (int half = 0; half < 4; ++half) {{
+    weight[half] = packed_at(at, across, down, half, lane);
+    if (kGroup) scale[half] = scale_at(at, across * 32 + half * 8 + g, down);
+  }}
+  int sums[2][4] = {{}};
+#pragma unroll
+  for (int p = 0; p < kChunk / 32; ++p) {{
+    uint2 x = make_uint2(0, 0);
+    if (kR > 1 || lane < 8)
+      x = *reinterpret_cast<const uint2*>(limbs + (down * (kChunk / 32) + p) * kLine + lane * 8);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {{
+      uint32_t a[4];
+      bytes_of(weight[2 * i], p, a[0], a[2]);
+      bytes_of(weight[2 * i + 1], p, a[1], a[3]);
+      multiply_bytes(sums[i], a[0], a[1], a[2], a[3], x.x, x.y);
+    }}
+  }}
+  const float factor = reinterpret_cast<const float*>(scales)[down * kR + (kR > 1 ? q : 0)];
+#pragma unroll
+  for (int half = 0; half < 4; ++half) {{
+    const int* pair = sums[half / 2] + half % 2 * 2;
+    total[half] += (float)(pair[0] * 256 + pair[1]) * ({scale}factor);
+  }}
+}}
+
+// A multiplying warp's share of one tile, sent to the blocks that finish its columns.
+__device__ __forceinline__ void consume(uint8_t* shared, int tile_number, int end, int summing) {{
+  const uint32_t at = base(shared);
+  const int warp = threadIdx.x / 32 % {warps}, lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
+  const int across = warp % kAcross, down = warp / kAcross, each = share(end);
+  const int team = threadIdx.x / {32 * warps};
+  const uint8_t* stages = shared + (at - static_cast<uint32_t>(__cvta_generic_to_shared(shared)));
+  float total[4] = {{}};
+  const int before = tile_number * each;
+  for (int step = (before + team) % {s.teams}; step < each; step += {s.teams}) {{
+    const int number = before + step, slot = number % kStages;
+    wait(full(at, slot), (number / kStages) & 1);
+    if ((rank() + step * kSplits) * kDeep + down * kChunk < end)
+      use(stages + slot * kStageBytes, stages + kLimbs + step * (kDeep / 32) * kLine,
+          stages + kLimbScales + step * (kDeep / kChunk) * kR * 4, total);
+    __syncwarp();
+    if (lane == 0)
+      asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(empty(at, slot)) : "memory");
+  }}
+  if (tile_number > 0) wait<true>(taken(at), (tile_number - 1) & 1);
+  if (q < kR)
+#pragma unroll
+    for (int half = 0; half < 4; ++half) {{
+      const int column = across * 32 + half * 8 + g;
+      const int place = ((rank() * {s.teams} + team) * kDown + down) * kSlice + column % kSlice;
+      const uint32_t to = at_block(at + kSums + (place * kR + q) * 4, column / kSlice);
+      asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(to), "f"(total[half]) : "memory");
+    }}
+  tell_all(ready(at));
+  if (turn(tile_number, summing) < summing) wait<true>(ready(at), tile_number & 1);
+}}
+// One result of the block's slice.
+__device__ __forceinline__ float sum(uint8_t* shared, int64_t row, int64_t column) {{
+  return added(base(shared) + kSums + ((int)column * kR + (int)row) * 4, kSlice * kR * 4);
+}}
+"""
