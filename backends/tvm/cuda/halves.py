@@ -1,0 +1,109 @@
+"""Device code for products of few rows where weights are halves, or become halves, whatever number of rows.
+
+It is a part of :mod:`netlathe.backends.tvm.cuda.stream`, which says what is whose operand; beside it,
+:mod:`netlathe.backends.tvm.cuda.limbs` is the other way to multiply what a stage holds.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from netlathe.backends.tvm.cuda.stream import Shape
+
+
+def source(s: Shape, warps: int) -> str:
+    """What differs from products of bytes: multiplying, and where sums lie."""
+    zero = "half_at(at + kZeros + place)" if s.zeros else f"kMagic + {s.zero}u"
+    return f"""
+// A multiplying warp's 32 columns and one chunk of K in a stage.
+__device__ __forceinline__ void use(const uint8_t* at, float (*total)[2][4]) {{
+  const int warp = threadIdx.x / 32 % {warps}, lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
+  const int across = warp % kAcross, down = warp / kAcross, row = dealt(g);
+  uint4 weight[4];
+  uint32_t zero[4];
+  float scale[4];
+#pragma unroll
+  for (int half = 0; half < 4; ++half) {{
+    const int column = across * 32 + half * 8;
+    if constexpr (kBits == 16) {{
+      const int piece = (down % 2 * 4 + q) ^ row;
+      weight[half] = held(at + down / 2 * kColumns * 128 + (column + row) * 128 + piece * 16);
+    }} else {{
+      weight[half] = packed_at(at, across, down, half, lane);
+    }}
+    const int place = constant_at(column + g, down);
+    if (kGroup) scale[half] = scale_at(at, column + g, down);
+    zero[half] = ({zero}) * 0x10001u;
+  }}
+  float part[kTiles][2][4] = {{}};
+  auto& sums = *reinterpret_cast<float (*)[kTiles][2][4]>(kGroup ? &part[0] : total);
+#pragma unroll
+  for (int p = 0; p < kChunk / 32; ++p) {{
+    uint32_t w[4][4];
+#pragma unroll
+    for (int half = 0; half < 4; ++half) halves<kBits>(weight[half], p, zero[half], w[half]);
+    const int k = down * kChunk + p * 32;
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile) {{
+      const int piece = (k % 64 / 8 + q) ^ row;
+      const uint4 v = held(at + kRows + k / 64 * kTiles * 1024 + (tile * 8 + row) * 128 + piece * 16);
+      const uint32_t x[4] = {{v.x, v.y, v.z, v.w}};
+#pragma unroll
+      for (int i = 0; i < 2; ++i)
+#pragma unroll
+        for (int two = 0; two < 4; two += 2)
+          multiply(sums[tile][i], w[2 * i] + two, w[2 * i + 1] + two, x + two);
+    }}
+  }}
+  if (kGroup)
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile)
+#pragma unroll
+      for (int i = 0; i < 2; ++i)
+#pragma unroll
+        for (int j = 0; j < 4; ++j) total[tile][i][j] += part[tile][i][j] * scale[2 * i + j / 2];
+}}
+
+// A multiplying warp's share of one tile, sent to the blocks that finish its columns. The warps that do so
+// wait for all of them; the others go on with the next tile.
+__device__ __forceinline__ void consume(uint8_t* shared, int tile_number, int end, int summing) {{
+  const uint32_t at = base(shared);
+  const int warp = threadIdx.x / 32 % {warps}, lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
+  const int across = warp % kAcross, down = warp / kAcross, each = share(end);
+  const int team = threadIdx.x / {32 * warps};
+  const uint8_t* stages = shared + (at - static_cast<uint32_t>(__cvta_generic_to_shared(shared)));
+  float total[kTiles][2][4] = {{}};
+  const int before = tile_number * each;
+  for (int step = (before + team) % {s.teams}; step < each; step += {s.teams}) {{
+    const int number = before + step, slot = number % kStages;
+    wait(full(at, slot), (number / kStages) & 1);
+    if ((rank() + step * kSplits) * kDeep + down * kChunk < end) use(stages + slot * kStageBytes, total);
+    __syncwarp();
+    if (lane == 0)
+      asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(empty(at, slot)) : "memory");
+  }}
+  if (tile_number == 0) follow();  // results may overwrite what kernels in front still read
+  else wait<true>(taken(at), (tile_number - 1) & 1);
+#pragma unroll
+  for (int half = 0; half < 4; ++half) {{
+    const int column = across * 32 + half * 8 + (kBits == 16 ? dealt(g) : g);
+    const int place = ((rank() * {s.teams} + team) * kDown + down) * kSlice + column % kSlice;
+    const uint32_t to = at_block(at + kSums + place * kTiles * 32, column / kSlice);
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile) {{
+      const float* from = total[tile][half / 2] + half % 2 * 2;
+      asm volatile("st.shared::cluster.v2.f32 [%0], {{%1, %2}};"
+                   ::"r"(to + tile * 32 + q * 8), "f"(from[0]), "f"(from[1]) : "memory");
+    }}
+  }}
+  tell_all(ready(at));
+  if (turn(tile_number, summing) < summing) wait<true>(ready(at), tile_number & 1);
+}}
+// One result of the block's slice.
+__device__ __forceinline__ float sum(uint8_t* shared, int64_t row, int64_t column) {{
+  // The lane that held row r of eight had it as number 2 r, or 2 r - 7 from 4 on.
+  const int place = (int)(row / 8 * 8 + row % 4 * 2 + row / 4 % 2);
+  return added(base(shared) + kSums + (int)column * kTiles * 32 + place * 4, kSlice * kTiles * 32);
+}}
+"""
