@@ -128,10 +128,10 @@ class Convolution:
 
     def ragged(self) -> Convolution:
         """A small one of the kind that no tile, register or panel divides."""
-        plane = min(self.plane, 11 * self.stride)
+        plane, inputs = min(self.plane, 11 * self.stride), 14 if self.window > 1 else 46
         if self.groups > 1:
             return replace(self, plane=plane, inputs=22, outputs=22, groups=22)
-        return replace(self, plane=plane, inputs=min(self.inputs, 14), outputs=29)
+        return replace(self, plane=plane, inputs=min(self.inputs, inputs), outputs=29)
 
 
 CONVOLUTIONS: Mapping[str, Convolution] = {

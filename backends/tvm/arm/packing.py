@@ -19,12 +19,22 @@ def _matrix(tensor: ir.TensorProtocol) -> Array:
     return values if values.ndim == 2 else values.reshape(values.shape[:2]).T
 
 
-def neighbours(tensor: ir.TensorProtocol, count: int, width: int, inner: int, group: int) -> Array:
+def neighbours(
+    tensor: ir.TensorProtocol, count: int, width: int, inner: int, group: int, last: int = 0
+) -> Array:
     """:func:`matrix_shape` [K, N] as [count, inner / group, width, group], zero beyond K and N.
 
-    So ``group`` values of k of one column are neighbours, then the columns of a panel.
+    So ``group`` values of k of one column are neighbours, then the columns of a panel. The zeros of the
+    ``last`` values of k come before those that are left: A is read there up to its end.
     """
-    return _grouped(neighbours_of(_matrix(tensor), count, width, inner), group)
+    values = _matrix(tensor)
+    if last:
+        whole = inner - last
+        moved = np.zeros((inner, values.shape[1]), values.dtype)
+        moved[:whole] = values[:whole]
+        moved[inner - (len(values) - whole) :] = values[whole:]
+        values = moved
+    return _grouped(neighbours_of(values, count, width, inner), group)
 
 
 def windows(

@@ -111,9 +111,16 @@ class Product:
         self.count = -(-self.columns // scheme.width)
         self.padded = -(-self.inner // scheme.elements) * scheme.elements
         self.shift: Shift | None = None
-        numbers = (self.count, scheme.width, self.padded, scheme.elements // scheme.steps)
+        group = scheme.elements // scheme.steps
+        numbers: tuple[int, ...] = (self.count, scheme.width, self.padded, group)
+        # Bytes that are left are read with those before them, which zeros multiply; floats might be infinite.
+        self.overlaps = (
+            scheme is neon.DOT and self.inner > scheme.elements and self.padded > self.inner
+        )
         if scheme.paired:
             numbers = (self.count, scheme.width, self.padded, 8)
+        elif self.overlaps:
+            numbers = (*numbers, scheme.elements)
         elements = self.count * self.padded * scheme.width
         self.weight = low.parameter(
             constant.name,
@@ -165,7 +172,8 @@ class Product:
         def task(size: int, first: Expr, end: Expr, panel: Expr) -> None:
             out = code.alloc([size * scheme.width], out_type)
             rest = self.inner % scheme.elements
-            tails = code.alloc([size * scheme.elements], stored) if rest else None
+            copied = rest and not self.overlaps
+            tails = code.alloc([size * scheme.elements], stored) if copied else None
             base = code.bind(panel * i64(panel_size))
 
             def b(k: Expr, step: Expr, number: int) -> Expr:
@@ -177,16 +185,14 @@ class Product:
                 start = [code.bind((row + i64(i)) * i64(self.inner)) for i in range(size)]
                 if tails is not None:
                     self._copy_tails(code, buffer, tails, stored, start, rest)
-                made = Tile(
-                    code,
-                    scheme,
-                    self.inner,
-                    lambda i, k: register(start[i] + k),
-                    b,
-                    lambda i: signed(
-                        code.vload(tails, i * scheme.elements, scheme.elements), self.a.dtype
-                    ),
-                )
+
+                def tail(i: int) -> Expr:
+                    if tails is None:
+                        return register(start[i] + i64(self.inner - scheme.elements))
+                    at = i * scheme.elements
+                    return signed(code.vload(tails, at, scheme.elements), self.a.dtype)
+
+                made = Tile(code, scheme, self.inner, lambda i, k: register(start[i] + k), b, tail)
                 made.run(size, out)
                 put_rows(code, size, row, panel, scheme.width, self.columns, out, finish)
 
