@@ -225,7 +225,8 @@ class Product:
             tiles = code.bind(idiv(end - first + i64(size - 1), i64(size)))
             most = _ROW_BLOCK if number is None else min(_ROW_BLOCK, -(-number // size) * size)
             packed = code.alloc([most * padded], "int8", scope="global")
-            out = code.alloc([size * scheme.width], "int32")
+            # Read row by row, of which only the run knows how many: no registers.
+            out = code.alloc([size * scheme.width], "int32", scope="global")
             with code.loop(tiles * i64(size)) as i:
                 row = code.bind(tirx.min(first + i, rows - i64(1)) * i64(self.inner))
                 pair = idiv(i, i64(2)) * i64(2 * padded) + imod(i, i64(2)) * i64(8)
