@@ -25,7 +25,7 @@ import mmap
 import operator
 import os
 import platform
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,9 @@ LIBRARY_FILE = "model.so"
 PARAMETERS_FILE = "params.bin"
 FORMAT = 4
 ALIGNMENT = 64  # bytes, of constants in their file: no vector of them lies across two cache lines
+GPU_VECTOR = (
+    16  # bytes that a thread loads at once, and multiples of which the copy engine copies from
+)
 
 _KEYS = {
     "inputs",
@@ -171,6 +174,8 @@ class Model:
         self.in_place: dict[str, str] = meta["in_place"]
         self._ffi = _runtime(library.parent)
         self._on_gpu = bool(meta.get("archs"))
+        self._vector = GPU_VECTOR if self._on_gpu else 1
+        self._written = set(self.in_place.values())
         if self._on_gpu:
             cudart = _cuda_runtime(library.parent)
             _check_room(cudart, sum(array.nbytes for array in parameters))
@@ -208,7 +213,7 @@ class Model:
         Raises:
             ArtifactError: as :meth:`run`.
         """
-        written = set() if self._on_gpu else set(self.in_place.values())  # to a GPU all is copied
+        written = set() if self._on_gpu else self._written  # to a GPU all is copied
         return [
             self._placed(array.copy() if record["name"] in written else array)
             for record, array in zip(self.inputs, check_feeds(self.inputs, feeds), strict=True)
@@ -217,9 +222,13 @@ class Model:
     def invoke(self, given: Sequence[Any]) -> Sequence[Any]:
         """The outputs for tensors from :meth:`place`, or for outputs of an earlier call, as tensors.
 
-        Outputs in ``in_place`` are tensors of ``given``, changed: no other input may be the same tensor.
+        Outputs in ``in_place`` are tensors of ``given``, changed: no other input may share their memory.
         On a GPU they may not be finished when this returns: work is queued on the current stream.
+
+        Raises:
+            ArtifactError: as :func:`check_tensors`; dtypes and shapes are checked by TVM.
         """
+        check_tensors(self._ffi, self.inputs, self._written, given, self._vector)
         results: Sequence[Any] = self._main(*given, *self._parameters)
         return results
 
@@ -309,7 +318,7 @@ class Recording:
         Raises:
             ArtifactError: a name, dtype or shape is not what was recorded.
         """
-        kept = set(self._model.in_place.values()) - feeds.keys()
+        kept = self._model._written - feeds.keys()
         pairs = zip(self._model.inputs, self.given, strict=True)
         places = [(record, tensor) for record, tensor in pairs if record["name"] not in kept]
         arrays = check_feeds([record for record, _ in places], feeds)
@@ -453,11 +462,74 @@ def check_feeds(
     return arrays
 
 
+def check_tensors(
+    ffi: Any,
+    inputs: Sequence[Mapping[str, Any]],
+    written: Set[str],
+    given: Sequence[Any],
+    vector: int,
+) -> None:
+    """Return if kernels may take ``given``, in the order of ``inputs``, as they lie in memory.
+
+    ``written`` are the names of inputs that are written in place, ``vector`` the most bytes that a kernel
+    loads at once. A tensor of fewer bytes is loaded by less.
+
+    Raises:
+        ArtifactError: there are more or fewer tensors; one has gaps, or begins where no such load may; or
+            one that is written shares memory with another.
+    """
+    if len(given) != len(inputs):
+        raise ArtifactError(
+            f"{len(given)} tensors were given for {len(inputs)} inputs: {describe(inputs)}"
+        )
+    extents: list[tuple[int, int, str]] = []  # address, the address behind it, name
+    for record, item in zip(inputs, given, strict=True):
+        # Only looked at: tvm_ffi takes torch's current stream from the tensors that it is handed itself.
+        tensor = item if isinstance(item, ffi.Tensor) else ffi.from_dlpack(item)
+        size = tensor.numel() * _itemsize(record["stored"])
+        if not size:
+            continue
+        name, start = record["name"], tensor.data_ptr()
+        if not tensor.is_contiguous():
+            raise ArtifactError(
+                f"input {name!r} is not contiguous: its shape is {list(tensor.shape)} and its strides"
+                f" are {list(tensor.strides)}. Give a copy, in torch: .contiguous()"
+            )
+        aligned = min(vector, 1 << size.bit_length() - 1)
+        if start % aligned:
+            raise ArtifactError(
+                f"input {name!r} begins {start % aligned} bytes behind a multiple of {aligned}, and"
+                f" kernels load {aligned} bytes at once, as where it is a view of a part of another"
+                " tensor. Give a copy, in torch: .clone()"
+            )
+        extents.append((start, start + size, name))
+    if written:
+        _check_apart(extents, written)
+
+
+def _check_apart(extents: list[tuple[int, int, str]], written: Set[str]) -> None:
+    """Return if no tensor of ``written`` overlaps another; ``extents`` are addresses and a name of each."""
+    extents.sort()
+    farthest, other = 0, ""  # of those that begin before
+    for start, end, name in extents:
+        if start < farthest and (name in written or other in written):
+            changed, kept = (name, other) if name in written else (other, name)
+            raise ArtifactError(
+                f"input {changed!r} is written in place and shares memory with input {kept!r}."
+                " Give a copy of one of them, in torch: .clone()"
+            )
+        if end > farthest:
+            farthest, other = end, name
+
+
+_itemsize = functools.cache(lambda stored: np.dtype(stored).itemsize)
+
+
 def _axis(axis: int, name: str) -> str:
     return f"axis {axis} of input {name!r}"
 
 
-def describe(inputs: list[dict[str, Any]]) -> str:
+def describe(inputs: Sequence[Mapping[str, Any]]) -> str:
     """``input_ids: int64[batch,sequence], ...``."""
     return ", ".join(
         f"{r['name']}: {r['dtype']}[{','.join(str(d) for d in r['shape'])}]" for r in inputs
