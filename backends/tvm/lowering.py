@@ -77,7 +77,9 @@ class Lowering:
         self.shifted: dict[Value, Value] = {}  # 8-bit activations -> as unsigned ones in memory
         self._names: dict[str, Expr] = {}  # size name -> variable of the Relax function
         self._functions: dict[int, list[tuple[Any, Any]]] = {}
-        self._given: set[Any] = set()  # relax variables of the graph's inputs
+        self._given: set[Any] = (
+            set()
+        )  # relax variables of inputs, before and after they are written over
         self._read: set[Any] = set()  # relax variables that some kernel reads
         self._counts: dict[str, int] = {}
         self._forced: dict[Value, Ready] = {}
@@ -222,7 +224,8 @@ class Lowering:
         ready = self.force(self.value(value))
         type_ = self.found.type(value)
         shape = ready.shape if type_.shape is None else type_.shape
-        if ready.var in self._given or self.is_constant(ready):
+        is_input = ready.var in self._given and value.name not in dict(self._in_place)
+        if is_input or self.is_constant(ready):
             ready = self._copied(ready)
         if ready.stored_shape == shape:
             return ready.var
@@ -398,12 +401,12 @@ class Lowering:
             out_types.append(relax.TensorType([substituted(count, inside)], stored))
         self._read.update(inputs)
         arguments = [*inputs, *inside.values()]
+        call: Any = relax  # the annotations of these two know no lists of arguments
         if updated:
             places += [-1 for _ in workspaces]
-            made: Any = relax.op.call_tir_inplace(target, arguments, places, out_types)
+            made = call.op.call_tir_inplace(target, arguments, places, out_types)
         else:
-            call: Any = relax.call_tir  # its annotation knows no lists of arguments
-            made = call(target, arguments, out_types)
+            made = call.call_tir(target, arguments, out_types)
         result = self.builder.emit(made)
         if len(out_types) == 1:
             parts = [result]
@@ -412,6 +415,7 @@ class Lowering:
                 self.builder.emit(relax.TupleGetItem(result, index))
                 for index in range(len(outputs))
             ]
+        self._given.update(parts[len(outputs) - len(updated) :])
         return [
             Ready(dtype, shape, var, shape)
             for (dtype, shape), var in zip(outputs, parts, strict=True)

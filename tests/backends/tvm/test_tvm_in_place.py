@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -114,6 +115,25 @@ def test_a_cache_goes_from_call_to_call_without_a_copy(step: runtime.Model) -> N
         tensors = list(results[1:])
 
 
+def test_one_tensor_for_two_caches_is_refused(step: runtime.Model) -> None:
+    given = feeds([1], 0)
+    names = [record["name"] for record in step.inputs]
+    placed = dict(zip(names, step.place(given), strict=True))
+    placed["v"] = placed["k"]
+    with pytest.raises(runtime.ArtifactError, match="written in place and shares memory"):
+        step.invoke([placed[name] for name in names])
+    found = step.run({**given, "v": given["k"]})  # arrays are copied first
+    assert np.abs(found["y"] - wanted({**given, "v": given["k"]})["y"]).max() <= 1e-5
+
+
+def test_a_cache_with_gaps_is_refused_by_name(step: runtime.Model) -> None:
+    names = [record["name"] for record in step.inputs]
+    placed = dict(zip(names, step.place(feeds([1], 0)), strict=True))
+    placed["k"] = np.zeros((1, HEADS, ROOM + 2, DEPTH), np.float32)[:, :, :ROOM]
+    with pytest.raises(runtime.ArtifactError, match="input 'k' is not contiguous"):
+        step.invoke([placed[name] for name in names])
+
+
 @pytest.mark.parametrize("on_gpu", [False, True])
 @pytest.mark.parametrize(
     "node",
@@ -158,6 +178,70 @@ def test_what_alone_reads_an_input_writes_into_it(node: str, on_gpu: bool) -> No
 )
 def test_everything_else_is_copied(text: str) -> None:
     assert lowered(text).in_place == ()
+
+
+@pytest.mark.parametrize("view", ["Identity (n)", "Reshape (n, shape)", "Squeeze (n, zero)"])
+def test_what_else_is_given_out_of_it_has_memory_of_its_own(view: str, tmp_path: Path) -> None:
+    """A view of the cache would change with the next call."""
+    text = scatter(f"m = {view}", ", int64[2] shape, int64[1] zero", ", float[a, d] m").replace(
+        "[a, d]", "[1, 8, 4]" if "Identity" in view else "[8, 4]"
+    )
+    made = model(text)
+    TvmArtifact(made, machine("avx2")).write(tmp_path)
+    loaded = runtime.load(tmp_path)
+    assert loaded.in_place == {"n": "c"}
+    rng = np.random.default_rng(0)
+    given = {
+        "c": rng.standard_normal((1, 8, 4), np.float32),
+        "u": rng.standard_normal((1, 1, 4), np.float32),
+        "i": np.array([2]),
+        "shape": np.array([8, 4]),
+        "zero": np.array([0]),
+    }
+    names = [record["name"] for record in loaded.inputs]
+    placed = loaded.place({name: given[name] for name in names})
+    n, m = (np.from_dlpack(result) for result in loaded.invoke(placed))
+    assert np.shares_memory(n, np.from_dlpack(placed[names.index("c")]))
+    assert not np.shares_memory(n, m)
+    changed = given["c"].copy()
+    changed[0, 2] = given["u"][0, 0]
+    assert np.array_equal(n, changed) and np.array_equal(m.reshape(n.shape), changed)
+
+
+@pytest.mark.parametrize("on_gpu", [False, True])
+@pytest.mark.parametrize(
+    "text",
+    [
+        """g (float16[1, s, 128] q, float16[1, s, 128] x, float16[1, 64, 128] k, float16[1, 64, 128] v,
+              int64[1] first, int64[1] total)
+             => (float16[1, s, 128] y, float16[1, 64, 128] nk, float16[1, 64, 128] nv)
+        {
+            nk = TensorScatter (k, x, first)
+            nv = TensorScatter (v, x, first)
+            y = Attention <is_causal = 1, q_num_heads = 2, kv_num_heads = 2> (q, nk, nv, , , , total)
+        }""",
+        """g (float16[1, 2, s, 64] q, float16[1, 2, s, 64] x, float16[1, 2, 64, 64] k,
+              float16[1, 2, 64, 64] v, int64[1] first, float16[1, 1, s, 64] k0, float16[1, 1, s, 1] u)
+             => (float16[1, 2, s, 64] y, float16[1, 2, 64, 64] nk, float16[1, 1, s, 64] nm)
+        {
+            nk = TensorScatter <axis = 2> (k, x, first)
+            nm = TensorScatter <axis = 3> (k0, u, first)
+            y = Attention (q, nk, v, nm)
+        }""",
+        """g (float16[1, 2, s, 64] q, float16[1, 2, s, 64] x, float16[1, 2, 64, 64] k, int64[1] first,
+              int64[1] total)
+             => (float16[1, 2, s, 64] y, float16[1, 2, s, 64] z, float16[1, 2, 64, 64] nk)
+        {
+            nk = TensorScatter <axis = 2> (k, x, first)
+            y = Attention <is_causal = 1> (q, nk, nk, , , , total)
+            z = Attention <is_causal = 1> (y, nk, nk, , , , total)
+        }""",
+    ],
+    ids=["packed heads", "a mask", "keys that are values, twice"],
+)
+def test_attention_takes_caches_written_in_place(text: str, on_gpu: bool) -> None:
+    made = lowered(f'<ir_version: 12, opset_import: ["" : 25]> {text}', on_gpu=on_gpu)
+    assert ("nk", "k") in made.in_place
 
 
 def test_on_a_gpu_both_caches_and_the_queries_are_one_launch() -> None:
