@@ -61,7 +61,7 @@ class Factor:
 
 
 def factor(a: Ready, value: ir.Value) -> Factor | None:
-    """``value`` [K, N] as a factor of ``a`` [..., K]; None where tensor cores do not take both as halves.
+    """``value`` as a factor [K, N] of ``a`` [..., K]; None where tensor cores do not take both as halves.
 
     Of what a DequantizeLinear makes, those with a scale for each column, for all of them, or for every so
     many rows of K in a column are taken; with zero points where there are 4 bits.
@@ -70,9 +70,9 @@ def factor(a: Ready, value: ir.Value) -> Factor | None:
     # Rows are whole pieces of 16 bytes.
     if half is None or value.dtype != a.dtype or not isinstance(inner, int) or inner % 8:
         return None
-    if len(value.shape or ()) != 2:
+    columns = value.shape[1] if value.shape is not None and len(value.shape) == 2 else None
+    if not inner or not isinstance(columns, int) or not columns:
         return None
-    columns = int(value.shape[1])  # type: ignore[arg-type, index]  # a matrix of weights
     if weights.is_weight(value):
         return Factor(Kind(half, inner, a.dtype), columns, value)
     node = value.producer()
@@ -81,7 +81,11 @@ def factor(a: Ready, value: ir.Value) -> Factor | None:
     data, scale, zero = (*node.inputs, None)[:3]
     if data is None or scale is None or not all(weights.is_weight(v) for v in node.inputs if v):
         return None
-    if data.dtype not in (D.INT8, D.INT4, D.UINT4) or (data.dtype == D.INT8 and zero is not None):
+    if data.dtype is None or data.dtype not in (D.INT8, D.INT4, D.UINT4):
+        return None
+    if data.dtype == D.INT8 and zero is not None:
+        return None
+    if scale.dtype != a.dtype:  # output_dtype: what is dequantized has another type
         return None
     block = node.attributes.get_int("block_size", 0) or 0
     axis = (node.attributes.get_int("axis", 1) or 0) % 2

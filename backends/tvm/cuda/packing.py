@@ -29,8 +29,8 @@ class Joined:
         tensors: Sequence[ir.TensorProtocol] = given[: len(self.columns)]
         parts = []
         for tensor, columns in zip(tensors, self.columns, strict=True):
-            values = tensor.numpy()
-            parts.append(np.repeat(values.reshape(1), columns) if values.size == 1 else values)
+            values = np.atleast_2d(tensor.numpy())
+            parts.append(np.repeat(values, columns, -1) if values.size == 1 else values)
         if self.in_turn:
             whole = np.stack(parts, -1).reshape(*parts[0].shape[:-1], -1)
         else:

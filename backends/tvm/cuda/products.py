@@ -129,6 +129,7 @@ def beside(op: Op) -> Value | None:
             node.op_type == "MatMul"
             and index == 0
             and node.graph is op.node.graph
+            and node.outputs[0] not in low.values  # it is made, by another kernel
             and _is_moved(node)
         ):
             value = node.inputs[1]

@@ -110,7 +110,7 @@ def lowered(text: str, widths: dict[str, int]) -> Lowered:
     values = {v.name: v for node in model.graph for v in node.inputs if v is not None}
     for name, columns in widths.items():
         zeros = np.zeros((64, columns), np.float16)
-        zeros[0, 0] = len(name) + columns  # no two constants are equal
+        zeros[0, :1] = len(name) + columns  # no two constants are equal
         values[name].const_value = ir.Tensor(zeros, name=name)
         values[name].dtype, values[name].shape = ir.DataType.FLOAT16, ir.Shape(zeros.shape)
         model.graph.register_initializer(values[name])
@@ -160,6 +160,61 @@ def test_a_product_of_something_else_does_not_meet_either() -> None:
     assert lowered(text, {"u": 64, "ww": 64}).kernels == 2
 
 
+@pytest.mark.parametrize("width", ["m", "96"])
+def test_a_product_with_a_matrix_that_is_computed_stays_alone(width: str) -> None:
+    """Its columns may be known when it runs only."""
+    text = f"""
+        <ir_version: 12, opset_import: ["" : 25]>
+        g (float16[n, 64] x, float16[64, {width}] t) => (float16[64, n] y, float16[{width}, n] z)
+        {{ p = MatMul (x, u) y = Transpose (p) q = MatMul (x, t) z = Transpose (q) }}
+        """
+    made = lowered(text, {"u": 64})
+    assert made.kernels == 4 and [p.recipe.sources for p in made.parameters] == [("u",)]
+
+
+def test_no_columns_are_joined_with_nothing() -> None:
+    text = """
+        <ir_version: 12, opset_import: ["" : 25]>
+        g (float16[n, 64] x) => (float16[64, n] y, float16[96, n] w, float16[0, n] z)
+        {
+            p = MatMul (x, u) y = Transpose (p)
+            q = MatMul (x, none) z = Transpose (q)
+            r = MatMul (x, ww) w = Transpose (r)
+        }
+        """
+    made = lowered(text, {"u": 64, "none": 0, "ww": 96})
+    assert ("u", "ww") in [p.recipe.sources for p in made.parameters]
+
+
+def test_scales_of_another_type_are_not_taken() -> None:
+    """With output_dtype a weight may be float16 and its scales float32."""
+    model = case("float16", "int4").model
+    for node in model.graph:
+        if node.op_type == "DequantizeLinear":
+            scale = node.inputs[1]
+            assert scale is not None and scale.const_value is not None
+            wide = scale.const_value.numpy().astype(np.float32)
+            scale.const_value, scale.dtype = ir.Tensor(wide, name=scale.name), ir.DataType.FLOAT
+            node.attributes["output_dtype"] = ir.AttrInt64("output_dtype", ir.DataType.FLOAT16)
+    made = Lowering(model, gpu(["sm_90a"])).run()
+    assert not any(p.recipe.function is packing.group_values for p in made.parameters)
+    assert all(len(p.recipe.sources) == 1 for p in made.parameters)
+
+
+def test_one_weight_twice_lies_there_twice() -> None:
+    text = """
+        <ir_version: 12, opset_import: ["" : 25]>
+        g (float16[n, 64] x) => (float16[n, 32, 2] y, float16[64, n] z)
+        {
+            s = Constant <value_ints = [0, 32, 2]> ()
+            p = MatMul (x, u) y = Reshape (p, s)
+            q = MatMul (x, u) r = Neg (q) z = Transpose (r)
+        }
+        """
+    made = lowered(text, {"u": 64})
+    assert [p.recipe.sources for p in made.parameters] == [("u",)]
+
+
 def test_columns_lie_one_after_the_other_or_in_turn() -> None:
     rng = np.random.default_rng(0)
     parts = [rng.standard_normal((3, 4)).astype(np.float16) for _ in range(2)]
@@ -175,6 +230,15 @@ def test_a_scale_for_all_columns_is_repeated() -> None:
     scales = [ir.Tensor(np.array(1.5, np.float16)), ir.Tensor(np.array([1, 2], np.float16))]
     made = packing.Joined(packing.group_values, (3, 2), False)(*scales, 1, 5)
     np.testing.assert_array_equal(made[0, :5], [1.5, 1.5, 1.5, 1, 2])
+
+
+@pytest.mark.parametrize("in_turn", [False, True])
+def test_a_weight_of_one_column_has_one_scale(in_turn: bool) -> None:
+    """Of one block of K: a matrix of one element, which stands beside others' rows."""
+    counts = (1, 1) if in_turn else (2, 1)
+    scales = [ir.Tensor(np.full((1, count), count, np.float16)) for count in counts]
+    made = packing.Joined(packing.group_values, counts, in_turn)(*scales, 1, sum(counts))
+    np.testing.assert_array_equal(made[0, : sum(counts)], [1, 1] if in_turn else [2, 2, 1])
 
 
 @pytest.mark.skipif(not HERE, reason="no GPU that there are kernels for")
