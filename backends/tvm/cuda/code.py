@@ -99,7 +99,7 @@ class GpuCode(Code):
         leaving, self._leaving = self._leaving, before
         for buffer, position, held in leaving:
             first, second = (substituted(position, {lane: i64(n)}) for n in (0, 1))
-            multiple = sym.Analyzer().modular_set(first)
+            multiple: Any = sym.Analyzer().modular_set(first)
             aligned = multiple.coeff % count == 0 and multiple.base % count == 0
             if aligned and known(sym.Analyzer().simplify(second - first)) == 1:
                 size = count * np.dtype(str(buffer.dtype)).itemsize

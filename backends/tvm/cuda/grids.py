@@ -128,7 +128,7 @@ class Team:
     def __init__(self, code: GpuCode, threads: int, lane: Expr) -> None:
         self.code, self.threads, self.lane = code, threads, lane
         self._shared: dict[str, Any] = {}
-        self._step: Expr | None = None  # of the loop in :meth:`each`
+        self._step: Any = None  # of the loop in :meth:`each`, inside it
 
     def each(self, length: Expr, body: Callable[[Expr], None]) -> None:
         """Call ``body(j)`` for all j below ``length``, each in one thread."""
