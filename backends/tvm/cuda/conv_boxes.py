@@ -10,6 +10,7 @@ from tvm import tirx
 
 from netlathe.backends.tvm.cuda import conv_hopper, tensor
 from netlathe.backends.tvm.cuda.code import GpuCode
+from netlathe.backends.tvm.cuda.machine import PROCESSORS
 from netlathe.backends.tvm.cuda.windows import Windows, narrow
 from netlathe.backends.tvm.tir import (
     SERIAL,
@@ -55,7 +56,7 @@ def convolve(
 
     The grid is as large as the GPU; a block walks over tiles, one warpgroup copying ahead while two multiply.
     """
-    with tensor._unless_empty(code, out[0] * out[1] * out[2]):
+    with tensor.unless_empty(code, out[0] * out[1] * out[2]):
         _convolve(code, dtype, operands, x, windows, out, finish)
 
 
@@ -89,7 +90,7 @@ def _convolve(
     across = -(-outputs // shape.columns)
     boxes = counts[0] * counts[1] * counts[2]
     tiles = idiv(boxes + i64(2 * cluster - 1), 2 * cluster) * i64(across)
-    groups = tirx.min(tiles, i64(tensor.PROCESSORS * shape.blocks // cluster))
+    groups = tirx.min(tiles, i64(PROCESSORS * shape.blocks // cluster))
     covered = [(n - 1) * step + 1 for n, step in zip(each[1:], windows.strides, strict=True)]
     box_x = (conv_hopper.DEEP, covered[1], covered[0], box.images)
     stepping = (1, windows.strides[1], windows.strides[0], 1)

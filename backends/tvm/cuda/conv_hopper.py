@@ -15,12 +15,13 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
 
+from netlathe.backends.tvm.cuda.machine import PROCESSORS
+
 THREADS = 384  # one warpgroup copies, two multiply
 GROUP = 128
 DEEP = 64  # channels in a stage: 128 bytes
 PLACES = 64  # of a box: the rows of a warpgroup's product
 LANES = 4  # neighbouring results of a thread
-PROCESSORS = 132  # of an H100 or H200; on another GPU the walk over tiles is only less even
 # Measured on an H200: bytes that a multiprocessor gets from the level-2 cache in a cycle, and cycles that a
 # column of a tile's results takes on its way out.
 _CACHE_BYTES, _LEAVING = 40, 50

@@ -3,7 +3,8 @@
     sum (x - z) w = sum x w - z sum w        integers, in int32
     sum x w                                  floats, in float32
 
-A DequantizeLinear on either side becomes a factor of the sum. Weights lie as [columns, K]: on tensor cores
+The kernels are those of :mod:`netlathe.backends.tvm.cuda.tensor`, whatever number of rows there is. A
+DequantizeLinear on either side becomes a factor of the sum. Weights lie as [columns, K]: on tensor cores
 what is summed over lies together in both operands.
 """
 
@@ -13,7 +14,7 @@ import onnx_ir as ir
 from tvm import tirx
 
 from netlathe.backends.tvm import packing as constants
-from netlathe.backends.tvm.cuda import factors, hopper, packing, products, tensor
+from netlathe.backends.tvm.cuda import factors, few, hopper, packing, products, tensor
 from netlathe.backends.tvm.cuda.code import GpuCode
 from netlathe.backends.tvm.cuda.machine import Gpu
 from netlathe.backends.tvm.cuda.operands import Operands, of_types
@@ -171,7 +172,7 @@ def of_weight(low: Lowering, a: Ready, value: ir.Value, shape: Shape) -> Pending
     recipe = Recipe(packing.dequantized, (data.name, scale.name))
     held = low.parameter(data.name, a.dtype, (columns, inner), recipe, (data, scale, "dequantized"))
     found = factors.Factor(factors.Kind(half, inner, a.dtype), columns, data)
-    made = lambda kernel: tensor.Weight(kernel.read(held))  # noqa: E731
+    made = lambda kernel: few.Weight(kernel.read(held))  # noqa: E731
     return products.on_tensor_cores(low, a, found, shape, made)
 
 

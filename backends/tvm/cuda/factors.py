@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from netlathe.backends.tvm.cuda import packing, skinny, tensor
+from netlathe.backends.tvm.cuda import few, packing, skinny
 from netlathe.backends.tvm.kernel import Kernel
 from netlathe.backends.tvm.lowering import Lowering
 from netlathe.backends.tvm.packing import Array, Recipe
@@ -100,7 +100,7 @@ def factor(a: Ready, value: ir.Value) -> Factor | None:
 
 def weight(
     low: Lowering, factors: Sequence[Factor], in_turn: bool = False
-) -> Callable[[Kernel], tensor.Weight]:
+) -> Callable[[Kernel], few.Weight]:
     """Factors of one kind side by side as a kernel reads them; ``in_turn``: column by column of each."""
     kind, half = (
         factors[0].kind,
@@ -122,7 +122,7 @@ def weight(
 
     if kind.bits == 16:
         held = parameter("values", half, (columns, kind.inner), packing.transposed)
-        return lambda kernel: tensor.Weight(kernel.read(held))
+        return lambda kernel: few.Weight(kernel.read(held))
     wide = packing.padded(columns)
     size = (wide, kind.padded * kind.bits // 8)
     values = parameter("values", D.INT8, size, packing.quantized, kind.bits)
@@ -132,9 +132,9 @@ def weight(
         numbers = (blocks, columns, plain, _BASES[kind.half])
         zeros = parameter("zeros", D.UINT16, (blocks, wide), packing.group_zeros, *numbers)
 
-    def made(kernel: Kernel) -> tensor.Weight:
+    def made(kernel: Kernel) -> few.Weight:
         read = None if zeros is None else kernel.read(zeros)
         held = kernel.read(values)
-        return tensor.Weight(held, kind.bits, kernel.read(scales), read, kind.block, plain)
+        return few.Weight(held, kind.bits, kernel.read(scales), read, kind.block, plain)
 
     return made

@@ -7,7 +7,7 @@ attention.decode   few queries: the keys are split over blocks, whose parts a se
 Taken are heads of 64, 96 or 128 halves, of keys and values alike, any number of query heads to a head of
 keys, and masks that are causal, lengths, one flag for each key, or all of that at once. Any other mask, a
 bias, a window, a cap, an output of scores is the general grid's
-(:func:`netlathe.backends.tvm.cuda.grids.attention`).
+(:func:`netlathe.backends.tvm.cuda.warp_attention.attention`).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from tvm import tirx
 
 from netlathe.backends.tvm.cuda import decode, flash_ampere, flash_hopper
 from netlathe.backends.tvm.cuda.code import GpuCode
-from netlathe.backends.tvm.cuda.tensor import PROCESSORS
+from netlathe.backends.tvm.cuda.machine import PROCESSORS
 from netlathe.backends.tvm.tir import (
     PARALLEL,
     Expr,

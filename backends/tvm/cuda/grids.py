@@ -1,4 +1,4 @@
-"""The schedules that cover every operator: threads over elements, warps or blocks over rows.
+"""The schedules of what is no product: threads over elements, warps or blocks over rows.
 
 grid.flat        4 elements a thread, neighbours in neighbouring threads
 grid.rows        the last dim over threads, the outer dims over what is left of the block
@@ -6,7 +6,6 @@ grid.sections    the same for several tensors, each with blocks of its own
 reduce.rows      a warp (short rows) or a block (long ones) for each result
 reduce.columns   a thread for each result
 rows.softmax, rows.log_softmax, rows.layer_norm, rows.rms_norm: likewise a warp or a block for each row
-attention.warp   a warp for each query: 32 keys at a time, softmax as it goes (arXiv 1805.02867)
 """
 
 from __future__ import annotations
@@ -31,14 +30,11 @@ from netlathe.backends.tvm.tir import (
     idiv,
     imod,
     known,
-    select,
     total,
     unflatten,
 )
 
 if TYPE_CHECKING:
-    from netlathe.backends.tvm.kernel import Kernel
-    from netlathe.backends.tvm.kernels.attention import Spec
     from netlathe.backends.tvm.kernels.reduce import Combine
     from netlathe.backends.tvm.values import Section, Store, Value
 
@@ -51,7 +47,8 @@ _LINE = 128  # bytes of memory that come together
 _MANY = 9  # steps that are a loop: fewer are written out, so that their loads overlap
 
 
-def _blocks(count: Expr, size: int) -> Expr:
+def pieces(count: Expr, size: int) -> Expr:
+    """How many pieces of ``size`` cover ``count``."""
     return idiv(count + i64(size - 1), size)
 
 
@@ -59,21 +56,21 @@ def elementwise(code: GpuCode, shape: list[Expr], flat: bool, one: Callable[[Ind
     """Call ``one(index)`` for every element; ``flat``: by element number."""
     if flat:
         count = total(shape)
-        with code.launch(_blocks(count, THREADS * _EACH), THREADS) as (block, thread):
+        with code.launch(pieces(count, THREADS * _EACH), THREADS) as (block, thread):
             first = code.bind(block * i64(THREADS * _EACH) + thread)
             with code.loop(_EACH, VECTORIZED) as step:
                 at = code.bind(first + step * i64(THREADS))
                 with code.when(at < count):
                     one([at])
         return "grid.flat"
-    with code.launch(_blocks(total(shape[:-1]), _rows_at_once(shape)), THREADS) as (block, thread):
+    with code.launch(pieces(total(shape[:-1]), _rows_at_once(shape)), THREADS) as (block, thread):
         _rows_of_block(code, shape, block, thread, one)
     return "grid.rows"
 
 
 def sections(code: GpuCode, parts: Sequence[Section]) -> str:
     """Call ``one(index)`` for every index below the dims of every part, in one launch."""
-    counts = [_blocks(total(shape[:-1]), _rows_at_once(shape)) for shape, _ in parts]
+    counts = [pieces(total(shape[:-1]), _rows_at_once(shape)) for shape, _ in parts]
     with code.launch(sum(counts[1:], counts[0]), THREADS) as (block, thread):
 
         def part(number: int, own: Expr) -> None:
@@ -114,7 +111,7 @@ def _rows_of_block(
     row = code.bind(block * i64(_rows_at_once(shape)) + idiv(thread, columns))
     with code.when(row < lead):
         outer = [code.bind(item) for item in unflatten(row, shape[:-1])]
-        steps = _blocks(last, columns)
+        steps = pieces(last, columns)
         few = (known(steps) or _MANY) < _MANY
         with code.loop(steps, VECTORIZED if few else SERIAL) as step:
             j = code.bind(step * i64(columns) + imod(thread, columns))
@@ -138,7 +135,7 @@ class Team:
                 self._step = step
                 body(code.bind(step * i64(self.threads) + self.lane))
             return
-        with code.loop(_blocks(length, self.threads)) as step:
+        with code.loop(pieces(length, self.threads)) as step:
             j = code.bind(step * i64(self.threads) + self.lane)
             with code.when(j < length):
                 body(j)
@@ -223,7 +220,7 @@ def rows(
     count = total(lead)
     if size is not None and size <= _SHORT:
         each = THREADS // WARP
-        with code.launch(_blocks(count, each), THREADS, waits=False) as (block, thread):
+        with code.launch(pieces(count, each), THREADS, waits=False) as (block, thread):
             _ask(code, length, thread, constants)
             row = code.bind(block * i64(each) + idiv(thread, WARP))
             with code.when(row < count):
@@ -350,151 +347,3 @@ def normalize(
 
     rows(code, lead, length, one, constants)
     return "rows.layer_norm" if centred else "rows.rms_norm"
-
-
-def attention(
-    kernel: Kernel, code: GpuCode, spec: Spec, combines: Mapping[str, Combine], store: Store
-) -> str:
-    """store([b, h, query, v], element): any mask, bias and size of a head."""
-    shape = kernel.shape(spec.q.shape)
-    batch, heads, queries, depth = shape
-    keys, width = kernel.size(spec.k.shape[2]), kernel.size(spec.v.shape[3])
-    count = batch * heads * queries
-    each = THREADS // WARP
-    low = const(float("-inf"), "float32")
-    zero = const(0.0, "float32")
-    parts = known(_blocks(width, WARP))
-    assert parts is not None, "a head of unknown size"
-
-    with code.launch(_blocks(count, each), THREADS) as (block, thread):
-        task = code.bind(block * i64(each) + idiv(thread, WARP))
-        lane = code.bind(imod(thread, WARP))
-        team = Team(code, WARP, lane)
-        with code.when(task < count):
-            b, h, i = (code.bind(x) for x in unflatten(task, [batch, heads, queries]))
-            kv = h if spec.groups == 1 else code.bind(idiv(h, i64(spec.groups)))
-            length = keys
-            if spec.limit is not None:
-                length = code.bind(tirx.max(tirx.min(spec.limit(code, b, i), keys), i64(0)))
-            sums = code.alloc([parts], "float32")
-            state = code.alloc([2], "float32")  # the largest score so far, the sum of weights
-            with code.loop(parts, VECTORIZED) as part:
-                code.store(sums, part, zero)
-            code.store(state, 0, low)
-            code.store(state, 1, zero)
-
-            def score(t: Expr) -> Expr:
-                dot = code.alloc([1], "float32")
-                code.store(dot, 0, zero)
-                with code.loop(depth) as d:
-                    q = cast(spec.q.at(code, [b, h, i, d]), "float32")
-                    k = cast(spec.k.at(code, [b, kv, t, d]), "float32")
-                    code.store(dot, 0, tirx.BufferLoad(dot, [i64(0)]) + q * k)
-                value = tirx.BufferLoad(dot, [i64(0)]) * const(spec.scale, "float32")
-                if spec.softcap:
-                    cap = const(spec.softcap, "float32")
-                    value = mathfn.tanh(code, value / cap) * cap
-                if spec.bias is not None:
-                    value = value + spec.bias(code, b, h, i, t)
-                if spec.allowed is not None:
-                    value = select(spec.allowed(code, b, h, i, t), value, low)
-                return value
-
-            with code.loop(_blocks(length, WARP)) as number:
-                first = code.bind(number * i64(WARP))
-                t = code.bind(first + lane)
-                own = code.alloc([1], "float32")
-                code.store(own, 0, low)
-                with code.when(t < length):
-                    code.store(own, 0, score(t))
-                held = code.bind(tirx.BufferLoad(own, [i64(0)]))
-                before = code.bind(tirx.BufferLoad(state, [i64(0)]))
-                top = team.together(held, "float32", combines["max"])
-                top = code.bind(combines["max"].function(before, top))
-                # Where nothing may be attended all scores are -inf, and the result is zero.
-                base = code.bind(select(top == low, zero, top))
-                weight = code.bind(mathfn.exp(code, held - base))
-                scale = code.bind(mathfn.exp(code, before - base))
-                whole = team.together(weight, "float32", combines["sum"])
-                code.store(state, 0, top)
-                code.store(state, 1, tirx.BufferLoad(state, [i64(1)]) * scale + whole)
-                with code.loop(parts, VECTORIZED) as part:
-                    code.store(sums, part, tirx.BufferLoad(sums, [part]) * scale)
-                with code.loop(tirx.min(i64(WARP), length - first)) as other:
-                    factor = code.bind(code.broadcasted(weight, other))
-                    with code.loop(parts, VECTORIZED) as part:
-                        column = code.bind(part * i64(WARP) + lane)
-                        with code.when(column < width):
-                            v = cast(spec.v.at(code, [b, kv, first + other, column]), "float32")
-                            code.store(sums, part, tirx.BufferLoad(sums, [part]) + factor * v)
-            whole = code.bind(tirx.BufferLoad(state, [i64(1)]))
-            factor = code.bind(select(whole == zero, zero, const(1.0, "float32") / whole))
-            with code.loop(parts, VECTORIZED) as part:
-                column = code.bind(part * i64(WARP) + lane)
-                with code.when(column < width):
-                    store(code, [b, h, i, column], tirx.BufferLoad(sums, [part]) * factor)
-    return "attention.warp"
-
-
-def product(
-    kernel: Kernel,
-    code: GpuCode,
-    batch: Sequence[Expr],
-    sizes: tuple[Expr, Expr, Expr],
-    dtype: str,
-    a: Callable[[Index, Expr, Expr], Expr],
-    b: Callable[[Index, Expr, Expr], Expr],
-    store: Store,
-) -> str:
-    """store([*batch, row, column], sum over k of a(batch, row, k) * b(batch, k, column)).
-
-    A block makes 64 x 64 results from tiles of 16 of both operands in shared memory, a thread 4 x 4 of them.
-    """
-    rows_, inner, columns = sizes
-    tile, deep, each = 64, 16, 4
-    across = _blocks(columns, tile)
-    down = _blocks(rows_, tile)
-    zero = const(0, dtype)
-    with code.launch(total(list(batch)) * down * across, THREADS) as (block, thread):
-        *where, row_tile, column_tile = (
-            code.bind(i) for i in unflatten(block, [*batch, down, across])
-        )
-        top, left = code.bind(row_tile * i64(tile)), code.bind(column_tile * i64(tile))
-        held = {
-            name: code.alloc([deep * tile], dtype, scope="shared") for name in ("rows", "columns")
-        }
-        sums = code.alloc([each * each], dtype)
-        with code.loop(each * each, VECTORIZED) as slot:
-            code.store(sums, slot, zero)
-        y, x = code.bind(idiv(thread, tile // each)), code.bind(imod(thread, tile // each))
-        with code.loop(_blocks(inner, deep)) as step:
-            first = code.bind(step * i64(deep))
-            with code.loop(deep * tile // THREADS, VECTORIZED) as part:
-                at = code.bind(part * i64(THREADS) + thread)
-                line, k = code.bind(idiv(at, deep)), code.bind(imod(at, deep))
-                code.store(held["rows"], k * i64(tile) + line, zero)
-                with code.when(tirx.And(top + line < rows_, first + k < inner)):
-                    value = cast(a(where, top + line, first + k), dtype)
-                    code.store(held["rows"], k * i64(tile) + line, value)
-                k, line = code.bind(idiv(at, tile)), code.bind(imod(at, tile))
-                code.store(held["columns"], at, zero)
-                with code.when(tirx.And(left + line < columns, first + k < inner)):
-                    value = cast(b(where, first + k, left + line), dtype)
-                    code.store(held["columns"], at, value)
-            code.barrier()
-            with code.loop(deep, VECTORIZED) as k, code.loop(each, VECTORIZED) as i:
-                left_value = code.bind(
-                    tirx.BufferLoad(held["rows"], [k * i64(tile) + y * i64(each) + i])
-                )
-                with code.loop(each, VECTORIZED) as j:
-                    other = tirx.BufferLoad(held["columns"], [k * i64(tile) + x * i64(each) + j])
-                    slot = i * i64(each) + j
-                    code.store(sums, slot, tirx.BufferLoad(sums, [slot]) + left_value * other)
-            code.barrier()
-        with code.loop(each, VECTORIZED) as i, code.loop(each, VECTORIZED) as j:
-            row = code.bind(top + y * i64(each) + i)
-            column = code.bind(left + x * i64(each) + j)
-            with code.when(tirx.And(row < rows_, column < columns)):
-                value = tirx.BufferLoad(sums, [i * i64(each) + j])
-                store(code, [*where, row, column], value)
-    return "gemm.blocks"

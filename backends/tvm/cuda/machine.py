@@ -16,6 +16,7 @@ ARCHITECTURES: Mapping[str, tuple[int, int]] = {
     "sm_89": (89, 99 << 10),
     "sm_90a": (90, 227 << 10),
 }
+PROCESSORS = 132  # of an H100 or H200; on another GPU walks over tiles are only less even
 
 
 @dataclass(frozen=True)

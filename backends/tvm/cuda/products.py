@@ -1,4 +1,11 @@
-"""Products and convolutions on a GPU: which kernel takes which."""
+"""Products on a GPU: which kernel takes which.
+
+few      halves by a constant (:mod:`factors`), up to 16 rows
+tensor   halves by a constant, more rows
+blocks   everything else, convolutions that :mod:`conv` does not take among it
+
+Operands of 8 bits go by :mod:`eight` to :mod:`tensor`.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +18,7 @@ import onnx_ir as ir
 from tvm import tirx
 
 from netlathe.backends.tvm import storage
-from netlathe.backends.tvm.cuda import factors, grids, hopper, skinny, tensor
+from netlathe.backends.tvm.cuda import blocks, factors, few, hopper, skinny, tensor
 from netlathe.backends.tvm.cuda.code import GpuCode
 from netlathe.backends.tvm.cuda.factors import Factor
 from netlathe.backends.tvm.cuda.machine import Gpu
@@ -48,8 +55,7 @@ def of_values(kernel: Kernel, a: Value, b: Value, batch: Sequence[Expr], store: 
     code = kernel.code
     assert isinstance(code, GpuCode)
     sizes = (kernel.size(a.shape[-2]), kernel.size(a.shape[-1]), kernel.size(b.shape[-1]))
-    return grids.product(
-        kernel,
+    return blocks.product(
         code,
         batch,
         sizes,
@@ -77,8 +83,7 @@ def of_constant(low: Lowering, a: Ready, constant: ir.Value, dtype: D, shape: Sh
         def put(code: Code, index: Index, value: Expr) -> None:
             store(code, [*(code.bind(i) for i in unflatten(index[0], outer)), index[1]], value)
 
-        return grids.product(
-            kernel,
+        return blocks.product(
             code,
             [],
             (kernel.size(flat.shape[0]), kernel.size(inner), kernel.size(columns)),
@@ -182,7 +187,7 @@ def on_tensor_cores(
     a: Ready,
     found: Factor,
     shape: Shape,
-    made: Callable[[Kernel], tensor.Weight],
+    made: Callable[[Kernel], few.Weight],
     together: int = 1,
 ) -> Pending:
     """``a`` [..., inner] times a weight [columns, inner], by the kernel that fits the rows there are.
@@ -205,14 +210,14 @@ def on_tensor_cores(
             index = [*(code.bind(i) for i in unflatten(row, outer)), column]
             store(code, index, *values)
 
-        def few(tiles: int) -> None:
+        def thin(tiles: int) -> None:
             sizes = (rows, inner, columns)
-            tensor.few_rows(code, half, read, weight, sizes, tiles, finish, together)
+            few.product(code, half, read, weight, sizes, tiles, finish, together)
 
         def many() -> None:
             values = weight.values
             if weight.bits != 16:
-                values = tensor.expanded(code, half, weight, inner, columns)
+                values = few.expanded(code, half, weight, inner, columns)
             sizes = (rows, i64(inner), i64(columns))
             if machine.has_wgmma:
                 form = hopper.Shape()
@@ -222,11 +227,11 @@ def on_tensor_cores(
 
         number = known(rows)
         if number is not None:
-            few(1) if number <= 8 else few(2) if number <= skinny.MOST_ROWS else many()
+            thin(1) if number <= 8 else thin(2) if number <= skinny.MOST_ROWS else many()
         else:
             most = i64(skinny.MOST_ROWS)
-            more = lambda: code.branch(rows <= most, lambda: few(2), many)  # noqa: E731
-            code.branch(rows <= i64(8), lambda: few(1), more)
+            more = lambda: code.branch(rows <= most, lambda: thin(2), many)  # noqa: E731
+            code.branch(rows <= i64(8), lambda: thin(1), more)
         return "gemm.warpgroups" if machine.has_wgmma else "gemm.warps"
 
     return Pending(a.dtype, shape, build)
@@ -280,6 +285,6 @@ def convolution(
             store(code, [b, group * i64(outputs) + column, *position], value)
 
         sizes_ = (total(places), i64(inputs * prod(taps)), i64(outputs))
-        return grids.product(kernel, code, [i64(groups)], sizes_, computed, gathered, factor, put)
+        return blocks.product(code, [i64(groups)], sizes_, computed, gathered, factor, put)
 
     return Pending(dtype, shape, build)

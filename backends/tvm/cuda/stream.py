@@ -23,9 +23,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from netlathe.backends.tvm.cuda import halves, limbs, skinny
+from netlathe.backends.tvm.cuda.machine import PROCESSORS
 
 WARPS = 8  # of a team
-PROCESSORS = 132  # of an H100 or H200
 _WEIGHTS = 16 << 10  # bytes of the weight in a stage: 2 KB for every warp
 _SHARED = 225 << 10  # of a block, below the 227 KB there are
 

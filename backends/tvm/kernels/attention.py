@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from netlathe.backends.tvm.cuda import flash, grids
+from netlathe.backends.tvm.cuda import flash, warp_attention
 from netlathe.backends.tvm.cuda.code import GpuCode
 from netlathe.backends.tvm.kernel import Kernel
 from netlathe.backends.tvm.kernels.heads import fused
@@ -57,6 +57,6 @@ def attention(kernel: Kernel, spec: Spec, store: Store) -> str:
     if isinstance(code, GpuCode) and code.on_host:
         if spec.plain is not None:
             return flash.attention(kernel, code, spec, store)
-        return grids.attention(kernel, code, spec, COMBINE, store)
+        return warp_attention.attention(kernel, code, spec, COMBINE, store)
     fused(kernel, spec, store)
     return "attention.fused"

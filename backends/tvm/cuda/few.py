@@ -1,0 +1,263 @@
+"""Products of up to 16 rows of halves: the kernels around :mod:`stream` and :mod:`skinny`, and what follows.
+
+The weight is read once, in 16, 8 or 4 bits. On sm_90a it streams through shared memory (:mod:`stream`, whose
+device code multiplies by :mod:`halves` or :mod:`limbs`); elsewhere it goes to registers (:mod:`skinny`).
+More rows are :mod:`tensor`'s, for which a quantized weight is expanded first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import onnx_ir as ir
+from tvm import tirx
+
+from netlathe.backends.tvm import storage
+from netlathe.backends.tvm.cuda import limbs, packing, skinny, stream
+from netlathe.backends.tvm.cuda.code import GpuCode
+from netlathe.backends.tvm.cuda.machine import PROCESSORS
+from netlathe.backends.tvm.cuda.tensor import Finish, unless_empty
+from netlathe.backends.tvm.tir import PARALLEL, VECTORIZED, Expr, cast, i64, idiv, imod, known
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A constant right operand [columns, inner]: halves (16 bits), or packed integers of 8 or 4 bits.
+
+    Columns of packed integers, ``scales`` and ``zeros`` are padded to a multiple of 64. ``scales`` [groups,
+    columns] are halves, one for every ``group`` elements; ``group`` 0: one for a column. ``zeros``
+    likewise, or None where 4 bits stand for zero as ``zero``.
+    """
+
+    values: Any
+    bits: int = 16
+    scales: Any = None
+    zeros: Any = None
+    group: int = 0
+    zero: int = 8
+
+    @property
+    def parameters(self) -> str:
+        """Template parameters that device functions have in common."""
+        return f"{self.group}, {self.zero if self.zeros is None else -1}"
+
+    def padded(self, inner: int) -> int:
+        """What a row has of K in memory."""
+        chunk = skinny.chunk(self.bits)
+        return inner if self.bits == 16 else -(-inner // chunk) * chunk
+
+
+def product(
+    code: GpuCode,
+    dtype: str,
+    a: Any,
+    weight: Weight,
+    sizes: tuple[Expr, int, int],
+    tiles: int,
+    finish: Finish,
+    together: int = 1,
+) -> None:
+    """finish(row, column, sum over k of a[row, k] * weight[column, k]) for at most 8 * ``tiles`` rows.
+
+    ``a`` [rows, inner] is a flat buffer of halves; inner is a multiple of 8.
+    """
+    kind = ir.DataType.BFLOAT16 if dtype == "bf16" else ir.DataType.FLOAT16
+
+    def scaled(row: Expr, column: Expr, *values: Expr) -> None:
+        if weight.scales is not None and weight.group == 0:
+            places = [column * i64(together) + i64(i) for i in range(together)]
+            loads = [tirx.BufferLoad(weight.scales, [place]) for place in places]
+            scales = [storage.load(code, kind, load) for load in loads]
+            values = tuple(code.bind(v * s) for v, s in zip(values, scales, strict=True))
+        finish(row, column, *values)
+
+    rows, inner, columns = sizes
+    facts = (weight.padded(inner), weight.group, weight.zeros is not None, weight.zero)
+
+    def halves() -> None:
+        shape = None
+        if code.has_wgmma and inner % 64 == 0:  # whole swizzled rows
+            shape = stream.chosen(weight.bits, tiles, columns, *facts)
+        if shape is None:
+            _loaded(code, dtype, a, weight, sizes, tiles, scaled, together)
+        else:
+            _streamed(code, dtype, a, weight, sizes, shape, scaled, together)
+
+    def fewest(counts: Sequence[int]) -> None:
+        """By the kernel for so many rows that has the fewest."""
+        shape, most = None, 0
+        if counts and tiles == 1:
+            most = counts[0]
+            shape = stream.chosen(weight.bits, tiles, columns, *facts, most)
+        if shape is None:
+            return halves() if not counts else fewest(counts[1:])
+        found = shape
+
+        def these() -> None:
+            _streamed(code, dtype, a, weight, sizes, found, scaled, together)
+
+        number = known(rows)
+        if number is None:
+            code.branch(rows <= i64(most), these, lambda: fewest(counts[1:]))
+        elif number <= most:
+            these()
+        else:
+            fewest(counts[1:])
+
+    signed = weight.bits == 8 or (weight.bits == 4 and weight.zeros is None and weight.zero == 8)
+    with unless_empty(code, rows):
+        fewest(limbs.ROWS if signed and code.has_wgmma else ())
+
+
+def _streamed(
+    code: GpuCode,
+    dtype: str,
+    a: Any,
+    weight: Weight,
+    sizes: tuple[Expr, int, int],
+    shape: stream.Shape,
+    finish: Finish,
+    together: int,
+) -> None:
+    """On sm_90a: weights through shared memory."""
+    rows, inner, columns = sizes
+    text = stream.source(shape, dtype)
+
+    def named(function: str) -> str:
+        return stream.name(shape, dtype, function)
+
+    def small(value: Expr | int) -> Expr:
+        return cast(i64(value), "int32")
+
+    end, across = weight.padded(inner), packing.padded(columns)
+    tiles = -(-columns // shape.columns)
+    clusters = min(tiles, PROCESSORS // shape.splits)
+    row = 64  # elements of K in a swizzled row of 128 bytes; a stage has several
+
+    def deep(source: Any, lines: Expr, box: int) -> Expr:
+        sizes = [i64(row), lines, i64(inner // row)]
+        box_ = (row, box, shape.deep // row)
+        return code.tensor_map(source, sizes, [i64(inner), i64(row)], box_, 2)
+
+    map_a = None if shape.limbs else deep(a, rows, 8 * shape.tiles)
+    maps: dict[str, Expr] = {}
+    if weight.bits == 16:
+        maps["weight"] = deep(weight.values, i64(columns), shape.columns)
+    else:
+        chunks = end // skinny.chunk(weight.bits)
+        sizes_ = [i64(size) for size in (256, 4, chunks, across // 64)]
+        strides = [i64(size) for size in (256, 1024, 1024 * chunks)]
+        box_ = (256, min(4, shape.columns // 16), shape.down, max(1, shape.columns // 64))
+        maps["weight"] = code.tensor_map(weight.values, sizes_, strides, box_, 4, swizzled=False)
+    for role, buffer in (("scales", weight.scales), ("zeros", weight.zeros)):
+        if buffer is not None and (weight.group or role == "zeros"):
+            sizes_ = [i64(across), i64(end // weight.group if weight.group else 1)]
+            box = (shape.columns, shape.groups)
+            maps[role] = code.tensor_map(buffer, sizes_, sizes_[:1], box, 2, swizzled=False)
+
+    def mapped(role: str) -> Expr:
+        return tirx.address_of(maps[role]) if role in maps else tirx.const(0, "uint64")
+
+    wide = shape.slice // together
+    count = wide * shape.rows
+    summing = min(-(-count // 32), shape.multiplying // 32)  # warps; they take turns, tile by tile
+    blocks = i64(clusters * shape.splits)
+    launch = code.launch(blocks, shape.threads, shape.splits, least=1, waits=False)
+    with launch as (block, thread):
+        shared = code.address(code.alloc([shape.shared_bytes], "uint8", scope="shared.dyn"))
+        code.run(named("start"), text, shared, small(summing))
+        first = code.bind(idiv(block, shape.splits))
+
+        def copy() -> None:
+            numbers = [small(item) for item in (first, clusters, tiles, end)]
+            sources = [mapped(role) for role in ("weight", "scales", "zeros")]
+            given = tirx.const(0, "uint64") if map_a is None else tirx.address_of(map_a)
+            code.run(named("produce"), text, shared, given, *sources, *numbers)
+
+        def multiply() -> None:
+            if shape.limbs:
+                pointer = code.address(a)
+                code.run(named("prepare"), text, shared, pointer, small(rows), small(inner))
+            own = code.bind(imod(block, shape.splits) * i64(shape.slice))
+            with code.loop(idiv(i64(tiles - 1) - first, clusters) + i64(1)) as number:
+                code.run(named("consume"), text, shared, *map(small, (number, end, summing)))
+                left = (first + number * i64(clusters)) * i64(shape.columns) + own
+                left = code.bind(idiv(left, together))
+                before = imod(number * i64(32 * summing), shape.multiplying)
+                turn = code.bind(imod(thread + i64(shape.multiplying) - before, shape.multiplying))
+                with code.loop(-(-count // shape.multiplying), VECTORIZED) as step:
+                    at = code.bind(step * i64(shape.multiplying) + turn)
+                    row, within = (code.bind(op(at, wide)) for op in (idiv, imod))
+                    column = code.bind(left + within)
+                    # There are no more rows than sums, so that this leaves out what is beyond `count`.
+                    with code.when(tirx.And(row < rows, column < i64(columns // together))):
+                        places = [within * i64(together) + i64(i) for i in range(together)]
+                        values = [
+                            code.call(named("sum"), text, "float32", shared, row, place)
+                            for place in places
+                        ]
+                        finish(row, column, *map(code.bind, values))
+                with code.when(turn < i64(32 * summing)):
+                    code.run(named("release"), text, shared)
+
+        code.branch(thread >= i64(shape.multiplying), copy, multiply)
+        code.run(named("finish"), text)
+
+
+def _loaded(
+    code: GpuCode,
+    dtype: str,
+    a: Any,
+    weight: Weight,
+    sizes: tuple[Expr, int, int],
+    tiles: int,
+    finish: Finish,
+    together: int,
+) -> None:
+    """On every GPU: weights into registers."""
+    rows, inner, columns = sizes
+    text = skinny.source(dtype)
+    # Twice the columns halve what a block reads of x, where there are blocks enough.
+    wide = 2 if columns >= 4 * PROCESSORS * skinny.COLUMNS else 1
+    across = wide * skinny.COLUMNS
+    blocks = i64(-(-columns // across))
+    with code.launch(blocks, skinny.THREADS, least=2) as (block, thread):
+        count = skinny.WARPS * skinny.MOST_ROWS * across
+        sums = code.address(code.alloc([count], "float32", scope="shared"))
+        pointers = [code.address(a), code.address(weight.values)]
+        for buffer in (weight.scales, weight.zeros):
+            pointers.append(code.null() if buffer is None else code.address(buffer))
+        first = code.bind(block * i64(across))
+        numbers = [cast(item, "int32") for item in (rows, i64(inner), i64(weight.padded(inner)))]
+        numbers += [cast(item, "int32") for item in (i64(columns), first)]
+        product = skinny.name(
+            dtype, f"product<{weight.bits}, {tiles}, {wide}, {weight.parameters}>"
+        )
+        code.run(product, text, *pointers, sums, *numbers)
+        code.barrier()
+        with code.loop(-(-wide // together), VECTORIZED) as step:
+            at = code.bind(step * i64(skinny.THREADS) + thread)
+            row, within = (code.bind(op(at, across // together)) for op in (idiv, imod))
+            column = code.bind(idiv(first, together) + within)
+            # Of one column in two there are threads beyond the last row that has sums.
+            with code.when(tirx.And(row < rows, column < i64(columns // together))):
+                total = skinny.name(dtype, f"sum<{wide}>")
+                places = [within * i64(together) + i64(i) for i in range(together)]
+                values = [code.call(total, text, "float32", sums, row, place) for place in places]
+                finish(row, column, *map(code.bind, values))
+
+
+def expanded(code: GpuCode, dtype: str, weight: Weight, inner: int, columns: int) -> Any:
+    """A quantized weight as halves [columns, inner] in scratch memory, written by a launch of its own."""
+    text = skinny.source(dtype)
+    made = code.kernel.workspace(i64(columns * inner), "uint16")
+    pieces = packing.padded(columns) * weight.padded(inner) * weight.bits // 128
+    with code.loop(pieces, PARALLEL) as piece:
+        pointers = [code.address(weight.values), code.address(weight.scales)]
+        pointers += [code.null() if weight.zeros is None else code.address(weight.zeros)]
+        expand = skinny.name(dtype, f"expand<{weight.bits}, {weight.parameters}>")
+        numbers = (i64(inner), i64(weight.padded(inner)), i64(columns), piece)
+        code.run(expand, text, *pointers, code.address(made), *numbers)
+    return made
