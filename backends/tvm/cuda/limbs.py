@@ -1,7 +1,7 @@
 """Device code for products of at most four rows with integer weights: x as pairs of bytes.
 
-It is a part of :mod:`netlathe.backends.tvm.cuda.stream`; beside it, :mod:`netlathe.backends.tvm.cuda.halves` is
-the other way to multiply what a stage holds.
+It is a part of :mod:`netlathe.backends.tvm.cuda.stream`; beside it,
+:mod:`netlathe.backends.tvm.cuda.halves` is the other way to multiply what a stage holds.
 
 Unpacking an integer to a half takes three to four instructions for two, far more than multiplying it. So here
 the weight stays what it is, and x becomes integers: of every so many elements of a row of x the largest is
