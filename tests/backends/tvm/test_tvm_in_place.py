@@ -91,8 +91,11 @@ def test_a_call_with_arrays_leaves_them_alone(step: runtime.Model) -> None:
     found = step.run(given)
     for name, value in wanted(given).items():
         assert np.abs(found[name] - value).max() <= 1e-5
+    again = step.run(given)
     for name, array in given.items():
         assert np.array_equal(array, kept[name])
+    for name, array in again.items():
+        assert np.array_equal(array, found[name])
 
 
 def test_a_cache_goes_from_call_to_call_without_a_copy(step: runtime.Model) -> None:
