@@ -193,8 +193,8 @@ class Quantize(ChoosingPass):
     )
     activation_form: Form = option(
         default="integer",
-        help='"integer": products with int8 weights are computed in integers, with static scales from'
-        ' product to product; "qdq": QuantizeLinear and DequantizeLinear in pairs',
+        help='"integer": products with weights of 8 bits or less are computed in integers, with static'
+        ' scales from product to product; "qdq": QuantizeLinear and DequantizeLinear in pairs',
     )
     activation_range: How = option(
         default="minmax",
@@ -244,7 +244,8 @@ class Quantize(ChoosingPass):
         if self.requantize:
             model = model.clone()
             again.to_floats(model)
-        found = candidates.find(model)
+        operands = activations.operands(self._of_activations(), model)
+        found = candidates.find(model, operands)
         candidates.check_patterns(self.name, found, self.ignore, self.overrides)
         self._check_schemes(found)
         self._check_target(found, ctx)
@@ -430,7 +431,10 @@ class Quantize(ChoosingPass):
     def _scheme(self, candidate: Candidate) -> Scheme:
         settings = self._settings(candidate)
         del settings["low_rank"]
-        return Scheme(**settings)
+        scheme = Scheme(**settings)
+        narrow = scheme.format.kind == "integer" and scheme.format.bits < 8
+        plain = scheme.symmetric and not scheme.group
+        return dataclasses.replace(scheme, operand=candidate.is_operand and narrow and plain)
 
     def _entry(self, candidate: Candidate, ctx: Context) -> Entry:
         value = candidate.value
@@ -593,7 +597,7 @@ class Quantize(ChoosingPass):
         return ctx.once(f"{candidate.name}/{scheme.weights}", search)
 
 
-_OF_SCHEMES = [f for f in dataclasses.fields(Scheme) if f.name != "tensor_scale"]
+_OF_SCHEMES = [f for f in dataclasses.fields(Scheme) if f.name not in ("tensor_scale", "operand")]
 
 # -- entries --------------------------------------------------------------------------------------
 

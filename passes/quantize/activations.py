@@ -17,7 +17,7 @@ import onnx_ir as ir
 from netlathe.diagnostics import Diagnostic, PassError
 from netlathe.ir import weights
 from netlathe.ir.provenance import module_path
-from netlathe.passes.quantize import integer, qdq, token
+from netlathe.passes.quantize import integer, ledger, qdq, token
 from netlathe.passes.quantize.number import NUMBERS, Number
 from netlathe.pipeline.ledger import Entry
 from netlathe.pipeline.pass_ import Context
@@ -112,13 +112,24 @@ def _dynamic(settings: Settings, model: ir.Model, chosen: Sequence[Entry]) -> li
     ]
 
 
+def operands(settings: Settings, model: ir.Model) -> set[str]:
+    """The weights that integer operators read if they are symmetric integers, by channel or tensor."""
+    if settings.number == "float32" or settings.form != "integer":
+        return set()
+    names = list(model.graph.initializers)
+    if settings.scales == "static":
+        return {layer.weight.name or "" for layer in integer.plan(model, names).layers.values()}
+    products = token.products(model, names)
+    return {node.inputs[1].name or "" for node in products if node.inputs[1] is not None}
+
+
 def integer_weights(chosen: Sequence[Entry]) -> list[str]:
-    """Weights that integer products can take as they are."""
+    """Weights that integer products can take as they are: bytes, with scales above 0."""
     return [
         entry.detail["value"]
         for entry in chosen
         if entry.status == "applied"
-        and entry.detail.get("weights") == "int8"
+        and (entry.detail.get("weights") == "int8" or "operand" in entry.detail)
         and entry.detail["symmetric"]
         and not entry.detail["block_size"]
     ]
@@ -280,9 +291,15 @@ def _why(settings: Settings, node: ir.Node, stored: Mapping[str, Entry]) -> str:
     if behind.name not in stored:
         return f"{what} multiplies it with {behind.name}, which is not quantized"
     if settings.form == "integer":
+        own = ledger.layout_of(stored[behind.name or ""])
+        if own.axis is not None and own.block < own.stored[own.axis] and own.block:
+            return (
+                f"{what} stays in floating point: {behind.name} has scales of groups of {own.block}, and a"
+                " sum of integers has one scale: give it group_size=0"
+            )
         other = "" if settings.scales == "static" else ", in a matrix product"
         return (
-            f"{what} computes in integers only with symmetric int8 weights, by channel or tensor,"
+            f"{what} computes in integers only with symmetric integer weights, by channel or tensor,"
             f" that nothing else reads{other}"
         )
     return f"{what} has no tokens of a fixed width"

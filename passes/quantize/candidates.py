@@ -7,7 +7,7 @@ reads; biases and scales of normalizations, which are vectors, are none.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,10 +33,14 @@ LARGEST_WEIGHT = 2.0**127
 
 @dataclass(frozen=True)
 class Candidate:
-    """A weight matrix and the products and lookups among its readers, products first."""
+    """A weight matrix and the products and lookups among its readers, products first.
+
+    ``is_operand``: an integer operator may read it as it is.
+    """
 
     value: ir.Value
     uses: Sequence[Use]
+    is_operand: bool = False
 
     @property
     def name(self) -> str:
@@ -77,9 +81,9 @@ class Input:
     axis: int
 
 
-def find(model: ir.Model) -> list[Candidate]:
-    """All candidates, in the order of the graphs' initializers."""
-    found = (Candidate(value, uses_of(value)) for value in _matrices(model))
+def find(model: ir.Model, operands: Container[str] = ()) -> list[Candidate]:
+    """All candidates, in the order of the graphs' initializers; integer operators may read ``operands``."""
+    found = (Candidate(v, uses_of(v), v.name in operands) for v in _matrices(model))
     return [c for c in found if c.uses or is_parameter(c.value)]
 
 

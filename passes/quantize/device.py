@@ -238,7 +238,9 @@ def scales_for(
         scale = round_scales((high - low) / scheme.highest, scheme)
         return scale, torch.round(-low / scale).clamp(0, scheme.highest)
     most = torch.maximum(high, -low) * shrink
-    if scheme.format.kind == "integer" and scheme.format.bits < 8:
+    if scheme.operand:
+        most = torch.maximum(high / scheme.highest, low / scheme.lowest) * shrink
+    elif scheme.format.kind == "integer" and scheme.format.bits < 8:
         most = torch.where(high > -low, -most, most) / -scheme.lowest
     elif scheme.format.kind == "integer":
         most = most / scheme.highest

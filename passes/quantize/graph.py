@@ -388,20 +388,21 @@ def as_codes(
 ) -> ir.TensorProtocol:
     """The tensor that is stored for ``codes``, or for what that function makes of ``base``: lazily."""
     form = scheme.format
+    own = ir.DataType.INT8 if scheme.operand else form.dtype
     name = f"{base.name}_{scheme.weights}"
 
     def stored(array: Array) -> Array:
-        if form.dtype is None:
+        if own is None:
             return to_planes(array, form.bits, scheme.lowest)
         if dtype in (ir.DataType.INT4, ir.DataType.UINT4):
             return array  # packed as it is stored
         return array.astype(dtype.numpy(), copy=False)
 
     dtype = ir.DataType.UINT8
-    if form.dtype is not None:
-        dtype = form.unsigned if scheme.asymmetric and form.unsigned else form.dtype
+    if own is not None:
+        dtype = form.unsigned if scheme.asymmetric and form.unsigned else own
     dims: Sequence[int] = layout.stored
-    if form.dtype is None:
+    if own is None:
         dims = (form.bits, -(-math.prod(dims) // 8), 1)
     if callable(codes):
         held, perm = weights.as_held(base)
@@ -409,7 +410,7 @@ def as_codes(
             held, lambda array: stored(codes(np.transpose(array, perm))), dtype, dims, name
         )
 
-    if form.bits == 8 and codes.flags.owndata:
+    if dtype.bitwidth == 8 and own is not None and codes.flags.owndata:
         return ir.Tensor(np.ascontiguousarray(stored(codes)), dtype=dtype, name=name)
 
     def read(array: Array) -> Array:

@@ -1,5 +1,7 @@
 """Integer-only arithmetic: 8-bit values, 32-bit sums, and scales as a multiplier and a shift.
 
+Weights are codes of 8 bits or less with scales above 0, in int8 tensors:
+
     acc = sum (x_q - x_zero) w_q + bias_q                     int32; bias_q = round(bias / (s_x s_w))
     y_q = clip(floor((acc m + 2^(n-1)) / 2^n) + y_zero)       m < 2^16, n chosen per channel
 
@@ -77,7 +79,7 @@ def requantize(acc: Array, multiplier: Array, shift: Array, zero: int) -> Array:
 
 @dataclass(frozen=True)
 class Layer:
-    """A product with an int8 weight; ``output`` is what it makes after its bias and its Relu or Clip."""
+    """A product with a weight in integers; ``output`` is what it makes after its bias, Relu or Clip."""
 
     node: ir.Node
     weight: ir.Value
@@ -125,7 +127,7 @@ class Plan:
 
 
 def plan(model: ir.Model, names: Iterable[str]) -> Plan:
-    """What runs in integers if the weights called ``names`` are int8, symmetric, by channel or tensor."""
+    """What runs in integers if the weights called ``names`` are symmetric, by channel or tensor."""
     wanted, made = set(names), Plan()
     for node in model.graph:
         layer = _layer(node, wanted)
@@ -222,7 +224,7 @@ def _averaged(node: ir.Node) -> int:
 
 @dataclass(frozen=True)
 class Held:
-    """An int8 weight in the graph, and its scales: [channels] or one."""
+    """A weight as codes of int8, all 8 bits of it or fewer, and its scales above 0: [channels] or one."""
 
     codes: ir.TensorProtocol
     scales: Array

@@ -26,6 +26,8 @@ def detail(name: str, own: Layout, scheme: Scheme) -> dict[str, Any]:
         known["zeros"] = scheme.zeros
     if scheme.has_codebook:
         known["codebook"] = list(scheme.codebook)
+    if scheme.operand:
+        known["operand"] = True
     return {
         "value": name,
         "weights": scheme.weights,
@@ -58,6 +60,7 @@ def scheme_of(entry: Entry) -> Scheme:
         zeros=d.get("zeros", "integer"),
         codebook=tuple(d.get("codebook", ())),
         tensor_scale=d.get("tensor_scale", 0.0),
+        operand=d.get("operand", False),
     )
 
 

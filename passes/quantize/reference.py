@@ -55,7 +55,8 @@ def build(before: ir.Model, chosen: Sequence[Entry]) -> Reference:
     fit = [
         name
         for name, e in stored.items()
-        if (e.detail["weights"], e.detail["symmetric"], e.detail["block_size"]) == ("int8", True, 0)
+        if (e.detail["symmetric"], e.detail["block_size"]) == (True, 0)
+        and (e.detail["weights"] == "int8" or "operand" in e.detail)
     ]
     plan = integer.plan(before, fit) if grids else integer.Plan()
     inside = {layer.weight.name for layer in plan.layers.values()}
@@ -195,6 +196,9 @@ def _formula(w: Array, detail: Mapping[str, Any]) -> tuple[Array, Array]:
         return s, np.minimum(np.maximum(np.around(-low / s), 0), levels)
     if name == "int8":
         s = m / 127
+    elif "operand" in detail:  # above 0, and both ends are codes
+        most = 2 ** (detail["bits"] - 1)
+        s = np.where(top * most > -bottom * (most - 1), top / (most - 1), -bottom / most)
     elif name.startswith("int"):
         extreme = np.where(top > -bottom, -m, m)
         s = extreme / 2 ** (detail["bits"] - 1)

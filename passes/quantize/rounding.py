@@ -4,7 +4,7 @@
 * ``percentile``: the range is that of the inner share of a group's elements.
 * ``mse``: of ranges that shrink in steps of 1 %, the one with the least squared error, then by turns the
   best scale for the codes (a least-squares fit) and the best codes for the scale. A symmetric
-  scale is tried with both signs; fractional zero points are fitted with the scale.
+  scale is tried with both signs where it may have them; fractional zero points are fitted with the scale.
 * ``hqq``: fractional zero points move so that the p-norm of the error shrinks, p = 0.7 (HQQ; see
   :func:`half_quadratic`); the range of what has none is that of the data.
 """
@@ -176,7 +176,8 @@ def least_error(
 
 def signed(scheme: Scheme) -> bool:
     """Whether it makes a difference which sign a scale has."""
-    return scheme.format.kind == "integer" and scheme.lowest != -scheme.highest and scheme.symmetric
+    one_more = scheme.format.kind == "integer" and scheme.lowest != -scheme.highest
+    return one_more and scheme.symmetric and not scheme.operand
 
 
 def _fitted(

@@ -15,8 +15,11 @@ that matrix). An element w becomes a code c and is read as
     float16, bfloat16           w' = c            no scale at all
 
 Below 8 bits the symmetric range has one number more on the negative side. So as not to lose it the scale
-takes a sign: the element of the largest magnitude becomes the lowest code (as in ggml's Q4_0). Scales are
-rounded to their own type before codes are chosen, and w' is rounded once, to float32.
+takes a sign: the element of the largest magnitude becomes the lowest code (as in ggml's Q4_0). Not so where
+integer operators read the codes (``operand``): what follows them multiplies by the scale as a number above
+0. There the scale is the least that holds both ends of the range, max(high / (2^(b-1) - 1), -low / 2^(b-1)),
+and a code takes a byte, as these operators read int8. Scales are rounded to their own type before codes are
+chosen, and w' is rounded once, to float32.
 """
 
 from __future__ import annotations
@@ -101,7 +104,8 @@ class Scheme:
 
     ``group_axis`` is what groups run along: the columns of a row, or ("output") the rows of a column.
     ``codebook`` is T of the formats that have it free, ``tensor_scale`` t of nvfp4: both are known once a
-    weight is looked at.
+    weight is looked at. ``operand`` says of symmetric integers below 8 bits that an integer operator reads
+    the codes: scales are above 0, and codes stored as int8.
     """
 
     weights: FormatName = "int8"
@@ -113,6 +117,7 @@ class Scheme:
     group_axis: GroupAxis = "input"
     codebook: tuple[float, ...] = ()
     tensor_scale: float = 0.0
+    operand: bool = False
 
     @property
     def group(self) -> int:
@@ -239,14 +244,17 @@ class Scheme:
         if self.format.kind == "cast":
             return 2 * elements
         zeros = -(-groups * self.zero_type.bitwidth // 8) if self.asymmetric else 0
-        width = self.format.bits
-        codes = -(-elements * width // 8) if self.format.dtype else width * -(-elements // 8)
+        width = 8 if self.operand else self.format.bits
+        planes = self.format.dtype is None and not self.operand
+        codes = width * -(-elements // 8) if planes else -(-elements * width // 8)
         whole = 4 if self.weights == "nvfp4" else 4 << width if self.has_codebook else 0
         return codes + groups * self.scale_type.bitwidth // 8 + zeros + whole
 
     def __str__(self) -> str:
         if self.format.kind == "cast":
             return self.weights
+        if self.operand:
+            return f"{self.weights} in bytes"
         zeros = ", zero points between codes" if self.fractional else ", asymmetric"
         return self.weights + (zeros if self.asymmetric else "")
 
@@ -270,6 +278,9 @@ def scales_for(groups: Float64, scheme: Scheme, shrink: float = 1.0) -> tuple[Fl
         return scale, round_zeros(np.clip(-low / scale, 0, scheme.highest), scheme)
     most = np.maximum(high, -low) * shrink
     match scheme.format.kind:
+        case "integer" if scheme.operand:
+            least = np.maximum(high / scheme.highest, low / scheme.lowest) * shrink
+            scale = round_scales(least, scheme)
         case "integer" if scheme.format.bits < 8:
             signed = np.where(high > -low, -most, most)
             scale = round_scales(signed / -scheme.lowest, scheme)

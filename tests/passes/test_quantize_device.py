@@ -21,6 +21,8 @@ SCHEMES = [
     for symmetric in (True, False)
     for scales in ("float32", "float16", "bfloat16")
 ] + [
+    Scheme("int4", operand=True),
+    Scheme("int2", operand=True, scales="float16"),
     Scheme("nf4"),
     Scheme("codebook3", codebook=(-1.0, -0.5, -0.25, 0.0, 0.125, 0.25, 0.5, 1.0), scales="float16"),
     Scheme("int3", symmetric=False, zeros="float", scales="float16"),

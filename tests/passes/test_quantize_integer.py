@@ -255,11 +255,115 @@ def test_an_integer_value_that_is_an_output() -> None:
     assert [v.name for v in after.graph.outputs] == ["y", "h"]
 
 
-def test_weights_that_are_not_int8_stay_float() -> None:
-    pass_ = Quantize(min_size=0, weights="int4", activations="int8")
-    before = settled("float[b,s,8] x", "y = MatMul (x, w)", w=matrix(8, 8))
+# -- fewer bits -----------------------------------------------------------------------------------
+
+NARROW = {"int6": 6, "int5": 5, "int4": 4, "int3": 3, "int2": 2}
+
+
+def narrow_rows(w: Array, bits: int) -> tuple[Array, Array]:
+    """As `rows`, in fewer bits: the least scale above 0 that holds both ends of a column."""
+    wide, top = w.astype(np.float64), 2 ** (bits - 1)
+    scale = np.maximum(wide.max(0) / (top - 1), -wide.min(0) / top)
+    scale = scale.astype(np.float32).astype(np.float64)
+    return np.clip(np.rint(wide / scale), -top, top - 1).astype(np.int64), scale
+
+
+@pytest.mark.parametrize("name", NARROW)
+def test_weights_of_fewer_bits_equal_numpy_integers(name: str) -> None:
+    bits = NARROW[name]
+    w, v, c = matrix(12, 10), matrix(10, 6, seed=1), matrix(10, seed=2)
+    w[:, 3], w[:, 4] = np.abs(w[:, 3]), -np.abs(w[:, 4])  # columns of one sign
+    body = "h = MatMul (x, w) p = Add (h, c) r = Relu (p) y = MatMul (r, v)"
+    pass_ = Quantize(min_size=0, weights=name, activations="int8")  # type: ignore[arg-type]
+    after, chosen, _ = quantized(settled("float[b,s,12] x", body, w=w, v=v, c=c), pass_)
+    held = {e.candidate: e for e in chosen if "value" in e.detail}
+    assert held["w"].reason.startswith(f"{name} in bytes, 10 scales")
+    assert held["w"].detail["bytes"] == 120 + 4 * 10
+    stored = after.graph.initializers["w_int8"].const_value
+    wq, ws = narrow_rows(w, bits)
+    vq, vs = narrow_rows(v, bits)
+    assert stored is not None and stored.dtype == ir.DataType.INT8
+    assert np.array_equal(stored.numpy(), wq) and (ws > 0).all()
+    assert wq.min() == -(2 ** (bits - 1)) and wq.max() == 2 ** (bits - 1) - 1, "all codes are there"
+    found, fed = numbers(chosen), feeds(after, {"b": 2, "s": 5}, 77)
+    (sx, zx), (sr, zr) = found["x"], found["r"]
+    acc = (to_int8(fed["x"], sx, zx) - zx) @ wq + np.rint(c / (sx * ws)).astype(np.int64)
+    r = shifted(acc, sx * ws / sr, zr)
+    y = ((r - zr) @ vq).astype(np.float32) * (sr * vs).astype(np.float32)
+    assert np.array_equal(ort.run(after, fed)["y"], y)
+    floats = {"MatMul", "Relu", "DequantizeLinear"} & set(ops(after))
+    assert not floats, "nothing but integers between the input and the last product"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"clip": "mse"},
+        {"clip": "percentile", "percentile": 95.0, "scales": "float16"},
+        {"per_tensor": True},
+        {"solver": "gptq", "clip": "mse", "sweeps": 1},
+        {"correct_bias": True},
+        {"activation_scales": "token", "solver": "gptq"},
+        {"activation_scales": "tensor", "activations": "uint8"},
+    ],
+    ids=str,
+)
+def test_int4_in_integers_however_it_is_rounded(options: dict[str, Any]) -> None:
+    """Scales above 0, codes that fill their range, equal to the reference."""
+    body = "h = MatMul (x, w) p = Add (h, c) r = Relu (p) y = MatMul (r, v)"
+    before = settled(
+        "float[b,s,16] x", body, w=matrix(16, 12), v=matrix(12, 8, seed=1), c=matrix(12, seed=2)
+    )
+    chosen_options = {"weights": "int4", "activations": "int8", "min_size": 0, **options}
+    after, chosen, _ = quantized(before, Quantize(**chosen_options))
+    assert ops(after)["MatMulInteger"] == 2 and "MatMul" not in ops(after)
+    for entry in chosen:
+        assert (entry.arrays.get("scales", np.ones(1)) > 0).all()
+    for name in ("w", "v"):
+        codes = after.graph.initializers[f"{name}_int8"].const_value
+        assert codes is not None and codes.dtype == ir.DataType.INT8
+        assert -8 <= codes.numpy().min() < -4 and 4 < codes.numpy().max() <= 7
+
+
+def test_convolutions_in_int4_between_layers_in_int8() -> None:
+    body = (
+        "a = Conv <pads=[1,1,1,1]> (x, w, c) r = Relu (a) d = Conv <pads=[1,1,1,1], group=8> (r, u)"
+        " e = Conv (d, v) s = Add (e, r) g = GlobalAveragePool (s) f = Flatten (g) y = MatMul (f, k)"
+    )
+    before = settled(
+        "float[b,3,8,8] x",
+        body,
+        w=matrix(8, 3, 3, 3),
+        c=matrix(8, seed=1),
+        u=matrix(8, 1, 3, 3, seed=2),
+        v=matrix(8, 8, 1, 1, seed=3),
+        k=matrix(8, 5, seed=4),
+    )
+    wide: Any = {name: {"weights": "int8"} for name in ("w", "k")}
+    pass_ = Quantize(min_size=0, weights="int4", activations="int8", overrides=wide)
+    after, _, _ = quantized(before, pass_)
+    assert not {"Conv", "MatMul", "DequantizeLinear"} & set(ops(after))
+    for name, four in {"w": False, "u": True, "v": True, "k": False}.items():
+        codes = after.graph.initializers[f"{name}_int8"].const_value
+        assert codes is not None
+        assert (codes.numpy().min() >= -8 and codes.numpy().max() <= 7) == four
+
+
+def test_weights_that_integers_cannot_multiply_stay_float() -> None:
+    body = "h = MatMul (x, w) y = MatMul (h, v)"
+    before = settled("float[b,s,16] x", body, w=matrix(16, 8), v=matrix(8, 8, seed=1))
+    own: Any = {"v": {"symmetric": False}}
+    pass_ = Quantize(min_size=0, weights="int4", activations="int8", group_size=8, overrides=own)
+    after, chosen, _ = quantized(before, pass_, order=1e-5)
+    reasons = {entry.candidate: entry.reason for entry in chosen if entry.status == "skipped"}
+    assert "w has scales of groups of 8" in reasons["x"] and "group_size=0" in reasons["x"]
+    own = {"v": {"symmetric": False, "group_size": 0}}
+    pass_ = Quantize(min_size=0, weights="int4", activations="int8", group_size=8, overrides=own)
     _, chosen, _ = quantized(before, pass_, order=1e-5)
-    assert chosen[-1].status == "skipped" and "only with symmetric int8" in chosen[-1].reason
+    reasons = {entry.candidate: entry.reason for entry in chosen if entry.status == "skipped"}
+    assert "only with symmetric integer weights" in reasons["h"]
+    codes = after.graph.initializers["w_int4"].const_value
+    assert codes is not None and codes.dtype == ir.DataType.INT4, "stored as everywhere else"
 
 
 def test_calibration_data_is_asked_for() -> None:
