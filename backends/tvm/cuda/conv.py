@@ -22,6 +22,7 @@ from netlathe.backends.tvm.cuda import ampere, conv_boxes, conv_hopper, packing,
 from netlathe.backends.tvm.cuda import windows as small
 from netlathe.backends.tvm.cuda.code import GpuCode
 from netlathe.backends.tvm.cuda.machine import Gpu
+from netlathe.backends.tvm.cuda.operands import HALVES
 from netlathe.backends.tvm.cuda.windows import Windows, narrow
 from netlathe.backends.tvm.kernel import Kernel
 from netlathe.backends.tvm.lowering import Lowering
@@ -41,7 +42,6 @@ from netlathe.backends.tvm.values import Pending, Ready, Store, Value
 from netlathe.ir.dims import Dim, Shape
 
 D = ir.DataType
-HALVES = {D.BFLOAT16: "bf16", D.FLOAT16: "f16"}
 DEPTHWISE = (D.FLOAT, *HALVES)
 
 

@@ -17,7 +17,7 @@ from netlathe.backends.tvm import packing as constants
 from netlathe.backends.tvm.cuda import factors, few, hopper, packing, products, tensor
 from netlathe.backends.tvm.cuda.code import GpuCode
 from netlathe.backends.tvm.cuda.machine import Gpu
-from netlathe.backends.tvm.cuda.operands import Operands, of_types
+from netlathe.backends.tvm.cuda.operands import HALVES, Operands, of_types
 from netlathe.backends.tvm.kernel import Kernel
 from netlathe.backends.tvm.lowering import Lowering
 from netlathe.backends.tvm.ops.op import Op, combine
@@ -157,7 +157,7 @@ def of_weight(low: Lowering, a: Ready, value: ir.Value, shape: Shape) -> Pending
 
     It has one scale, or one for each column, and is dequantized when it is packed: then it takes 16 bits.
     """
-    node, half, inner = _dequantized(value), factors.HALVES.get(a.dtype), a.shape[-1]
+    node, half, inner = _dequantized(value), HALVES.get(a.dtype), a.shape[-1]
     if node is None or half is None or value.dtype != a.dtype or not isinstance(inner, int):
         return None
     data, scale = node.inputs[:2]

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from netlathe.backends.tvm.cuda import few, packing, skinny
+from netlathe.backends.tvm.cuda.operands import HALVES
 from netlathe.backends.tvm.kernel import Kernel
 from netlathe.backends.tvm.lowering import Lowering
 from netlathe.backends.tvm.packing import Array, Recipe
@@ -20,7 +21,6 @@ from netlathe.backends.tvm.values import Ready
 from netlathe.ir import weights
 
 D = ir.DataType
-HALVES = {D.BFLOAT16: "bf16", D.FLOAT16: "f16"}
 _BASES = {"bf16": 0x4300, "f16": 0x6400}  # halves whose last bits count ones
 
 

@@ -21,6 +21,7 @@ from tvm import tirx
 from netlathe.backends.tvm.cuda import decode, flash_ampere, flash_hopper
 from netlathe.backends.tvm.cuda.code import GpuCode
 from netlathe.backends.tvm.cuda.machine import PROCESSORS
+from netlathe.backends.tvm.cuda.operands import HALVES
 from netlathe.backends.tvm.tir import (
     PARALLEL,
     Expr,
@@ -40,7 +41,6 @@ if TYPE_CHECKING:
     from netlathe.backends.tvm.values import Store, Value
 
 D = ir.DataType
-HALVES = {D.BFLOAT16: "bf16", D.FLOAT16: "f16"}
 # Rows (queries by query heads that share keys) up to which the keys are split; above, tiles fill the GPU.
 MOST_ROWS = 64
 _CACHED = (

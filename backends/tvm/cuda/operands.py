@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 D = ir.DataType
+HALVES = {D.BFLOAT16: "bf16", D.FLOAT16: "f16"}
 _NAMES = {
-    D.BFLOAT16: "bf16",
-    D.FLOAT16: "f16",
+    **HALVES,
     D.INT8: "s8",
     D.UINT8: "u8",
     D.FLOAT8E4M3FN: "e4m3",

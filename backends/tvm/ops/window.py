@@ -14,6 +14,7 @@ from netlathe.backends.tvm.arm import conv as arm
 from netlathe.backends.tvm.cuda import conv as cuda_conv
 from netlathe.backends.tvm.cuda import products
 from netlathe.backends.tvm.cuda.machine import Gpu
+from netlathe.backends.tvm.cuda.operands import HALVES
 from netlathe.backends.tvm.cuda.windows import Windows as CudaWindows
 from netlathe.backends.tvm.kernel import Kernel
 from netlathe.backends.tvm.kernels import conv as kernels
@@ -137,7 +138,7 @@ def convolved(
         and len(kernel) == 2
         and groups == 1
         and x.dtype == constant.dtype == dtype
-        and dtype in cuda_conv.HALVES
+        and dtype in HALVES
     ):
         cut = CudaWindows(*_two(spans))
         last = cuda_conv.of_halves(
