@@ -12,6 +12,7 @@ from typing import Any
 
 import onnx_ir as ir
 import tvm
+import tvm_ffi
 from tvm import relax, tirx
 
 from netlathe.backends.tvm import toolchain
@@ -21,6 +22,7 @@ from netlathe.backends.tvm.packing import Built
 
 _PIPELINE = "netlathe"
 _LOOKS = ("vm.builtin.check_tensor_info", "vm.builtin.match_shape")
+_SIZES = ("vm.builtin.make_shape", "vm.builtin.make_prim_value")
 
 
 def target(machine: Machine) -> Any:
@@ -78,6 +80,8 @@ def relax_pipeline(constants: int = 0) -> Any:
             passes.VMShapeLower(),
             _in_order(),
             _trusting(constants),
+            _once(),
+            passes.CanonicalizeBindings(),
             passes.AttachGlobalSymbol(),
         ]
     )
@@ -130,6 +134,42 @@ def _trusting(constants: int) -> Any:
         body = relax.SeqExpr(blocks, main.body.body)
         made = relax.Function(main.params, body, main.ret_ty, main.is_pure, main.attrs)
         module.update_func(module.get_global_var("main"), made)
+        return module
+
+    return run
+
+
+def _once() -> Any:
+    """Makes every size and shape that kernels are handed once a run, not once a kernel.
+
+    VMShapeLower makes them of slots of a vector, each of which is written once, before it is read.
+    """
+
+    @tvm.transform.module_pass(opt_level=0)  # type: ignore[untyped-decorator]  # TVM has no types
+    def run(module: Any, _context: Any) -> Any:
+        main = module["main"]
+        made: dict[int, list[tuple[Any, Any]]] = {}
+
+        def first(binding: Any) -> Any:
+            call = binding.value
+            if not isinstance(call, tvm.ir.Call) or not isinstance(call.op, relax.ExternFunc):
+                return binding
+            if call.op.global_symbol not in _SIZES:
+                return binding
+            same = made.setdefault(int(tvm_ffi.structural_hash(call)), [])
+            for other, var in same:
+                if tvm_ffi.structural_equal(call, other):
+                    return relax.VarBinding(binding.var, var)
+            same.append((call, binding.var))
+            return binding
+
+        blocks = [
+            relax.BindingBlock([first(binding) for binding in block.bindings])
+            for block in main.body.blocks
+        ]
+        body = relax.SeqExpr(blocks, main.body.body)
+        function = relax.Function(main.params, body, main.ret_ty, main.is_pure, main.attrs)
+        module.update_func(module.get_global_var("main"), function)
         return module
 
     return run
