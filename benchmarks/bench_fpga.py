@@ -1,6 +1,7 @@
 """Whole networks on the FPGA overlay: what runs there, how long, and whether the numbers are the graph's.
 
     python benchmarks/bench_fpga.py [--networks mlp,cnn,mobilenet_v2,resnet18,minilm,llama]
+    python benchmarks/bench_fpga.py --weights int4   # all but the first and the last layer in int4
     python benchmarks/bench_fpga.py --layers         # single layers
     python benchmarks/bench_fpga.py --lengths        # the LLaMA's instructions, shared between lengths
 
@@ -15,8 +16,9 @@ host bit for bit (``difference``). TVM's code adds floats in another order: what
 the host's parts is checked when they are written; of the whole, ``loss`` is the distance from the network
 before quantization, as a share of its norm, and ``loss_tvm`` the same with TVM's code. ``steps`` is the
 largest difference from the same network with float scales (``activation_form='qdq'``), in steps of an int8
-over the range of the output. Cycles are the core's, with a memory of one beat of 8 bytes a cycle; the
-host's parts are not in them. A line of JSON each.
+over the range of the output, and ``loss_float_scales`` that network's own distance: below 8 bits its weights
+have scales of either sign, so their codes differ and only the distances compare. Cycles are the core's, with
+a memory of one beat of 8 bytes a cycle; the host's parts are not in them. A line of JSON each.
 """
 
 from __future__ import annotations
@@ -69,6 +71,7 @@ class Case:
     data: Feeds  # calibration; the first axis counts samples
     feeds: Mapping[str, Feeds]  # runs by name; "" if there is one
     options: tuple[str, ...] = ()
+    wide: tuple[str, ...] = ()  # modules whose weights stay int8: the first and the last layer
     labels: npt.NDArray[Any] | None = None  # of the first run
 
 
@@ -84,7 +87,7 @@ class Found:
 # -- networks -----------------------------------------------------------------------------------------
 
 
-def _digits(net: nn.Module, shape: tuple[int, ...], folder: Path) -> Case:
+def _digits(net: nn.Sequential, shape: tuple[int, ...], folder: Path) -> Case:
     """Trained on four fifths of the images, run on the rest."""
     found: Any = load_digits()
     images = (found.data / 16).astype(np.float32).reshape(-1, *shape)
@@ -99,7 +102,8 @@ def _digits(net: nn.Module, shape: tuple[int, ...], folder: Path) -> Case:
         optimizer.step()
     model = _written(net, {"input": images[:2]}, folder)
     run = {"": {"input": images[test]}}
-    return Case(model, "", {"input": images[:256]}, run, labels=found.target[test])
+    wide = ("0", str(len(net) - 1))
+    return Case(model, "", {"input": images[:256]}, run, wide=wide, labels=found.target[test])
 
 
 def _written(module: nn.Module, sample: Feeds, folder: Path) -> Path:
@@ -131,11 +135,11 @@ def cnn(folder: Path) -> Case:
     return _digits(net, (1, 8, 8), folder)
 
 
-def _photos(name: str, recipe: Recipe, folder: Path) -> Case:
+def _photos(name: str, recipe: Recipe, first: str, folder: Path) -> Case:
     noise = np.random.default_rng(0).standard_normal((8, 3, 96, 96), np.float32)
     model = _written(zoo.made(name, recipe).module, {"pixel_values": noise[:2]}, folder)
     data, run = {"pixel_values": noise}, {"": {"pixel_values": noise[:1]}}
-    return Case(model, "fold_batch_norm, ", data, run)
+    return Case(model, "fold_batch_norm, ", data, run, wide=(first, "classifier"))
 
 
 def mobilenet_v2(folder: Path) -> Case:
@@ -143,7 +147,7 @@ def mobilenet_v2(folder: Path) -> Case:
     make = hf("MobileNetV2", "ForImageClassification", image_size=96, tf_padding=False)
     calmed = ("reduce_1x1.normalization", 0.5)
     recipe = Recipe(make, "image", ("logits",), (), {"side": 96}, calmed=calmed)
-    return _photos("mobilenet_v2", recipe, folder)
+    return _photos("mobilenet_v2", recipe, "mobilenet_v2.conv_stem.first_conv", folder)
 
 
 def resnet18(folder: Path) -> Case:
@@ -152,7 +156,8 @@ def resnet18(folder: Path) -> Case:
         "ResNet", "ForImageClassification", depths=[2, 2, 2, 2], hidden_sizes=[64, 128, 256, 512],
         layer_type="basic", num_labels=1000,
     )  # fmt: skip
-    return _photos("resnet18", Recipe(make, "image", ("logits",), (), {"side": 96}), folder)
+    recipe = Recipe(make, "image", ("logits",), (), {"side": 96})
+    return _photos("resnet18", recipe, "resnet.embedder", folder)
 
 
 def minilm(folder: Path) -> Case:
@@ -185,7 +190,8 @@ def llama(folder: Path, settings: Mapping[str, int] = LLAMA) -> Case:
         return found
 
     runs = {"prefill": feeds(1, 32, 0), "decode": feeds(1, 1, 32)}
-    return Case(folder, "fold_norms, ", feeds(3, 16, 8), runs, ("--kv-cache",))
+    options = ("--kv-cache",)
+    return Case(folder, "fold_norms, ", feeds(3, 16, 8), runs, options, wide=("lm_head",))
 
 
 NETWORKS: dict[str, Callable[[Path], Case]] = {
@@ -201,14 +207,21 @@ NETWORKS: dict[str, Callable[[Path], Case]] = {
 # -- measuring ----------------------------------------------------------------------------------------
 
 
-def measured(name: str, folder: Path) -> Found:
-    """Compile from the shell in ``folder``, load, run: see the first lines of this file."""
+def measured(name: str, folder: Path, weights: str = "int8") -> Found:
+    """Compile from the shell in ``folder``, load, run: see the first lines of this file.
+
+    ``weights`` is the format of all but the first and the last layer.
+    """
     torch.manual_seed(0)
     source, out, data = folder / "source", folder / "out", folder / "data.npz"
     source.mkdir()
     case = NETWORKS[name](source)
     np.savez(data, allow_pickle=False, **case.data)
     passes = f"{case.before}quantize(activations='int8', min_size=0)"
+    if weights != "int8":
+        wide = ", ".join(f"'{module}': {{'weights': 'int8'}}" for module in case.wide)
+        narrow = f"weights='{weights}', clip='mse', overrides={{{wide}}}"
+        passes = passes.replace("min_size=0", f"min_size=0, {narrow}")
     words = ["compile", str(case.model), "--passes", passes, "--calibration", str(data)]
     words += ["--target", TARGET, "-o", str(out), "--no-cache", *case.options]
     if (code := shell(words)) != 0:
@@ -216,7 +229,7 @@ def measured(name: str, folder: Path) -> Found:
     settings: dict[str, Any] = {"cache": True} if "--kv-cache" in case.options else {}
     float_scales = netlathe.compile(
         netlathe.capture(case.model, **settings),
-        passes.replace("'int8'", "'int8', activation_form='qdq'"),
+        passes.replace("activations='int8'", "activations='int8', activation_form='qdq'"),
         calibration=[case.data],
     )
     exact, usual = artifact.load(out, host="onnxruntime"), artifact.load(out)
@@ -230,6 +243,7 @@ def measured(name: str, folder: Path) -> Found:
         numbers.append(
             {
                 "network": " ".join((name, run)).strip(),
+                "weights": weights,
                 **found,
                 "difference": max(float(np.abs(got[k] - expected[k]).max()) for k in expected),
                 "difference_tvm": max(
@@ -237,6 +251,7 @@ def measured(name: str, folder: Path) -> Found:
                 ),
                 "loss": max(_distance(got[k], dense[k]) for k in expected),
                 "loss_tvm": max(_distance(hosted[k], dense[k]) for k in expected),
+                "loss_float_scales": max(_distance(other[k], dense[k]) for k in expected),
                 "steps": max(_steps(got[k], other[k]) for k in expected),
             }
         )
@@ -261,6 +276,7 @@ def _run(made: FpgaArtifact, feeds: Feeds) -> dict[str, Any]:
         **made.network.shares(),
         "cycles": taken / samples,
         "utilization": macs / taken / 64,
+        "macs_by_pairs": sum(one["macs"] for one in layers if one["pairs"]) / macs,
         "bytes": sum(one["bytes_read"] + one["bytes_written"] for one in layers) / samples,
         "energy_proxy_uj": sum(one["energy_proxy_uj"] for one in layers) / samples,
         "seconds": seconds / samples,
@@ -351,6 +367,7 @@ def main() -> None:
     """Measure what is asked for."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--networks", default=",".join(NETWORKS))
+    parser.add_argument("--weights", default="int8", help="of all but the first and last layer")
     parser.add_argument("--layers", action="store_true", help="single layers instead")
     parser.add_argument("--lengths", action="store_true", help="instructions of the LLaMA instead")
     args = parser.parse_args()
@@ -363,7 +380,7 @@ def main() -> None:
         return
     for name in args.networks.split(","):
         with tempfile.TemporaryDirectory() as folder:
-            for numbers in measured(name, Path(folder)).numbers:
+            for numbers in measured(name, Path(folder), args.weights).numbers:
                 print(json.dumps(numbers), flush=True)
 
 

@@ -246,7 +246,11 @@ def test_bytes_on_disk(name: str, target: str) -> None:
 
 FORMS: dict[str, dict[str, Any]] = {
     "integer, static": {"activations": "int8"},
+    "integer, static, int4": {"weights": "int4", "activations": "int8"},
     "integer, token": {"activations": "int8", "activation_scales": "token"},
+    "integer, token, int4": {
+        "weights": "int4", "activations": "int8", "activation_scales": "token",
+    },
     "integer, tensor": {"activations": "uint8", "activation_scales": "tensor"},
     "qdq, static": {"activations": "uint8", "activation_form": "qdq"},
     "qdq, static, float8": {
@@ -324,7 +328,7 @@ def form_runs(engine: str, name: str) -> bool:
         return False
     for key, expected in wanted.items():
         # Sums of floats in another order, of 64 terms at most; integers have no order.
-        bound = 0.0 if name == "integer, static" else 64 * 2.0**-23
+        bound = 0.0 if name.startswith("integer, static") else 64 * 2.0**-23
         error = np.abs(found[key] - expected).max() / np.sqrt(np.square(expected).mean())
         assert error <= bound, f"{engine} makes {key} of {name} differently by {error:.2g}"
     return True

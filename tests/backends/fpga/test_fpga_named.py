@@ -15,6 +15,12 @@ SHARES = {"minilm": 0.95, "llama": 0.95}
 # more: their queries, keys and values are codes in integers, and floats with float scales.
 STEPS = {"mlp": 1, "cnn": 2, "mobilenet_v2": 4, "resnet18": 8, "minilm": 32, "llama": 32}
 
+# All but the first and the last layer in int4: the least share of multiplications that go by pairs (depthwise
+# convolutions do not, and where the memory is the limit a layer may not).
+BY_PAIRS = {"cnn": 0.95, "resnet18": 0.9, "llama": 0.8}
+# Outputs from the network before quantization, as a share of their norm: a scale for each channel is coarse.
+LOSSES_INT4 = {"cnn": 0.15, "resnet18": 0.5, "llama": 0.6}
+
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NETWORKS)
@@ -38,6 +44,24 @@ def test_networks_are_compiled_from_the_shell_and_equal_to_onnx_runtime(
     assert held["error"] == 0 and held["host"] == "tvm-x86"
     assert held["macs"] == found.numbers[0]["macs"]
     assert held["cycles"] == sum(layer["cycles"] for layer in held["layers"]) > 0
+    if found.case.labels is not None:
+        ours, float_scales = (found.numbers[0][k] for k in ("accuracy", "accuracy_float_scales"))
+        assert abs(ours - float_scales) <= 0.01
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", BY_PAIRS)
+def test_networks_in_int4_go_by_pairs_and_equal_onnx_runtime(name: str, tmp_path: Path) -> None:
+    found = measured(name, tmp_path, "int4")
+    for numbers in found.numbers:
+        assert numbers["difference"] == 0
+        assert name in SHARES or numbers["difference_tvm"] == 0
+        assert numbers["loss_tvm"] <= 1.25 * numbers["loss"]
+        assert numbers["macs_by_pairs"] >= BY_PAIRS[name]
+        assert numbers["loss"] <= LOSSES_INT4[name]
+        assert numbers["macs"] >= SHARES.get(name, 1.0)
+    held = json.loads((tmp_path / "out" / "meta.json").read_text())
+    assert any(layer["pairs"] for layer in held["layers"])
     if found.case.labels is not None:
         ours, float_scales = (found.numbers[0][k] for k in ("accuracy", "accuracy_float_scales"))
         assert abs(ours - float_scales) <= 0.01

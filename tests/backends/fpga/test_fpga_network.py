@@ -22,7 +22,6 @@ from netlathe.cli import main
 from netlathe.diagnostics import InputError, LowerError
 from netlathe.execute import ort
 from netlathe.pipeline.pass_ import Feeds
-from tests.backends.fpga.cases import in_four_bits
 
 PASSES = "fold_batch_norm, quantize(activations='int8', min_size=0)"
 
@@ -189,13 +188,13 @@ def test_pruned_weights_take_less_time() -> None:
 
 
 def test_int4_weights_take_half_the_time() -> None:
-    """Codes from -8 to 7, whoever made them: two products in a multiplier, the same bits."""
+    """As `quantize` writes them: two products in a multiplier, the same bits."""
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(256, 128), nn.ReLU(), nn.Linear(128, 40))
     captured = netlathe.capture(net, args=(torch.randn(96, 256),))
     data = [{"input": np.random.default_rng(1).standard_normal((96, 256), np.float32)}]
-    compiled = netlathe.compile(captured, PASSES.partition(", ")[2], calibration=data)
-    model = in_four_bits(compiled.model)
+    passes = "quantize(weights='int4', activations='int8', min_size=0)"
+    model = netlathe.compile(captured, passes, calibration=data).model
     expected = ort.run(model, data[0])
     cycles = []
     for pairs in (False, True):
