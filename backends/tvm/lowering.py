@@ -28,6 +28,7 @@ from netlathe.backends.tvm.values import (
     ChannelsLast,
     Known,
     Lazy,
+    Normed,
     Pending,
     Placed,
     Ready,
@@ -198,7 +199,7 @@ class Lowering:
             (uses > 1 and not value.cheap and not _is_mask(output)) or value.cost > _MOST_OPERATORS
         ):
             return self.force(value)
-        if isinstance(value, Pending) and uses != 1:
+        if isinstance(value, Pending) and uses != 1 and not isinstance(value, Normed):
             return self.force(value)
         return value
 

@@ -225,6 +225,18 @@ class Joinable(Pending):
 
 
 @dataclass(eq=False)
+class Normed(Pending):
+    """RMSNormalization of ``x`` over its last axis, which products that read it may do themselves.
+
+    ``gain`` is a constant as long as a row. Whoever else reads it forces a kernel of its own, as of any.
+    """
+
+    x: Ready = field(default_factory=lambda: Ready(ir.DataType.UNDEFINED, ()))
+    gain: Ready = field(default_factory=lambda: Ready(ir.DataType.UNDEFINED, ()))
+    epsilon: float = 0.0
+
+
+@dataclass(eq=False)
 class Placed(Value):
     """A tensor of the caller's, some of whose elements are written over once the value is read or given out.
 

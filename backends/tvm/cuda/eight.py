@@ -33,7 +33,7 @@ from netlathe.backends.tvm.tir import (
     select,
     unflatten,
 )
-from netlathe.backends.tvm.values import Lazy, Pending, Ready, Scalar, Store, Value
+from netlathe.backends.tvm.values import Lazy, Normed, Pending, Ready, Scalar, Store, Value
 from netlathe.ir import dims, weights
 from netlathe.ir.dims import Shape
 
@@ -152,7 +152,7 @@ def of_pair(op: Op) -> Value | None:
     return combine(low, scaled, [made, *scales], op.dtype(), shape)
 
 
-def of_weight(low: Lowering, a: Ready, value: ir.Value, shape: Shape) -> Pending | None:
+def of_weight(low: Lowering, a: Ready | Normed, value: ir.Value, shape: Shape) -> Pending | None:
     """``a`` [..., K], halves, times a constant [K, N] dequantized from 8-bit floats; None where it is none.
 
     It has one scale, or one for each column, and is dequantized when it is packed: then it takes 16 bits.

@@ -17,7 +17,7 @@ from netlathe.backends.tvm.cuda.operands import HALVES
 from netlathe.backends.tvm.kernel import Kernel
 from netlathe.backends.tvm.lowering import Lowering
 from netlathe.backends.tvm.packing import Array, Recipe
-from netlathe.backends.tvm.values import Ready
+from netlathe.backends.tvm.values import Ready, Value
 from netlathe.ir import weights
 
 D = ir.DataType
@@ -43,6 +43,11 @@ class Kind:
         return {D.INT8: 8, D.INT4: 4, D.UINT4: 4}.get(self.data, 16)
 
     @property
+    def plain(self) -> int:
+        """What stands for zero where no zero point is given."""
+        return 8 if self.data == D.INT4 else 0
+
+    @property
     def padded(self) -> int:
         """What a column has of K in memory, where it is quantized."""
         chunk = skinny.chunk(self.bits)
@@ -60,7 +65,7 @@ class Factor:
     zeros: ir.Value | None = None
 
 
-def factor(a: Ready, value: ir.Value) -> Factor | None:
+def factor(a: Value, value: ir.Value) -> Factor | None:
     """``value`` as a factor [K, N] of ``a`` [..., K]; None where tensor cores do not take both as halves.
 
     Of what a DequantizeLinear makes, those with a scale for each column, for all of them, or for every so
@@ -109,7 +114,6 @@ def weight(
     counts = tuple(each.columns for each in factors)
     columns = sum(counts)
     blocks = kind.inner // kind.block if kind.block else 1
-    plain = 8 if kind.data == D.INT4 else 0
 
     def parameter(
         role: str, dtype: D, shape: Sequence[int], function: Callable[..., Array], *numbers: int
@@ -129,12 +133,12 @@ def weight(
     scales = parameter("scales", half, (blocks, wide), packing.group_values, blocks, columns)
     zeros: Ready | None = None
     if kind.zeros:
-        numbers = (blocks, columns, plain, _BASES[kind.half])
+        numbers = (blocks, columns, kind.plain, _BASES[kind.half])
         zeros = parameter("zeros", D.UINT16, (blocks, wide), packing.group_zeros, *numbers)
 
     def made(kernel: Kernel) -> few.Weight:
         read = None if zeros is None else kernel.read(zeros)
         held = kernel.read(values)
-        return few.Weight(held, kind.bits, kernel.read(scales), read, kind.block, plain)
+        return few.Weight(held, kind.bits, kernel.read(scales), read, kind.block, kind.plain)
 
     return made

@@ -1,13 +1,14 @@
 """Products of up to 16 rows of halves: the kernels around :mod:`stream` and :mod:`skinny`, and what follows.
 
 The weight is read once, in 16, 8 or 4 bits. On sm_90a it streams through shared memory (:mod:`stream`, whose
-device code multiplies by :mod:`halves` or :mod:`limbs`); elsewhere it goes to registers (:mod:`skinny`).
-More rows are :mod:`tensor`'s, for which a quantized weight is expanded first.
+device code multiplies by :mod:`halves` or :mod:`limbs`, and may keep and normalize x by :mod:`held`);
+elsewhere it goes to registers (:mod:`skinny`). More rows are :mod:`tensor`'s, for which a quantized weight is
+expanded first.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,7 @@ import onnx_ir as ir
 from tvm import tirx
 
 from netlathe.backends.tvm import storage
-from netlathe.backends.tvm.cuda import limbs, packing, skinny, stream
+from netlathe.backends.tvm.cuda import held, packing, skinny, stream
 from netlathe.backends.tvm.cuda.code import GpuCode
 from netlathe.backends.tvm.cuda.machine import PROCESSORS
 from netlathe.backends.tvm.cuda.tensor import Finish, unless_empty
@@ -43,26 +44,117 @@ class Weight:
         """Template parameters that device functions have in common."""
         return f"{self.group}, {self.zero if self.zeros is None else -1}"
 
+    def facts(self, inner: int) -> tuple[int, int, bool, int]:
+        """What decides on a tile, besides bits and columns: see :func:`stream.chosen`."""
+        return self.padded(inner), self.group, self.zeros is not None, self.zero
+
     def padded(self, inner: int) -> int:
         """What a row has of K in memory."""
         chunk = skinny.chunk(self.bits)
         return inner if self.bits == 16 else -(-inner // chunk) * chunk
 
 
-def product(
+@dataclass(frozen=True)
+class Norm:
+    """RMSNormalization of the left operand: ``gain``, halves, is a constant as long as a row."""
+
+    gain: Any
+    epsilon: float
+
+
+# A kernel for at most so many rows: how many, and what launches it.
+Few = tuple[int, Callable[[], None]]
+
+
+def by_rows(
+    code: GpuCode, rows: Expr, kernels: Sequence[Few], otherwise: Callable[[], None]
+) -> None:
+    """The first of ``kernels`` that takes so many rows, else ``otherwise``, as known when it runs."""
+    if not kernels:
+        otherwise()
+        return
+    (most, these), *others = kernels
+    number = known(rows)
+    if number is None:
+        code.branch(rows <= i64(most), these, lambda: by_rows(code, rows, others, otherwise))
+    elif number <= most:
+        these()
+    else:
+        by_rows(code, rows, others, otherwise)
+
+
+def kernels(
     code: GpuCode,
     dtype: str,
     a: Any,
     weight: Weight,
     sizes: tuple[Expr, int, int],
-    tiles: int,
     finish: Finish,
     together: int = 1,
-) -> None:
-    """finish(row, column, sum over k of a[row, k] * weight[column, k]) for at most 8 * ``tiles`` rows.
+) -> list[Few]:
+    """finish(row, column, sum over k of a[row, k] * weight[column, k]): kernels for up to 16 rows.
 
     ``a`` [rows, inner] is a flat buffer of halves; inner is a multiple of 8.
     """
+    inner, columns = sizes[1:]
+
+    def kernel(tiles: int) -> Few:
+        shape = None
+        if code.has_wgmma and inner % 64 == 0:  # whole swizzled rows
+            shape = stream.chosen(weight.bits, tiles, columns, *weight.facts(inner))
+
+        def launched() -> None:
+            with unless_empty(code, sizes[0]):
+                done = _scaled(code, dtype, weight, finish, together)
+                if shape is None:
+                    _loaded(code, dtype, a, weight, sizes, tiles, done, together)
+                else:
+                    _streamed(code, dtype, a, weight, sizes, shape, done, together)
+
+        return 8 * tiles, launched
+
+    return [kernel(tiles) for tiles in (1, 2)]
+
+
+def kernels_that_hold(
+    code: GpuCode,
+    dtype: str,
+    a: Any,
+    weight: Weight,
+    sizes: tuple[Expr, int, int],
+    finish: Finish,
+    together: int = 1,
+    norm: Norm | None = None,
+) -> list[Few]:
+    """The same by kernels that keep all of ``a`` in shared memory, after ``norm`` if there is one."""
+    inner, columns = sizes[1:]
+
+    def kernel(most: int, shape: stream.Shape) -> Few:
+        def launched() -> None:
+            with unless_empty(code, sizes[0]):
+                done = _scaled(code, dtype, weight, finish, together)
+                _streamed(code, dtype, a, weight, sizes, shape, done, together, norm)
+
+        return most, launched
+
+    shapes = shapes_that_hold(code.has_wgmma, weight, inner, columns, norm is not None)
+    return [kernel(most, shape) for most, shape in shapes]
+
+
+def shapes_that_hold(
+    has_wgmma: bool, weight: Weight, inner: int, columns: int, normed: bool
+) -> list[tuple[int, stream.Shape]]:
+    """Those there are: halves stay halves only if they are ``normed``, integers have no zero points."""
+    signed = weight.bits == 8 or (weight.bits == 4 and weight.zeros is None and weight.zero == 8)
+    if not has_wgmma or not (signed or (weight.bits == 16 and normed and inner % 64 == 0)):
+        return []
+    facts = (weight.bits, 1, columns, *weight.facts(inner))
+    shapes = [(most, stream.chosen(*facts, most, normed)) for most in held.ROWS]
+    return [(most, shape) for most, shape in shapes if shape is not None]
+
+
+def _scaled(code: GpuCode, dtype: str, weight: Weight, finish: Finish, together: int) -> Finish:
+    """``finish`` of sums times the scales of their columns, if the weight has such."""
     kind = ir.DataType.BFLOAT16 if dtype == "bf16" else ir.DataType.FLOAT16
 
     def scaled(row: Expr, column: Expr, *values: Expr) -> None:
@@ -73,42 +165,7 @@ def product(
             values = tuple(code.bind(v * s) for v, s in zip(values, scales, strict=True))
         finish(row, column, *values)
 
-    rows, inner, columns = sizes
-    facts = (weight.padded(inner), weight.group, weight.zeros is not None, weight.zero)
-
-    def halves() -> None:
-        shape = None
-        if code.has_wgmma and inner % 64 == 0:  # whole swizzled rows
-            shape = stream.chosen(weight.bits, tiles, columns, *facts)
-        if shape is None:
-            _loaded(code, dtype, a, weight, sizes, tiles, scaled, together)
-        else:
-            _streamed(code, dtype, a, weight, sizes, shape, scaled, together)
-
-    def fewest(counts: Sequence[int]) -> None:
-        """By the kernel for so many rows that has the fewest."""
-        shape, most = None, 0
-        if counts and tiles == 1:
-            most = counts[0]
-            shape = stream.chosen(weight.bits, tiles, columns, *facts, most)
-        if shape is None:
-            return halves() if not counts else fewest(counts[1:])
-        found = shape
-
-        def these() -> None:
-            _streamed(code, dtype, a, weight, sizes, found, scaled, together)
-
-        number = known(rows)
-        if number is None:
-            code.branch(rows <= i64(most), these, lambda: fewest(counts[1:]))
-        elif number <= most:
-            these()
-        else:
-            fewest(counts[1:])
-
-    signed = weight.bits == 8 or (weight.bits == 4 and weight.zeros is None and weight.zero == 8)
-    with unless_empty(code, rows):
-        fewest(limbs.ROWS if signed and code.has_wgmma else ())
+    return scaled
 
 
 def _streamed(
@@ -120,6 +177,7 @@ def _streamed(
     shape: stream.Shape,
     finish: Finish,
     together: int,
+    norm: Norm | None = None,
 ) -> None:
     """On sm_90a: weights through shared memory."""
     rows, inner, columns = sizes
@@ -141,7 +199,7 @@ def _streamed(
         box_ = (row, box, shape.deep // row)
         return code.tensor_map(source, sizes, [i64(inner), i64(row)], box_, 2)
 
-    map_a = None if shape.limbs else deep(a, rows, 8 * shape.tiles)
+    map_a = None if shape.held else deep(a, rows, 8 * shape.tiles)
     maps: dict[str, Expr] = {}
     if weight.bits == 16:
         maps["weight"] = deep(weight.values, i64(columns), shape.columns)
@@ -177,9 +235,11 @@ def _streamed(
             code.run(named("produce"), text, shared, given, *sources, *numbers)
 
         def multiply() -> None:
-            if shape.limbs:
-                pointer = code.address(a)
-                code.run(named("prepare"), text, shared, pointer, small(rows), small(inner))
+            if shape.held:
+                given = code.null() if norm is None else code.address(norm.gain)
+                epsilon = tirx.const(0.0 if norm is None else norm.epsilon, "float32")
+                numbers = (epsilon, small(rows), small(inner))
+                code.run(named("prepare"), text, shared, code.address(a), given, *numbers)
             own = code.bind(imod(block, shape.splits) * i64(shape.slice))
             with code.loop(idiv(i64(tiles - 1) - first, clusters) + i64(1)) as number:
                 code.run(named("consume"), text, shared, *map(small, (number, end, summing)))

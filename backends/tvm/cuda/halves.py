@@ -15,9 +15,13 @@ if TYPE_CHECKING:
 def source(s: Shape, warps: int) -> str:
     """What differs from products of bytes: multiplying, and where sums lie."""
     zero = "half_at(at + kZeros + place)" if s.zeros else f"kMagic + {s.zero}u"
+    kept, x = "nullptr", _IN_STAGE
+    if s.held:
+        kept, x = "stages + kHeld + step * kDeep * 2", _KEPT
     return f"""
-// A multiplying warp's 32 columns and one chunk of K in a stage.
-__device__ __forceinline__ void use(const uint8_t* at, float (*total)[2][4]) {{
+{_KEEP if s.held else ""}
+// A multiplying warp's 32 columns and one chunk of K in a stage; `rows`: where x that is kept has the stage.
+__device__ __forceinline__ void use(const uint8_t* at, const uint8_t* rows, float (*total)[2][4]) {{
   const int warp = threadIdx.x / 32 % {warps}, lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
   const int across = warp % kAcross, down = warp / kAcross, row = dealt(g);
   uint4 weight[4];
@@ -46,8 +50,7 @@ __device__ __forceinline__ void use(const uint8_t* at, float (*total)[2][4]) {{
     const int k = down * kChunk + p * 32;
 #pragma unroll
     for (int tile = 0; tile < kTiles; ++tile) {{
-      const int piece = (k % 64 / 8 + q) ^ row;
-      const uint4 v = held(at + kRows + k / 64 * kTiles * 1024 + (tile * 8 + row) * 128 + piece * 16);
+      {x}
       const uint32_t x[4] = {{v.x, v.y, v.z, v.w}};
 #pragma unroll
       for (int i = 0; i < 2; ++i)
@@ -78,7 +81,8 @@ __device__ __forceinline__ void consume(uint8_t* shared, int tile_number, int en
   for (int step = (before + team) % {s.teams}; step < each; step += {s.teams}) {{
     const int number = before + step, slot = number % kStages;
     wait(full(at, slot), (number / kStages) & 1);
-    if ((rank() + step * kSplits) * kDeep + down * kChunk < end) use(stages + slot * kStageBytes, total);
+    if ((rank() + step * kSplits) * kDeep + down * kChunk < end) 
+      use(stages + slot * kStageBytes, {kept}, total);
     __syncwarp();
     if (lane == 0)
       asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(empty(at, slot)) : "memory");
@@ -107,3 +111,15 @@ __device__ __forceinline__ float sum(uint8_t* shared, int64_t row, int64_t colum
   return added(base(shared) + kSums + (int)column * kTiles * 32 + place * 4, kSlice * kTiles * 32);
 }}
 """
+
+
+# Rows of x in a stage are swizzled as the copy engine does.
+_IN_STAGE = """const int piece = (k % 64 / 8 + q) ^ row;
+      const uint4 v = held(at + kRows + k / 64 * kTiles * 1024 + (tile * 8 + row) * 128 + piece * 16);"""
+_KEPT = """uint4 v = make_uint4(0, 0, 0, 0);
+      if (row < kR) v = held(rows + (row * kShare + k + q * 8) * 2);"""
+_KEEP = """
+// Eight elements of a row of x from `own` on.
+__device__ __forceinline__ void keep(uint8_t* to, int row, int own, const uint4& x) {
+  *reinterpret_cast<uint4*>(to + kHeld + (row * kShare + own) * 2) = x;
+}"""

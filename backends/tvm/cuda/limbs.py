@@ -23,8 +23,6 @@ from netlathe.backends.tvm.cuda import skinny
 if TYPE_CHECKING:
     from netlathe.backends.tvm.cuda.stream import Shape
 
-ROWS = (1, 4)  # that there are kernels for
-MOST = 16384  # elements of x that a block may take time for
 _MOST = 32512  # 127 * 256: of the high byte no more than 127
 
 
@@ -48,63 +46,39 @@ def source(s: Shape, warps: int) -> str:
     scale = "scale[half] * " if s.group else ""
     least = "1.0f / 16" if s.bits == 4 else "1.0f"
     return f"""
-constexpr int kR = {s.limbs}, kShare = {s.share}, kLimbs = kSums + {s.sums_bytes};
-constexpr int kLimbScales = kLimbs + kShare * 2 * kR, kLine = kR == 1 ? 64 : 256;  // bytes for 32 of K
+constexpr int kLimbScales = kHeld + kShare * 2 * kR, kLine = kR == 1 ? 64 : 256;  // bytes for 32 of K
 
 __device__ __forceinline__ float largest(float a, float b) {{
   float c;
   asm("max.NaN.f32 %0, %1, %2;" : "=f"(c) : "f"(a), "f"(b));
   return c;
 }}
-// The block's share of x [rows, inner], by all multiplying threads; kChunk elements have a scale.
-__device__ __forceinline__ void prepare(uint8_t* shared, const void* x_, int rows, int inner) {{
-  follow();
-  const uint16_t* x = static_cast<const uint16_t*>(x_);
-  uint8_t* to = shared + (base(shared) - static_cast<uint32_t>(__cvta_generic_to_shared(shared)));
-  constexpr int kEach = kShare / 8, kAhead = 4;
-  const int count = rows * kEach;
-  for (int start = threadIdx.x; start < count; start += {s.multiplying} * kAhead) {{
-    uint4 held[kAhead];
+// Eight elements of a row of x from `own` on; kChunk elements have a scale.
+__device__ __forceinline__ void keep(uint8_t* to, int row, int own, const uint4& x) {{
+  const uint32_t words[4] = {{x.x, x.y, x.z, x.w}};
+  float value[8], most = 1e-30f;
 #pragma unroll
-    for (int i = 0; i < kAhead; ++i) {{
-      const int item = start + i * {s.multiplying}, own = item % kEach * 8;
-      const int k = (rank() + own / kDeep * kSplits) * kDeep + own % kDeep;
-      held[i] = make_uint4(0, 0, 0, 0);
-      const uint16_t* from = x + item / kEach * (int64_t)inner + k;
-      if (item < count && k < inner) held[i] = *reinterpret_cast<const uint4*>(from);
-    }}
-#pragma unroll
-    for (int i = 0; i < kAhead; ++i) {{
-      const int item = start + i * {s.multiplying};
-      if (item >= count) break;  // whole warps do
-      const int row = item / kEach, own = item % kEach * 8;
-      const uint32_t words[4] = {{held[i].x, held[i].y, held[i].z, held[i].w}};
-      float value[8], most = 1e-30f;
-#pragma unroll
-      for (int j = 0; j < 8; ++j) {{
-        value[j] = wide((uint16_t)(words[j / 2] >> (j % 2 * 16)));
-        most = largest(most, fabsf(value[j]));
-      }}
-#pragma unroll
-      for (int mask = kChunk / 16; mask > 0; mask /= 2)
-        most = largest(most, __shfl_xor_sync(0xffffffffu, most, mask));
-      const float factor = {_MOST}.0f / most;
-      uint32_t low[8], high[8];
-#pragma unroll
-      for (int j = 0; j < 8; ++j) {{
-        low[j] = __float_as_uint(fmaf(value[j], factor, 12582912.0f));  // its last bits are the integer
-        high[j] = low[j] + 128;  // whose low byte, with its sign, is taken off
-      }}
-      uint8_t* line = to + kLimbs + own / 32 * kLine + (row * 2 * 4 + own % 32 / 8) * 8;
-      *reinterpret_cast<uint2*>(line) =
-          make_uint2({packed("high", first, 1)}, {packed("high", second, 1)});
-      *reinterpret_cast<uint2*>(line + 32) =
-          make_uint2({packed("low", first, 0)}, {packed("low", second, 0)});
-      float* scale = reinterpret_cast<float*>(to + kLimbScales) + own / kChunk * kR + row;
-      if (own % kChunk == 0) *scale = most * ({least} / {_MOST});
-    }}
+  for (int j = 0; j < 8; ++j) {{
+    value[j] = wide((uint16_t)(words[j / 2] >> (j % 2 * 16)));
+    most = largest(most, fabsf(value[j]));
   }}
-  asm volatile("bar.sync 1, {s.multiplying};" ::: "memory");
+#pragma unroll
+  for (int mask = kChunk / 16; mask > 0; mask /= 2)
+    most = largest(most, __shfl_xor_sync(0xffffffffu, most, mask));
+  const float factor = {_MOST}.0f / most;
+  uint32_t low[8], high[8];
+#pragma unroll
+  for (int j = 0; j < 8; ++j) {{
+    low[j] = __float_as_uint(fmaf(value[j], factor, 12582912.0f));  // its last bits are the integer
+    high[j] = low[j] + 128;  // whose low byte, with its sign, is taken off
+  }}
+  uint8_t* line = to + kHeld + own / 32 * kLine + (row * 2 * 4 + own % 32 / 8) * 8;
+  *reinterpret_cast<uint2*>(line) =
+      make_uint2({packed("high", first, 1)}, {packed("high", second, 1)});
+  *reinterpret_cast<uint2*>(line + 32) =
+      make_uint2({packed("low", first, 0)}, {packed("low", second, 0)});
+  float* scale = reinterpret_cast<float*>(to + kLimbScales) + own / kChunk * kR + row;
+  if (own % kChunk == 0) *scale = most * ({least} / {_MOST});
 }}
 __device__ __forceinline__ void multiply_bytes(
     int* d, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {{
@@ -170,7 +144,7 @@ __device__ __forceinline__ void consume(uint8_t* shared, int tile_number, int en
     const int number = before + step, slot = number % kStages;
     wait(full(at, slot), (number / kStages) & 1);
     if ((rank() + step * kSplits) * kDeep + down * kChunk < end)
-      use(stages + slot * kStageBytes, stages + kLimbs + step * (kDeep / 32) * kLine,
+      use(stages + slot * kStageBytes, stages + kHeld + step * (kDeep / 32) * kLine,
           stages + kLimbScales + step * (kDeep / kChunk) * kR * 4, total);
     __syncwarp();
     if (lane == 0)

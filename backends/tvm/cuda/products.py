@@ -12,13 +12,13 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from math import prod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
 from tvm import tirx
 
 from netlathe.backends.tvm import storage
-from netlathe.backends.tvm.cuda import blocks, factors, few, hopper, skinny, tensor
+from netlathe.backends.tvm.cuda import blocks, factors, few, hopper, tensor
 from netlathe.backends.tvm.cuda.code import GpuCode
 from netlathe.backends.tvm.cuda.factors import Factor
 from netlathe.backends.tvm.cuda.machine import Gpu
@@ -32,12 +32,11 @@ from netlathe.backends.tvm.tir import (
     cast,
     const,
     i64,
-    known,
     select,
     total,
     unflatten,
 )
-from netlathe.backends.tvm.values import Joinable, Pending, Ready, Store, Value
+from netlathe.backends.tvm.values import Joinable, Normed, Pending, Ready, Store, Value
 from netlathe.ir import dims
 from netlathe.ir.dims import Shape
 
@@ -66,10 +65,13 @@ def of_values(kernel: Kernel, a: Value, b: Value, batch: Sequence[Expr], store: 
     )
 
 
-def of_constant(low: Lowering, a: Ready, constant: ir.Value, dtype: D, shape: Shape) -> Pending:
+def of_constant(
+    low: Lowering, a: Ready | Normed, constant: ir.Value, dtype: D, shape: Shape
+) -> Pending:
     """``a`` [..., K] times a constant [K, N]."""
     if (found := factors.factor(a, constant)) is not None:
         return _of_factor(low, a, found, shape)
+    a = low.force(a)
     weight = low.value(constant)
     inner, columns = weight.shape
     flat = a.viewed((dims.product(a.shape[:-1]), inner))
@@ -96,7 +98,7 @@ def of_constant(low: Lowering, a: Ready, constant: ir.Value, dtype: D, shape: Sh
     return Pending(dtype, shape, build)
 
 
-def of_quantized(low: Lowering, a: Ready, value: ir.Value, shape: Shape) -> Pending | None:
+def of_quantized(low: Lowering, a: Ready | Normed, value: ir.Value, shape: Shape) -> Pending | None:
     """``a`` [..., K] times a constant [K, N] of 8 or 4 bits that stays so; None where no kernel takes it.
 
     ``value`` is what a DequantizeLinear makes of it, in the type of ``a``.
@@ -105,7 +107,7 @@ def of_quantized(low: Lowering, a: Ready, value: ir.Value, shape: Shape) -> Pend
     return None if found is None else _of_factor(low, a, found, shape)
 
 
-def _of_factor(low: Lowering, a: Ready, found: Factor, shape: Shape) -> Pending:
+def _of_factor(low: Lowering, a: Ready | Normed, found: Factor, shape: Shape) -> Pending:
     """A product that may become one kernel with another of the same left operand, column by column."""
 
     def paired(other: Joinable) -> Pending | None:
@@ -120,6 +122,12 @@ def _of_factor(low: Lowering, a: Ready, found: Factor, shape: Shape) -> Pending:
     return Joinable(a.dtype, shape, alone.build, operands=(a, found), paired=paired)
 
 
+def left(op: Op) -> Ready | Normed:
+    """The left operand in memory, unless products that read it normalize it."""
+    value = op.value(0)
+    return value if isinstance(value, Normed) else op.ready(0)
+
+
 def beside(op: Op) -> Value | None:
     """The product that ``op`` is, by one kernel with all others of its left operand; None if it has none.
 
@@ -128,6 +136,7 @@ def beside(op: Op) -> Value | None:
     low = op.low
     given = op.node.inputs[0]
     assert given is not None
+    a = left(op)
     members: list[tuple[ir.Node, Factor]] = []
     for node, index in given.uses():
         if (
@@ -138,14 +147,13 @@ def beside(op: Op) -> Value | None:
             and _is_moved(node)
         ):
             value = node.inputs[1]
-            found = None if value is None else factors.factor(op.ready(0), value)
+            found = None if value is None else factors.factor(a, value)
             if found is not None:
                 members.append((node, found))
     kind = next((found.kind for node, found in members if node is op.node), None)
     members = [(node, found) for node, found in members if found.kind == kind]
     if kind is None or len(members) < 2:
         return None
-    a = op.ready(0)
     ends = list(itertools.accumulate(found.columns for _, found in members))
     weight = factors.weight(low, [found for _, found in members])
     whole = Factor(kind, ends[-1], members[0][1].values)
@@ -172,6 +180,38 @@ def beside(op: Op) -> Value | None:
     return low.made.pop(op.node)[0]
 
 
+def inside(op: Op, x: Value, gain: Value, epsilon: float, made: Pending) -> Normed | None:
+    """The RMSNormalization ``op``, which is ``made``, done by the product behind it; None if it may not.
+
+    It may where what reads it is one kernel of few rows: a single product with a constant; two with as many
+    columns, as a gate and its partner have, which would both do it if they did not meet after all; or those
+    that lie side by side (see :func:`beside`).
+    """
+    low, output = op.low, op.node.outputs[0]
+    machine = low.machine
+    assert isinstance(machine, Gpu)
+    if not isinstance(x, Ready) or not isinstance(gain, Ready) or not low.is_constant(gain):
+        return None
+    if gain.dtype != x.dtype or gain.shape != x.shape[-1:] or output.is_graph_output():
+        return None
+    products = [node for node, index in output.uses() if node.op_type == "MatMul" and index == 0]
+    values = [node.inputs[1] for node in products if node.graph is op.node.graph]
+    found = [factors.factor(x, value) for value in values if value is not None]
+    if not found or len(found) != len(output.uses()):
+        return None
+    first, *others = found
+    if first is None or any(other is None or other.kind != first.kind for other in others):
+        return None
+    gate = len(found) == 2 and len({each.columns for each in found if each is not None}) == 1
+    if len(found) > 1 and not gate and not all(map(_is_moved, products)):
+        return None
+    kind = first.kind
+    plain = few.Weight(None, kind.bits, None, kind.zeros or None, kind.block, kind.plain)
+    if not few.shapes_that_hold(machine.has_wgmma, plain, kind.inner, first.columns, normed=True):
+        return None
+    return Normed(made.dtype, made.shape, made.build, x=x, gain=gain, epsilon=epsilon)
+
+
 # What reads a product from memory, whatever computed it.
 _MOVES = {"Reshape", "Transpose", "Attention", "RotaryEmbedding"}
 
@@ -184,7 +224,7 @@ def _is_moved(node: ir.Node) -> bool:
 
 def on_tensor_cores(
     low: Lowering,
-    a: Ready,
+    a: Ready | Normed,
     found: Factor,
     shape: Shape,
     made: Callable[[Kernel], few.Weight],
@@ -193,9 +233,11 @@ def on_tensor_cores(
     """``a`` [..., inner] times a weight [columns, inner], by the kernel that fits the rows there are.
 
     ``together`` neighbouring columns of the weight are one of the result: all their sums go to the store.
+    With more rows than a kernel normalizes itself, the norm is a launch of its own in front.
     """
     half, inner, columns = found.kind.half, found.kind.inner, together * found.columns
-    flat = a.viewed((dims.product(a.shape[:-1]), inner))
+    given = a.x if isinstance(a, Normed) else a
+    flat = given.viewed((dims.product(a.shape[:-1]), inner))
     lead = shape[:-1] if a.rank > 1 else ()
 
     def build(kernel: Kernel, store: Store) -> str:
@@ -210,28 +252,34 @@ def on_tensor_cores(
             index = [*(code.bind(i) for i in unflatten(row, outer)), column]
             store(code, index, *values)
 
-        def thin(tiles: int) -> None:
-            sizes = (rows, inner, columns)
-            few.product(code, half, read, weight, sizes, tiles, finish, together)
+        how = (weight, (rows, inner, columns), finish, together)
 
-        def many() -> None:
-            values = weight.values
-            if weight.bits != 16:
-                values = few.expanded(code, half, weight, inner, columns)
-            sizes = (rows, i64(inner), i64(columns))
-            if machine.has_wgmma:
-                form = hopper.Shape()
-                tensor.warpgroups(code, form, half, read, values, sizes, finish, together)
-            else:
-                tensor.warps(code, half, read, values, sizes, finish, together)
+        def plain(operand: Any) -> None:
+            def many() -> None:
+                values = weight.values
+                if weight.bits != 16:
+                    values = few.expanded(code, half, weight, inner, columns)
+                sizes = (rows, i64(inner), i64(columns))
+                if machine.has_wgmma:
+                    form = hopper.Shape()
+                    tensor.warpgroups(code, form, half, operand, values, sizes, finish, together)
+                else:
+                    tensor.warps(code, half, operand, values, sizes, finish, together)
 
-        number = known(rows)
-        if number is not None:
-            thin(1) if number <= 8 else thin(2) if number <= skinny.MOST_ROWS else many()
+            few.by_rows(code, rows, few.kernels(code, half, operand, *how), many)
+
+        if isinstance(a, Normed):
+            norm = few.Norm(kernel.read(a.gain), a.epsilon)
+
+            def apart() -> None:
+                made = kernel.workspace(rows * i64(inner), storage.STORED[a.dtype])
+                a.build(kernel, general.into(made, a.dtype, kernel.shape(a.shape)))
+                plain(made)
+
         else:
-            most = i64(skinny.MOST_ROWS)
-            more = lambda: code.branch(rows <= most, lambda: thin(2), many)  # noqa: E731
-            code.branch(rows <= i64(8), lambda: thin(1), more)
+            norm, apart = None, lambda: plain(read)
+        those = few.kernels_that_hold(code, half, read, *how, norm)
+        few.by_rows(code, rows, those, apart)
         return "gemm.warpgroups" if machine.has_wgmma else "gemm.warps"
 
     return Pending(a.dtype, shape, build)

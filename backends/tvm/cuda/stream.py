@@ -22,7 +22,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from netlathe.backends.tvm.cuda import halves, limbs, skinny
+from netlathe.backends.tvm.cuda import halves, held, limbs, skinny
 from netlathe.backends.tvm.cuda.machine import PROCESSORS
 
 WARPS = 8  # of a team
@@ -35,8 +35,9 @@ class Shape:
     """A tile of ``columns`` columns (32 to 256) and 8 * ``tiles`` rows; ``splits`` blocks share its K.
 
     ``group`` rows of K share a scale, 0: one for each column or none. Zero points are given where ``zeros``
-    says so, else ``zero`` of 4 bits stands for zero. ``limbs``: at most so many rows of x are made integers,
-    for ``inner`` elements of K (see :mod:`netlathe.backends.tvm.cuda.limbs`); 0: none are.
+    says so, else ``zero`` of 4 bits stands for zero. ``held``: x is kept in shared memory, for at most so
+    many rows of ``inner`` elements (see :mod:`netlathe.backends.tvm.cuda.held`), ``normed`` before; as
+    integers where the weight is of integers. 0: it comes along with the weight.
     """
 
     bits: int
@@ -46,33 +47,46 @@ class Shape:
     group: int = 0
     zeros: bool = False
     zero: int = 8
-    limbs: int = 0
+    held: int = 0
     inner: int = 0
+    normed: bool = False
 
     @property
     def rows(self) -> int:
         """Of the result."""
-        return self.limbs or 8 * self.tiles
+        return self.held if self.limbs else 8 * self.tiles
+
+    @property
+    def limbs(self) -> bool:
+        """Whether x is kept as integers (see :mod:`netlathe.backends.tvm.cuda.limbs`)."""
+        return self.held > 0 and self.bits < 16
 
     @property
     def share(self) -> int:
-        """What a block has of K, of limbs."""
+        """What a block has of K, of rows that are kept."""
         return -(-self.inner // self.deep // self.splits) * self.deep
 
     @property
-    def limb_bytes(self) -> int:
-        """Of x as integers."""
-        return limbs.bytes_(self.limbs, self.share, self.bits) if self.limbs else 0
+    def kept_bytes(self) -> int:
+        """Of x, where it is kept."""
+        if self.limbs:
+            return limbs.bytes_(self.held, self.share, self.bits)
+        return 2 * self.held * self.share if self.held else 0
+
+    @property
+    def held_bytes(self) -> int:
+        """Of x, and what each warp has of its sums of squares."""
+        return self.kept_bytes + (4 * WARPS * self.teams * self.held if self.normed else 0)
 
     @property
     def able(self) -> bool:
-        """Whether making x integers takes a block less time than it saves."""
-        return self.share * self.limbs <= limbs.MOST
+        """Whether keeping x takes a block less time than it saves."""
+        return not self.held or self.share * self.held <= held.MOST
 
     @property
     def stage_rows(self) -> int:
         """Bytes of x in a stage."""
-        return 0 if self.limbs else 16 * self.tiles * self.deep
+        return 0 if self.held else 16 * self.tiles * self.deep
 
     @property
     def teams(self) -> int:
@@ -129,14 +143,14 @@ class Shape:
     @property
     def stages(self) -> int:
         """As many as there is room for, the same number for each team, so that a stage is always one's."""
-        room = _SHARED - 2048 - self.sums_bytes - self.limb_bytes
+        room = _SHARED - 2048 - self.sums_bytes - self.held_bytes
         return room // self.stage_bytes // self.teams * self.teams
 
     @property
     def shared_bytes(self) -> int:
-        """To align it, the stages, the sums, the limbs, the barriers."""
-        held = self.stages * self.stage_bytes + self.sums_bytes + self.limb_bytes
-        return 1024 + held + 16 * self.stages + 16
+        """To align it, the stages, the sums, the rows that are kept, the barriers."""
+        room = self.stages * self.stage_bytes + self.sums_bytes + self.held_bytes
+        return 1024 + room + 16 * self.stages + 16
 
     @property
     def slice(self) -> int:
@@ -158,25 +172,26 @@ def chosen(
     group: int,
     zeros: bool,
     zero: int,
-    limbs: int = 0,
+    held: int = 0,
+    normed: bool = False,
 ) -> Shape | None:
     """The tile that the most loaded block is done with first.
 
-    None where groups of K do not fit stages, or x as ``limbs`` would take a block too long.
+    None where groups of K do not fit stages, or keeping ``held`` rows of x would take a block too long.
     """
 
     def cost(shape: Shape) -> float:
         across = -(-columns // shape.columns)
         rounds = -(-across // (PROCESSORS // shape.splits))
         stages = -(-inner // shape.deep) / shape.splits
-        each = _NARROW[bits] if shape.columns == 32 and not limbs else 1.0
+        each = _NARROW[bits] if shape.columns == 32 and not held else 1.0
         return rounds * (stages * each + _SHARING * (shape.splits.bit_length() - 1))
 
     shapes = [
-        Shape(bits, tiles, across, splits, group, zeros, zero, limbs, inner if limbs else 0)
+        Shape(bits, tiles, across, splits, group, zeros, zero, held, inner if held else 0, normed)
         for across in (64, 32)
-        # Blocks that share K of several rows were slower with limbs than with halves.
-        for splits in ((1, 2, 4, 8) if limbs <= 1 else (1,))
+        # Blocks that share K of several rows were slower with integers than with halves.
+        for splits in ((1, 2, 4, 8) if held <= 1 else (1,))
     ]
     able = [s for s in shapes if s.fits and -(-inner // s.deep) >= s.splits and s.able]
     return min(able, key=cost, default=None)
@@ -196,7 +211,8 @@ constexpr int kChunk = 512 / kBits, kAcross = kColumns / 32, kDown = {s.down}, k
 constexpr int kStages = {s.stages}, kStageBytes = {s.stage_bytes}, kGroups = {s.groups};
 constexpr int kRows = {_WEIGHTS}, kScales = kRows + {s.stage_rows}, kZeros = kScales + {s.scale_bytes};
 constexpr int kSlice = {s.slice}, kSums = kStages * kStageBytes;
-constexpr int kBarriers = kSums + {s.sums_bytes + s.limb_bytes};
+constexpr int kR = {s.held}, kShare = {s.share}, kHeld = kSums + {s.sums_bytes};
+constexpr int kBarriers = kHeld + {s.held_bytes};
 
 __device__ __forceinline__ uint32_t base(const void* shared) {{
   return (static_cast<uint32_t>(__cvta_generic_to_shared(shared)) + 1023u) & ~1023u;
@@ -328,7 +344,7 @@ __device__ __forceinline__ void produce(
     if ({int(s.zeros)}) copy(to + kZeros, map_zeros, barrier, left, group, once);
   }};
   auto inputs = [&](int number) {{
-    if ({int(bool(s.limbs))}) return;  // all of x is made into limbs before
+    if (kR > 0) return;  // all of x is there before
     int tile, k;
     place(number, tile, k);
     const int slot = number % kStages;
@@ -336,7 +352,7 @@ __device__ __forceinline__ void produce(
   }};
   const int ahead = min(count, kStages);
   for (int number = 0; number < ahead; ++number) constants(number);
-  if ({int(not s.limbs)}) follow();
+  if (kR == 0) follow();
   for (int number = 0; number < ahead; ++number) inputs(number);
   for (int number = ahead; number < count; ++number) {{
     wait(empty(at, number % kStages), ((number / kStages) & 1) ^ 1);
@@ -383,6 +399,7 @@ __device__ __forceinline__ float added(uint32_t at, int stride) {{
   return value;
 }}
 {limbs.source(s, WARPS) if s.limbs else halves.source(s, WARPS)}
+{held.source(s, dtype, WARPS) if s.held else ""}
 // The slice has been read: others may send the next.
 __device__ __forceinline__ void release(uint8_t* shared) {{ tell_all(taken(base(shared))); }}
 }}  // namespace
@@ -393,8 +410,8 @@ __device__ __forceinline__ void release(uint8_t* shared) {{ tell_all(taken(base(
 def _stem(shape: Shape, dtype: str) -> str:
     s = shape
     zero = "z" if s.zeros else s.zero
-    limbs_ = f"_{s.limbs}_{s.inner}" if s.limbs else ""
-    return f"stream_{dtype}_{s.bits}_{s.tiles}_{s.columns}_{s.splits}_{s.group}_{zero}{limbs_}"
+    held_ = f"_{s.held}_{s.inner}{'n' * s.normed}" if s.held else ""
+    return f"stream_{dtype}_{s.bits}_{s.tiles}_{s.columns}_{s.splits}_{s.group}_{zero}{held_}"
 
 
 def name(shape: Shape, dtype: str, function: str) -> str:

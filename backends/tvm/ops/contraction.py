@@ -20,7 +20,7 @@ from netlathe.backends.tvm.ops import dots
 from netlathe.backends.tvm.ops.op import D, Op, Rule, broadcast_index, is_cheap
 from netlathe.backends.tvm.packing import Recipe
 from netlathe.backends.tvm.tir import Code, Expr, Index, i64
-from netlathe.backends.tvm.values import Lazy, Pending, Ready, Store, Value
+from netlathe.backends.tvm.values import Lazy, Normed, Pending, Ready, Store, Value
 from netlathe.ir import dims, weights
 from netlathe.ir.dims import Shape
 
@@ -34,10 +34,12 @@ def _matmul(op: Op) -> Sequence[Value]:
         if isinstance(op.low.machine, Gpu) and (made := cuda_products.beside(op)) is not None:
             return [made]
         if _is_matrix(constant) and _is_plain(constant):
-            return [by_constant(op.low, op.ready(0), constant, op.dtype(), op.shape())]
+            left = cuda_products.left(op)
+            return [by_constant(op.low, left, constant, op.dtype(), op.shape())]
         if isinstance(op.low.machine, Gpu):
+            left = cuda_products.left(op)
             for of in (cuda_products.of_quantized, eight.of_weight):
-                if (held := of(op.low, op.ready(0), constant, op.shape())) is not None:
+                if (held := of(op.low, left, constant, op.shape())) is not None:
                     return [held]
         elif (quantized := _quantized(constant)) is not None:
             return [by_quantized(op.low, op.ready(0), quantized, op.dtype(), op.shape())]
@@ -134,10 +136,13 @@ def _layout(low: Lowering, dtype: D, inner: int, block: int) -> gemv.Words | Non
     return layout if block % gemv.STEP == 0 and inner % block == 0 else None
 
 
-def by_constant(low: Lowering, a: Ready, constant: ir.Value, dtype: D, shape: Shape) -> Pending:
+def by_constant(
+    low: Lowering, a: Ready | Normed, constant: ir.Value, dtype: D, shape: Shape
+) -> Pending:
     """``a`` [..., K] times a constant [K, N], packed at compile time."""
     if isinstance(low.machine, Gpu):
         return cuda_products.of_constant(low, a, constant, dtype, shape)
+    a = low.force(a)
     if (made := products.by_constant(low, a, constant, dtype, shape)) is not None:
         return made
     tensor = constant.const_value

@@ -8,6 +8,8 @@ import numpy as np
 from tvm import tirx
 
 from netlathe.backends.tvm import mathfn, storage
+from netlathe.backends.tvm.cuda import products as cuda_products
+from netlathe.backends.tvm.cuda.machine import Gpu
 from netlathe.backends.tvm.kernel import Kernel
 from netlathe.backends.tvm.kernels import rows
 from netlathe.backends.tvm.lowering import Lowering
@@ -124,7 +126,10 @@ def _norm(op: Op) -> Sequence[Value]:
             constants,
         )
 
-    return [Pending(dtype, shape, build)]
+    made = Pending(dtype, shape, build)
+    if not centred and axis == x.rank - 1 and isinstance(op.low.machine, Gpu):
+        return [cuda_products.inside(op, x, scale, epsilon, made) or made]
+    return [made]
 
 
 def _norm_with_statistics(op: Op, x: Value, axis: int) -> Sequence[Value]:

@@ -41,7 +41,7 @@ def everything() -> ir.Model:
         """
         <ir_version: 11, opset_import: ["" : 25]>
         g (bfloat16[40, 256] x, bfloat16[4, 256] few, bfloat16[b, 4, s, 64] q,
-            float16[2, 24, h, v] image) => (bfloat16[40, 128] y,
+            float16[2, 24, h, v] image) => (bfloat16[40, 128] y, bfloat16[4, 128] nu, bfloat16[4, 128] ne,
             bfloat16[b, 4, s, 64] z, float[40, 256] p, float[40] r, float[40, 256] c, bfloat16[4, 128] u,
             bfloat16[4, 128] e, float[40, 128] v, float16[2, 72, h, v] seen)
         {
@@ -51,6 +51,10 @@ def everything() -> ir.Model:
             d = DequantizeLinear <axis = 0, block_size = 128> (four, scale)
             u = MatMul (few, d)
             e = MatMul (few, w)
+            first = RMSNormalization (few, own)
+            nu = MatMul (first, d)
+            second = RMSNormalization (few, own)
+            ne = MatMul (second, w)
             z = Attention <is_causal = 1> (q, q, q)
             f = Cast <to = 1> (x)
             t = RMSNormalization (f, gain)
@@ -73,6 +77,7 @@ def everything() -> ir.Model:
         "bias": half(128),
         "four": ir.Tensor(four, dtype=ir.DataType.INT4),
         "scale": half(2, 128),
+        "own": half(256),
         "gain": ir.Tensor(rng.random(256, dtype=np.float32)),
         "last": ir.Tensor(np.array([1])),
         "one": ir.Tensor(np.array(1)),

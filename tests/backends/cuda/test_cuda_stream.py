@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from netlathe.backends.tvm.cuda import ampere, hopper, limbs, stream
+from netlathe.backends.tvm.cuda import ampere, held, hopper, stream
 from netlathe.backends.tvm.cuda.machine import ARCHITECTURES
 
 SIZES = (1024, 4096, 8192, 11008, 28672)
@@ -27,19 +27,19 @@ def test_shapes(bits: int, tiles: int, group: int) -> None:
 
 
 @pytest.mark.parametrize("bits", [8, 4])
-@pytest.mark.parametrize("rows", limbs.ROWS)
+@pytest.mark.parametrize("rows", held.ROWS)
 def test_shapes_with_x_as_integers(bits: int, rows: int) -> None:
     """x is beside the stages, which have more room for weights then, where its rows are not too long."""
     group = 128 if bits == 4 else 0
     for inner in SIZES:
         shape = stream.chosen(bits, 1, 4096, inner, group, False, 8, rows)
         if shape is None:
-            assert inner * rows > limbs.MOST
+            assert inner * rows > held.MOST
             continue
         assert shape.rows == rows and shape.shared_bytes <= 227 << 10 and shape.stages >= 4
         assert shape.share * shape.splits >= inner
         # Two bytes for an element of each row, a scale of four for a chunk.
-        assert 0 <= shape.limb_bytes - shape.share * rows * (2 + 4 * bits / 512) < 128
+        assert 0 <= shape.held_bytes - shape.share * rows * (2 + 4 * bits / 512) < 128
         halves = stream.chosen(bits, 1, 4096, inner, group, False, 8)
         assert halves is not None and halves.stage_bytes > shape.stage_bytes
     assert stream.chosen(bits, 1, 4096, 1 << 20, group, False, 8, rows) is None
