@@ -1,7 +1,7 @@
 """Whole networks on the FPGA overlay: what runs there, how long, and whether the numbers are the graph's.
 
     python benchmarks/bench_fpga.py [--networks mlp,cnn,mobilenet_v2,resnet18,minilm,llama]
-    python benchmarks/bench_fpga.py --weights int4   # all but the first and the last layer in int4
+    python benchmarks/bench_fpga.py --weights int4   # all but the first and the last layer in int4; --correct-bias
     python benchmarks/bench_fpga.py --layers         # single layers
     python benchmarks/bench_fpga.py --lengths        # the LLaMA's instructions, shared between lengths
 
@@ -207,7 +207,7 @@ NETWORKS: dict[str, Callable[[Path], Case]] = {
 # -- measuring ----------------------------------------------------------------------------------------
 
 
-def measured(name: str, folder: Path, weights: str = "int8") -> Found:
+def measured(name: str, folder: Path, weights: str = "int8", correct_bias: bool = False) -> Found:
     """Compile from the shell in ``folder``, load, run: see the first lines of this file.
 
     ``weights`` is the format of all but the first and the last layer.
@@ -222,6 +222,8 @@ def measured(name: str, folder: Path, weights: str = "int8") -> Found:
         wide = ", ".join(f"'{module}': {{'weights': 'int8'}}" for module in case.wide)
         narrow = f"weights='{weights}', clip='mse', overrides={{{wide}}}"
         passes = passes.replace("min_size=0", f"min_size=0, {narrow}")
+    if correct_bias:
+        passes = passes.replace("min_size=0", "min_size=0, correct_bias=True")
     words = ["compile", str(case.model), "--passes", passes, "--calibration", str(data)]
     words += ["--target", TARGET, "-o", str(out), "--no-cache", *case.options]
     if (code := shell(words)) != 0:
@@ -368,6 +370,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--networks", default=",".join(NETWORKS))
     parser.add_argument("--weights", default="int8", help="of all but the first and last layer")
+    parser.add_argument("--correct-bias", action="store_true", help="quantize(correct_bias=True)")
     parser.add_argument("--layers", action="store_true", help="single layers instead")
     parser.add_argument("--lengths", action="store_true", help="instructions of the LLaMA instead")
     args = parser.parse_args()
@@ -380,7 +383,7 @@ def main() -> None:
         return
     for name in args.networks.split(","):
         with tempfile.TemporaryDirectory() as folder:
-            for numbers in measured(name, Path(folder), args.weights).numbers:
+            for numbers in measured(name, Path(folder), args.weights, args.correct_bias).numbers:
                 print(json.dumps(numbers), flush=True)
 
 
