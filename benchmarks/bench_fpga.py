@@ -1,7 +1,7 @@
 """Whole networks on the FPGA overlay: what runs there, how long, and whether the numbers are the graph's.
 
     python benchmarks/bench_fpga.py [--networks mlp,cnn,mobilenet_v2,resnet18,minilm,llama]
-    python benchmarks/bench_fpga.py --weights int4   # all but the first and the last layer in int4; --correct-bias
+    python benchmarks/bench_fpga.py --weights int4   # all but the first and the last layer; --correct-bias
     python benchmarks/bench_fpga.py --layers         # single layers
     python benchmarks/bench_fpga.py --lengths        # the LLaMA's instructions, shared between lengths
 
