@@ -48,10 +48,11 @@ class Size:
     words: int = 32000
 
 
-# What is built: name -> (size, format of the layers' weights).
+# What is built: name -> (size, format of the layers' weights, and of the head after a dash if not bf16).
 MODELS = {
     f"bf16-{SOME}": (Size(SOME), "bf16"),
     **{f"{kind}-{FULL}": (Size(FULL), kind) for kind in ("bf16", "int8", "int4")},
+    f"int4-{FULL}-head": (Size(FULL), "int4-head"),
     "pruned-8": (Size(SOME, heads=22, inner=7680), "bf16"),
     "sliced-8": (Size(SOME, width=2880), "bf16"),
     "dropped-8": (Size(6), "bf16"),
@@ -67,6 +68,7 @@ def graph(size: Size, kind: str) -> Any:
 
     from netlathe.ir import normal
 
+    kind, _, whole = kind.partition("-")
     side = size.heads * size.depth
     inputs = ["int64[1, s] ids", "int64[1, s] at", "int64[1] first", "int64[1] total"]
     outputs = [f"bfloat16[1, s, {size.words}] logits"]
@@ -75,11 +77,10 @@ def graph(size: Size, kind: str) -> Any:
         "embed": ("BFLOAT16", [size.words, size.width]),
         "cos": ("BFLOAT16", [2 * PROMPT, size.depth // 2]),
         "sin": ("BFLOAT16", [2 * PROMPT, size.depth // 2]),
-        "head": ("BFLOAT16", [size.width, size.words]),
         "gain": ("BFLOAT16", [size.width]),
     }
 
-    def product(out: str, x: str, name: str, inner: int, columns: int) -> None:
+    def product(out: str, x: str, name: str, inner: int, columns: int, kind: str = kind) -> None:
         if kind == "bf16":
             constants[name] = ("BFLOAT16", [inner, columns])
             body.append(f"{out} = MatMul ({x}, {name})")
@@ -122,7 +123,14 @@ def graph(size: Size, kind: str) -> Any:
         product(f"z{i}", f"f{i}", f"wdown{i}", size.inner, size.width)
         body.append(f"x{i + 1} = Add (y{i}, z{i})")
     body.append(f"last = {normed} (x{size.layers}, gain)")
-    body.append("logits = MatMul (last, head)")
+    product(
+        "logits",
+        "last",
+        "head" if not whole else "word",
+        size.width,
+        size.words,
+        kind if whole else "bf16",
+    )
     text = ", ".join(inputs), ", ".join(outputs), "\n".join(body)
     model = ir.from_onnx_text(
         '<ir_version: 12, opset_import: ["" : 25]> g ({}) => ({}) {{ {} }}'.format(*text)
@@ -204,7 +212,9 @@ class Llama:
         elif len(shape) == 1:
             made = 1 + 0.1 * torch.randn(shape, device="cuda")
         elif name.endswith("s") and self.kind != "bf16":
-            made = torch.rand(shape, device="cuda") / (256 if self.kind == "int4" else 4096)
+            made = torch.rand(shape, device="cuda") / (
+                256 if self.kind.startswith("int4") else 4096
+            )
         else:
             made = torch.randn(shape, device="cuda") * shape[1] ** -0.5
         made = made.to(torch.bfloat16)

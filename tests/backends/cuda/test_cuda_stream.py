@@ -38,6 +38,7 @@ def test_shapes_with_x_as_integers(bits: int, rows: int) -> None:
             continue
         assert shape.rows == rows and shape.shared_bytes <= 227 << 10 and shape.stages >= 4
         assert shape.share * shape.splits >= inner
+        assert bits == 8 or shape.stages <= 8  # more are in the way of x
         # Two bytes for an element of each row, a scale of four for a chunk.
         assert 0 <= shape.held_bytes - shape.share * rows * (2 + 4 * bits / 512) < 128
         halves = stream.chosen(bits, 1, 4096, inner, group, False, 8)
