@@ -131,6 +131,7 @@ class GpuCode(Code):
     ) -> Iterator[tuple[Expr, Expr]]:
         """A grid of blocks; what is written inside runs in every thread: (block, thread) in int64.
 
+        Of no blocks TVM launches one all the same, so that code for a number known at run time looks at it.
         ``cluster`` blocks of the grid run side by side; at least ``least`` of them fit a multiprocessor. On
         sm_90a a grid may start before the one in front of it has ended. It waits for that first of all,
         or, without ``waits``, where its own code does, before it touches what another kernel writes or reads.

@@ -18,6 +18,7 @@ from netlathe.backends.tvm.kernel import SCHEDULE
 from netlathe.backends.tvm.lowering import Lowering
 from tests.backends.tvm.test_tvm_nodes import EXCLUDED, QUICK, _prepared
 from tests.execute.test_node_backend import CASES
+from tests.ir.onnx_text import normal_model
 
 FAMILIES = ("sm_90a", "sm_80")
 
@@ -61,3 +62,31 @@ def test_node(case: TestCase) -> None:
         for kernel in kernels:
             for statement in on_host(kernel.body):
                 assert not isinstance(statement, (tirx.For, tirx.While, tirx.BufferStore))
+
+
+def stored(statement: Any, conditions: int = 0) -> Iterator[tuple[str, int]]:
+    """Of each store within grids: where it goes, and the number of conditions around it."""
+    if isinstance(statement, tirx.BufferStore):
+        yield statement.buffer.scope(), conditions
+    elif isinstance(statement, tirx.SeqStmt):
+        for inner in statement.seq:
+            yield from stored(inner, conditions)
+    elif isinstance(statement, tirx.IfThenElse):
+        yield from stored(statement.then_case, conditions + 1)
+        if statement.else_case is not None:
+            yield from stored(statement.else_case, conditions + 1)
+    elif hasattr(statement, "body"):
+        yield from stored(statement.body, conditions)
+
+
+@pytest.mark.parametrize(
+    "node", ["Softmax (x)", "RMSNormalization (x, gain)", "LayerNormalization (x, gain)"]
+)
+def test_of_no_rows_nothing_is_written(node: str) -> None:
+    """TVM launches a block where there is nothing to do, too: it has to look."""
+    text = f"""<ir_version: 12, opset_import: ["" : 25]>
+        g (float[n, 4096] x, float[4096] gain) => (float[n, 4096] y) {{ y = {node} }}"""
+    lowered = Lowering(normal_model(text), gpu(["sm_90a"])).run()
+    (kernel,) = (f for _, f in lowered.module.functions_items() if isinstance(f, tirx.PrimFunc))
+    conditions = [count for scope, count in stored(kernel.body) if scope == "global"]
+    assert conditions and min(conditions) >= 1
