@@ -261,7 +261,9 @@ def test_zoo_models(name: str, scales: Any) -> None:
     samples = [inputs_of(before, fed) for fed in zoo_ir.feeds(name)]
     options: Any = {"activation_scales": scales, "activation_form": "qdq"}
     after, _ = quantized(before, 1e-3, samples, activations="int8", **options)
-    assert ops(after)["QuantizeLinear"] >= (4 if name != "resnet" or scales == "static" else 0)
+    # Convolutions have no tokens: that leaves the classifier, of which resnet's is too small.
+    few = scales == "token" and ops(before)["Conv"] > 4
+    assert ops(after)["QuantizeLinear"] >= (4 if not few else int(name != "resnet"))
 
 
 # -- ranges -----------------------------------------------------------------------------------------
