@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from netlathe.analysis.roofline import Ceilings
 from netlathe.backends.tvm import runtime
+from netlathe.diagnostics import Diagnostic, InputError
 from netlathe.execute.timing import Timing
 
 COPY = "copy on the GPU"
@@ -32,7 +33,8 @@ def replayed(model: runtime.Model, feeds: Mapping[str, npt.NDArray[Any]]) -> Cal
     """A function that runs the model once, recorded with these inputs, and waits for the GPU.
 
     Raises:
-        ArtifactError: a name, dtype or shape is not the model's; it cannot be recorded; or CUDA fails.
+        ArtifactError: a name, dtype or shape is not the model's; or it cannot be recorded.
+        InputError: from the function: CUDA fails.
     """
     recording = model.record(feeds)
 
@@ -47,7 +49,7 @@ def copies() -> Callable[[], object]:
     """A function that copies a gigabyte within the GPU's memory a few times; see :func:`ceilings`.
 
     Raises:
-        ArtifactError: CUDA fails, as where there is no room.
+        InputError: CUDA fails, as where there is no room.
     """
     cudart = runtime._cuda_runtime(Path())
     ends = ctypes.c_void_p(), ctypes.c_void_p()
@@ -67,7 +69,7 @@ def ceilings(found: Mapping[str, Timing]) -> Ceilings:
     """The rates of the first GPU, the one of memory from :func:`copies` in its fastest quarter.
 
     Raises:
-        ArtifactError: CUDA fails.
+        InputError: CUDA fails, or there is no rate for this GPU.
     """
     peak = operations(*(_attribute(n) for n in (_MAJOR, _MINOR, _PROCESSORS, _CLOCK_KHZ)))
     return Ceilings(peak, 2 * peak, 2e3 * _COPIED * _TIMES / found[COPY].low_ms)
@@ -77,7 +79,7 @@ def operations(major: int, minor: int, processors: int, clock_khz: int) -> float
     """Operations a second on halves of a GPU of this compute capability.
 
     Raises:
-        ArtifactError: there is no rate for it.
+        InputError: there is no rate for it.
     """
     known = [
         capability
@@ -85,8 +87,11 @@ def operations(major: int, minor: int, processors: int, clock_khz: int) -> float
         if capability // 10 == major and capability % 10 <= minor
     ]
     if not known:
-        raise runtime.ArtifactError(
-            f"no rate of arithmetic is known for GPUs of compute capability {major}.{minor}"
+        raise InputError(
+            Diagnostic(
+                "bench.gpu",
+                f"no rate of arithmetic is known for GPUs of compute capability {major}.{minor}",
+            )
         )
     return 1e3 * clock_khz * processors * _OPERATIONS[max(known)]
 
@@ -105,4 +110,10 @@ def _wait() -> None:
 
 def _check(status: int, what: str) -> None:
     if status:
-        raise runtime.ArtifactError(f"{what} failed: CUDA error {status}")
+        raise InputError(
+            Diagnostic(
+                "bench.gpu",
+                f"{what} failed on the GPU: CUDA error {status}",
+                help="nvidia-smi shows what else runs there; measuring takes 2 GiB beside the models",
+            )
+        )

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from netlathe.backends.tvm.runtime import ArtifactError
+from netlathe.backends.tvm import runtime
+from netlathe.diagnostics import InputError
 from netlathe.execute import gpu
 from netlathe.execute.timing import Timing
 
@@ -21,7 +22,7 @@ def test_a_minor_version_has_the_rate_of_the_one_before() -> None:
 
 
 def test_no_rate_is_made_up() -> None:
-    with pytest.raises(ArtifactError, match="capability 12"):
+    with pytest.raises(InputError, match="capability 12"):
         gpu.operations(12, 0, 170, 2_400_000)
 
 
@@ -30,3 +31,18 @@ def test_ceilings(monkeypatch: pytest.MonkeyPatch) -> None:
     found = gpu.ceilings({gpu.COPY: Timing(2.4, 2.0, 2.8, 3)})
     assert found.float_ops == 132 * 1.98e9 * 4096 and found.byte_ops == 2 * found.float_ops
     assert found.bytes == pytest.approx(2 * 2**30 / 0.5e-3)
+
+
+class NoRoom:
+    """CUDA's runtime where memory is used up."""
+
+    def cudaMalloc(self, *_: object) -> int:
+        return 2
+
+
+def test_no_room_for_a_copy_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runtime, "_cuda_runtime", lambda _: NoRoom())
+    with pytest.raises(
+        InputError, match=r"taking memory failed on the GPU: CUDA error 2(.|\n)*2 GiB"
+    ):
+        gpu.copies()
