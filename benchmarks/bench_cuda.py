@@ -190,7 +190,8 @@ class Bench:
         """Against torch, in turn."""
         torch = self.torch
         main, facts = self.load(name)
-        inner, columns, kind = facts["inner"], facts["columns"], facts["kind"]
+        inner, columns = facts["inner"], facts["columns"]
+        kind = str(facts["kind"])
         held = {"bf16": "uint16", "f16": "float16", "int8x8": "int8"}.get(kind, kind)
         x, own_x = self.tensor(held, (rows, inner), 1.0)
         spread = 1.0 if kind in ("e4m3", "e5m2") else inner**-0.5

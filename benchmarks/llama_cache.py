@@ -58,7 +58,7 @@ def with_room(model: ir.Model) -> ir.Model:
         assert cache is not None and cache.shape is not None
         cache.shape = ir.Shape([*cache.shape[:2], ROOM, cache.shape[3]])
         written = new("TensorScatter", cache, node.inputs[1], first, axis=2)
-        written.dtype, written.shape = cache.dtype, cache.shape
+        written.type, written.shape = cache.type, cache.shape
         edit.redirect(result, written)
     for node in [node for node in graph if node.op_type == "Attention"]:
         kept = {name: node.attributes.get_float(name, 0.0) for name in ("scale", "softcap")}

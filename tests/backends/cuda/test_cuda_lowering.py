@@ -67,7 +67,8 @@ def test_node(case: TestCase) -> None:
 def stored(statement: Any, conditions: int = 0) -> Iterator[tuple[str, int]]:
     """Of each store within grids: where it goes, and the number of conditions around it."""
     if isinstance(statement, tirx.BufferStore):
-        yield statement.buffer.scope(), conditions
+        buffer: Any = statement.buffer
+        yield buffer.scope(), conditions
     elif isinstance(statement, tirx.SeqStmt):
         for inner in statement.seq:
             yield from stored(inner, conditions)
@@ -87,6 +88,7 @@ def test_of_no_rows_nothing_is_written(node: str) -> None:
     text = f"""<ir_version: 12, opset_import: ["" : 25]>
         g (float[n, 4096] x, float[4096] gain) => (float[n, 4096] y) {{ y = {node} }}"""
     lowered = Lowering(normal_model(text), gpu(["sm_90a"])).run()
+    kernel: Any
     (kernel,) = (f for _, f in lowered.module.functions_items() if isinstance(f, tirx.PrimFunc))
     conditions = [count for scope, count in stored(kernel.body) if scope == "global"]
     assert conditions and min(conditions) >= 1

@@ -116,7 +116,8 @@ def called(made: Lowered) -> list[str]:
         if isinstance(expr, relax.Call) and str(getattr(expr.op, "name", "")).startswith(
             "relax.call_tir"
         ):
-            names.append(str(expr.args[0].name_hint))
+            kernel: Any = expr.args[0]
+            names.append(str(kernel.name_hint))
 
     relax.analysis.post_order_visit(made.module["main"], visit)
     return names

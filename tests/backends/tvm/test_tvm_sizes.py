@@ -44,7 +44,7 @@ def test_each_is_made_once() -> None:
         main = build.relax_pipeline()(lowered.module)["main"]
     values = [binding.value for block in main.body.blocks for binding in block.bindings]
     assert not any(isinstance(value, relax.Var) for value in values)  # a copy, when it runs
-    calls = [value for value in values if isinstance(value, tvm.ir.Call)]
+    calls: list[Any] = [value for value in values if isinstance(value, tvm.ir.Call)]
     made = Counter(
         str(call)
         for call in calls
