@@ -131,6 +131,8 @@ def _started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[subproces
         text=True,
         start_new_session=True,
         env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        # Jobs that a shell runs in the background ignore SIGINT, and so do their children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     deadline = time.monotonic() + DEADLINE
     while not told.exists():
