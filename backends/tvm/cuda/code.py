@@ -131,7 +131,7 @@ class GpuCode(Code):
     ) -> Iterator[tuple[Expr, Expr]]:
         """A grid of blocks; what is written inside runs in every thread: (block, thread) in int64.
 
-        Of no blocks TVM launches one all the same, so that code for a number known at run time looks at it.
+        Of no blocks none is launched.
         ``cluster`` blocks of the grid run side by side; at least ``least`` of them fit a multiprocessor. On
         sm_90a a grid may start before the one in front of it has ended. It waits for that first of all,
         or, without ``waits``, where its own code does, before it touches what another kernel writes or reads.
@@ -158,7 +158,8 @@ class GpuCode(Code):
             no_range: Any = None  # the annotation forgets that a thread's axis has none
             axis = tirx.IterVar(no_range, var, tirx.IterVar.ThreadIndex, tag)
             body = tirx.AttrStmt(axis, "thread_extent", extent, body)
-        self.emit(body)
+        # TVM launches a block where there would be none.
+        self.emit(body if known(blocks) else tirx.IfThenElse(blocks > i64(0), body, None))
 
     def follow(self) -> None:
         """Wait for the grids in front, and let the one behind start: see :meth:`launch`."""

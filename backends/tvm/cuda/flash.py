@@ -126,7 +126,7 @@ class _Problem:
         own = idiv(self.heads, self.spec.groups)  # heads of keys in a sequence
         blocks = self.pairs * parts * tiles
         launch = code.launch(blocks, decode.THREADS, least=decode.BLOCKS, waits=False)
-        with launch as (block, _), code.when(block < blocks):
+        with launch as (block, _):
             if code.has_wgmma:
                 given = [self.pointer(buffer) for buffer in (*self.caches[:2], self.lengths)]
                 places = (block, parts, tiles, own, self.keys)
@@ -141,8 +141,7 @@ class _Problem:
             causal = i64(int(self.plain.causal))
             code.run(name, text, shared, *pointers, self.scale(), *numbers, causal)
         threads = decode.MERGERS * self.depth
-        merges = self.pairs * self.rows
-        with code.launch(merges, threads) as (block, thread), code.when(block < merges):
+        with code.launch(self.pairs * self.rows, threads) as (block, thread):
             count = decode.MERGERS * shape.partial
             shared = code.address(code.alloc([count], "float32", scope="shared"))
             name = decode.name(shape, self.dtype, "merged")

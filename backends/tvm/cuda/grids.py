@@ -229,9 +229,8 @@ def rows(
         return
     with code.launch(count, THREADS, waits=False) as (block, thread):
         _ask(code, length, thread, constants)
-        with code.when(block < count):
-            index = [code.bind(i) for i in unflatten(block, lead)]
-            body(Team(code, THREADS, thread), index)
+        index = [code.bind(i) for i in unflatten(block, lead)]
+        body(Team(code, THREADS, thread), index)
 
 
 def _ask(code: GpuCode, length: Expr, thread: Expr, constants: Sequence[tuple[Any, int]]) -> None:

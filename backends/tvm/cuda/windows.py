@@ -176,8 +176,7 @@ def _each(
     pieces = idiv(out[3], i64(lanes))
     line = out[2] * pieces
     chunks = idiv(line + i64(THREADS - 1), THREADS)
-    blocks = out[0] * out[1] * chunks
-    with code.launch(blocks, THREADS) as (block, thread), code.when(block < blocks):
+    with code.launch(out[0] * out[1] * chunks, THREADS) as (block, thread):
         b, row, chunk = narrow(code, block, [out[0], out[1], chunks])
         within = code.bind(chunk * i64(THREADS) + thread)
         with code.when(within < line):
