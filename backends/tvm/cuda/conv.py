@@ -59,10 +59,10 @@ def of_halves(
     each, and all are taken.
     """
     assert constant.name is not None
-    dtype, outputs = HALVES[x.dtype], int(shape[3])  # type: ignore[arg-type]
+    dtype, outputs = HALVES[x.dtype], int(shape[3])  # type: ignore[arg-type]  # outputs are a constant's
     machine = low.machine
     assert isinstance(machine, Gpu)
-    inputs = -(-int(x.shape[3]) // 8) * 8  # type: ignore[arg-type]
+    inputs = -(-int(x.shape[3]) // 8) * 8  # type: ignore[arg-type]  # channels are a number
     down, across = (stride <= conv_hopper.MOST_STRIDE for stride in windows.strides)
     narrow_ = inputs <= conv_hopper.NARROW and _joins(windows, x.shape, shape)
     joined = machine.has_wgmma and down and narrow_
@@ -125,7 +125,7 @@ def _joins(windows: Windows, x: Shape, out: Shape) -> bool:
 
 def _reach(windows: Windows, out: Shape) -> int:
     """The columns that windows cover, with the border before them."""
-    return (int(out[2]) - 1) * windows.strides[1] + windows.kernel[1]  # type: ignore[arg-type]
+    return (int(out[2]) - 1) * windows.strides[1] + windows.kernel[1]  # type: ignore[arg-type]  # a number
 
 
 def depthwise(low: Lowering, x: Value, taps: Ready, cut: Windows, shape: Shape) -> Pending:

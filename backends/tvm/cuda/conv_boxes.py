@@ -175,7 +175,7 @@ def _convolve(
                     else:
                         code.branch(
                             whole,
-                            lambda part=part: results(part, True),  # type: ignore[misc]
+                            lambda part=part: results(part, True),  # type: ignore[misc]  # mypy infers no default
                             lambda part=part: results(part, False),  # type: ignore[misc]
                         )
                     code.run(named("unstage"), text)

@@ -172,8 +172,9 @@ def of_weight(low: Lowering, a: Ready | Normed, value: ir.Value, shape: Shape) -
     recipe = Recipe(packing.dequantized, (data.name, scale.name))
     held = low.parameter(data.name, a.dtype, (columns, inner), recipe, (data, scale, "dequantized"))
     found = factors.Factor(factors.Kind(half, inner, a.dtype), columns, data)
-    made = lambda kernel: few.Weight(kernel.read(held))  # noqa: E731
-    return products.on_tensor_cores(low, a, found, shape, made)
+    return products.on_tensor_cores(
+        low, a, found, shape, lambda kernel: few.Weight(kernel.read(held))
+    )
 
 
 def _dequantized(value: ir.Value | None) -> ir.Node | None:

@@ -142,7 +142,7 @@ def _warpgroups(
                         code.run(named("stage"), text, shared, code.address(sums, part * 32))
                         code.branch(
                             whole,
-                            lambda part=part: results(part, True),  # type: ignore[misc]
+                            lambda part=part: results(part, True),  # type: ignore[misc]  # mypy infers no default
                             lambda part=part: results(part, False),  # type: ignore[misc]
                         )
                         code.run(named("unstage"), text)
