@@ -17,12 +17,11 @@ _V8_2 = (*_BASE, "fphp", "asimdhp", "asimdrdm", "asimddp")
 
 @dataclass(frozen=True)
 class Core:
-    """A core: LLVM's name for it, the features that its kernels may use, and what qemu calls it."""
+    """A core: the name that LLVM and qemu have for it, and the features that its kernels may use."""
 
     name: str
     features: tuple[str, ...]
     attributes: tuple[str, ...]  # for LLVM: what the core has and kernels do without
-    emulated: str  # qemu's -cpu
 
     @property
     def machine(self) -> Machine:
@@ -41,9 +40,8 @@ class Core:
 CORES: Mapping[str, Core] = {
     core.name: core
     for core in (
-        Core("cortex-a72", _BASE, (), "cortex-a72"),
-        Core("neoverse-n1", _V8_2, (), "neoverse-n1"),
-        # Debian's qemu 7.2 has no neoverse-v1.
-        Core("neoverse-v1", (*_V8_2, "fcma", "asimdfhm", "i8mm"), ("-sve",), "max"),
+        Core("cortex-a72", _BASE, ()),
+        Core("neoverse-n1", _V8_2, ()),
+        Core("neoverse-v1", (*_V8_2, "fcma", "asimdfhm", "i8mm"), ("-sve",)),
     )
 }

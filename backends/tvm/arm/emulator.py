@@ -6,6 +6,7 @@ import platform
 import shutil
 import subprocess
 from collections.abc import Sequence
+from functools import lru_cache
 
 from netlathe.backends.tvm.arm.cores import Core
 
@@ -15,14 +16,21 @@ _NAMES = ("qemu-aarch64", "qemu-aarch64-static")
 def command(core: Core) -> tuple[str, ...] | None:
     """What comes before a program that is run on ``core``; None where nothing can run it.
 
-    qemu's CPU has the instructions of ``core``, or if it does not know the core all that it has.
+    qemu's CPU is ``core``, or where it does not know the core (Neoverse-V1 before 8.1) one with everything.
     """
     if platform.machine() == "aarch64":
         return ()
     for name in _NAMES:
         if (found := shutil.which(name)) is not None:
-            return (found, "-cpu", core.emulated)
+            return (found, "-cpu", core.name if core.name in _known(found) else "max")
     return None
+
+
+@lru_cache(maxsize=2)
+def _known(qemu: str) -> frozenset[str]:
+    """The CPUs that a qemu can be."""
+    told = subprocess.run([qemu, "-cpu", "help"], capture_output=True, text=True, check=False)
+    return frozenset(told.stdout.split())
 
 
 def run(core: Core, words: Sequence[str]) -> subprocess.CompletedProcess[str]:

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 pytest.importorskip("tvm", reason="the tvm extra is not installed")
 
+from netlathe.backends.tvm import runtime
 from netlathe.backends.tvm.arm import cross, emulator
 from netlathe.backends.tvm.arm.artifact import BareArtifact, build_program
 from netlathe.backends.tvm.arm.backend import ArmBackend
@@ -78,6 +79,27 @@ def saved(folder: Path) -> Path:
     if not any(folder.iterdir()):
         artifact().save(folder)
     return folder
+
+
+@pytest.mark.parametrize("core", CORES)
+def test_programs_run_on_the_core_and_no_larger_one(core: str, tmp_path: Path) -> None:
+    """Of the features that Linux names, the emulated CPU has those of the core and no others."""
+    need_emulator()
+    command = emulator.command(CORES[core])
+    if not command or command[-1] != core:
+        pytest.skip(
+            f"code for {core} was not checked on that core: it ran on {' '.join(command or ('this CPU',))}"
+        )
+    (tmp_path / "main.c").write_text(
+        "#include <stdio.h>\n#include <sys/auxv.h>\n"
+        'int main(void) { printf("%lu %lu", getauxval(16), getauxval(26)); }\n'
+    )
+    program = str(tmp_path / "main")
+    subprocess.run([*cross.compiler(), "-static", tmp_path / "main.c", "-o", program], check=True)
+    words = emulator.run(CORES[core], [program]).stdout.split()
+    held = dict(zip((16, 26), map(int, words), strict=True))
+    found = {name for name, (entry, bit) in runtime.HWCAPS.items() if held[entry] >> bit & 1}
+    assert found == set(CORES[core].features)
 
 
 FEEDS = {"x": RNG.normal(size=(3, 6)).astype(np.float32), "int": np.array([2, 3])}
@@ -170,6 +192,16 @@ class TestRefusals:
         done = self._run(program, "cortex-a72", saved / "odd.weights", tmp_path)
         assert done.returncode == 2
         assert "this CPU lacks fphp asimdhp asimdrdm asimddp" in done.stderr
+
+    def test_code_for_neoverse_v1_is_refused_by_n1(self, tmp_path: Path) -> None:
+        need_emulator()
+        made = BACKEND.compile(
+            odd(), target("neoverse-v1", form="bare", dims="batch=3", prefix="odd")
+        )
+        made.save(tmp_path)
+        program = build_program(tmp_path, "odd", tmp_path)
+        done = self._run(program, "neoverse-n1", tmp_path / "odd.weights", tmp_path)
+        assert done.returncode == 2 and "this CPU lacks fcma asimdfhm i8mm" in done.stderr
 
     def test_other_weights(self, program: Path, saved: Path, tmp_path: Path) -> None:
         data = bytearray((saved / "odd.weights").read_bytes())

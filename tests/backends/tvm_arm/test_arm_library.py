@@ -23,7 +23,7 @@ import pytest
 
 pytest.importorskip("tvm", reason="the tvm extra is not installed")
 
-from netlathe.backends.tvm.arm import cross
+from netlathe.backends.tvm.arm import cross, emulator
 from netlathe.backends.tvm.arm.backend import ArmBackend
 from netlathe.backends.tvm.arm.cores import CORES
 from netlathe.execute import ort
@@ -55,8 +55,10 @@ class Device:
     folder: Path
 
     def _run(self, core: str, words: Sequence[object]) -> subprocess.CompletedProcess[str]:
-        command = ["qemu-aarch64", "-L", self.folder / "root", "-cpu", CORES[core].emulated]
-        command += ["-E", f"PYTHONPATH={self.folder / 'site'}", *words]
+        before = emulator.command(CORES[core])
+        assert before is not None
+        site = f"PYTHONPATH={self.folder / 'site'}"
+        command = [*before, "-L", self.folder / "root", "-E", site, *words]
         return subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
 
     def example(self, core: str, folder: Path, *words: object) -> subprocess.CompletedProcess[str]:
