@@ -53,10 +53,15 @@ class Tools:
 
 @dataclass(frozen=True)
 class Measured:
-    """Instructions: their cycles, and those that the busiest units and the multiplications alone need."""
+    """Instructions: the cycles they take, and those that they need.
+
+    ``mca`` is llvm-mca's "Block RThroughput", ``ports`` what the busiest units need, ``peak`` what the
+    multiplications alone need.
+    """
 
     instructions: int
     cycles: float
+    mca: float
     ports: float
     peak: float
     said: str
@@ -97,12 +102,14 @@ def _simulated(tools: Tools, core: Core, lines: Sequence[str], turns: int) -> Me
     names = re.findall(r"^\[[\d.]+\]\s+- (\w+)$", resources, re.M)
     last = resources.strip().splitlines()[-1].split()
     pressure = [0.0 if word == "-" else float(word) for word in last]
-    bounds = [number("Block RThroughput")]
+    throughput = number("Block RThroughput")
+    bounds = [throughput]
     for units in _CLASSES:
         held = [p for name, p in zip(names, pressure, strict=True) if units.search(name)]
         bounds.append(sum(held) / len(held))
     said = told[: told.index("Instruction Info")] + resources
-    return Measured(len(lines), number("Total Cycles") / turns, max(bounds), 0.0, said)
+    cycles = number("Total Cycles") / turns
+    return Measured(len(lines), cycles, throughput, max(bounds), 0.0, said)
 
 
 def inner_loop(tools: Tools, model: ir.Model, core: Core) -> list[str]:

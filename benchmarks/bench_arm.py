@@ -52,16 +52,16 @@ def main() -> int:
     tools = Tools.find()
     reports: list[str] = []
     worst = 1.0
-    row = "{:24} {:12} {:6} {:>12} {:>8} {:>6} {:>6}"
-    print(row.format("kernel", "core", "part", "instructions", "cycles", "ports", "peak"))
+    row = "{:24} {:12} {:6} {:>12} {:>8} {:>6} {:>6} {:>6}"
+    print(row.format("kernel", "core", "part", "instructions", "cycles", "mca", "ports", "peak"))
     for name in arguments.kernels:
         for core in _cores(name, arguments.cores):
             for part, found, text in _parts(tools, name, core):
                 reports.append(f"=== {name}, {core.name}, {part}\n{text}{found.said}")
-                share, peak = found.ports / found.cycles, found.peak / found.cycles
-                numbers = (found.instructions, f"{found.cycles:.1f}", f"{share:.1%}", f"{peak:.1%}")
+                shares = [each / found.cycles for each in (found.mca, found.ports, found.peak)]
+                numbers = (found.instructions, f"{found.cycles:.1f}", *(f"{x:.1%}" for x in shares))
                 print(row.format(name, core.name, part, *numbers), flush=True)
-                worst = min(worst, share)
+                worst = min(worst, found.ports / found.cycles)
     if arguments.report is not None:
         arguments.report.write_text("\n".join(reports), "utf-8")
     if arguments.count:
