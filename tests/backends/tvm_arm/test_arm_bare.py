@@ -97,7 +97,7 @@ def test_programs_run_on_the_core_and_no_larger_one(core: str, tmp_path: Path) -
     program = str(tmp_path / "main")
     subprocess.run([*cross.compiler(), "-static", tmp_path / "main.c", "-o", program], check=True)
     words = emulator.run(CORES[core], [program]).stdout.split()
-    held = dict(zip((16, 26), map(int, words), strict=True))
+    held: dict[int, int] = dict(zip((16, 26), map(int, words), strict=True))
     found = {name for name, (entry, bit) in runtime.HWCAPS.items() if held[entry] >> bit & 1}
     assert found == set(CORES[core].features)
 
