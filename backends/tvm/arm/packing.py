@@ -24,15 +24,16 @@ def neighbours(
 ) -> Array:
     """:func:`matrix_shape` [K, N] as [count, inner / group, width, group], zero beyond K and N.
 
-    So ``group`` values of k of one column are neighbours, then the columns of a panel. The zeros of the
-    ``last`` values of k come before those that are left: A is read there up to its end.
+    So ``group`` values of k of one column are neighbours, then the columns of a panel. With ``last`` A is
+    read in pieces of so many values, the last of them up to its end: the values of k that this one has and
+    no piece before are behind zeros.
     """
     values = _matrix(tensor)
     if last:
-        whole = inner - last
+        whole = len(values) // last * last
         moved = np.zeros((inner, values.shape[1]), values.dtype)
         moved[:whole] = values[:whole]
-        moved[inner - (len(values) - whole) :] = values[whole:]
+        moved[whole + last - (len(values) - whole) : whole + last] = values[whole:]
         values = moved
     return _grouped(neighbours_of(values, count, width, inner), group)
 

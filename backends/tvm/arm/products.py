@@ -111,16 +111,11 @@ class Product:
         self.count = -(-self.columns // scheme.width)
         self.padded = -(-self.inner // scheme.elements) * scheme.elements
         self.shift: Shift | None = None
-        group = scheme.elements // scheme.steps
-        numbers: tuple[int, ...] = (self.count, scheme.width, self.padded, group)
         # Bytes that are left are read with those before them, which zeros multiply; floats might be infinite.
-        self.overlaps = (
-            scheme is neon.DOT and self.inner > scheme.elements and self.padded > self.inner
-        )
-        if scheme.paired:
-            numbers = (self.count, scheme.width, self.padded, 8)
-        elif self.overlaps:
-            numbers = (*numbers, scheme.elements)
+        piece = 8 if scheme.paired or self.inner < scheme.elements else scheme.elements
+        self.piece = piece if scheme.a_type == "int8" and self.inner >= piece else 0
+        group = scheme.elements // scheme.steps
+        numbers = (self.count, scheme.width, self.padded, group, self.piece)
         elements = self.count * self.padded * scheme.width
         self.weight = low.parameter(
             constant.name,
@@ -172,7 +167,7 @@ class Product:
         def task(size: int, first: Expr, end: Expr, panel: Expr) -> None:
             out = code.alloc([size * scheme.width], out_type)
             rest = self.inner % scheme.elements
-            copied = rest and not self.overlaps
+            copied = rest and not self.piece
             tails = code.alloc([size * scheme.elements], stored) if copied else None
             base = code.bind(panel * i64(panel_size))
 
@@ -187,10 +182,15 @@ class Product:
                     self._copy_tails(code, buffer, tails, stored, start, rest)
 
                 def tail(i: int) -> Expr:
-                    if tails is None:
-                        return register(start[i] + i64(self.inner - scheme.elements))
-                    at = i * scheme.elements
-                    return signed(code.vload(tails, at, scheme.elements), self.a.dtype)
+                    if tails is not None:
+                        at = i * scheme.elements
+                        return signed(code.vload(tails, at, scheme.elements), self.a.dtype)
+                    last = start[i] + i64(self.inner - self.piece)
+                    if self.piece == scheme.elements:
+                        return register(last)
+                    both = [code.vload(buffer, at, self.piece) for at in (start[i], last)]
+                    places: list[Expr] = [tirx.IntImm("int32", j) for j in range(scheme.elements)]
+                    return signed(tirx.Shuffle(both, places), self.a.dtype)
 
                 made = Tile(code, scheme, self.inner, lambda i, k: register(start[i] + k), b, tail)
                 made.run(size, out)
@@ -253,13 +253,22 @@ class Product:
 
     def _pack_row(self, code: Code, buffer: Any, packed: Any, row: Expr, at: Expr) -> None:
         """Values of k by eights, each behind those of the row before in the pair; zeros behind the last."""
+
+        def put(eight: int | Expr, value: Expr) -> None:
+            code.vstore(packed, at + i64(eight) * i64(16), value, 8)
+
+        def read(k: Expr) -> Expr:
+            return signed(code.vload(buffer, row + k, 8), self.a.dtype)
+
         whole, rest = divmod(self.inner, 8)
         if whole:
             with code.loop(whole) as eight:
-                value = signed(code.vload(buffer, row + eight * i64(8), 8), self.a.dtype)
-                code.vstore(packed, at + eight * i64(16), value, 8)
+                put(eight, read(eight * i64(8)))
+        if rest and self.piece:
+            put(whole, read(i64(self.inner - 8)))
+            whole, rest = whole + 1, 0
         for eight in range(whole, self.padded // 8):
-            code.vstore(packed, at + i64(eight * 16), broadcast(const(0, "int8"), 8), 8)
+            put(eight, broadcast(const(0, "int8"), 8))
         for j in range(rest):
             value = tirx.BufferLoad(buffer, [row + i64(whole * 8 + j)])
             code.store(packed, at + i64(whole * 16 + j), signed(value, self.a.dtype))

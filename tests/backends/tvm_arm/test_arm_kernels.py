@@ -21,6 +21,7 @@ from tests.backends.tvm_arm.arm import Array, kernels_of, model_of, need_emulato
 
 # (rows, K, N): whole tiles, tails of rows, of K and of columns, one row, fewer rows than a tile.
 SHAPES = [(16, 64, 16), (13, 37, 21), (1, 77, 40), (5, 32, 9), (4, 16, 8), (3, 7, 3), (2, 130, 8)]
+SHAPES += [(9, 14, 11), (6, 8, 6)]  # less than a register of bytes
 QUICK = [(13, 37, 21), (1, 77, 40)]
 
 NUMPY = {"float": np.float32, "float16": np.float16, "int8": np.int8, "uint8": np.uint8}
