@@ -32,6 +32,8 @@ from netlathe.backends.tvm.tir import (
     cast,
     flat_index,
     i64,
+    idiv,
+    imod,
     known,
     total,
     unflatten,
@@ -81,7 +83,7 @@ def padded(
     code = kernel.code
     height, width, channels = kernel.shape(x.shape)[1:]
     # Lanes of 4-byte elements, whatever the type: LLVM splits what is wider.
-    lanes = kernel.lowering.machine.lanes("float32")
+    lanes = of_a_line = kernel.lowering.machine.lanes("float32")
     most = known(whole[3])
     while most is not None and lanes > 1 and lanes > most:
         lanes //= 2
@@ -98,9 +100,24 @@ def padded(
                 lambda c: store(code, [b, row, column, first + c], outside),
             )
 
+        def element(position: Expr) -> None:
+            """Of a line without gaps between columns."""
+            to = position + i64(begins[1]) * channels
+            value = x.at(code, [b, inner, idiv(position, channels), imod(position, channels)])
+            store(code, [b, row, idiv(to, channels), imod(to, channels)], value)
+
         def copy() -> None:
             with code.loop(i64(begins[1])) as column:
                 clear(column, i64(0))
+            uneven = known(channels) is not None and int(channels) % of_a_line
+            if uneven and isinstance(x, Ready) and known(whole[3] - channels) == 0:
+                vectors(code, width * channels, of_a_line, element)
+            else:
+                columns()
+            with code.loop(whole[2] - width - i64(begins[1])) as column:
+                clear(width + i64(begins[1]) + column, i64(0))
+
+        def columns() -> None:
             with code.loop(width) as column:
                 at = code.bind(column + i64(begins[1]))
                 vectors(
@@ -111,8 +128,6 @@ def padded(
                 )
                 if known(whole[3] - channels) != 0:
                     clear(at, channels)
-            with code.loop(whole[2] - width - i64(begins[1])) as column:
-                clear(width + i64(begins[1]) + column, i64(0))
 
         def nothing() -> None:
             with code.loop(whole[2]) as column:
