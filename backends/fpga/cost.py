@@ -1,251 +1,300 @@
-"""What a layer takes, in closed form, and the tiles for which that is least.
+"""What a layer takes, and the tiles for which that is least.
 
-Nothing is simulated: a tile's time follows from what each unit has to do for a vector of output channels.
-With halves of scratchpads used by turns, such a vector takes as long as the slowest unit, or half as long as
-the longest ring of units that wait for each other: loading a half waits for whoever reads it.
+No program is made: a layer is a few kinds of tiles, each so many times in a row, and a tile a few kinds of
+turns, each so many times (a *turn* is what the array does at once: a vector of outputs, or two in pairs).
+When the units are done with a turn follows from when they were done with those before: a recurrence of sums
+and maxima, whose terms :class:`~netlathe.backends.fpga.model.Clock` has. Once all that decides about the
+future is as it was some turns, tiles or rows of tiles ago, what came since repeats: time goes on by a
+multiple of that period, and what is left over is followed to the last beat. So a layer costs its start, one
+period and its end, however many periods there are.
 
-    load     b_p + b_w + two cycles an instruction      b: beats, over the rate of memory
-    compute  sum over parts of (pixels x steps + 3)
-    requantize   pixels x group + columns + 17
-    store    beats over the rate + 3
+:func:`netlathe.backends.fpga.model.cycles` is exact where this is close: here the inputs of a tile wait until
+there is room for all of them. Tests hold the two within 2 % of each other, and this and the core itself.
 
-Pairs of int4 make two vectors at once: load and compute are as for one, requantize and store twice that.
-
-A tile brings its inputs once, between two vectors; they hide behind the array as far as LOAD is ahead of it,
-which is counted in vectors of the tile before: a narrow tile at an edge leaves little time for the next. At
-the end the requantizer and STORE may still be at work on a larger tile than the last.
-:func:`netlathe.backends.fpga.model.cycles` is exact where this is close: tests hold the two within 2 % of
-each other, over shapes that nothing here was fitted on.
+Tiles are chosen without following most of them: how much there is to do for each unit is a bound, in closed
+form.
 """
 
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property, partial
+from itertools import groupby
+from typing import TypeVar
 
 from netlathe.backends.fpga.kernel import Kernel
-from netlathe.backends.fpga.model import (
-    COMPUTE_WAIT,
-    JOBS,
-    REQUANTIZE_STAGES,
-    Memory,
-    compute_stages,
-)
+from netlathe.backends.fpga.model import REQUANTIZE_STAGES, Clock, Memory
 from netlathe.backends.fpga.spec import Spec
 from netlathe.backends.fpga.tensors import Image, Window
 from netlathe.diagnostics import Diagnostic, LowerError
 
-QUEUED = 9  # vectors of outputs that LOAD can be ahead of the array
+TABLE = 256  # entries of a table of a function of a byte, a beat each
+HELD = 16  # turns; queues let no unit be as far ahead of another
+T = TypeVar("T")
+NEAR = 1.01  # tiles that take as much more are as good if they are larger: fewer instructions
 
 
 @dataclass(frozen=True)
-class Product:
+class Pooling:
+    """What stands for a kernel in a pool: a tile for each of ``outputs`` vectors, without weights."""
+
+    outputs: int
+    pitch: int = 1
+    together: int = 1
+    paired: bool = False
+
+    @property
+    def tiles(self) -> int:
+        """As many as vectors."""
+        return self.outputs
+
+    @property
+    def ranges(self) -> list[tuple[int, int]]:
+        """Each reads its own vector."""
+        return [(n, n + 1) for n in range(self.outputs)]
+
+    def vectors_of(self, n: int) -> range:
+        """It makes that vector."""
+        return range(n, n + 1)
+
+
+@dataclass(frozen=True)
+class Layer:
     """What is to be tiled: [x.height, x.width, channels] to y, by ``kernel`` under ``window``."""
 
     spec: Spec
-    kernel: Kernel
+    kernel: Kernel | Pooling
     window: Window
     x: Image
     y: Image
+    table: bool = False  # one is loaded before
+
+    @cached_property
+    def parts(self) -> list[tuple[int, int, int]]:
+        """Of a turn: steps for a pixel, beats of their weights, and of the weights' indices."""
+        kernel = self.kernel
+        if isinstance(kernel, Pooling):
+            return [(math.prod(self.window.kernel), 0, 0)]
+        beats = self.spec.index_beats if kernel.pattern else 0
+        return [(p.rows, kernel.value_beats(p.rows), beats * p.rows) for p in kernel.parts()]
+
+    @cached_property
+    def turns(self) -> list[tuple[tuple[int, int], int]]:
+        """Of a tile: vectors of inputs that are brought for a turn, and of outputs; how many alike."""
+        kernel, turns, there = self.kernel, [], (0, 0)
+        for n, (low, high) in enumerate(kernel.ranges):
+            bring = self.x.hidden < 0 and (low, high) != there
+            turns.append((high - low if bring else 0, len(kernel.vectors_of(n))))
+            there = low, high
+        return _alike(turns)
 
 
 @dataclass(frozen=True)
 class _Side:
-    """Tiles of one axis that are alike: outputs, inputs under them, and pads before and behind those."""
+    """Of a tile along one axis: outputs, inputs under them, and pads before and behind those."""
 
     outputs: int
-    inside: int
     before: int
+    inside: int
     behind: int
 
+    @property
+    def taken(self) -> int:
+        return self.before + self.inside + self.behind
 
-def _sides(window: Window, axis: int, inputs: int, outputs: int, step: int) -> Counter[_Side]:
-    found: Counter[_Side] = Counter()
+
+def _alike(things: Sequence[T]) -> list[tuple[T, int]]:
+    """In order, and how many equal ones follow each other."""
+    return [(thing, len(list(equal))) for thing, equal in groupby(things)]
+
+
+def _sides(p: Layer, axis: int, step: int) -> list[tuple[_Side, int]]:
+    """Tiles of ``step`` outputs along an axis."""
+    window, inputs, outputs = p.window, p.x.size[axis], p.y.size[axis]
+    sides = []
     for start in range(0, outputs, step):
         count = min(step, outputs - start)
-        first = start * window.strides[axis] - window.pads[axis]
-        taken = window.taken(axis, count)
+        first, taken = start * window.strides[axis] - window.pads[axis], window.taken(axis, count)
         before, behind = max(0, -first), max(0, first + taken - inputs)
-        found[_Side(count, taken - before - behind, before, behind)] += 1
-    return found
+        sides.append(_Side(count, before, taken - before - behind, behind))
+    return _alike(sides)
 
 
-@dataclass(frozen=True)
-class _Cost:
-    """Of one tile: its pixels, and the cycles of each unit.
-
-    A *turn* is what the array does at once: a vector of outputs, or two in pairs.
-    """
-
-    pixels: int
-    inputs: float  # LOAD, for all turns
-    own: float  # LOAD, for one
-    shared: float
-    array: float  # for a turn
-    requantize: float  # for a vector
-    store: float
-    busy: float  # the array for all turns, and what it waits for
-    short: float  # of that the last turn, which may have one vector instead of two
-    ahead: float  # turns that LOAD is ahead of the array
+def _loads(p: Layer, v: _Side, h: _Side, vectors: int) -> list[tuple[int, bool]]:
+    """What brings ``vectors`` of each pixel under a tile: beats, and if they are pads."""
+    beats, pitch = p.spec.vector_beats, p.kernel.pitch
+    pads = v.before * h.taken, v.behind * h.taken, v.inside * h.before, v.inside * h.behind
+    loads = [(pixels * pitch * beats, True) for pixels in pads if pixels]
+    row = h.inside * vectors * beats
+    if p.x.vectors == vectors == pitch:  # one instruction for all rows
+        return [*loads, (v.inside * row, False)]
+    return loads + v.inside * [(row, False)]
 
 
-def _tile(p: Product, v: _Side, h: _Side, memory: Memory) -> _Cost:
-    spec, kernel = p.spec, p.kernel
-    slow_read, slow_write = memory.read[1] / memory.read[0], memory.write[1] / memory.write[0]
-    parts = [part.rows for part in kernel.parts()]
-    gap = _gap(memory.read, 2)
-    orders = gap * (2 if kernel.pattern else 1)  # loads of a part: values, and indices
-    n, vectors, last = kernel.tiles, kernel.outputs, len(kernel.vectors_of(kernel.tiles - 1))
-    load = vectors * spec.columns / n * slow_read + gap
-    load += sum(kernel.beats(rows) * slow_read + orders for rows in parts)
-    pixels, inputs = v.outputs * h.outputs, _inputs(p, v, h, memory)
-    groups = len(set(kernel.ranges))  # of them each has inputs of its own
-    own, shared = (load + inputs * groups / n, 0.0) if groups > 1 else (load, inputs)
-    array = sum(pixels * steps + 3 for steps in parts) + COMPUTE_WAIT * (len(parts) - 1)
-    requantize = pixels * p.y.group + spec.columns + REQUANTIZE_STAGES + 4
-    store = pixels * p.y.group * spec.vector_beats * slow_write + _gap(memory.write, 3)
-    store = store if p.y.address >= 0 else 0.0
-    # Rings: how many turns have room at once in weights and sums, how many vectors in output.
-    held = max(1.0, spec.weight_rows // max(parts) / len(parts))
-    delay = compute_stages(spec) + 3
-    sums = max(1, spec.sum_rows // kernel.together // pixels)
-    behind = max(store, (requantize + store) / max(1, spec.output_vectors // (pixels * p.y.group)))
-
-    def turn(count: int) -> float:
-        longest: float = max(
-            array,
-            count * requantize if sums < 3 else 0.0,  # with more room turns make up for each other
-            (own + memory.latency + array + delay) / held,
-            (array + delay + count * requantize) / sums,
-        )
-        return longest
-
-    turns = (n - 1) * turn(kernel.together) + turn(last)
-    busy = max(turns, vectors * requantize, vectors * behind)
-    short = max(turn(last), last * requantize, last * behind)
-    return _Cost(
-        pixels, inputs, own, shared, array, requantize, store, busy, short, min(QUEUED, held)
-    )
+# -- time ---------------------------------------------------------------------------------------------
 
 
-def cycles(p: Product, height: int, width: int, memory: Memory) -> float:
-    """Of a product cut into tiles of ``height`` x ``width`` outputs, from its first load to its last beat."""
-    n, delay = p.kernel.tiles, compute_stages(p.spec) + 3
-    parts = [part.rows for part in p.kernel.parts()]
-    rows = _sides(p.window, 0, p.x.height, p.y.height, height)
-    columns = _sides(p.window, 1, p.x.width, p.y.width, width)
-    vectors = p.kernel.outputs
-    by_load = by_array = by_both = by_requantize = by_store = 0.0
-    # The first tile; the last one and the one before it, of another kind or the same.
-    first: _Cost | None = None
-    last: _Cost | None = None
-    before: _Cost | None = None
-    for v, down in rows.items():
-        excess, idle = 0.0, False
-        kinds = [(_tile(p, v, h, memory), across) for h, across in columns.items()]
-        for number, (tile, across) in enumerate(kinds):
-            # Behind which: the neighbour to the left, or at the end of the row above; none at the start.
-            behind: list[tuple[_Cost | None, int]] = [(tile, down * (across - 1))]
-            if first is None:
-                first = tile
-                behind += [(kinds[-1][0], down - 1), (None, 1)]
+class _Ring:
+    """A scratchpad that is filled round and round: who takes words waits until those there have been read."""
+
+    def __init__(self, size: int) -> None:
+        self._size, self._end, self._counts = size, 0, (0, 0)
+        self._held: deque[tuple[int, int]] = deque(maxlen=HELD)  # first word, when it has been read
+
+    def take(self, count: int, align: int = 1) -> int:
+        """Until when one has to wait for the next ``count`` words, as the emitter places them."""
+        held, start, after = self._held, -(-self._end // align) * align, -1
+        if start + count > self._size:
+            while held and held[0][0] >= self._end:  # what lies behind, of the round before
+                held.popleft()
+            start = 0
+        while held and start <= held[0][0] < start + count:
+            after = held.popleft()[1]
+        held.append((start, -1))
+        self._end, self._counts = start + count, (self._counts[1], count)
+        return after
+
+    def read(self, time: int) -> None:
+        """The words taken last have been read by then."""
+        self._held[-1] = self._held[-1][0], time
+
+    def state(self, clock: Clock) -> tuple[int, ...]:
+        """As :meth:`Clock.state`; where words lie does not matter as long as all take as many."""
+        end = 0 if self._counts[0] == self._counts[1] else self._end
+        return end, *clock.ahead([time for _, time in self._held])
+
+    def skip(self, cycles: int) -> None:
+        """As :meth:`Clock.skip`."""
+        self._held = deque([(start, time + cycles) for start, time in self._held], HELD)
+
+
+class _Run:
+    """A layer on its way through the core."""
+
+    def __init__(self, p: Layer, memory: Memory) -> None:
+        spec = p.spec
+        self.p, self.clock, self.parts, self.turns = p, Clock(spec, memory), p.parts, p.turns
+        self.input, self.weights = _Ring(spec.input_vectors), _Ring(spec.weight_rows)
+        self.parameters = _Ring(spec.parameter_words)
+        self.sums = _Ring(spec.sum_rows // p.kernel.together)
+        self.output = _Ring(spec.output_vectors)
+        self.rings = [self.input, self.weights, self.parameters, self.sums, self.output]
+
+    def repeat(self, count: int, body: Callable[[], None]) -> None:
+        """``body``, ``count`` times; of what repeats only one period."""
+        seen: dict[object, tuple[int, int]] = {}
+        done = 0
+        while True:
+            body()
+            done += 1
+            if done >= count:
+                return
+            state = self.clock.state(), *(ring.state(self.clock) for ring in self.rings)
+            before, then = seen.setdefault(state, (done, self.clock.offered))
+            if done > before and (periods := (count - done) // (done - before)):
+                cycles = periods * (self.clock.offered - then)
+                done += periods * (done - before)
+                self.clock.skip(cycles)
+                for ring in self.rings:
+                    ring.skip(cycles)
+                if done == count:
+                    return
+
+    def row(self, v: _Side, columns: Sequence[tuple[_Side, int]]) -> None:
+        """Of tiles."""
+        for h, across in columns:
+            self.repeat(across, partial(self._tile, v, h))
+
+    def _tile(self, v: _Side, h: _Side) -> None:
+        pixels, words = v.outputs * h.outputs, v.taken * h.taken * self.p.kernel.pitch
+        for (vectors, outputs), count in self.turns:
+            loads = _loads(self.p, v, h, vectors) if vectors else []
+            self.repeat(count, partial(self._turn, loads, words, pixels, outputs))
+
+    def _turn(self, loads: list[tuple[int, bool]], words: int, pixels: int, outputs: int) -> None:
+        """Bring inputs in ``loads``, if any; then ``outputs`` vectors of ``pixels``."""
+        clock, spec, kernel, y = self.clock, self.p.spec, self.p.kernel, self.p.y
+        loaded = done = -1
+        if loads:
+            after = self.input.take(words, spec.wide_vectors)
+            for beats, fill in loads:
+                loaded = clock.load(beats, after, fill=fill)
+        free, scales = self.sums.take(pixels), outputs * spec.columns
+        scaled = clock.load(scales, self.parameters.take(scales))
+        for number, (steps, values, indices) in enumerate(self.parts):
+            if values:
+                loaded = clock.load(values, self.weights.take(steps))
+            if indices:
+                loaded = clock.load(indices)
+            after, onto = max(loaded, free), number > 0
+            done = clock.compute(steps * pixels, after, accumulate=onto, pairs=kernel.paired)
+            if values:
+                self.weights.read(done)
+        if self.p.x.hidden < 0:
+            self.input.read(done)
+        count, done = pixels * y.group, max(done, scaled)
+        for _ in range(outputs):
+            if y.address >= 0:
+                done = clock.requantize(count, max(done, self.output.take(count)))
+                self.output.read(clock.store(count * spec.vector_beats, done))
             else:
-                behind += [(kinds[number - 1][0], down)]
-            for left, times in behind:
-                late = 0.0
-                if left is not None:
-                    # Inputs come between the weights of two vectors; what is loaded by then keeps the array
-                    # busy.
-                    near = min(tile.ahead, n)
-                    lead = (near * left.busy + (tile.ahead - near) * tile.busy) / n
-                    late = 2 * tile.own + tile.shared + memory.latency - lead
-                busy, loading = tile.busy + max(0.0, late), n * tile.own + tile.shared
-                by_load += times * loading
-                by_array += times * busy
-                by_requantize += times * vectors * tile.requantize
-                by_store += times * vectors * tile.store
-                excess += times * max(0.0, loading - busy)
-                idle = idle or (times > 0 and loading < busy)
-            before, last = (last if across == 1 else tile), tile
-        # Where tiles at an edge take longer to load than to compute, part is there before their turn: once
-        # in every row that has others, once for rows of nothing else.
-        tile = kinds[-1][0]
-        by_both += max(0.0, excess - (down if idle else 1) * tile.ahead * tile.own)
-    assert first is not None and last is not None
-    by_both += by_array
-    before = before or last
-    # Behind the last load: its own part, or what the last inputs let begin.
-    part = parts[-1] * last.pixels + delay
-    waiting = max(part, delay + n * last.array - (n - 1) * last.own)
-    begin = _first(p, first, memory)
-    ends = (
-        by_load + memory.latency + waiting,
-        begin + by_array - (last.short - last.array) + delay,
-        by_both + part,
-    )
-    drained = max(ends) + _drain(before, last, p.kernel)
-    requantized = begin + first.array + delay + by_requantize + last.store
-    stored = begin + first.array + delay + first.requantize + by_store
-    taken: float = 5 + max(drained, requantized, stored)
-    return taken
+                done = clock.requantize(count, done)
+        self.sums.read(done)
+        self.parameters.read(done)
 
 
-def _first(p: Product, tile: _Cost, memory: Memory) -> float:
-    """Until the first step of the array: parameters, inputs and the first part of the weights."""
-    slow = memory.read[1] / memory.read[0]
-    gap = _gap(memory.read, 2)
-    kernel = p.kernel
-    rows = next(kernel.parts()).rows
-    orders = gap * (3 if kernel.pattern else 2)
-    return tile.inputs + (kernel.lanes + kernel.beats(rows)) * slow + orders + memory.latency
-
-
-def _drain(before: _Cost, last: _Cost, kernel: Kernel) -> float:
-    """From the array's end to the last beat: of its last vectors, or of a tile before that was larger."""
-    count, vectors = len(kernel.vectors_of(kernel.tiles - 1)), kernel.outputs
-    earlier = count * before.requantize - last.busy
-    requantized = max(count * last.requantize, earlier + vectors * last.requantize)
-    # A vector is stored while the next one is requantized.
-    own = requantized + max(last.store, count * last.store - (count - 1) * last.requantize)
-    return max(own, earlier + before.store + vectors * last.store)
-
-
-def _gap(rate: tuple[int, int], idle: int) -> float:
-    """What ``idle`` cycles between two transfers cost: a memory that rests in between hides some."""
-    n, d = rate
-    return (math.ceil((idle + 1) * n / d) - 1) * d / n
-
-
-def _inputs(p: Product, v: _Side, h: _Side, memory: Memory) -> float:
-    """Cycles in which LOAD brings the inputs of one tile."""
-    if p.x.hidden >= 0:
-        return 0.0
-    spec, pitch = p.spec, p.kernel.pitch
-    beats, slow = spec.vector_beats, memory.read[1] / memory.read[0]
-    low, high = p.kernel.ranges[0]
-    across = h.before + h.inside + h.behind
-    taken = 0.0
-    fills = [
-        v.before * across, v.behind * across, v.inside * h.before, v.inside * h.behind,
-    ]  # fmt: skip
-    for pixels in fills:
-        if pixels:
-            taken += pixels * pitch * beats + 3
-    if taken:
-        taken += memory.latency
-    if v.inside > 0 and h.inside > 0:
-        row = h.inside * (high - low) * beats * slow
-        if p.x.vectors == high - low == pitch:
-            return taken + v.inside * row + _gap(memory.read, 2)
-        # An instruction a row: as fast as memory, or as those that may be under way at once come back.
-        row = max(row + _gap(memory.read, 2), (row + memory.latency + 4) / (JOBS + 1))
-        taken += v.inside * row
-    return taken
+def cycles(p: Layer, height: int, width: int, memory: Memory) -> int:
+    """Of a layer cut into tiles of ``height`` x ``width`` outputs, from its first load to its last beat."""
+    run, columns = _Run(p, memory), _sides(p, 1, width)
+    if p.table:
+        run.clock.load(TABLE)
+    for v, down in _sides(p, 0, height):
+        run.repeat(down, partial(run.row, v, columns))
+    return run.clock.finished
 
 
 # -- the choice ---------------------------------------------------------------------------------------
+
+
+def bound(p: Layer, height: int, width: int) -> int:
+    """Cycles that such tiles take at least: what one unit has to do, and what comes before and behind that.
+
+    Memory is as fast as it can be. Between two instructions LOAD rests for 2 cycles, COMPUTE and STORE for 3;
+    REQUANTIZE takes ``columns`` parameters first, and begins when the last instruction is done.
+    """
+    spec, kernel, y, parts, turns = p.spec, p.kernel, p.y, p.parts, p.turns
+    rows, columns = _sides(p, 0, height), _sides(p, 1, width)
+    tiles = sum(down for _, down in rows) * sum(across for _, across in columns)
+    each = REQUANTIZE_STAGES + spec.columns + 4
+    stored = spec.vector_beats * y.group if y.address >= 0 else 0
+
+    def bring(v: _Side, h: _Side, vectors: int) -> int:
+        return sum(beats + 2 for beats, _ in _loads(p, v, h, vectors)) if vectors else 0
+
+    weights = [sum(beats + 2 for beats in part[1:] if beats) for part in parts]
+    load = tiles * (kernel.tiles * (sum(weights) + 2) + kernel.outputs * spec.columns)
+    for v, down in rows:
+        for h, across in columns:
+            load += down * across * sum(n * bring(v, h, vectors) for (vectors, _), n in turns)
+    steps = sum(rows for rows, _, _ in parts)
+    array = kernel.tiles * (steps * y.pixels + 3 * tiles * (2 * len(parts) - 1))
+    requantize = kernel.outputs * (y.pixels * y.group + each * tiles)
+    store = kernel.outputs * (y.pixels * stored + 3 * tiles) if stored else 0
+    # Before the first step of the array, and behind its last: of the first turn and of the last one.
+    (v, _), (h, _), ((vectors, outputs), _) = rows[0], columns[0], turns[0]
+    latency, first = Memory().latency, v.outputs * h.outputs
+    before = bring(v, h, vectors) + outputs * spec.columns + 2 + weights[0] + latency
+    last = rows[-1][0].outputs * columns[-1][0].outputs
+    behind = last * (y.group + stored) + each
+    return max(
+        load + latency + parts[-1][0] * last + behind,
+        before + array + behind,
+        before + steps * first + requantize + last * stored,
+        before + (steps + y.group) * first + each + store,
+    )
 
 
 def outputs(spec: Spec, y: Image, together: int = 1) -> int:
@@ -254,7 +303,7 @@ def outputs(spec: Spec, y: Image, together: int = 1) -> int:
     return min(room, spec.output_vectors // y.group if y.address >= 0 else room) // 2
 
 
-def _candidates(p: Product) -> Iterator[tuple[int, int]]:
+def _candidates(p: Layer) -> Iterator[tuple[int, int]]:
     height, width = p.y.size
     room, limit = p.spec.input_vectors // 2, outputs(p.spec, p.y, p.kernel.together)
     widths = sorted({math.ceil(width / d) for d in range(1, width + 1)})
@@ -265,7 +314,7 @@ def _candidates(p: Product) -> Iterator[tuple[int, int]]:
                 yield h, w
 
 
-def plan(ways: Sequence[Product], name: str) -> tuple[int, tuple[int, int]]:
+def plan(ways: Sequence[Layer], name: str) -> tuple[int, tuple[int, int]]:
     """Which of the ways to compute a layer takes least, the first of those that do, and its tiles.
 
     Raises:
@@ -277,37 +326,29 @@ def plan(ways: Sequence[Product], name: str) -> tuple[int, tuple[int, int]]:
     return best, tiles[best]
 
 
-def tiling(p: Product, name: str) -> tuple[int, int]:
-    """Height and width of the tiles that take least; of those within 1 %, the largest: fewer instructions.
+def tiling(p: Layer, name: str) -> tuple[int, int]:
+    """Height and width of the largest tiles that take hardly more than the least that any can take.
+
+    If there are none because that bound is too low, those that take least.
 
     Raises:
         LowerError: the inputs of one output do not fit.
     """
     if p.x.hidden < 0:
         check_window(p.spec, name, p.window.span(0) * p.window.span(1) * p.kernel.pitch)
-    memory = Memory()
-    taken = {tile: cycles(p, *tile, memory) for tile in _candidates(p)}
-    least = min(taken.values())
-    return max((t for t, c in taken.items() if c <= 1.01 * least), key=lambda t: t[0] * t[1])
-
-
-def pool_tiling(spec: Spec, name: str, x: Image, y: Image, window: Window) -> tuple[int, int]:
-    """Height and width of the largest tile of one vector.
-
-    Raises:
-        LowerError: the inputs of one output do not fit.
-    """
-    limit, room, (height, width) = outputs(spec, y), spec.input_vectors // 2, y.size
-    best = max(
-        (h * w, w, h)
-        for h in range(1, height + 1)
-        for w in {width, *(math.ceil(width / d) for d in range(1, width + 1))}
-        if h * w <= limit
-        and (x.hidden >= 0 or window.taken(0, h) * window.taken(1, w) <= room or h * w == 1)
-    )
-    if x.hidden < 0:
-        check_window(spec, name, window.taken(0, best[2]) * window.taken(1, best[1]))
-    return best[2], best[1]
+    bounds = {tile: bound(p, *tile) for tile in _candidates(p)}
+    enough = NEAR * min(bounds.values())
+    taken: dict[tuple[int, int], int] = {}
+    for tile in sorted(bounds, key=lambda t: (-t[0] * t[1], bounds[t])):
+        if bounds[tile] <= enough:
+            taken[tile] = cycles(p, *tile, Memory())
+            if taken[tile] <= enough:
+                return tile
+    for tile in sorted(bounds.keys() - taken.keys(), key=lambda t: (bounds[t], t)):
+        if bounds[tile] >= min(taken.values()):
+            break
+        taken[tile] = cycles(p, *tile, Memory())
+    return min(taken, key=lambda t: taken[t])
 
 
 def check_window(spec: Spec, name: str, vectors: int) -> None:

@@ -61,12 +61,10 @@ class Builder(Emitter):
         y = self.image(height, width, weights.shape[0], group=4 if raw else 1, place=place)
         parameters = self._parameters(weights, scale, zero)
         tables = self._table(scale.table)
-        layers = [
-            cost.Product(self.spec, kernel, window, x, y)
-            for kernel in kernels(self.spec, weights, groups, pattern, nibbles)
-        ]
+        ways = kernels(self.spec, weights, groups, pattern, nibbles)
+        layers = [cost.Layer(self.spec, kernel, window, x, y, tables >= 0) for kernel in ways]
         way, plan = self.choices.choose(lambda: cost.plan(layers, name))
-        kernel = layers[way].kernel
+        kernel = ways[way]
         addresses = [self._kernel_data(kernel, n) for n in range(kernel.tiles)]
         self.choices.last_tile((width - 1) % plan[1] + 1)
         report = self._begin(name, weights.size * height * width, paired=kernel.paired)
@@ -173,7 +171,8 @@ class Builder(Emitter):
         y = self.image(height, width, x.channels, place=place)
         parameters, tables = self._vector_parameters(scale), self._table(scale.table)
         report = self._begin(name, math.prod(window.kernel) * y.pixels * x.channels)
-        for tile in tiles(height, width, *cost.pool_tiling(self.spec, name, x, y, window)):
+        layer = cost.Layer(self.spec, cost.Pooling(x.vectors), window, x, y, tables >= 0)
+        for tile in tiles(height, width, *cost.tiling(layer, name)):
             for n in range(x.vectors):
                 held = self._held(x, tile, window, zero, n, n + 1, 1)
                 sums = self._next("sums", self.spec.sum_rows, tile.pixels)

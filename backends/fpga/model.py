@@ -9,7 +9,9 @@ and cycle for cycle, by the tests.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import math
+from collections import deque
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -215,58 +217,130 @@ class Timing:
     done: int
 
 
+class Clock:
+    """When each unit takes an instruction, and when it is done with it.
+
+    Instructions are told one after the other, in the order of the program; the first is offered in cycle 0.
+    ``after`` is the cycle in which the last token that an instruction waits for is given (-1: it waits for
+    none). Each method gives the cycle in which the tokens of its instruction are given, and leaves in
+    :attr:`taken` the one in which it was taken.
+    """
+
+    def __init__(self, spec: Spec, memory: Memory) -> None:
+        self.spec, self.memory = spec, memory
+        self.offered = self.taken = -1
+        self._fetched = [
+            deque([-1] * spec.queue, spec.queue) for _ in isa.UNITS
+        ]  # left their queue
+        self._free, self._last = [0] * len(isa.UNITS), [-1] * len(isa.UNITS)
+        self._jobs = deque([-1] * JOBS, JOBS)  # when the writing half of LOAD took over
+        self._written = -1  # when it was done last
+        self._stages = compute_stages(spec)
+        self._phases = math.lcm(memory.read[1], memory.write[1])
+
+    def _take(self, unit: int, after: int) -> int:
+        """Hand an instruction out; when its unit could take it."""
+        queue = self._fetched[unit]
+        self.offered = max(self.offered, queue[0]) + 1
+        fetched = max(self.offered + 2, self._last[unit] + 1)
+        queue.append(fetched)
+        return max(fetched + 1, self._free[unit], after + 1)
+
+    def load(self, beats: int, after: int = -1, *, fill: bool = False) -> int:
+        """Of memory, or a constant."""
+        start = max(self._take(0, after), self._jobs[0] + 1)
+        if fill:
+            start = max(start, self._written + 1)
+            self._jobs.append(start + 2)
+            self._written = start + 2 + beats
+            self._free[0] = self._written + 1
+        else:
+            self._jobs.append(max(start + 2, self._written + 1))
+            asked = last_slot(start + 2, beats, self.memory.read)
+            self._written = asked + self.memory.latency
+            self._free[0] = asked + 1
+        self.taken, self._last[0] = start, start + 1
+        return self._written
+
+    def compute(
+        self, steps: int, after: int = -1, *, accumulate: bool = False, pairs: bool = False
+    ) -> int:
+        """``steps`` of the array."""
+        start = self._take(1, after)
+        end = start + 2 + steps + COMPUTE_WAIT * accumulate
+        self._free[1] = end + 1
+        self.taken, self._last[1] = start, start + 1
+        return end + self._stages + pairs
+
+    def requantize(self, vectors: int, after: int = -1) -> int:
+        """``vectors`` are made."""
+        start = self._take(2, after)
+        done = start + 3 + self.spec.columns + vectors + REQUANTIZE_STAGES
+        self._free[2] = done + 1
+        self.taken, self._last[2] = start, start + 1
+        return done
+
+    def store(self, beats: int, after: int = -1) -> int:
+        """To memory."""
+        start = self._take(3, after)
+        done = last_slot(start + 3, beats, self.memory.write)
+        self._free[3] = done + 1
+        self.taken, self._last[3] = start, start + 1
+        return done
+
+    @property
+    def finished(self) -> int:
+        """When REQUANTIZE and STORE are done with all they were given."""
+        return max(self._free[2:]) - 1
+
+    def ahead(self, times: Iterable[int]) -> tuple[int, ...]:
+        """How far behind the next instruction they lie; 0 for what it cannot have to wait for."""
+        now = self.offered
+        return tuple([time - now if time > now else 0 for time in times])
+
+    def state(self) -> tuple[int, ...]:
+        """All that decides about what comes: where it is the same again, the same follows, only later."""
+        times = [*self._free, *self._last, *self._jobs, self._written]
+        for queue in self._fetched:
+            times += queue
+        return self.offered % self._phases, *self.ahead(times)
+
+    def skip(self, cycles: int) -> None:
+        """Move everything by that much."""
+        self.offered += cycles
+        self._free = [time + cycles for time in self._free]
+        self._last = [time + cycles for time in self._last]
+        self._jobs = deque([time + cycles for time in self._jobs], JOBS)
+        self._written += cycles
+        for queue in self._fetched:
+            queue.extend([time + cycles for time in queue])
+
+
 def cycles(program: Sequence[Instruction], spec: Spec, memory: Memory) -> list[Timing]:
     """When each instruction starts and ends on the core, the first being offered in cycle 0."""
-    fetched: dict[Unit, list[int]] = {unit: [] for unit in isa.UNITS}  # when each left its queue
+    clock = Clock(spec, memory)
     tokens: dict[tuple[Unit, Unit], list[int]] = {}  # when each was given
     popped: dict[tuple[Unit, Unit], int] = {}
-    free, taken = dict.fromkeys(isa.UNITS, 0), dict.fromkeys(isa.UNITS, -1)
-    jobs: list[int] = []  # when the writing half of LOAD took over
-    written = -1  # when it was done last
-    offered, times = -1, []
+    times = []
     for step in program:
-        unit = step.unit
-        queue = fetched[unit]
-        offered += 1
-        if len(queue) >= spec.queue:
-            offered = max(offered, queue[-spec.queue] + 1)
-        queue.append(max(offered + 2, taken[unit] + 1))
-        start = max(queue[-1] + 1, free[unit])
+        unit, after = step.unit, -1
         for other in step.pops:
             pair = (other, unit)
             number = popped.get(pair, 0)
             popped[pair] = number + 1
-            start = max(start, tokens[pair][number] + 1)
+            after = max(after, tokens[pair][number])
         if unit == "load":
-            count, fill = step["inner"] * step["outer"], step["how"] == isa.FILL
-            if len(jobs) >= JOBS:
-                start = max(start, jobs[-JOBS] + 1)
-            if fill:
-                start = max(start, written + 1)
-                jobs.append(start + 2)
-                done = start + 2 + count
-                free[unit] = done + 1
-            else:
-                jobs.append(max(start + 2, written + 1))
-                asked = last_slot(start + 2, count, memory.read)
-                done = asked + memory.latency
-                free[unit] = asked + 1
-            written = done
+            done = clock.load(step["inner"] * step["outer"], after, fill=step["how"] == isa.FILL)
         elif unit == "compute":
             count = step["k0"] * step["k1"] * step["k2"] * step["m0"] * step["m1"]
-            count += COMPUTE_WAIT * step["accumulate"]
-            done = start + 2 + count + compute_stages(spec) + (step["what"] == isa.PAIRS)
-            free[unit] = start + 3 + count
+            onto, pairs = bool(step["accumulate"]), step["what"] == isa.PAIRS
+            done = clock.compute(count, after, accumulate=onto, pairs=pairs)
         elif unit == "requantize":
-            count = step["n0"] * step["n1"] * (4 if step["raw"] else 1)
-            done = start + 3 + spec.columns + count + REQUANTIZE_STAGES
-            free[unit] = done + 1
+            done = clock.requantize(step["n0"] * step["n1"] * (4 if step["raw"] else 1), after)
         else:
-            count = step["group"] * step["n0"] * step["n1"] * spec.vector_beats
-            done = last_slot(start + 3, count, memory.write)
-            free[unit] = done + 1
-        taken[unit] = start + 1
+            vectors = step["group"] * step["n0"] * step["n1"]
+            done = clock.store(vectors * spec.vector_beats, after)
         for other in step.pushes:
             tokens.setdefault((unit, other), []).append(done)
-        times.append(Timing(start, done))
+        times.append(Timing(clock.taken, done))
     return times

@@ -60,7 +60,7 @@ def pairs_wherever_they_can() -> Iterator[None]:
     """Whatever the cost says."""
     with pytest.MonkeyPatch.context() as patch:
 
-        def last(ways: Sequence[cost.Product], name: str) -> tuple[int, tuple[int, int]]:
+        def last(ways: Sequence[cost.Layer], name: str) -> tuple[int, tuple[int, int]]:
             return len(ways) - 1, cost.tiling(ways[-1], name)
 
         patch.setattr(cost, "plan", last)
