@@ -218,7 +218,7 @@ class GpuCode(Code):
         source: Any,
         sizes: Sequence[Expr],
         strides: Sequence[Expr],
-        box: Sequence[int],
+        box: Sequence[int | Expr],
         bytes_: int,
         swizzled: bool = True,
         steps: Sequence[int] | None = None,

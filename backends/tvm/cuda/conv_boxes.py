@@ -11,6 +11,7 @@ from tvm import tirx
 from netlathe.backends.tvm.cuda import conv_hopper, tensor
 from netlathe.backends.tvm.cuda.code import GpuCode
 from netlathe.backends.tvm.cuda.machine import PROCESSORS
+from netlathe.backends.tvm.cuda.warpgroup import GROUP, THREADS, Staging
 from netlathe.backends.tvm.cuda.windows import Windows, narrow
 from netlathe.backends.tvm.tir import (
     SERIAL,
@@ -101,9 +102,10 @@ def _convolve(
     map_w = code.tensor_map(operands[1], sizes_w, [i64(inputs), i64(taps * inputs)], box_w, 2)
     numbers = [*each, *windows.strides, *windows.dilations, *windows.begins]
     produce = f"produce<{', '.join(map(str, numbers))}>"
-    launch = code.launch(groups * i64(cluster), conv_hopper.THREADS, cluster, least=shape.blocks)
+    launch = code.launch(groups * i64(cluster), THREADS, cluster, least=shape.blocks)
     with launch as (block, thread):
         shared = code.address(code.alloc([shape.shared_bytes], "uint8", scope="shared.dyn"))
+        staging = Staging(code, shared, shape.stages * shape.stage_bytes)
         code.run(named("start"), text, shared)
         first = code.bind(idiv(block, cluster))
 
@@ -116,8 +118,8 @@ def _convolve(
         def multiply() -> None:
             code.run(named("prepare"), text)
             sums = code.alloc([shape.columns // 2], "float32")
-            member = code.bind(imod(thread, conv_hopper.GROUP))
-            group = code.bind(cast(idiv(thread, conv_hopper.GROUP) - i64(1), "int32"))
+            member = code.bind(imod(thread, GROUP))
+            group = code.bind(cast(idiv(thread, GROUP) - i64(1), "int32"))
             with code.loop(idiv(tiles - first + groups - i64(1), groups)) as number:
                 code.run(
                     named("consume"), text, shared, code.address(sums), int32(number), int32(steps)
@@ -133,7 +135,7 @@ def _convolve(
 
                 def results(part: int, inside: bool) -> None:
                     threads = 64 // conv_hopper.LANES  # to a row
-                    count = conv_hopper.GROUP // threads
+                    count = GROUP // threads
                     kind = (
                         VECTORIZED if inside else SERIAL
                     )  # every step's conditions take registers
@@ -145,15 +147,8 @@ def _convolve(
                         column = left + i64(part * 64) + at
 
                         def all_() -> None:
-                            _quad(
-                                code,
-                                named("staged"),
-                                text,
-                                (shared, line, at),
-                                outputs,
-                                column,
-                                lambda c, v: finish(index, c, v),
-                            )
+                            quad = staging.at(f"float32x{conv_hopper.LANES}", line, at)
+                            _quad(code, quad, outputs, column, lambda c, v: finish(index, c, v))
 
                         if inside:
                             all_()
@@ -164,31 +159,19 @@ def _convolve(
                         with code.when(fits):
                             all_()
 
-                # Without conditions loads and stores of all steps may overlap.
                 whole = left + i64(shape.columns) <= i64(outputs)
                 for c, n, size in zip(corner, each, out[:3], strict=True):
                     whole = tirx.And(whole, c + i64(n) <= size)
-                for part in range(shape.columns // 64):
-                    code.run(named("stage"), text, shared, code.address(sums, part * 32))
-                    if box.places < conv_hopper.PLACES:
-                        results(part, False)
-                    else:
-                        code.branch(
-                            whole,
-                            lambda part=part: results(part, True),  # type: ignore[misc]  # mypy infers no default
-                            lambda part=part: results(part, False),  # type: ignore[misc]
-                        )
-                    code.run(named("unstage"), text)
+                full = whole if box.places == conv_hopper.PLACES else None
+                staging.parts(sums, shape.columns // 64, full, results)
 
-        code.branch(thread < i64(conv_hopper.GROUP), copy, multiply)
+        code.branch(thread < i64(GROUP), copy, multiply)
         code.run(named("finish"), text)
 
 
 def _quad(
     code: GpuCode,
-    staged: str,
-    text: str,
-    where: tuple[Expr, Expr, Expr],
+    values: Expr,
     outputs: int,
     column: Expr,
     finish: Callable[[Expr, Expr], None],
@@ -196,7 +179,7 @@ def _quad(
     """finish(column, value) for neighbouring results of a thread: in one piece where rows are whole ones."""
     lanes = conv_hopper.LANES
     quad = code.alloc([lanes], "float32")
-    code.vstore(quad, 0, code.call(staged, text, f"float32x{lanes}", *where), lanes)
+    code.vstore(quad, 0, values, lanes)
     if outputs % lanes == 0:
         with code.lanes(lanes) as lane:
             finish(column + lane, tirx.BufferLoad(quad, [lane]))

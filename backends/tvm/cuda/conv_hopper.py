@@ -15,19 +15,16 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
 
+from netlathe.backends.tvm.cuda import warpgroup
 from netlathe.backends.tvm.cuda.machine import PROCESSORS
+from netlathe.backends.tvm.cuda.warpgroup import GROUP, ROW_BYTES, STAGING_BYTES
 
-THREADS = 384  # one warpgroup copies, two multiply
-GROUP = 128
-DEEP = 64  # channels in a stage: 128 bytes
+DEEP = ROW_BYTES // 2  # channels in a stage
 PLACES = 64  # of a box: the rows of a warpgroup's product
 LANES = 4  # neighbouring results of a thread
 # Measured on an H200: bytes that a multiprocessor gets from the level-2 cache in a cycle, and cycles that a
 # column of a tile's results takes on its way out.
 _CACHE_BYTES, _LEAVING = 40, 50
-_STAGING = (
-    2 * PLACES * 64 * 4
-)  # bytes: 64 x 64 results of each multiplying warpgroup on their way out
 
 
 @dataclass(frozen=True)
@@ -50,7 +47,7 @@ class Shape:
     @property
     def shared_bytes(self) -> int:
         """All of shared memory: to align it, the stages, the results, the barriers."""
-        return 1024 + self.stages * self.stage_bytes + _STAGING + 2 * self.stages * 8
+        return 1024 + self.stages * self.stage_bytes + STAGING_BYTES + 2 * self.stages * 8
 
     @property
     def registers(self) -> tuple[int, int]:
@@ -123,43 +120,19 @@ def source(shape: Shape, dtype: str) -> str:
     operands = ", ".join(f'"+f"(d[{i}])' for i in range(registers))
     space = _space(shape, dtype)
     copying, multiplying = shape.registers
-    return f"""
+    return f"""{warpgroup.SOURCE}
 #ifndef {space.upper()}
 #define {space.upper()}
 namespace {space} {{
+using namespace netlathe_warpgroup;
 constexpr int kStages = {shape.stages}, kStageBytes = {shape.stage_bytes}, kCluster = {shape.cluster};
 constexpr int kColumns = {shape.columns}, kShare = kColumns / kCluster;
 constexpr int kBoxBytes = {PLACES * DEEP * 2};
 
-__device__ __forceinline__ uint32_t base(const void* shared) {{
-  return (static_cast<uint32_t>(__cvta_generic_to_shared(shared)) + 1023u) & ~1023u;
+__device__ __forceinline__ uint32_t ready(uint32_t at, int stage) {{
+  return at + kStages * kStageBytes + {STAGING_BYTES} + stage * 8;
 }}
-__device__ __forceinline__ uint32_t full(uint32_t at, int stage) {{
-  return at + kStages * kStageBytes + {_STAGING} + stage * 8;
-}}
-__device__ __forceinline__ uint32_t empty(uint32_t at, int stage) {{ return full(at, kStages + stage); }}
-__device__ __forceinline__ int rank() {{
-  uint32_t r = 0;
-  if (kCluster > 1) asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(r));
-  return r;
-}}
-__device__ __forceinline__ void wait(uint32_t barrier, uint32_t parity) {{
-  asm volatile(
-      "{{\\n.reg .pred p;\\nAGAIN:\\n"
-      "mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\\n@p bra DONE;\\nbra AGAIN;\\nDONE:\\n}}"
-      ::"r"(barrier), "r"(parity) : "memory");
-}}
-__device__ __forceinline__ void release(uint32_t barrier) {{
-#pragma unroll
-  for (int cta = 0; cta < kCluster; ++cta)
-    if (kCluster == 1)
-      asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
-    else
-      asm volatile(
-          "{{\\n.reg .b32 far;\\nmapa.shared::cluster.u32 far, %0, %1;\\n"
-          "mbarrier.arrive.shared::cluster.b64 _, [far];\\n}}"
-          ::"r"(barrier), "r"(cta) : "memory");
-}}
+__device__ __forceinline__ uint32_t empty(uint32_t at, int stage) {{ return ready(at, kStages + stage); }}
 __device__ __forceinline__ void copy_box(
     uint32_t to, const CUtensorMap* map, uint32_t barrier, int channel, int column, int row, int image) {{
   asm volatile(
@@ -181,9 +154,6 @@ __device__ __forceinline__ void copy_weight(
         ::"r"(to), "l"(map), "r"(barrier), "r"(channel), "r"(tap), "r"(output),
           "h"((uint16_t)((1 << kCluster) - 1)) : "memory");
 }}
-__device__ __forceinline__ uint64_t described(uint32_t at) {{
-  return (uint64_t)((at & 0x3FFFF) >> 4) | (1ull << 16) | (64ull << 32) | (1ull << 62);
-}}
 __device__ __forceinline__ void multiply(float* d, uint64_t a, uint64_t b) {{
   asm volatile(
       "wgmma.mma_async.sync.aligned.m64n{shape.columns}k16.f32.{dtype}.{dtype} {{{places}}},"
@@ -191,30 +161,17 @@ __device__ __forceinline__ void multiply(float* d, uint64_t a, uint64_t b) {{
       : {operands}
       : "l"(a), "l"(b));
 }}
-__device__ __forceinline__ void cluster_barrier() {{
-  if (kCluster > 1)
-    asm volatile("barrier.cluster.arrive.aligned;\\nbarrier.cluster.wait.aligned;" ::: "memory");
-}}
 
-// Every thread, first: the barriers. A stage is full when its bytes are there, and empty when every
-// multiplying warpgroup that reads it, in any block of the cluster, has let it go.
+// Every thread, first and last.
 __device__ __forceinline__ void start(uint8_t* shared) {{
-  const uint32_t at = base(shared);
-  if (threadIdx.x == 0) {{
-    for (int stage = 0; stage < kStages; ++stage) {{
-      asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(full(at, stage)));
-      asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(empty(at, stage)), "r"(2 * kCluster));
-    }}
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-  }}
-  __syncthreads();
-  cluster_barrier();
+  netlathe_warpgroup::start<kStages>(ready(base(shared), 0), 2 * kCluster);
+  cluster_barrier<kCluster>();
 }}
-__device__ __forceinline__ void finish() {{ cluster_barrier(); }}
+__device__ __forceinline__ void finish() {{ cluster_barrier<kCluster>(); }}
 
 // The number of the box that warpgroup `group` of this block multiplies in a tile.
 __device__ __forceinline__ int box_number(int tile, int across, int group) {{
-  return (tile / across * kCluster + rank()) * 2 + group;
+  return (tile / across * kCluster + rank<kCluster>()) * 2 + group;
 }}
 
 // Copies for every step of every tile: `channels` of each of `down` x `wide` taps. A box is kImages x kRows x
@@ -240,19 +197,18 @@ __device__ __forceinline__ void produce(
       row[group] = line % high * (kRows * kDown) - kAbove;
       image[group] = line / high * kImages;
     }}
-    const int output = tile % across * kColumns + rank() * kShare;
+    const int mine = rank<kCluster>(), output = tile % across * kColumns + mine * kShare;
     for (int i = 0; i < down; ++i)
       for (int j = 0; j < wide; ++j)
         for (int channel = 0; channel < channels; channel += {DEEP}) {{
           wait(empty(at, stage), parity);
-          const uint32_t to = at + stage * kStageBytes, barrier = full(at, stage);
-          asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(kBytes)
-                       : "memory");
+          const uint32_t to = at + stage * kStageBytes, barrier = ready(at, stage);
+          expect(barrier, kBytes);
 #pragma unroll
           for (int group = 0; group < 2; ++group)
             copy_box(to + group * kBoxBytes, x, barrier, channel, column[group] + j * kDilatedAcross,
                      row[group] + i * kDilatedDown, image[group]);
-          copy_weight(to + 2 * kBoxBytes + rank() * kShare * {DEEP * 2}, w, barrier, channel, i * wide + j,
+          copy_weight(to + 2 * kBoxBytes + mine * kShare * {DEEP * 2}, w, barrier, channel, i * wide + j,
                       output);
           if (++stage == kStages) stage = 0, parity ^= 1;
         }}
@@ -272,7 +228,7 @@ __device__ __forceinline__ void consume(uint8_t* shared, float* d, int tile_numb
 #pragma unroll
   for (int i = 0; i < {registers}; ++i) d[i] = 0.0f;
   for (int k = 0; k < steps; ++k) {{
-    wait(full(at, stage), parity);
+    wait(ready(at, stage), parity);
     const uint32_t tile = at + stage * kStageBytes;
     const uint64_t a = described(tile + group * kBoxBytes), b = described(tile + 2 * kBoxBytes);
     asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
@@ -281,7 +237,7 @@ __device__ __forceinline__ void consume(uint8_t* shared, float* d, int tile_numb
     asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
     if (k > 0) {{
       asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
-      if (speaks) release(empty(at, before));
+      if (speaks) release<kCluster>(empty(at, before));
     }}
     before = stage;
     if (++stage == kStages) stage = 0, parity ^= 1;
@@ -289,35 +245,7 @@ __device__ __forceinline__ void consume(uint8_t* shared, float* d, int tile_numb
   asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
 #pragma unroll
   for (int i = 0; i < {registers}; ++i) asm volatile("" : "+f"(d[i])::"memory");
-  if (speaks) release(empty(at, before));
-}}
-
-// 64 x 64 results through shared memory, so that a thread has {LANES} neighbouring columns. Pieces of 8
-// columns are permuted by row against bank conflicts.
-__device__ __forceinline__ float* staging(uint8_t* shared) {{
-  return reinterpret_cast<float*>(
-      __cvta_shared_to_generic(base(shared) + kStages * kStageBytes)) + (threadIdx.x / {GROUP} - 1) * 4096;
-}}
-__device__ __forceinline__ void stage(uint8_t* shared, const float* d) {{
-  float* to = staging(shared);
-  const int warp = threadIdx.x % {GROUP} / 32, lane = threadIdx.x % 32;
-#pragma unroll
-  for (int j = 0; j < 8; ++j)
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {{
-      const int row = warp * 16 + half * 8 + lane / 4;
-      const int column = (j ^ (row & 3)) * 8 + lane % 4 * 2;
-      const float* from = d + j * 4 + half * 2;
-      *reinterpret_cast<float2*>(to + row * 64 + column) = make_float2(from[0], from[1]);
-    }}
-  asm volatile("bar.sync %0, {GROUP};" ::"r"((int)threadIdx.x / {GROUP}) : "memory");
-}}
-__device__ __forceinline__ float4 staged(uint8_t* shared, int64_t row, int64_t column) {{
-  const float* from = staging(shared) + row * 64 + (((column >> 3) ^ (row & 3)) << 3) + (column & 7);
-  return *reinterpret_cast<const float4*>(from);
-}}
-__device__ __forceinline__ void unstage() {{
-  asm volatile("bar.sync %0, {GROUP};" ::"r"((int)threadIdx.x / {GROUP}) : "memory");
+  if (speaks) release<kCluster>(empty(at, before));
 }}
 }}  // namespace
 #endif

@@ -14,7 +14,7 @@ import onnx_ir as ir
 from tvm import tirx
 
 from netlathe.backends.tvm import packing as constants
-from netlathe.backends.tvm.cuda import factors, few, hopper, packing, products, tensor
+from netlathe.backends.tvm.cuda import factors, few, packing, products, tensor
 from netlathe.backends.tvm.cuda.code import GpuCode
 from netlathe.backends.tvm.cuda.machine import Gpu
 from netlathe.backends.tvm.cuda.operands import HALVES, Operands, of_types
@@ -74,7 +74,7 @@ def _sums(low: Lowering, x: Value, weight: ir.Value, kind: Operands, shape: Shap
         operands = kernel.read(flat), kernel.read(held)
         sizes = (kernel.size(flat.shape[0]), i64(depth), i64(columns))
         if code.has_wgmma:
-            tensor.warpgroups(code, hopper.chosen(kind), kind.name, *operands, sizes, finish)
+            tensor.warpgroups(code, kind.name, *operands, sizes, finish)
             return "gemm.warpgroups"
         tensor.warps(code, kind.name, *operands, sizes, finish)
         return "gemm.warps"

@@ -15,15 +15,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from netlathe.backends.tvm.cuda import warpgroup
 from netlathe.backends.tvm.cuda.operands import Operands, operands
+from netlathe.backends.tvm.cuda.warpgroup import GROUP, ROW_BYTES
 
-# Threads: one warpgroup copies, two multiply. Registers are moved from the first to the others.
-THREADS = 384
-GROUP = 128
-ROW_BYTES = 128  # of K in a stage
 ROWS = 128  # of a tile: 64 for each multiplying warpgroup
 PIECES = 2  # that a tile may be cut in
-_STAGING = 2 * 64 * 64 * 4  # bytes: 64 x 64 results of each multiplying warpgroup on their way out
 
 
 @dataclass(frozen=True)
@@ -45,9 +42,18 @@ class Shape:
         return self.columns // self.cluster // PIECES
 
     @property
+    def staging_bytes(self) -> int:
+        """What results take on their way out, behind the stages."""
+        return warpgroup.STAGING_BYTES
+
+    @property
     def shared_bytes(self) -> int:
         """All of shared memory: to align it, the stages, the results, the barriers."""
-        return 1024 + self.stages * self.stage_bytes + _STAGING + 2 * self.stages * 8
+        return 1024 + self.stages * self.stage_bytes + self.staging_bytes + 2 * self.stages * 8
+
+    def space(self, dtype: str) -> str:
+        """The namespace in C++ of its functions."""
+        return f"netlathe_{dtype}_{self.columns}_{self.cluster}"
 
 
 def chosen(kind: Operands) -> Shape:
@@ -84,14 +90,12 @@ _STAGES = f"""  for (int k = 0; k < steps; ++k, ++number) {{
     asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
     if (k > 0) {{
       asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
-      if (speaks)
-        for (int cta = 0; cta < kCluster; ++cta) release(empty(at, (number - 1) % kStages), cta);
+      if (speaks) release<kCluster>(empty(at, (number - 1) % kStages));
     }}
   }}
   asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
   hold<kN>(d);
-  if (speaks)
-    for (int cta = 0; cta < kCluster; ++cta) release(empty(at, (number - 1) % kStages), cta);
+  if (speaks) release<kCluster>(empty(at, (number - 1) % kStages));
 """
 # Sums of one stage are added to those in registers while products of the next go on.
 _STAGES_ADDED = f"""  Sum even[kN / 2] = {{}}, odd[kN / 2] = {{}};
@@ -102,8 +106,7 @@ _STAGES_ADDED = f"""  Sum even[kN / 2] = {{}}, odd[kN / 2] = {{}};
   }};
   auto add = [&](Sum* part, int number) {{
     hold<kN>(part);
-    if (speaks)
-      for (int cta = 0; cta < kCluster; ++cta) release(empty(at, number % kStages), cta);
+    if (speaks) release<kCluster>(empty(at, number % kStages));
 #pragma unroll
     for (int i = 0; i < kN / 2; ++i) d[i] += part[i];
   }};
@@ -129,43 +132,20 @@ def source(shape: Shape, dtype: str) -> str:
     kind = operands(dtype)
     deep = ROW_BYTES // kind.bytes
     letter, whole = ("r", "int") if kind.sums == "int32" else ("f", "float")
-    guard = f"NETLATHE_{dtype}_{shape.columns}_{shape.cluster}"
-    return f"""
-#ifndef {guard}
-#define {guard}
-namespace netlathe_{dtype}_{shape.columns}_{shape.cluster} {{
+    space = shape.space(dtype)
+    return f"""{warpgroup.SOURCE}
+#ifndef {space.upper()}
+#define {space.upper()}
+namespace {space} {{
+using namespace netlathe_warpgroup;
 constexpr int kStages = {shape.stages}, kStageBytes = {shape.stage_bytes}, kCluster = {shape.cluster};
 constexpr int kColumns = {shape.columns}, kPieces = {PIECES}, kBox = {shape.box_rows};
 using Sum = {whole};
 
-__device__ __forceinline__ uint32_t base(const void* shared) {{
-  return (static_cast<uint32_t>(__cvta_generic_to_shared(shared)) + 1023u) & ~1023u;
-}}
 __device__ __forceinline__ uint32_t ready(uint32_t at, int stage) {{
-  return at + kStages * kStageBytes + {_STAGING} + stage * 8;
+  return at + kStages * kStageBytes + {shape.staging_bytes} + stage * 8;
 }}
 __device__ __forceinline__ uint32_t empty(uint32_t at, int stage) {{ return ready(at, kStages + stage); }}
-__device__ __forceinline__ uint32_t rank() {{
-  uint32_t r;
-  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(r));
-  return r;
-}}
-__device__ __forceinline__ void wait(uint32_t barrier, uint32_t parity) {{
-  asm volatile(
-      "{{\\n.reg .pred p;\\nAGAIN:\\n"
-      "mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\\n@p bra DONE;\\nbra AGAIN;\\nDONE:\\n}}"
-      ::"r"(barrier), "r"(parity) : "memory");
-}}
-__device__ __forceinline__ void release(uint32_t barrier, int cta) {{
-  // No .release.cluster: that is a fence for all of memory, and products only read the stage.
-  if (kCluster == 1)
-    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
-  else
-    asm volatile(
-        "{{\\n.reg .b32 far;\\nmapa.shared::cluster.u32 far, %0, %1;\\n"
-        "mbarrier.arrive.shared::cluster.b64 _, [far];\\n}}"
-        ::"r"(barrier), "r"(cta) : "memory");
-}}
 __device__ __forceinline__ void copy(uint32_t to, const CUtensorMap* map, uint32_t barrier, int k, int row) {{
   asm volatile(
       "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
@@ -179,9 +159,6 @@ __device__ __forceinline__ void copy_to_all(
       " [%0], [%1, {{%3, %4}}], [%2], %5;"
       ::"r"(to), "l"(map), "r"(barrier), "r"(k), "r"(row), "h"((uint16_t)((1 << kCluster) - 1)) : "memory");
 }}
-__device__ __forceinline__ uint64_t described(uint32_t at) {{
-  return (uint64_t)((at & 0x3FFFF) >> 4) | (1ull << 16) | (64ull << 32) | (1ull << 62);
-}}
 template <int kN> __device__ __forceinline__ void multiply(Sum* d, uint64_t a, uint64_t b, int add) {{
   if constexpr (kN == kColumns)
 {_multiply(kind, shape.columns)}
@@ -193,26 +170,13 @@ template <int kN> __device__ __forceinline__ void hold(Sum* d) {{
 #pragma unroll
   for (int i = 0; i < kN / 2; ++i) asm volatile("" : "+{letter}"(d[i])::"memory");
 }}
-__device__ __forceinline__ void cluster_barrier() {{
-  if (kCluster > 1)
-    asm volatile("barrier.cluster.arrive.aligned;\\nbarrier.cluster.wait.aligned;" ::: "memory");
-}}
 
-// Every thread, first: the barriers. A stage is full when its bytes are there, and empty when every
-// multiplying warpgroup that reads it, in any block of the cluster, has let it go.
+// Every thread, first and last.
 __device__ __forceinline__ void start(uint8_t* shared) {{
-  uint32_t at = base(shared);
-  if (threadIdx.x == 0) {{
-    for (int stage = 0; stage < kStages; ++stage) {{
-      asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(ready(at, stage)));
-      asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(empty(at, stage)), "r"(2 * kCluster));
-    }}
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-  }}
-  __syncthreads();
-  cluster_barrier();
+  netlathe_warpgroup::start<kStages>(ready(base(shared), 0), 2 * kCluster);
+  cluster_barrier<kCluster>();
 }}
-__device__ __forceinline__ void finish() {{ cluster_barrier(); }}
+__device__ __forceinline__ void finish() {{ cluster_barrier<kCluster>(); }}
 
 // Where a unit lies; those from `full` on are halves of tiles. Strips of 8 rows of tiles are walked column by
 // column, so that what blocks read at one time overlaps in the level-2 cache.
@@ -227,7 +191,7 @@ __device__ __forceinline__ void place(
 __device__ __forceinline__ int64_t top(int64_t unit, int64_t full, int64_t down, int64_t across) {{
   int64_t where[2];
   place(unit, full, down, across, where);
-  return (where[0] * kCluster + (kCluster > 1 ? rank() : 0)) * {ROWS};
+  return (where[0] * kCluster + rank<kCluster>()) * {ROWS};
 }}
 __device__ __forceinline__ int64_t left(int64_t unit, int64_t full, int64_t down, int64_t across) {{
   int64_t where[2];
@@ -243,7 +207,7 @@ __device__ __forceinline__ void produce(
   asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
   if (threadIdx.x != 0) return;
   const uint32_t at = base(shared);
-  const int mine = kCluster > 1 ? rank() : 0;
+  const int mine = rank<kCluster>();
   int number = 0;
   for (int64_t unit = first; unit < units; unit += step) {{
     const int row = (int)top(unit, full, down, across), column = (int)left(unit, full, down, across);
@@ -253,8 +217,7 @@ __device__ __forceinline__ void produce(
       const int stage = number % kStages;
       wait(empty(at, stage), ((number / kStages) & 1) ^ 1);
       const uint32_t to = at + stage * kStageBytes, barrier = ready(at, stage);
-      asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
-                   : "memory");
+      expect(barrier, bytes);
       copy(to, a, barrier, k * {deep}, row);
       for (int box = 0; box < boxes; ++box) {{
         const int line = (mine * boxes + box) * kBox;
@@ -280,33 +243,6 @@ __device__ __forceinline__ void consume(uint8_t* shared, Sum* d, int64_t before,
   if (whole) sum_up<kColumns>(shared, d, (int)(before * steps), steps);
   else sum_up<kColumns / kPieces>(shared, d, (int)(before * steps), steps);
 }}
-
-// 64 x 64 results through shared memory, so that neighbouring threads have neighbouring columns. Pieces
-// of 8 columns are permuted by row against bank conflicts.
-__device__ __forceinline__ Sum* staging(uint8_t* shared) {{
-  return reinterpret_cast<Sum*>(
-      __cvta_shared_to_generic(base(shared) + kStages * kStageBytes)) + (threadIdx.x / {GROUP} - 1) * 4096;
-}}
-__device__ __forceinline__ void stage(uint8_t* shared, const Sum* d) {{
-  Sum* to = staging(shared);
-  const int warp = threadIdx.x % {GROUP} / 32, lane = threadIdx.x % 32;
-#pragma unroll
-  for (int j = 0; j < 8; ++j)
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {{
-      const int row = warp * 16 + half * 8 + lane / 4;
-      const int column = (j ^ (row & 3)) * 8 + lane % 4 * 2;
-      const Sum* from = d + j * 4 + half * 2;
-      *reinterpret_cast<{whole}2*>(to + row * 64 + column) = {{from[0], from[1]}};
-    }}
-  asm volatile("bar.sync %0, {GROUP};" ::"r"((int)threadIdx.x / {GROUP}) : "memory");
-}}
-__device__ __forceinline__ Sum staged(uint8_t* shared, int64_t row, int64_t column) {{
-  return staging(shared)[row * 64 + (((column >> 3) ^ (row & 3)) << 3) + (column & 7)];
-}}
-__device__ __forceinline__ void unstage() {{
-  asm volatile("bar.sync %0, {GROUP};" ::"r"((int)threadIdx.x / {GROUP}) : "memory");
-}}
 }}  // namespace
 #endif
 """
@@ -314,4 +250,4 @@ __device__ __forceinline__ void unstage() {{
 
 def name(shape: Shape, dtype: str, function: str) -> str:
     """The function's name in C++."""
-    return f"netlathe_{dtype}_{shape.columns}_{shape.cluster}::{function}"
+    return f"{shape.space(dtype)}::{function}"

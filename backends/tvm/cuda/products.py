@@ -18,7 +18,7 @@ import onnx_ir as ir
 from tvm import tirx
 
 from netlathe.backends.tvm import storage
-from netlathe.backends.tvm.cuda import blocks, factors, few, hopper, tensor
+from netlathe.backends.tvm.cuda import blocks, factors, few, tensor
 from netlathe.backends.tvm.cuda.code import GpuCode
 from netlathe.backends.tvm.cuda.factors import Factor
 from netlathe.backends.tvm.cuda.machine import Gpu
@@ -261,8 +261,10 @@ def on_tensor_cores(
                     values = few.expanded(code, half, weight, inner, columns)
                 sizes = (rows, i64(inner), i64(columns))
                 if machine.has_wgmma:
-                    form = hopper.Shape()
-                    tensor.warpgroups(code, form, half, operand, values, sizes, finish, together)
+                    constant = weight.bits == 16
+                    tensor.warpgroups(
+                        code, half, operand, values, sizes, finish, together, constant
+                    )
                 else:
                     tensor.warps(code, half, operand, values, sizes, finish, together)
 

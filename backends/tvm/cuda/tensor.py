@@ -11,7 +11,7 @@ from typing import Any
 
 from tvm import tirx
 
-from netlathe.backends.tvm.cuda import ampere, hopper, operands
+from netlathe.backends.tvm.cuda import ampere, hopper, operands, split, warpgroup
 from netlathe.backends.tvm.cuda.code import GpuCode
 from netlathe.backends.tvm.cuda.machine import PROCESSORS
 from netlathe.backends.tvm.tir import (
@@ -31,22 +31,37 @@ Finish = Callable[..., None]
 
 def warpgroups(
     code: GpuCode,
-    shape: hopper.Shape,
     dtype: str,
     a: Any,
     b: Any,
     sizes: tuple[Expr, Expr, Expr],
     finish: Finish,
     together: int = 1,
+    constant: bool = True,
 ) -> None:
     """finish(row, column, sum over k of a[row, k] * b[column, k]), on sm_90a.
 
     ``a`` [rows, inner] and ``b`` [columns, inner] are flat buffers, ``dtype`` is the name of their
-    :class:`Operands`; a row is a multiple of 16 bytes. The grid is as large as the GPU; a block walks over
-    units, one warpgroup copying ahead while two multiply. Sums are float32, or int32 of integers.
+    :class:`Operands`; a row is a multiple of 16 bytes. Only rows may be known at run time alone. ``b`` may be
+    read before the kernels in front have ended if it is ``constant``. Sums are float32, or int32 of integers.
     """
+    kind, (rows, inner, columns) = operands.operands(dtype), (known(size) for size in sizes)
+    assert inner is not None and columns is not None
+    given = (dtype, a, b, sizes, finish, together)
+
+    def few() -> None:
+        _split(code, split.chosen(kind, columns, inner), *given, constant)
+
+    def many() -> None:
+        _tiles(code, hopper.chosen(kind), *given)
+
     with unless_empty(code, sizes[0]):
-        _warpgroups(code, shape, dtype, a, b, sizes, finish, together)
+        if rows is None:
+            code.branch(sizes[0] <= i64(split.MOST_ROWS), few, many)
+        elif rows <= split.MOST_ROWS:
+            few()
+        else:
+            many()
 
 
 @contextlib.contextmanager
@@ -59,7 +74,7 @@ def unless_empty(code: GpuCode, rows: Expr) -> Iterator[None]:
             yield
 
 
-def _warpgroups(
+def _tiles(
     code: GpuCode,
     shape: hopper.Shape,
     dtype: str,
@@ -69,9 +84,10 @@ def _warpgroups(
     finish: Finish,
     together: int,
 ) -> None:
+    """Many rows. The grid is as large as the GPU; a block walks over units, one warpgroup copying ahead."""
     rows, inner, columns = sizes
     text, kind = hopper.source(shape, dtype), operands.operands(dtype)
-    deep = hopper.ROW_BYTES // kind.bytes
+    deep = warpgroup.ROW_BYTES // kind.bytes
 
     def named(function: str) -> str:
         return hopper.name(shape, dtype, function)
@@ -88,9 +104,10 @@ def _warpgroups(
     steps = cast(idiv(inner + i64(deep - 1), deep), "int32")
     map_a = code.tensor_map(a, [inner, rows], [inner], (deep, hopper.ROWS), kind.bytes)
     map_b = code.tensor_map(b, [inner, columns], [inner], (deep, shape.box_rows), kind.bytes)
-    with code.launch(groups * i64(cluster), hopper.THREADS, cluster, least=1) as (block, thread):
+    with code.launch(groups * i64(cluster), warpgroup.THREADS, cluster, least=1) as (block, thread):
         memory = code.alloc([shape.shared_bytes], "uint8", scope="shared.dyn")
         shared = code.address(memory)
+        staging = warpgroup.Staging(code, shared, shape.stages * shape.stage_bytes)
         code.run(named("start"), text, shared)
         first = code.bind(idiv(block, cluster))
 
@@ -108,24 +125,21 @@ def _warpgroups(
                 code.run(named("consume"), text, shared, code.address(sums), number, all_, steps)
                 top = code.call(named("top"), text, "int64", unit, full, down, across)
                 left = code.call(named("left"), text, "int64", unit, full, down, across)
-                group = idiv(thread, hopper.GROUP) - i64(1)
+                group = idiv(thread, warpgroup.GROUP) - i64(1)
                 top, left = code.bind(top + group * i64(64)), code.bind(left)
-                member = code.bind(imod(thread, hopper.GROUP))
+                member = code.bind(imod(thread, warpgroup.GROUP))
 
                 def results(part: int, inside: bool) -> None:
                     wide = 64 // together
                     first = idiv(left + i64(part * 64), together)
-                    with code.loop(64 * wide // hopper.GROUP, VECTORIZED) as step:
-                        line = code.bind(step * i64(hopper.GROUP // wide) + idiv(member, wide))
+                    with code.loop(64 * wide // warpgroup.GROUP, VECTORIZED) as step:
+                        line = code.bind(step * i64(warpgroup.GROUP // wide) + idiv(member, wide))
                         at = code.bind(imod(member, wide))
                         row, column = code.bind(top + line), code.bind(first + at)
 
                         def one() -> None:
                             places = [at * i64(together) + i64(i) for i in range(together)]
-                            values = [
-                                code.call(named("staged"), text, kind.sums, shared, line, place)
-                                for place in places
-                            ]
+                            values = [staging.at(kind.sums, line, place) for place in places]
                             finish(row, column, *map(code.bind, values))
 
                         if inside:
@@ -134,21 +148,107 @@ def _warpgroups(
                             with code.when(tirx.And(row < rows, column < idiv(columns, together))):
                                 one()
 
-                # Without conditions loads and stores of all steps may overlap.
                 whole = tirx.And(top + i64(64) <= rows, left + i64(shape.columns) <= columns)
-                for part in range(shape.columns // 64):
-                    there = part < shape.columns // hopper.PIECES // 64  # in a piece, too
-                    with contextlib.nullcontext() if there else code.when(all_):
-                        code.run(named("stage"), text, shared, code.address(sums, part * 32))
-                        code.branch(
-                            whole,
-                            lambda part=part: results(part, True),  # type: ignore[misc]  # mypy infers no default
-                            lambda part=part: results(part, False),  # type: ignore[misc]
-                        )
-                        code.run(named("unstage"), text)
+                count = shape.columns // 64
 
-        code.branch(thread < i64(hopper.GROUP), copy, multiply)
+                def beyond(part: int) -> Expr | None:
+                    """That the unit has this part, where half a tile has not."""
+                    return None if part < count // hopper.PIECES else all_
+
+                staging.parts(sums, count, whole, results, beyond)
+
+        code.branch(thread < i64(warpgroup.GROUP), copy, multiply)
         code.run(named("finish"), text)
+
+
+def _split(
+    code: GpuCode,
+    shape: split.Shape,
+    dtype: str,
+    a: Any,
+    b: Any,
+    sizes: tuple[Expr, Expr, Expr],
+    finish: Finish,
+    together: int,
+    constant: bool,
+) -> None:
+    """Rows of one tile. A cluster of blocks for each tile, which share K."""
+    rows, inner, columns = sizes
+    text, kind = split.source(shape, dtype), operands.operands(dtype)
+    deep, splits = warpgroup.ROW_BYTES // kind.bytes, shape.splits
+
+    def named(function: str) -> str:
+        return hopper.name(shape, dtype, function)
+
+    def int32(value: Expr) -> Expr:
+        return cast(value, "int32")
+
+    tiles = idiv(columns + i64(shape.columns - 1), shape.columns)
+    steps = idiv(inner + i64(deep - 1), deep)
+    high = idiv(rows + i64(7), 8) * i64(8)  # filling rows with zeros takes longer than copying them
+    map_a = code.tensor_map(a, [inner, rows], [inner], (deep, high), kind.bytes)
+    map_b = code.tensor_map(b, [inner, columns], [inner], (deep, shape.columns), kind.bytes)
+    launch = code.launch(
+        tiles * i64(splits), warpgroup.THREADS, splits, least=1, waits=not constant
+    )
+    with launch as (block, thread):
+        shared = code.address(code.alloc([shape.shared_bytes], "uint8", scope="shared.dyn"))
+        code.run(named("start_part"), text, shared, int32(high))
+        rank = code.bind(imod(block, splits))
+        left = code.bind(idiv(block, splits) * i64(shape.columns))
+        first = code.bind(idiv(steps * rank, splits))
+        count = code.bind(idiv(steps * (rank + i64(1)), splits) - first)
+
+        def copy() -> None:
+            maps = (tirx.address_of(map_a), tirx.address_of(map_b))
+            places = [int32(n) for n in (high, left, first, count)]
+            code.run(named("produce_part"), text, shared, *maps, *places)
+            code.run(named("meet"), text)
+
+        def multiply() -> None:
+            code.run(named("prepare"), text)
+            sums = code.alloc([shape.columns // 2], kind.sums)
+            group = idiv(thread, warpgroup.GROUP) - i64(1)
+            with code.when(group * i64(warpgroup.PART) < high):
+                whole = tirx.const(True, "bool")
+                pointer = code.address(sums)
+                code.run(named("consume"), text, shared, pointer, i64(0), whole, int32(count))
+            code.run(named("put"), text, shared, code.address(sums))
+            code.run(named("meet"), text)
+            code.run(named("add_up"), text, shared, int32(high))
+            if constant:
+                code.follow()
+            warp = code.bind(idiv(thread - i64(warpgroup.GROUP), 32))
+            lane, wide = code.bind(imod(thread, 32)), shape.columns // together
+            begin = code.bind(idiv(left, together))
+
+            def results(inside: bool) -> None:
+                with code.loop(hopper.ROWS // 8 // splits, VECTORIZED) as turn:
+                    row = code.bind((turn * i64(8) + warp) * i64(splits) + rank)
+                    with code.when(row < rows), code.loop(-(-wide // 32), VECTORIZED) as step:
+                        at = code.bind(step * i64(32) + lane)
+                        column = code.bind(begin + at)
+
+                        def one() -> None:
+                            places = [at * i64(together) + i64(i) for i in range(together)]
+                            values = [
+                                code.call(named("total"), text, kind.sums, shared, row, place)
+                                for place in places
+                            ]
+                            finish(row, column, *map(code.bind, values))
+
+                        if inside and wide % 32 == 0:
+                            one()
+                        else:
+                            fits = column < idiv(columns, together)
+                            with code.when(tirx.And(at < i64(wide), fits)):
+                                one()
+
+            whole = left + i64(shape.columns) <= columns
+            code.branch(whole, lambda: results(True), lambda: results(False))
+
+        code.branch(thread < i64(warpgroup.GROUP), copy, multiply)
+        code.run(named("meet"), text)
 
 
 def warps(

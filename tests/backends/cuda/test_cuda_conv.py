@@ -15,7 +15,7 @@ pytest.importorskip("tvm", reason="the tvm extra is not installed")
 
 from tvm import tirx
 
-from netlathe.backends.tvm.cuda import conv_hopper
+from netlathe.backends.tvm.cuda import conv_hopper, warpgroup
 from netlathe.backends.tvm.cuda.artifact import CudaArtifact
 from netlathe.backends.tvm.cuda.machine import ARCHITECTURES, gpu
 from netlathe.backends.tvm.cuda.toolkit import Resources
@@ -185,7 +185,7 @@ def test_nothing_spills() -> None:
     assert stems >= {"conv_warpgroups", "conv_depthwise", "conv_padded", "pool_channels_last"}
     for r in found:
         assert r.spill_bytes == 0 and r.stack_bytes == 0, r
-        threads = conv_hopper.THREADS if r.kernel.startswith("conv_warpgroups") else 256
+        threads = warpgroup.THREADS if r.kernel.startswith("conv_warpgroups") else 256
         assert r.registers * threads <= 65536, r
 
 

@@ -30,7 +30,7 @@ Array = npt.NDArray[Any]
 E4M3: Any = ml_dtypes.float8_e4m3fn
 E5M2: Any = ml_dtypes.float8_e5m2
 BFLOAT16: Any = ml_dtypes.bfloat16
-ROWS = (0, 1, 3, 16, 130, 300)
+ROWS = (0, 1, 3, 16, 65, 128, 130, 300)
 SIZES = [(200, 391), (1088, 130), (4096, 260)]
 ROUNDED = 2.5e-3  # to bfloat16, once: half a unit in the last place, over the mean significand
 
@@ -309,11 +309,12 @@ def both(inner: int, columns: int) -> ir.Model:
 
 
 @pytest.mark.skipif(not _has_nvcc(), reason="nvcc is not installed")
-@pytest.mark.parametrize(("arch", "threads"), [("sm_89", 256), ("sm_90a", 384)])
-def test_it_compiles_and_keeps_its_sums_in_registers(arch: str, threads: int) -> None:
+@pytest.mark.parametrize(("arch", "threads", "kernels"), [("sm_89", 256, 2), ("sm_90a", 384, 4)])
+def test_it_compiles_and_keeps_its_sums_in_registers(arch: str, threads: int, kernels: int) -> None:
     made = CudaArtifact(both(256, 384), gpu([arch]))
     found = [r for r in resources(made) if r.kernel.startswith("gemm_warp")]
-    assert len(found) == 2 and {r.arch for r in found} == {arch}
+    # On sm_90a there is one for up to 128 rows beside that for more.
+    assert len(found) == kernels and {r.arch for r in found} == {arch}
     for r in found:
         assert r.spill_bytes == 0 and r.stack_bytes == 0 and r.registers * threads <= 65536, r
 

@@ -1,0 +1,158 @@
+"""What kernels of warpgroups on sm_90a have in common: stages with barriers, and results on their way out.
+
+One warpgroup of a block copies stages into shared memory, two multiply them. A stage has two barriers, all of
+them behind the stages: it is full when its bytes are there, and empty when every multiplying warpgroup that
+reads it, in any block of the cluster, has let it go. Instructions follow the PTX ISA 8.5, sections 9.7.12.15
+(mbarrier), 9.7.12.6 (barrier.cluster) and 9.7.14.5 (wgmma's descriptors).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+from netlathe.backends.tvm.cuda.code import GpuCode
+from netlathe.backends.tvm.tir import Expr
+
+# One warpgroup copies, two multiply; registers are moved from the first to the others.
+THREADS, GROUP = 384, 128
+ROW_BYTES = 128  # of K in a stage: a row of the 128-byte swizzle
+PART = 64  # rows and columns of results that a warpgroup brings out at one time
+STAGING_BYTES = 2 * PART * PART * 4  # of shared memory for that
+
+_NAMESPACE = "netlathe_warpgroup"
+SOURCE = f"""
+#ifndef NETLATHE_WARPGROUP
+#define NETLATHE_WARPGROUP
+namespace {_NAMESPACE} {{
+__device__ __forceinline__ uint32_t base(const void* shared) {{
+  return (static_cast<uint32_t>(__cvta_generic_to_shared(shared)) + 1023u) & ~1023u;
+}}
+template <int kCluster> __device__ __forceinline__ int rank() {{
+  uint32_t r = 0;
+  if (kCluster > 1) asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(r));
+  return r;
+}}
+__device__ __forceinline__ void wait(uint32_t barrier, uint32_t parity) {{
+  asm volatile(
+      "{{\\n.reg .pred p;\\nAGAIN:\\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\\n@p bra DONE;\\nbra AGAIN;\\nDONE:\\n}}"
+      ::"r"(barrier), "r"(parity) : "memory");
+}}
+// In every block. No .release.cluster: that is a fence for all of memory, and products only read the stage.
+template <int kCluster> __device__ __forceinline__ void release(uint32_t barrier) {{
+#pragma unroll
+  for (int cta = 0; cta < kCluster; ++cta)
+    if (kCluster == 1)
+      asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+    else
+      asm volatile(
+          "{{\\n.reg .b32 far;\\nmapa.shared::cluster.u32 far, %0, %1;\\n"
+          "mbarrier.arrive.shared::cluster.b64 _, [far];\\n}}"
+          ::"r"(barrier), "r"(cta) : "memory");
+}}
+__device__ __forceinline__ void expect(uint32_t barrier, int bytes) {{
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
+               : "memory");
+}}
+__device__ __forceinline__ uint64_t described(uint32_t at) {{
+  return (uint64_t)((at & 0x3FFFF) >> 4) | (1ull << 16) | (64ull << 32) | (1ull << 62);
+}}
+template <int kCluster> __device__ __forceinline__ void cluster_barrier() {{
+  if (kCluster > 1)
+    asm volatile("barrier.cluster.arrive.aligned;\\nbarrier.cluster.wait.aligned;" ::: "memory");
+}}
+// Every thread, first: the barriers of the stages, those for full ones and then those for empty ones, which
+// `readers` warpgroups let go.
+template <int kStages> __device__ __forceinline__ void start(uint32_t barriers, int readers) {{
+  if (threadIdx.x == 0) {{
+    for (int stage = 0; stage < kStages; ++stage) {{
+      const uint32_t full = barriers + stage * 8, empty = full + kStages * 8;
+      asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(full));
+      asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(empty), "r"(readers));
+    }}
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  }}
+  __syncthreads();
+}}
+
+// 64 x 64 results through shared memory, so that neighbouring threads have neighbouring columns. Pieces of 8
+// columns are permuted by row against bank conflicts.
+template <typename Sum> struct alignas(8) Pair {{ Sum first, second; }};
+template <int kStages> __device__ __forceinline__ void* staging(uint8_t* shared) {{
+  float* first = static_cast<float*>(__cvta_shared_to_generic(base(shared) + kStages));
+  return first + (threadIdx.x / {GROUP} - 1) * {PART * PART};
+}}
+template <int kStages, typename Sum> __device__ __forceinline__ void stage(uint8_t* shared, const Sum* d) {{
+  Sum* to = static_cast<Sum*>(staging<kStages>(shared));
+  const int warp = threadIdx.x % {GROUP} / 32, lane = threadIdx.x % 32;
+#pragma unroll
+  for (int j = 0; j < {PART // 8}; ++j)
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {{
+      const int row = warp * 16 + half * 8 + lane / 4;
+      const int column = (j ^ (row & 3)) * 8 + lane % 4 * 2;
+      const Sum* from = d + j * 4 + half * 2;
+      *reinterpret_cast<Pair<Sum>*>(to + row * {PART} + column) = {{from[0], from[1]}};
+    }}
+  asm volatile("bar.sync %0, {GROUP};" ::"r"((int)threadIdx.x / {GROUP}) : "memory");
+}}
+// One sum, or as many neighbouring ones as a vector has.
+template <int kStages, typename T>
+__device__ __forceinline__ T staged(uint8_t* shared, int64_t row, int64_t column) {{
+  const float* from = static_cast<const float*>(staging<kStages>(shared));
+  from += row * {PART} + (((column >> 3) ^ (row & 3)) << 3) + (column & 7);
+  return *reinterpret_cast<const T*>(from);
+}}
+__device__ __forceinline__ void unstage() {{
+  asm volatile("bar.sync %0, {GROUP};" ::"r"((int)threadIdx.x / {GROUP}) : "memory");
+}}
+}}  // namespace
+#endif
+"""
+_VECTORS = {"float32": "float", "int32": "int", "float32x4": "float4"}
+
+
+class Staging:
+    """The way out of a warpgroup's sums: 64 x 64 of them at a time through shared memory.
+
+    They lie behind ``stages`` bytes of stages.
+    """
+
+    def __init__(self, code: GpuCode, shared: Expr, stages: int) -> None:
+        self._code, self._shared, self._stages = code, shared, stages
+
+    def parts(
+        self,
+        sums: Any,
+        count: int,
+        whole: Expr | None,
+        results: Callable[[int, bool], None],
+        there: Callable[[int], Expr | None] = lambda _: None,
+    ) -> None:
+        """``results(part, inside)`` for ``count`` parts, which may take sums from :meth:`at`.
+
+        ``inside`` is for tiles that are ``whole``: without conditions loads and stores of all steps may
+        overlap. Parts are left out where ``there``, if it says so, is false.
+        """
+        code = self._code
+        for part in range(count):
+            held = there(part)
+            with contextlib.nullcontext() if held is None else code.when(held):
+                stage = f"{_NAMESPACE}::stage<{self._stages}>"
+                code.run(stage, SOURCE, self._shared, code.address(sums, part * PART // 2))
+                if whole is None:
+                    results(part, False)
+                else:
+                    code.branch(
+                        whole,
+                        lambda part=part: results(part, True),  # type: ignore[misc]  # mypy infers no default
+                        lambda part=part: results(part, False),  # type: ignore[misc]
+                    )
+                code.run(f"{_NAMESPACE}::unstage", SOURCE)
+
+    def at(self, dtype: str, row: Expr, column: Expr) -> Expr:
+        """What the part has in this place: a sum, or a vector of those from there on."""
+        name = f"{_NAMESPACE}::staged<{self._stages}, {_VECTORS[dtype]}>"
+        return self._code.call(name, SOURCE, dtype, self._shared, row, column)
