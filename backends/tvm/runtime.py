@@ -199,7 +199,7 @@ class Model:
         """Run once: arrays by input name to arrays by output name.
 
         Raises:
-            ArtifactError: a name, dtype or shape is not the model's.
+            ArtifactError: a name, dtype or shape is not the model's, or the GPU's memory is full.
         """
         results = self.invoke(self.place(feeds))
         return {
@@ -226,10 +226,15 @@ class Model:
         On a GPU they may not be finished when this returns: work is queued on the current stream.
 
         Raises:
-            ArtifactError: as :func:`check_tensors`; dtypes and shapes are checked by TVM.
+            ArtifactError: as :func:`check_tensors`, or the GPU's memory is full; dtypes and shapes are
+                checked by TVM.
         """
         check_tensors(self._ffi, self.inputs, self._written, given, self._vector)
-        results: Sequence[Any] = self._main(*given, *self._parameters)
+        try:
+            results: Sequence[Any] = self._main(*given, *self._parameters)
+        except RuntimeError as error:
+            _refuse_full_memory(error, "the results and what is between need more")
+            raise
         return results
 
     def record(self, feeds: Mapping[str, npt.NDArray[Any]]) -> Recording:
@@ -262,7 +267,11 @@ class Model:
         host = _in_order(array)
         if not self._on_gpu:
             return self._ffi.from_dlpack(host)
-        tensor = _empty(self._ffi, host.shape, host.dtype.name)
+        try:
+            tensor = _empty(self._ffi, host.shape, host.dtype.name)
+        except RuntimeError as error:
+            _refuse_full_memory(error, f"an input takes {host.nbytes} bytes")
+            raise
         self._upload(host, tensor)
         return tensor
 
@@ -294,7 +303,11 @@ class Recording:
         self.given = model.place(feeds)
         self._held: list[Any] = []
         run = model._holding(self._held)
-        run(self.given)  # loads the kernels, which no recording may do
+        try:
+            run(self.given)  # loads the kernels, which no recording may do
+        except RuntimeError as error:
+            _refuse_full_memory(error, "the results and what is between need more")
+            raise
         self._held.clear()
         self._check(self._cudart.cudaDeviceSynchronize(), "running the model")
         self.results = self._recorded(run)
@@ -805,14 +818,28 @@ def _empty(ffi: Any, shape: Sequence[int], dtype: str) -> Any:
 
 
 def _check_room(cudart: Any, wanted: int) -> None:
+    free, total = _room(cudart)
+    if wanted > free:
+        raise ArtifactError(
+            f"the constants take {wanted} bytes of the GPU's memory, and {free} of {total} are free"
+        )
+
+
+def _room(cudart: Any) -> tuple[int, int]:
+    """Bytes of the GPU's memory: free ones, and all."""
     free, total = ctypes.c_size_t(), ctypes.c_size_t()
     if status := cudart.cudaMemGetInfo(ctypes.byref(free), ctypes.byref(total)):
         raise ArtifactError(f"CUDA's runtime does not start (error {status})")
-    if wanted > free.value:
+    return free.value, total.value
+
+
+def _refuse_full_memory(error: RuntimeError, why: str) -> None:
+    """Raise an ArtifactError if ``error`` is TVM's of an allocation that did not fit the GPU's memory."""
+    if "cudaErrorMemoryAllocation" in str(error):
+        free, total = _room(_cuda_runtime(Path()))
         raise ArtifactError(
-            f"the constants take {wanted} bytes of the GPU's memory, and {free.value} of"
-            f" {total.value} are free"
-        )
+            f"the GPU's memory is full: {why}, and {free} of {total} bytes are free"
+        ) from error
 
 
 def _parameters(folder: Path, meta: Mapping[str, Any]) -> list[npt.NDArray[Any]]:

@@ -70,22 +70,44 @@ def version() -> str:
     """The release that nvcc belongs to, such as ``13.0``.
 
     Raises:
-        LowerError: there is no nvcc.
+        LowerError: there is no nvcc, or it does not run.
     """
-    told = subprocess.run([nvcc(), "--version"], capture_output=True, text=True, check=True)
-    match = re.search(r"release ([\d.]+)", told.stdout)
-    return match[1] if match else told.stdout.strip().splitlines()[-1]
+    told = _told("--version")
+    match = re.search(r"release ([\d.]+)", told)
+    return match[1] if match else " ".join(told.split()[-1:])
+
+
+def _told(question: str) -> str:
+    """What nvcc answers.
+
+    Raises:
+        LowerError: there is none, or it does not run.
+    """
+    command = [os.fspath(nvcc()), question]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if not done.returncode:
+            return done.stdout
+        lines = (done.stdout + done.stderr).strip().splitlines()
+        why = f"exit code {done.returncode}" + "".join(f"; {line}" for line in lines[:1])
+    except OSError as error:
+        why = error.strerror or str(error)
+    raise LowerError(
+        Diagnostic(
+            "cuda.nvcc",
+            f"{' '.join(command)} failed: {why}",
+            help="install the CUDA toolkit, release 13, anew, or put another nvcc first on PATH",
+        )
+    )
 
 
 def check_archs(archs: Sequence[str]) -> None:
     """Return if nvcc knows the architectures.
 
     Raises:
-        LowerError: it does not, or there is none.
+        LowerError: it does not, or there is none, or it does not run.
     """
-    command = [os.fspath(nvcc()), "--list-gpu-arch"]
-    told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    known = {"sm_" + line.removeprefix("compute_") for line in told.split()}
+    known = {"sm_" + line.removeprefix("compute_") for line in _told("--list-gpu-arch").split()}
     for arch in archs:
         if arch.rstrip("a") not in known:
             raise LowerError(

@@ -63,6 +63,24 @@ def test_an_architecture_that_nvcc_does_not_know(
         toolkit.check_archs(["sm_80", "sm_90a"])
 
 
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("#!/bin/sh\necho no licence >&2; exit 3", "exit code 3; no licence"),
+        ("#!/nowhere/sh", "No such file or directory"),
+    ],
+)
+def test_an_nvcc_that_does_not_run(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, text: str, why: str
+) -> None:
+    (tmp_path / "nvcc").write_text(text)
+    (tmp_path / "nvcc").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    for ask in (toolkit.version, lambda: toolkit.check_archs(["sm_80"])):
+        with pytest.raises(LowerError, match=f"{tmp_path}/nvcc --.* failed: {why}"):
+            ask()
+
+
 class Driver:
     """What libcuda.so.1 says on a machine with one GPU of some capability."""
 
@@ -131,3 +149,12 @@ def test_constants_larger_than_the_free_memory() -> None:
         runtime.ArtifactError, match=r"take 1001 bytes .* and 1000 of 2000 are free"
     ):
         runtime._check_room(Cudart, 1001)
+
+
+def test_a_full_memory_is_named_with_its_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runtime, "_cuda_runtime", lambda _: None)
+    monkeypatch.setattr(runtime, "_room", lambda _: (1000, 2000))
+    full = RuntimeError("CUDA Runtime Error: cudaErrorMemoryAllocation (2): out of memory")
+    with pytest.raises(runtime.ArtifactError, match="takes 1001 bytes, and 1000 of 2000 bytes"):
+        runtime._refuse_full_memory(full, "an input takes 1001 bytes")
+    runtime._refuse_full_memory(RuntimeError("another"), "an input takes 1001 bytes")
