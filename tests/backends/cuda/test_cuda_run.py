@@ -24,7 +24,7 @@ from tests.execute.test_node_backend import CASES, _array
 Array = npt.NDArray[Any]
 HERE = [arch for arch in ARCHITECTURES if not runtime.gpu_lack([arch])]
 pytestmark = pytest.mark.skipif(not HERE, reason="no GPU that there are kernels for")
-ROWS = (0, 1, 3, 8, 9, 16, 17, 130, 300)
+ROWS = (0, 1, 3, 8, 9, 16, 17, 64, 65, 128, 130, 300)
 # Rounding the result to nearest, once: half a unit in the last place, over the mean significand.
 BOUNDS = {"bfloat16": 2.5e-3, "float16": 3.2e-4}
 LAST_PLACE = {"bfloat16": 2.0**-7, "float16": 2.0**-10}  # of the smallest significand
@@ -234,13 +234,9 @@ def test_convolution(
     assert np.linalg.norm(found - wanted) / np.linalg.norm(wanted) < BOUNDS[half]
 
 
-EVERY = 4  # of the node tests, one in so many is run on a GPU
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "case",
-    [pytest.param(case, id=case.name) for case in CASES if "_expanded" not in case.name][::EVERY],
+    "case", [pytest.param(case, id=case.name) for case in CASES if "_expanded" not in case.name]
 )
 def test_node(case: TestCase) -> None:
     from netlathe.diagnostics import InputError, LowerError
