@@ -8,7 +8,8 @@ them; no weights are stored, ``run`` makes random ones. Products with many rows 
 torch.matmul, torch._int_mm of int8 to int32, and torch._scaled_mm of 8-bit floats to bfloat16, a scale for
 each operand; all are checked against float64. Products with few rows are launches in one CUDA graph
 that walks over copies of the weight that no cache holds; their share is of what copying a gigabyte moves,
-counted in bytes of weights, scales, inputs and results. Times are medians of CUDA events.
+counted in bytes of weights, scales, inputs and results. Between, up to 128 rows, the same is done with
+torch in turn. Times are medians of CUDA events.
 """
 
 from __future__ import annotations
@@ -34,8 +35,11 @@ LARGE = {
     (11008, 4096): (2048,),
 }
 SMALL = [(4096, 4096), (4096, 11008), (11008, 4096), (8192, 8192), (8192, 28672), (28672, 8192)]
+HELD = {"bf16": "uint16", "f16": "float16", "int8x8": "int8"}  # numpy's names of what is multiplied
 MANY = ("bf16", "f16", "int8x8", "e4m3", "e5m2")  # kinds of products with many rows
 ROWS = (1, 4, 16)
+AMID = [(4096, 4096), (4096, 11008), (11008, 4096), (8192, 28672)]
+BETWEEN = (17, 64, 128)  # rows
 GROUP = 128
 ROUNDS, INSIDE = 7, 10
 BEYOND_CACHE = 600_000_000  # bytes of weights that one graph reads
@@ -55,6 +59,7 @@ def build(folder: Path, archs: str) -> None:
     machine = gpu(archs.split(","))
     jobs = [(shape, kind, "f16" if kind == "f16" else "bf16") for shape in LARGE for kind in MANY]
     jobs += [(shape, kind, "bf16") for shape in SMALL for kind in ("bf16", "int8", "int4")]
+    jobs += [(shape, kind, "bf16") for shape in AMID for kind in ("bf16", "e4m3", "int8x8")]
 
     def one(job: tuple[tuple[int, int], str, str]) -> None:
         (inner, columns), kind, half = job
@@ -143,6 +148,7 @@ class Bench:
         self.ffi: Any = runtime._runtime(folder)
         runtime._cuda_runtime(folder)
         self.folder = folder
+        self.one = self.torch.ones((), device="cuda")
         self.results: dict[str, Any] = {"gpu": self.torch.cuda.get_device_name(0)}
 
     def milliseconds(self, run: Callable[[], object], count: int) -> float:
@@ -186,38 +192,48 @@ class Bench:
         bits = made.view(torch.uint16) if dtype == "uint16" else made
         return made, self.ffi.from_dlpack(bits)
 
-    def large(self, name: str, rows: int) -> None:
-        """Against torch, in turn."""
-        torch = self.torch
-        main, facts = self.load(name)
-        inner, columns = facts["inner"], facts["columns"]
-        kind = str(facts["kind"])
-        held = {"bf16": "uint16", "f16": "float16", "int8x8": "int8"}.get(kind, kind)
-        x, own_x = self.tensor(held, (rows, inner), 1.0)
-        spread = 1.0 if kind in ("e4m3", "e5m2") else inner**-0.5
+    def weight(self, facts: dict[str, Any]) -> tuple[Any, list[Any]]:
+        """A random weight [columns, inner]: torch's, and the program's parameters, whose scales are one."""
+        torch, kind = self.torch, str(facts["kind"])
+        spread = 1.0 if kind in ("e4m3", "e5m2") else float(facts["inner"]) ** -0.5
         given, weight = [], None
         for _, shape in facts["parameters"]:
             if shape:
-                weight, own = self.tensor(held, tuple(shape), spread)
-            else:  # a scale
+                weight, own = self.tensor(HELD.get(kind, kind), tuple(shape), spread)
+            else:
                 own = self.ffi.from_dlpack(
                     torch.ones((), device="cuda").bfloat16().view(torch.uint16)
                 )
             given.append(own)
-        assert weight is not None
+        return weight, given
+
+    def theirs(self, kind: str, x: Any, weight: Any) -> Any:
+        """torch's product."""
+        torch = self.torch
+        if kind == "int8x8":
+            return torch._int_mm(x, weight.t())
+        if kind == "e4m3":
+            return torch._scaled_mm(x, weight.t(), self.one, self.one, out_dtype=torch.bfloat16)
+        return torch.matmul(x, weight.t())
+
+    def error(self, kind: str, found: Any, x: Any, weight: Any) -> float:
+        """Of a result of the program's."""
+        torch = self.torch
         result = {"f16": torch.float16, "int8x8": torch.int32}.get(kind, torch.bfloat16)
-        found = torch.from_dlpack(main(own_x, *given)[0]).view(result).double()
         wanted = x.double() @ weight.double().t()
-        error = float((found - wanted).norm() / wanted.norm())
-        del found, wanted
-        turned, one = weight.t(), torch.ones((), device="cuda")
-        theirs = {
-            "int8x8": lambda: torch._int_mm(x, turned),
-            "e4m3": lambda: torch._scaled_mm(x, turned, one, one, out_dtype=result),
-        }.get(kind, lambda: torch.matmul(x, turned))
+        found = torch.from_dlpack(found).view(result).double()
+        return float((found - wanted).norm() / wanted.norm())
+
+    def large(self, name: str, rows: int) -> None:
+        """Against torch, in turn."""
+        main, facts = self.load(name)
+        inner, columns, kind = facts["inner"], facts["columns"], str(facts["kind"])
+        x, own_x = self.tensor(HELD.get(kind, kind), (rows, inner), 1.0)
+        weight, given = self.weight(facts)
+        error = self.error(kind, main(own_x, *given)[0], x, weight)
         sides = [lambda: main(own_x, *given)]
         if kind != "e5m2":  # cuBLAS has no product of two of these
-            sides.append(theirs)
+            sides.append(lambda: self.theirs(kind, x, weight))
         for side in sides:
             self.milliseconds(side, INSIDE)
         times = [[self.milliseconds(side, INSIDE) for side in sides] for _ in range(ROUNDS)]
@@ -246,13 +262,7 @@ class Bench:
         ]
         for rows in ROWS:
             _, x = self.tensor("uint16", (rows, facts["inner"]), 1.0)
-            kept = [main(x, *weight) for weight in weights]  # memory for the graph to take
-            del kept
-            graph = torch.cuda.CUDAGraph()
-            with self.ffi.use_torch_stream(torch.cuda.graph(graph)):
-                for weight in weights:
-                    main(x, *weight)
-            self.milliseconds(graph.replay, INSIDE)
+            graph = self.replayed(lambda weight, x=x: main(x, *weight), weights)
             times = [self.milliseconds(graph.replay, 1) / copies for _ in range(ROUNDS)]
             time = statistics.median(times)
             moved = sum(sizes) + 2 * rows * (facts["inner"] + facts["columns"])
@@ -262,6 +272,42 @@ class Bench:
                 f" share {moved / time / rate:.3f}",
                 flush=True,
             )
+
+    def between(self, name: str) -> None:
+        """Weights that no cache holds, against torch, in turn."""
+        main, facts = self.load(name)
+        inner, columns, kind = facts["inner"], facts["columns"], str(facts["kind"])
+        size = inner * columns * (2 if kind == "bf16" else 1)
+        weights = [self.weight(facts) for _ in range(max(3, BEYOND_CACHE // size + 1))]
+        for rows in BETWEEN:
+            x, own_x = self.tensor(HELD.get(kind, kind), (rows, inner), 1.0)
+            error = self.error(kind, main(own_x, *weights[0][1])[0], x, weights[0][0])
+            graphs = [
+                self.replayed(lambda pair, x=own_x: main(x, *pair[1]), weights),
+                self.replayed(lambda pair, x=x: self.theirs(kind, x, pair[0]), weights),
+            ]
+            times = [
+                [self.milliseconds(graph.replay, 1) / len(weights) for graph in graphs]
+                for _ in range(ROUNDS)
+            ]
+            ours, theirs = (statistics.median(column) for column in zip(*times, strict=True))
+            self.results[f"{name} rows {rows}"] = {"ms": [ours, theirs], "error": error}
+            print(
+                f"{name:18s} {rows:5d} rows: {ours * 1e3:6.1f} us, torch {theirs * 1e3:6.1f},"
+                f" share {theirs / ours:.3f}, error {error:.1e}",
+                flush=True,
+            )
+
+    def replayed(self, call: Callable[[Any], object], given: list[Any]) -> Any:
+        """A CUDA graph of a call for each of ``given``."""
+        kept = [call(each) for each in given]  # memory for the graph to take
+        del kept
+        graph = self.torch.cuda.CUDAGraph()
+        with self.ffi.use_torch_stream(self.torch.cuda.graph(graph)):
+            for each in given:
+                call(each)
+        self.milliseconds(graph.replay, INSIDE)
+        return graph
 
 
 def run(folder: Path, write: Path | None) -> None:
@@ -277,6 +323,9 @@ def run(folder: Path, write: Path | None) -> None:
     for inner, columns in SMALL:
         for kind in ("bf16", "int8", "int4"):
             bench.few(f"{kind}-{inner}-{columns}", rate)
+    for inner, columns in AMID:
+        for kind in ("bf16", "e4m3", "int8x8"):
+            bench.between(f"{kind}-{inner}-{columns}")
     if write is not None:
         write.write_text(json.dumps(bench.results, indent=1) + "\n")
 
