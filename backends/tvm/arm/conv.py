@@ -10,6 +10,9 @@ neighbouring columns of one output row by a panel of output channels. A run is m
 * bytes: the last register of a run reads on into what follows, times weights of zero. The copy with the
   border has columns to spare for that.
 
+Where this multiplies many zeros, as of the three channels of a stem, the windows of a row of the output are
+copied, each with its runs one behind the other, and all panels read the copy.
+
 A window of one element, all of which are taken, is a matrix product
 (:mod:`netlathe.backends.tvm.arm.products`). Each function here gives None for what the kernels of every
 machine take.
@@ -17,8 +20,11 @@ machine take.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import onnx_ir as ir
 
@@ -37,8 +43,10 @@ from netlathe.backends.tvm.tir import (
     Code,
     Expr,
     Index,
+    broadcast,
     cast,
     const,
+    dtype_of,
     i64,
     known,
     total,
@@ -120,9 +128,11 @@ def _convolution(
         if scheme.a_type == "int8":
             product.shift_by(zero)
         return product.pending(_result(scheme), shape)
-    # Registers of little but zeros: of three channels of floats the common schedule takes fewer instructions.
     whole = 8 if scheme.a_type == "float16" else 4
-    if g.inputs % whole and (g.groups > 1 or (g.inputs < 4 and scheme.a_type != "int8")):
+    if g.inputs % whole and g.groups > 1:
+        return None
+    # Of three channels in float32 the common schedule multiplies no zeros, and copies nothing.
+    if g.inputs < 4 and scheme.a_type == "float32":
         return None
     return _Convolution(low, x, zero, constant, geometry, pads, shape, scheme).pending()
 
@@ -155,9 +165,14 @@ class _Runs:
         return self.extents[0] * (self.extents[1] if len(self.extents) > 1 else 1)
 
     @property
+    def registers(self) -> int:
+        """Registers of A for each output."""
+        return self.count * self.blocks
+
+    @property
     def inner(self) -> int:
         """Elements of A for each output, with those beyond runs."""
-        return self.count * self.blocks * self.elements
+        return self.registers * self.elements
 
 
 class _Convolution:
@@ -180,18 +195,22 @@ class _Convolution:
         columns = shape[2] if isinstance(shape[2], int) else ROWS
         scheme, self.size = _tile(scheme, low.machine, max(columns, 1), g.outputs)
         self.scheme = scheme
-        floats = scheme.a_type != "int8"
-        whole = -(-g.inputs // scheme.elements) * scheme.elements
-        self.channels = whole if floats else g.inputs
-        joined = g.groups == 1 and g.dilations[1] == 1
-        self.runs = (
-            _Runs((g.kernel[0],), g.kernel[1] * self.channels, scheme.elements)
-            if joined
-            else _Runs(g.kernel, self.channels, scheme.elements)
-        )
-        self.x = self._bordered(x, zero, pads)
         self.count = -(-g.outputs // scheme.width)
-        group = 8 if scheme.paired else scheme.elements // scheme.steps
+        floats = scheme.a_type != "int8"
+        taps = (g.kernel[0],) if g.groups == 1 and g.dilations[1] == 1 else g.kernel
+
+        def runs(channels: int) -> _Runs:
+            return _Runs(taps, g.taps // math.prod(taps) * channels, scheme.elements)
+
+        whole = -(-g.inputs // scheme.elements) * scheme.elements if floats else g.inputs
+        self.channels, self.runs, self.copied = whole, runs(whole), None
+        gathered = _Runs((1,), g.taps * g.inputs, scheme.elements)
+        # A register is multiplied at least eight times; to copy one takes two instructions.
+        saved = (self.runs.registers - gathered.registers) * self.count
+        if 4 * saved > self.runs.registers and not self._heavy:
+            self.channels, self.runs, self.copied = g.inputs, gathered, runs(g.inputs)
+        self.x = self._bordered(x, zero, pads)
+        group = scheme.elements // scheme.steps
         numbers = (
             g.groups, self.runs.count, self.channels, self.runs.blocks * scheme.elements,
             self.count, scheme.width, group,
@@ -219,7 +238,7 @@ class _Convolution:
         """``x`` in memory within a border of ``zero``, with channels and columns to whole registers."""
         top, left, bottom, right = pads
         whole_channels = self.channels * self.geometry.groups
-        spare = -(-self.runs.beyond // whole_channels)
+        spare = -(-(self.copied or self.runs).beyond // whole_channels)
         if not any(pads) and not spare and self.channels == self.geometry.inputs:
             return self.low.force(x)
         source = self.low.operand(x)
@@ -237,6 +256,12 @@ class _Convolution:
 
         return self.low.force(Pending(x.dtype, whole, build))
 
+    @property
+    def _heavy(self) -> bool:
+        """Whether not all weights stay in a cache while the plane goes by."""
+        size = self.runs.inner * self.geometry.outputs * self.scheme.constant.itemsize
+        return size > _CACHED_BYTES
+
     def pending(self) -> Pending:
         """The convolution, with a kernel to be written."""
         return Pending(_result(self.scheme), self.shape, self.build)
@@ -248,15 +273,18 @@ class _Convolution:
         columns = out[2]
 
         def lines(size: int) -> None:
-            heavy = self.runs.inner * g.outputs * scheme.constant.itemsize
-            order = [out[0], out[1], i64(self.count)]
-            if heavy > _CACHED_BYTES:  # one panel stays while the plane goes by
-                order = [i64(self.count), out[0], out[1]]
-            whole = [i64(g.groups), *order]
+            first = self.count if self._heavy else 1  # one panel stays while the plane goes by
+            last = 1 if self._heavy or self.copied is not None else self.count
+            whole = [i64(g.groups), i64(first), out[0], out[1], i64(last)]
             with code.loop(total(whole), PARALLEL) as task:
-                group, *rest = (code.bind(i) for i in unflatten(task, whole))
-                b, row, panel = rest if heavy <= _CACHED_BYTES else (*rest[1:], rest[0])
-                _Line(self, kernel, store, columns, group, b, row, panel).tiles(size)
+                group, outer, b, row, inner = (code.bind(i) for i in unflatten(task, whole))
+                line = _Line(self, kernel, store, columns, group, b, row)
+                if self.copied is None:
+                    line.tiles(size, line.plane(), outer if self._heavy else inner)
+                    return
+                source = line.copy(self.copied)
+                with code.loop(self.count) as panel:
+                    line.tiles(size, source, panel)
 
         def split(first: int, *smaller: int) -> None:
             if not smaller:
@@ -271,9 +299,19 @@ class _Convolution:
         return f"neon.{scheme.name}.conv"
 
 
+@dataclass(frozen=True)
+class _Source:
+    """Windows: that of a column begins at ``origin`` + column * ``step``, its registers ``offset`` behind."""
+
+    data: Any
+    origin: Expr
+    step: Expr
+    offset: Callable[[Index], Expr]
+
+
 @dataclass
 class _Line:
-    """One row of the output, one panel of its channels."""
+    """One row of the output."""
 
     job: _Convolution
     kernel: Kernel
@@ -282,28 +320,57 @@ class _Line:
     group: Expr
     b: Expr
     row: Expr
-    panel: Expr
 
-    def tiles(self, size: int) -> None:
-        """Tiles of ``size`` columns; the last one starts early enough to be whole."""
+    def plane(self) -> _Source:
+        """The windows as they lie in the plane."""
+        job, code = self.job, self.kernel.code
+        g, elements = job.geometry, job.scheme.elements
+        _, h, w, c = self.kernel.shape(job.x.shape)
+        line = (self.b * h + self.row * i64(g.strides[0])) * w * c
+
+        def offset(index: Index) -> Expr:
+            at = index[0] * (w * c * i64(g.dilations[0])) + index[-1] * i64(elements)
+            return at + index[1] * (c * i64(g.dilations[1])) if len(index) > 2 else at
+
+        origin = code.bind(line + self.group * i64(g.inputs))
+        return _Source(self.kernel.read(job.x), origin, c * i64(g.strides[1]), offset)
+
+    def copy(self, runs: _Runs) -> _Source:
+        """The windows one behind the other, and their ``runs`` likewise.
+
+        Whole registers are copied: the next one goes over what the last of a run has too many, and zeros
+        behind the last run of a window.
+        """
+        code, plane = self.kernel.code, self.plane()
+        elements, inner = runs.elements, self.job.runs.inner
+        dtype = dtype_of(code.vload(plane.data, 0, 1))
+        line = code.alloc([self.columns * i64(inner) + i64(elements)], dtype, scope="global")
+        with code.loop(self.columns) as column:
+            start = code.bind(plane.origin + column * plane.step)
+            to = code.bind(column * i64(inner))
+            for number, run in enumerate(itertools.product(*map(range, runs.extents))):
+                with code.loop(runs.blocks) as block:
+                    at = start + plane.offset([*map(i64, run), block])
+                    place = to + i64(number * runs.length) + block * i64(elements)
+                    code.vstore(line, place, code.vload(plane.data, at, elements), elements)
+            if runs.count * runs.length < inner:
+                place = to + i64(runs.count * runs.length)
+                code.vstore(line, place, broadcast(const(0, dtype), elements), elements)
+        return _Source(line, i64(0), i64(inner), lambda index: index[-1] * i64(elements))
+
+    def tiles(self, size: int, source: _Source, panel: Expr) -> None:
+        """Tiles of ``size`` columns by a panel; the last one starts early enough to be whole."""
         job, code = self.job, self.kernel.code
         scheme, g, runs = job.scheme, job.geometry, job.runs
-        _, h, w, c = self.kernel.shape(job.x.shape)
-        data, weight = self.kernel.read(job.x), self.kernel.read(job.weight)
-        line = (self.b * h + self.row * i64(g.strides[0])) * w * c
-        origin = code.bind(line + self.group * i64(g.inputs))
-        number = self.group * i64(job.count) + self.panel
+        weight = self.kernel.read(job.weight)
+        number = self.group * i64(job.count) + panel
         base = code.bind(number * i64(runs.inner * scheme.width))
         held = size + size % 2 if scheme.paired else size  # a pair may be one row twice
         sums = "int32" if scheme.sum_type == "int32" else "float32"
         out = code.alloc([held * scheme.width], sums)
 
         def register(at: Expr) -> Expr:
-            return products.signed(code.vload(data, at, scheme.elements), job.x.dtype)
-
-        def offset(index: Index) -> Expr:
-            at = index[0] * (w * c * i64(g.dilations[0])) + index[-1] * i64(scheme.elements)
-            return at + index[1] * (c * i64(g.dilations[1])) if len(index) > 2 else at
+            return products.signed(code.vload(source.data, at, scheme.elements), job.x.dtype)
 
         def b(k: Expr, step: Expr, number: int) -> Expr:
             at = base + k * i64(scheme.width) + step * i64(scheme.vectors * scheme.b_lanes)
@@ -316,9 +383,9 @@ class _Line:
             self.store(code, [self.b, self.row, column, channel], value)
 
         def tile(column: Expr) -> None:
-            step = c * i64(g.strides[1])
             start = [
-                code.bind(origin + (column + i64(min(i, size - 1))) * step) for i in range(held)
+                code.bind(source.origin + (column + i64(min(i, size - 1))) * source.step)
+                for i in range(held)
             ]
 
             def a(i: int, k: Expr) -> Expr:
@@ -327,8 +394,8 @@ class _Line:
                 return neon.pair(register(start[i & ~1] + k), register(start[i | 1] + k), i % 2)
 
             made = Tile(code, scheme, runs.inner, a, b, lambda i: i64(0))
-            made.run_windows(held, out, (*runs.extents, runs.blocks), offset)
-            products.put_rows(code, size, column, self.panel, scheme.width, g.outputs, out, finish)
+            made.run_windows(held, out, (*runs.extents, runs.blocks), source.offset)
+            products.put_rows(code, size, column, panel, scheme.width, g.outputs, out, finish)
 
         products.down(code, size, i64(0), self.columns, self.columns, tile)
 

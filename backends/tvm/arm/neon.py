@@ -235,9 +235,9 @@ class Tile:
         ``a`` is asked for ``offset(index)``, ``b`` for the registers of all runs one after another.
         """
         code, scheme = self.code, self.scheme
-        # Chunks of a run are equal, so some have up to half as many values again.
-        run = extents[-1] * scheme.elements
-        per = -(-extents[-1] // max(1, round(run / scheme.chunk))) if scheme.chunk else 0
+        # A run is cut into equal chunks.
+        chunks = -(-extents[-1] * scheme.elements // scheme.chunk) if scheme.chunk else 1
+        per = -(-extents[-1] // chunks)
 
         def block(index: list[Expr], sums: list[Any]) -> None:
             where = code.bind(offset(index))

@@ -76,6 +76,10 @@ CASES = [
     Case(40, 16, plane=(8, 13)),
     Case(8, 60, plane=(3, 12)),  # few columns, many channels
     Case(11, 11, groups=11, stride=2, plane=(6, 9)),
+    # Few channels: windows are copied, runs one behind the other.
+    Case(3, 20, kernel=(5, 5), stride=2, plane=(11, 13), pads=(2, 2, 2, 2)),
+    Case(5, 9, dilation=2, plane=(9, 9), pads=(2, 2, 2, 2)),
+    Case(1, 18, plane=(5, 9)),
 ]
 # The largest error, of the RMS: sums of up to 360 products in float32, one after another; in float16 of 64.
 BOUNDS = {np.float32: 5e-6, np.float16: 16 * 2**-11}
