@@ -60,9 +60,9 @@ D = ir.DataType
 # Weights of more bytes than this do not stay in a level-2 cache while a row of the output is made.
 _CACHED_BYTES = 1 << 18
 _WIDER = {
-    neon.FLOAT32: neon.WIDE_FLOAT32,
-    neon.FLOAT16: neon.WIDE_FLOAT16,
-    neon.MATRIX: neon.WIDE_MATRIX,
+    neon.FLOAT32: (neon.MIDDLE_FLOAT32, neon.WIDE_FLOAT32),
+    neon.FLOAT16: (neon.MIDDLE_FLOAT16, neon.WIDE_FLOAT16),
+    neon.MATRIX: (neon.WIDE_MATRIX,),
 }
 # Units that multiply times the cycles that a sum is waited for.
 _SUMS = {"cortex-a72": 8, "neoverse-n1": 8, "neoverse-v1": 16}
@@ -416,7 +416,7 @@ def _tile(scheme: Scheme, machine: Machine, columns: int, outputs: int) -> tuple
         each = multiplied + joined + size + made.vectors * made.steps // 2 + 2
         return -(-columns // size) * -(-outputs // made.width) * each
 
-    shapes = [scheme, *([_WIDER[scheme]] if scheme in _WIDER else [])]
+    shapes = [scheme, *_WIDER.get(scheme, ())]
     return min(
         ((made, size) for made in shapes for size in range(min(made.rows, columns), 0, -1)),
         key=work,

@@ -1,4 +1,4 @@
-"""Inner loops on NEON registers: tiles of up to 8 rows and 16 accumulators.
+"""Inner loops on NEON registers: tiles of up to 8 rows and 18 accumulators.
 
 lanes    a register of one row of A holds several values of k, and each multiplies a vector of B as a
          lane (``fmla v0.4s, v1.4s, v2.s[3]``, ``sdot v0.4s, v1.16b, v2.4b[3]``). Broadcasting would load
@@ -74,8 +74,8 @@ class Scheme:
 
     @property
     def rows(self) -> int:
-        """Rows of the largest tile: as many as 16 accumulators hold."""
-        return 16 // self.vectors * (2 if self.paired else 1)
+        """Rows of the largest tile: as many as 18 accumulators hold."""
+        return min(ROWS, 18 // self.vectors * (2 if self.paired else 1))
 
 
 def _lane(vector: Expr, lane: int, lanes: int) -> Expr:
@@ -168,6 +168,10 @@ FLOAT32 = Scheme(
     "float32", "float32", "float32", 4, 4, 2, 8,
     **_by_lanes(4, 4, fused_lane, "float32"),
 )  # fmt: skip
+MIDDLE_FLOAT32 = Scheme(
+    "float32", "float32", "float32", 4, 4, 3, 12,
+    **_by_lanes(4, 4, fused_lane, "float32", 3),
+)  # fmt: skip
 WIDE_FLOAT32 = Scheme(
     "float32", "float32", "float32", 4, 4, 4, 16,
     **_by_lanes(4, 4, fused_lane, "float32", 4),
@@ -176,6 +180,11 @@ WIDE_FLOAT32 = Scheme(
 FLOAT16 = Scheme(
     "float16", "float16", "float16", 8, 8, 2, 16,
     **_by_lanes(8, 8, lambda held, b, a, lane: held + b * _lane(a, lane, 8), "float16"),
+    chunk=64,
+)  # fmt: skip
+MIDDLE_FLOAT16 = Scheme(
+    "float16", "float16", "float16", 8, 8, 3, 24,
+    **_by_lanes(8, 8, lambda held, b, a, lane: held + b * _lane(a, lane, 8), "float16", 3),
     chunk=64,
 )  # fmt: skip
 WIDE_FLOAT16 = Scheme(
