@@ -271,11 +271,13 @@ def on_tensor_cores(
             few.by_rows(code, rows, few.kernels(code, half, operand, *how), many)
 
         if isinstance(a, Normed):
-            norm = few.Norm(kernel.read(a.gain), a.epsilon)
+            normed = a
+            norm = few.Norm(kernel.read(normed.gain), normed.epsilon)
 
             def apart() -> None:
-                made = kernel.workspace(rows * i64(inner), storage.STORED[a.dtype])
-                a.build(kernel, general.into(made, a.dtype, kernel.shape(a.shape)))
+                made = kernel.workspace(rows * i64(inner), storage.STORED[normed.dtype])
+                into = general.into(made, normed.dtype, kernel.shape(normed.shape))
+                normed.build(kernel, into)
                 plain(made)
 
         else:
