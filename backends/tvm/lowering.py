@@ -191,17 +191,23 @@ class Lowering:
 
     def _settled(self, output: ir.Value, value: Value) -> Value:
         """Write what has several readers to memory, unless it is as cheap to compute again."""
+        from netlathe.backends.tvm.ops import shared
+
         uses = self._uses.get(output, 0)
-        if isinstance(value, ChannelsLast):
-            value.last = self._settled(output, value.last)
+        inner = value.last if isinstance(value, ChannelsLast) else value
+        if isinstance(inner, Lazy):
+            several = uses > 1 and not inner.cheap and not _is_mask(output)
+            is_written = several or inner.cost > _MOST_OPERATORS
+        else:
+            is_written = isinstance(inner, Pending) and uses != 1 and not isinstance(inner, Normed)
+        if not is_written:
             return value
-        if isinstance(value, Lazy) and (
-            (uses > 1 and not value.cheap and not _is_mask(output)) or value.cost > _MOST_OPERATORS
-        ):
-            return self.force(value)
-        if isinstance(value, Pending) and uses != 1 and not isinstance(value, Normed):
-            return self.force(value)
-        return value
+        if by := shared.quantizers(self, output):
+            return shared.written(self, output, value, by, floats=uses > len(by))
+        if isinstance(value, ChannelsLast):
+            value.last = self.force(inner)
+            return value
+        return self.force(inner)
 
     def _input(self, value: ir.Value) -> Any:
         type_ = self.found.type(value)

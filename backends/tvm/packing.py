@@ -233,6 +233,19 @@ def dequantized(data: ir.TensorProtocol, scale: ir.TensorProtocol) -> Array:
     return found
 
 
+def grid(scale: ir.TensorProtocol, *settings: Any) -> Array:
+    """The zero point's tensor, if there is one, least and greatest integer; for a whole tensor, in float32:
+
+    scale, 1 / scale, x of the least and of the greatest integer; then the bits of the zero point in int32.
+    """
+    *zero, least, greatest = settings
+    one = array(scale).reshape(-1)[0]
+    offset = int(array(zero[0]).reshape(-1)[0]) if zero else 0
+    ends = (np.float32(end - offset) * one for end in (least, greatest))
+    numbers = np.array([one, np.float32(1 / np.float64(one)), *ends], np.float32)
+    return np.append(numbers, np.array([offset], np.int32).view(np.float32))
+
+
 def taps_first(tensor: ir.TensorProtocol) -> Array:
     """A depthwise kernel [channels, 1, *taps] as [taps, channels]."""
     values = array(tensor)

@@ -164,6 +164,7 @@ class Code:
         self._loops = 0  # how many are open
         self._lane: tuple[Expr, int, list[Any]] | None = None  # of the open vector loop
         self._names: dict[int, Expr] = {}  # loads of scratch buffers that are names
+        self._early: dict[tuple[Any, int], Expr] = {}  # what is read before all loops
 
     # -- statements ---------------------------------------------------------------------------------
 
@@ -222,6 +223,18 @@ class Code:
         buffer = self.alloc([count], element)
         self.vstore(buffer, 0, value, count)
         return self._named(self.vload(buffer, 0, count))
+
+    def early(self, buffer: Any, place: int) -> Expr:
+        """buffer[place], which no loop writes, read once, in front of the outermost loop that is open.
+
+        LLVM leaves it inside, as it does not know that stores are to other memory.
+        """
+        if (buffer, place) not in self._early:
+            load = tirx.BufferLoad(buffer, [i64(place)])
+            var = self.var(dtype_of(load))
+            self._blocks[0].append(tirx.Bind(var, load))
+            self._early[buffer, place] = var
+        return self._early[buffer, place]
 
     def _named(self, load: Expr) -> Expr:
         self._names[id(load)] = load

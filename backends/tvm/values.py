@@ -143,7 +143,6 @@ class Pending(Value):
     """
 
     build: Callable[[Kernel, Store], str] = field(default=lambda kernel, store: "")
-    keeps_last: bool = True  # whether results come as vectors along the last axis
 
     def then(
         self,

@@ -81,13 +81,8 @@ def is_signed_weight(value: ir.Value | None, zero: ir.Value | None) -> bool:
 
 def unsigned(low: Lowering, value: Value) -> Value:
     """``value``, 8-bit numbers, as unsigned ones in memory."""
-    if value.dtype == D.UINT8:
-        made = value
-    elif value in low.shifted:
-        return low.shifted[value]
-    else:
-        made = combine(low, lambda code, x: _moved(x, 128, "uint8"), [value], D.UINT8, value.shape)
-    low.shifted[value] = in_memory(low, made)
+    if value not in low.shifted:
+        low.shifted[value] = in_memory(low, shifted(low, value))
     return low.shifted[value]
 
 
@@ -103,16 +98,25 @@ def stored(low: Lowering, value: Value) -> Value:
     """An activation that is dequantized, in memory; bytes as the products want them."""
     if value.dtype != D.INT8 or not low.machine.dot_bytes:
         return in_memory(low, value)
-    made = combine(
-        low,
-        lambda code, x: _moved(x, -128, "int8"),
-        [unsigned(low, value)],
-        D.INT8,
-        value.shape,
-    )
+    return unshifted(low, unsigned(low, value), value)
+
+
+def shifted(low: Lowering, value: Value) -> Value:
+    """``value`` as it is to lie in memory: signed bytes by 128 above, for products of unsigned ones."""
+    if value.dtype != D.INT8 or not low.machine.dot_bytes:
+        return value
+    return combine(low, lambda code, x: _moved(x, 128, "uint8"), [value], D.UINT8, value.shape)
+
+
+def unshifted(low: Lowering, held: Value, value: Value) -> Value:
+    """``value``, of which :func:`shifted` lies in memory as ``held``."""
+    if held.dtype == value.dtype:
+        return held
+    made = combine(low, lambda code, x: _moved(x, -128, "int8"), [held], value.dtype, value.shape)
     inner = made.last if isinstance(made, ChannelsLast) else made
     if isinstance(inner, Lazy):
         inner.cheap = True
+    low.shifted[made] = held
     return made
 
 

@@ -67,6 +67,10 @@ def view(op: Op, value: Value, shape: Shape) -> Value:
         mapped = _unit_dims(value.shape, shape)
         if mapped is not None:
             return _with_unit_dims(op, value, shape, mapped)
+        if isinstance(value, Pending) and not isinstance(op.low.machine, Gpu):
+            groups = _merged(value.shape, shape)
+            if groups is not None:
+                return _with_merged_dims(value, shape, groups)
     return op.low.force(value).viewed(shape)
 
 
@@ -85,6 +89,37 @@ def _unit_dims(before: Shape, after: Shape) -> list[int | None] | None:
         mapped.append(position)
         position += 1
     return mapped if all(dim == 1 for dim in after[position:]) else None
+
+
+def _merged(before: Shape, after: Shape) -> list[list[Dim]] | None:
+    """The dims before that became each dim after, if these are products; all but the first of each known."""
+    groups: list[list[Dim]] = []
+    start = 0
+    for dim in after:
+        group = list(before[start : start + 1])
+        while dims.same(dims.product(group), dim) is not True:
+            inner = before[start + len(group) : start + len(group) + 1]
+            if not inner or not isinstance(inner[0], int):
+                return None
+            group.append(inner[0])
+        groups.append(group)
+        start += len(group)
+    return groups if start == len(before) and all(groups) else None
+
+
+def _with_merged_dims(value: Pending, shape: Shape, groups: Sequence[Sequence[Dim]]) -> Value:
+    def forward(index: Index) -> Index:
+        result, start = list[Expr](), 0
+        for _, *inner in groups:
+            at = index[start]
+            for dim in inner:
+                start += 1
+                at = at * i64(dim) + index[start]
+            result.append(at)
+            start += 1
+        return result
+
+    return value.then(lambda code, index, e: e, value.dtype, shape, forward)
 
 
 def _with_unit_dims(op: Op, value: Value, shape: Shape, mapped: list[int | None]) -> Value:

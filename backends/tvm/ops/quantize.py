@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
 from tvm import tirx
 
 from netlathe.backends.tvm import packing, storage
+from netlathe.backends.tvm.cuda.machine import Gpu
 from netlathe.backends.tvm.ops import dots
 from netlathe.backends.tvm.ops.contraction import product
 from netlathe.backends.tvm.ops.elementwise import convert, is_float, like
@@ -29,7 +31,7 @@ from netlathe.backends.tvm.tir import (
     known,
     select,
 )
-from netlathe.backends.tvm.values import ChannelsLast, Lazy, Pending, Scalar, Value
+from netlathe.backends.tvm.values import ChannelsLast, Lazy, Pending, Ready, Value
 from netlathe.ir import weights
 from netlathe.ir.dims import Shape
 
@@ -43,6 +45,75 @@ _RANGE: Mapping[D, tuple[int, int]] = {
     D.INT2: (-2, 1),
     D.UINT2: (0, 3),
 }
+
+
+@dataclass(frozen=True)
+class _Grid:
+    """The scale and the zero point of a whole tensor, constants: float32, and integers of a few bits.
+
+    ``held`` has the numbers of :func:`packing.grid` in memory, so that layers which differ in nothing but
+    these share a kernel; where it is None they are literals.
+    """
+
+    literals: tuple[float, ...]
+    zero: int
+    held: Ready | None
+
+    def _numbers(self, code: Code) -> list[Expr]:
+        if self.held is None:
+            return [const(number, "float32") for number in self.literals]
+        buffer = code.kernel.read(self.held)
+        return [code.early(buffer, place) for place in range(len(self.literals))]
+
+    def offset(self, code: Code) -> Expr:
+        """The zero point, in int32; that of what is never negative is a literal: nothing is added."""
+        if self.held is None or self.zero == 0:
+            return const(self.zero, "int32")
+        buffer = code.kernel.read(self.held)
+        return tirx.reinterpret("int32", code.early(buffer, len(self.literals)))
+
+    def dequantizing(self, code: Code) -> tuple[Expr, Expr]:
+        """Scale, and zero point in int32."""
+        return self._numbers(code)[0], self.offset(code)
+
+    def divided(self, code: Code, x: Expr) -> Expr:
+        """x / scale, held between what codes stand for, without a division, and as exact.
+
+        P. Markstein, IBM J. Res. Dev. 34 (1990), 111: a quotient by the rounded reciprocal, and one step. It
+        is x that is held: what the limits times the scale, rounded, give is nearest to the limits.
+        """
+        scale, inverse, low, high = self._numbers(code)
+        x = code.bind(_between(code, x, low, high))
+        quotient = code.bind(x * inverse)
+        return quotient + (x - quotient * scale) * inverse
+
+
+def _grid(op: Op, number: D) -> _Grid | None:
+    """That of a QuantizeLinear or DequantizeLinear to or from ``number``; None where there is none."""
+    scale, zero = op.node.inputs[1], op.node.inputs[2] if op.has(2) else None
+    single = op.integer("precision") in (0, int(D.FLOAT)) and not op.integer("block_size")
+    if number not in _RANGE or scale is None or scale.dtype != D.FLOAT or not single:
+        return None
+    settings = [value for value in (scale, zero) if value is not None]
+    if not all(is_literal(value) for value in settings):
+        return None
+    tensors = [value.const_value for value in settings if value.const_value is not None]
+    numbers = packing.grid(*tensors, *_RANGE[number])
+    held = None
+    if op.low.machine.architecture == "x86_64" and not isinstance(op.low.machine, Gpu):
+        names = tuple(value.name or "" for value in settings)
+        recipe = Recipe(packing.grid, names, _RANGE[number])
+        held = op.low.parameter(
+            names[0], D.FLOAT, numbers.shape, recipe, (*settings, number, "grid")
+        )
+    *literals, zero_bits = numbers
+    return _Grid(tuple(map(float, literals)), int(zero_bits.view(np.int32)), held)
+
+
+def is_literal(value: ir.Value) -> bool:
+    """Whether ``value`` is a constant of one element."""
+    shape = value.shape.numpy() if value.shape is not None else (0,)
+    return weights.is_weight(value) and all(dim == 1 for dim in shape)
 
 
 def _spread(value: Value, shape: Shape, axis: int, block: int) -> Value:
@@ -81,14 +152,18 @@ def _dequantize(op: Op) -> Sequence[Value]:
         x = dots.stored(op.low, op.value(0))
     axis = op.axis(max(x.rank, 1), 1) if x.rank else 0
     block = op.integer("block_size")
-    operands = [x, _spread(op.operand(1), x.shape, axis, block)]
-    if op.has(2):
-        operands.append(_spread(op.operand(2), x.shape, axis, block))
     target = op.dtype()
     wide = storage.computed(target)
+    grid = None if constant or target != D.FLOAT else _grid(op, x.dtype)
+    operands = [x]
+    if grid is None:
+        operands.append(_spread(op.operand(1), x.shape, axis, block))
+        if op.has(2):
+            operands.append(_spread(op.operand(2), x.shape, axis, block))
 
-    def dequantize(code: Code, value: Expr, scale: Expr, *zero: Expr) -> Expr:
+    def dequantize(code: Code, value: Expr, *settings: Expr) -> Expr:
         held = _integers(value)
+        scale, *zero = settings if grid is None else grid.dequantizing(code)
         if zero:
             held = held - _integers(zero[0])
         return cast(held, wide) * cast(scale, wide)
@@ -129,23 +204,16 @@ def _rounded(op: Op) -> Value | None:
     if node is None or node.op_type != "QuantizeLinear" or node.domain:
         return None
     made = Op(op.low, node)
-    x, scale, factor, target = made.value(0), made.operand(1), op.operand(1), made.dtype()
-    zeros = [one.operand(2) if one.has(2) else Scalar(target, (), 0) for one in (made, op)]
-    offsets = {int(zero.value) for zero in zeros if isinstance(zero, Scalar)}
-    if not isinstance(scale, Scalar) or not isinstance(factor, Scalar) or target not in _RANGE:
+    x, target = made.value(0), made.dtype()
+    by, back = _grid(made, target), _grid(op, target)
+    if by is None or back is None or by.zero != back.zero or {x.dtype, op.dtype()} != {D.FLOAT}:
         return None
-    if not all(isinstance(zero, Scalar) for zero in zeros) or len(offsets) != 1:
-        return None
-    plain = made.integer("precision") in (0, int(D.FLOAT)) and not made.integer("block_size")
-    if not plain or {x.dtype, scale.dtype, op.dtype()} != {D.FLOAT}:
-        return None
-    divisor, offset = float(scale.value), offsets.pop()
+    divided, dequantizing = by.divided, back.dequantizing
 
-    def nearest_code(code: Code, value: Expr, factor: Expr) -> Expr:
-        low, high = (like(value, float(end - offset)) for end in _RANGE[target])
-        return _to_integer(_divided(code, value, divisor, low, high)) * factor
+    def nearest_code(code: Code, value: Expr) -> Expr:
+        return _to_integer(divided(code, value)) * dequantizing(code)[0]
 
-    return combine(op.low, nearest_code, [x, factor], D.FLOAT, x.shape)
+    return combine(op.low, nearest_code, [x], D.FLOAT, x.shape)
 
 
 def _constant_vector(op: Op) -> Value | None:
@@ -168,6 +236,13 @@ def _quantize(op: Op) -> Sequence[Value]:
     block = op.integer("block_size")
     scale = op.operand(1)
     target = op.dtype()
+    if (grid := _grid(op, target)) is not None:
+
+        def by_grid(code: Code, value: Expr) -> Expr:
+            codes = _last_bits(grid.divided(code, cast(value, "float32")))
+            return cast(codes + grid.offset(code), storage.computed(target))
+
+        return [combine(op.low, by_grid, [x], target, x.shape)]
     precision = op.integer("precision")
     division = storage.computed(D(precision) if precision else scale.dtype)
     narrow = D(precision) if precision else scale.dtype
@@ -192,8 +267,6 @@ def _quantize(op: Op) -> Sequence[Value]:
         )
         if division != "float32":
             found = cast(nearest(code, ratio, low, high), "int32")
-        elif isinstance(factor, tirx.FloatImm) and narrow == D.FLOAT and moved is not None:
-            found = _last_bits(_divided(code, value, float(factor.value), low, high))
         else:
             found = _last_bits(_between(code, ratio, low, high))
         return cast(found + offset, storage.computed(target))
@@ -227,20 +300,6 @@ def _last_bits(x: Expr) -> Expr:
     They are the last of the sum with 1.5 * 2^23, whatever the first are.
     """
     return tirx.reinterpret("int32", x + like(x, _ROUNDER["float32"]))
-
-
-def _divided(code: Code, x: Expr, divisor: float, low: Expr, high: Expr) -> Expr:
-    """x / divisor, held between two integers, without a division, and as exact.
-
-    P. Markstein, IBM J. Res. Dev. 34 (1990), 111: a quotient by the rounded reciprocal, and one step. It
-    is x that is held: what the limits times the divisor, rounded, give is nearest to the limits.
-    """
-    wide = np.float32(divisor)
-    inverse = like(x, float(np.float32(1 / np.float64(wide))))
-    ends = (like(x, float(np.float32(end.value) * wide)) for end in (low, high))
-    x = code.bind(_between(code, x, *ends))
-    quotient = code.bind(x * inverse)
-    return quotient + (x - quotient * like(x, divisor)) * inverse
 
 
 def _between(code: Code, x: Expr, low: Expr, high: Expr) -> Expr:
