@@ -6,8 +6,10 @@ this user can read, and both ends are this package. What the worker prints is sh
 
 from __future__ import annotations
 
+import errno
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,7 +25,7 @@ import onnx_ir as ir
 import netlathe
 from netlathe.backends.tvm.machine import Machine
 from netlathe.backends.tvm.packing import Built
-from netlathe.diagnostics import Diagnostic, LowerError
+from netlathe.diagnostics import Diagnostic, InputError, LowerError
 from netlathe.pipeline.pass_ import Feeds
 
 if TYPE_CHECKING:
@@ -34,6 +36,9 @@ JOB, ANSWER = "job", "answer"
 # Larger constants do not travel: lowering looks at types and at the few numbers that decide shapes.
 _MOST_BYTES = 1 << 16
 _SHOWN = 12  # last lines of what a dead worker printed
+# What a full disk makes of a job is told by many parts, or by none: a linker in words, the C library's
+# writers not at all. Below so many free bytes no page can be allocated to a file.
+_FULL, _NO_ROOM = os.strerror(errno.ENOSPC), 1 << 16
 
 
 @dataclass(frozen=True)
@@ -193,12 +198,21 @@ def _packed(model: ir.Model) -> bytes:
 def _answer(job: Job, doing: str) -> Any:
     with tempfile.TemporaryDirectory(prefix="netlathe-") as name:
         folder = Path(name)
-        (folder / JOB).write_bytes(pickle.dumps(job))
-        printed = folder / "printed"
-        status = _spawn(folder, printed)
-        if not (folder / ANSWER).is_file():
-            raise _crash(status, doing, printed.read_text("utf-8", "replace"))
-        answer = pickle.loads((folder / ANSWER).read_bytes())
+        try:
+            return _asked(folder, job, doing)
+        except Exception as error:
+            if shutil.disk_usage(folder).free < _NO_ROOM or _FULL in str(error):
+                raise _no_room(folder.parent, doing) from error
+            raise
+
+
+def _asked(folder: Path, job: Job, doing: str) -> Any:
+    (folder / JOB).write_bytes(pickle.dumps(job))
+    printed = folder / "printed"
+    status = _spawn(folder, printed)
+    if not (folder / ANSWER).is_file():
+        raise _crash(status, doing, printed.read_text("utf-8", "replace"))
+    answer = pickle.loads((folder / ANSWER).read_bytes())
     if isinstance(answer, Refused):
         raise LowerError(answer.diagnostics)
     if isinstance(answer, Failed):
@@ -232,6 +246,17 @@ def _spawn(folder: Path, printed: Path) -> int:
             if worker.poll() is None:
                 worker.kill()
                 worker.wait()
+
+
+def _no_room(folder: Path, doing: str) -> InputError:
+    return InputError(
+        Diagnostic(
+            "tvm.full",
+            f"{doing} found no room for its temporary files",
+            at=str(folder),
+            help="free some space there, or name another folder in TMPDIR",
+        )
+    )
 
 
 def _crash(status: int, doing: str, printed: str) -> LowerError:

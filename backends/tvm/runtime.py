@@ -723,8 +723,12 @@ def _check_cpu(meta: Mapping[str, Any]) -> None:
 
 def _runtime(folder: Path | None = None) -> Any:
     """The module ``tvm_ffi``, once libtvm_runtime.so, whose functions libraries call, is loaded."""
-    import tvm_ffi  # the runtime needs its library
-
+    try:
+        import tvm_ffi  # the runtime needs its library
+    except ModuleNotFoundError:
+        raise ArtifactError(
+            "tvm_ffi, which runs artifacts, was not found: install apache-tvm-ffi"
+        ) from None
     if _loaded:
         return tvm_ffi
     for path in _runtime_candidates(folder):

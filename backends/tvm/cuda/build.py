@@ -18,6 +18,7 @@ from netlathe.backends.tvm.cuda import toolkit
 from netlathe.backends.tvm.cuda.machine import Gpu
 from netlathe.backends.tvm.lowering import Lowering
 from netlathe.backends.tvm.packing import Built
+from netlathe.diagnostics import LowerError
 
 _PIPELINE = "netlathe-cuda"
 
@@ -90,20 +91,30 @@ def library(model: ir.Model, machine: Gpu, path: Path, linker: Sequence[str]) ->
         LowerError: with every node that has no form here, or nvcc refused a kernel.
     """
     found: list[toolkit.Resources] = []
+    refused: list[LowerError] = []
 
     def compiled(source: str) -> bytes:
-        binary, resources = toolkit.compile_fatbin(source, machine.archs)
+        try:
+            binary, resources = toolkit.compile_fatbin(source, machine.archs)
+        except LowerError as error:
+            refused.append(error)  # of which TVM makes a RuntimeError
+            raise
         found.extend(resources)
         return binary
 
     tvm_ffi.register_global_func("tvm_callback_cuda_compile", compiled, override=True)
     lowered = Lowering(model, machine).run()
     tirx.compilation_pipeline.register_tir_pipeline(_PIPELINE, _tir_pipeline)
-    executable = relax.build(
-        lowered.module,
-        target(machine),
-        relax_pipeline=build.relax_pipeline(),
-        tir_pipeline=_PIPELINE,
-    )
+    try:
+        executable = relax.build(
+            lowered.module,
+            target(machine),
+            relax_pipeline=build.relax_pipeline(),
+            tir_pipeline=_PIPELINE,
+        )
+    except RuntimeError:
+        if refused:
+            raise refused[0] from None
+        raise
     executable.export_library(os.fspath(path), fcompile=build.linked_by(linker))
     return CudaBuilt(lowered.parameters, lowered.kernels, lowered.in_place, tuple(found))

@@ -144,6 +144,9 @@ def load() -> None:
     """Let TVM find its CUDA part; call it before TVM is imported, in a process that runs no kernels.
 
     Without a driver a stand-in takes its name, so that TVM embeds what we compile instead of source.
+
+    Raises:
+        LowerError: the C++ compiler does not work.
     """
     try:
         ctypes.CDLL("libcuda.so.1", mode=ctypes.RTLD_GLOBAL)
@@ -155,7 +158,7 @@ def load() -> None:
             )
             command = [toolchain.compiler(), "-x", "c", "-shared", "-fPIC"]
             command += ["-Wl,-soname,libcuda.so.1", "-o", str(library), str(source)]
-            subprocess.run(command, check=True)
+            toolchain.run(command)
             ctypes.CDLL(os.fspath(library), mode=ctypes.RTLD_GLOBAL)
     ctypes.CDLL(os.fspath(cudart()), mode=ctypes.RTLD_GLOBAL)
 
@@ -175,13 +178,14 @@ def compile_fatbin(source: str, archs: Sequence[str]) -> tuple[bytes, tuple[Reso
             command += ["-gencode", f"arch={arch.replace('sm', 'compute')},code={arch}"]
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
         if done.returncode:
+            said = done.stderr.splitlines()[:_SHOWN] or [
+                f"nothing; is there room in {folder.parent}?"
+            ]
             raise LowerError(
                 Diagnostic(
                     "cuda.nvcc",
                     f"nvcc failed (exit code {done.returncode})",
-                    notes=tuple(
-                        f"it printed: {line}" for line in done.stderr.splitlines()[:_SHOWN]
-                    ),
+                    notes=tuple(f"it printed: {line}" for line in said),
                     help="report this with the model; target onnx does not use CUDA",
                 )
             )

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import onnx_ir as ir
 import pytest
 
 pytest.importorskip("tvm", reason="the tvm extra is not installed")
@@ -79,6 +80,31 @@ def test_an_nvcc_that_does_not_run(
     for ask in (toolkit.version, lambda: toolkit.check_archs(["sm_80"])):
         with pytest.raises(LowerError, match=f"{tmp_path}/nvcc --.* failed: {why}"):
             ask()
+
+
+@pytest.mark.parametrize(
+    ("said", "note"),
+    [("echo no such instruction >&2; ", "no such instruction"), ("", "nothing; is there room in")],
+)
+def test_an_nvcc_that_refuses_a_kernel(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, said: str, note: str
+) -> None:
+    """The error is ours, and no RuntimeError of TVM, through which it goes."""
+    try:
+        toolkit.cudart()
+    except LowerError:
+        pytest.skip("CUDA's runtime library is not installed")
+    asked = "case $1 in --version) echo release 13.0,;; --list-gpu-arch) echo compute_80;;"
+    (tmp_path / "nvcc").write_text(f"#!/bin/sh\n{asked} *) {said}exit 255;; esac")
+    (tmp_path / "nvcc").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    model = ir.from_onnx_text(
+        '<ir_version: 10, opset_import: ["" : 25]> one (float[n] x) => (float[n] y) { y = Exp(x) }'
+    )
+    _, target = registry.find_target("cuda-sm80")
+    with pytest.raises(LowerError, match=r"nvcc failed \(exit code 255\)") as caught:
+        BACKEND.compile(model, target)
+    assert note in str(caught.value)
 
 
 class Driver:

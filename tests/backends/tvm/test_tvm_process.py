@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 import time
 from pathlib import Path
@@ -16,12 +18,13 @@ import pytest
 
 from netlathe.backends.tvm import process
 from netlathe.backends.tvm.backend import TvmBackend
-from netlathe.diagnostics import LowerError
+from netlathe.diagnostics import InputError, LowerError
 from netlathe.ir import normal
 
 pytest.importorskip("tvm", reason="the tvm extra is not installed")
 
 from tests.backends.tvm.in_process import InProcess
+from tests.pipeline.small_disk import small_disk
 
 BACKEND = TvmBackend()
 (TARGET,) = BACKEND.targets()
@@ -106,6 +109,19 @@ def test_a_defect_keeps_its_traceback(tmp_path: Path, monkeypatch: pytest.Monkey
     stand_in(tmp_path, "raise ZeroDivisionError('of ours')", monkeypatch)
     with pytest.raises(process.WorkerError, match=r"(?s)Traceback.*ZeroDivisionError: of ours"):
         BACKEND.compile(model(), TARGET)
+
+
+def test_a_full_disk_for_temporary_files_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is the worker that finds it full: what it is told has room, the library and the answer have not."""
+    with small_disk(tmp_path / "temporary", kilobytes=40) as full:
+        monkeypatch.setenv("TMPDIR", str(full))
+        monkeypatch.setattr(tempfile, "tempdir", None)
+        with pytest.raises(InputError, match=r"compiling found no room[^$]*TMPDIR") as caught:
+            BACKEND.compile(model(), TARGET)
+        assert caught.value.diagnostics[0].at == str(full)
+        gc.collect()  # the artifact's folder goes before the disk does
 
 
 def _started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[subprocess.Popen[str], int]:
