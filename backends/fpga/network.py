@@ -163,6 +163,10 @@ class Network:
 
     def _on_core(self, part: OnCore, known: Mapping[str, Array], rtl: Rtl) -> dict[str, Array]:
         given = {value: known[value.name or ""] for value in part.inputs}
+        if not all(array.size for array in given.values()):
+            raise InputError(
+                Diagnostic("run.feeds", f"{part.operations[0].name} has no row to compute")
+            )
         by_sample = _has_images(part)
         samples = next(iter(given.values())).shape[0] if by_sample else 1
         parts: list[dict[ir.Value, Array]] = []

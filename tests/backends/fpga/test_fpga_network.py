@@ -222,7 +222,7 @@ def test_an_artifact_is_written_and_read_back(tmp_path: Path) -> None:
     assert held["host"] == "tvm-x86" and held["host_parts"]["codes_a_step_apart"] == 0
     expected = ort.run(compiled.model, feeds)
     for host in (None, "onnxruntime"):
-        loaded = artifact.load(folder, host=host)
+        loaded = artifact.load(str(folder), host=host)
         assert loaded.report()["host"] == (host or "tvm-x86")
         for name, array in loaded.run(feeds).items():
             np.testing.assert_array_equal(array, expected[name])

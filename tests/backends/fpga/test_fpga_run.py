@@ -143,7 +143,7 @@ def test_layers_that_are_not_there_are_refused(small: tuple[netlathe.Compiled, F
     assert name in (caught.value.diagnostics[0].help or "")
     with pytest.raises(InputError, match="nothing runs there"):
         made.run(feeds, vcd="waves")
-    with pytest.raises(InputError, match="inputs are missing: x"):
+    with pytest.raises(InputError, match="input 'x' is missing"):
         made.run({})
 
 
@@ -164,6 +164,18 @@ def test_waves_are_written_for_every_launch(
 
 
 # -- the host -----------------------------------------------------------------------------------------
+
+
+def test_feeds_that_do_not_fit_are_refused(small: tuple[netlathe.Compiled, Feeds]) -> None:
+    compiled, feeds = small
+    made = _artifact(compiled)
+    for wrong, words in (
+        (feeds["x"].astype(np.float64), "input 'x' is float64, not float32"),
+        (feeds["x"][..., :-1], "axis 3 of input 'x' is 8, not 9"),
+        (feeds["x"][:0], "has no row to compute"),
+    ):
+        with pytest.raises(InputError, match=words):
+            made.run({"x": wrong})
 
 
 def test_hosts_are_named(small: tuple[netlathe.Compiled, Feeds]) -> None:
