@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from netlathe.cli import options, render
-from netlathe.cli.request import capture
+from netlathe.cli.request import capture, compiled_for
 from netlathe.diagnostics import Diagnostic, InputError
 
 if TYPE_CHECKING:
@@ -223,6 +223,8 @@ def _entrants(
     dims: dict[str, int],
 ) -> dict[str, _Entrant]:
     """The models by name, in the order they were given."""
+    for path in models:
+        _check_runs(path)
     compiled = [path for path in models if _is_for_tvm(path)]
     captured = {
         name: capture(path, kv_cache=kv_cache, dims=dims)
@@ -249,6 +251,28 @@ def _entrants(
         else _in_tvm(path, judge, threads)
         for path, name in zip(models, names, strict=True)
     }
+
+
+def _check_runs(path: Path) -> None:
+    """Refuse an artifact of another kind than those for TVM and ONNX Runtime."""
+    if _is_for_tvm(path) or not (path / "meta.json").is_file():
+        return
+    if (target := compiled_for(path)) is None:
+        return
+    on_core = (path / "core.v").is_file()
+    advice = (
+        f"meta.json has its cycles; {path / 'model.onnx'} is its graph, which ONNX Runtime can run"
+        if on_core
+        else "main.c is a program that runs it"
+    )
+    raise InputError(
+        Diagnostic(
+            "bench.artifact",
+            f"what was compiled for {target} does not run here",
+            at=str(path),
+            help=advice,
+        )
+    )
 
 
 def _is_for_tvm(path: Path) -> bool:

@@ -132,7 +132,7 @@ def compile_(
         observer=render.Steps(verbose=verbose),
         cache=finished,
     )
-    with render.working(f"writing {output}"):
+    with render.working(f"building for {request.target} and writing {output}"):
         artifact = compiled.save(output, overwrite=overwrite, locked=locked)
     written = json.loads((output / outputs.MARKER).read_text("utf-8"))
     if depfile is not None:
@@ -195,6 +195,18 @@ def _judged(artifact: Artifact) -> list[str]:
             f"run with default settings: {error:.1e} (cosine {report['cosine_default_settings']:.5f}),"
             f" as ONNX Runtime then rounds activations to 8 bits too; {hint} them in float32"
         )
-    if reason := report.get("not_run"):
-        lines.append(f"note: it was not run here: {reason}")
+    if (error := report.get("error")) is not None:
+        bound = report.get("bound")
+        limit = "" if bound is None else f" of at most {bound:.1e}"
+        lines.append(f"run beside ONNX Runtime: {error:.1e}{limit}")
+    if "codes" in report:
+        lines.append(f"codes: {report['codes']}, beside a tie the other one: {report['ties']}")
+    if "cycles" in report:
+        lines.append(
+            f"on the core: {report['operators']:.1%} of operators, {report['macs']:.1%} of"
+            f" multiplications; {report['cycles']} cycles, utilization {report['utilization']:.0%}"
+        )
+    for part, where in (("it", report), ("the host's code", report.get("host_parts", {}))):
+        if reason := where.get("not_run"):
+            lines.append(f"note: {part} was not run here: {reason}")
     return lines

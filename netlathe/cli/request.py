@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from netlathe.cli import render
-from netlathe.diagnostics import Diagnostic, OptionError, did_you_mean
+from netlathe.diagnostics import Diagnostic, InputError, OptionError, did_you_mean
 
 if TYPE_CHECKING:  # a command's help must not wait for the imports
     from netlathe.pipeline.cache import Cache
@@ -20,10 +22,32 @@ _ARTIFACT = ("manifest.json", "model.onnx")  # what a folder that `compile` wrot
 
 
 def model_path(path: Path) -> Path:
-    """``path``, or the ONNX model in it where it is a folder that `compile` wrote."""
+    """``path``, or the ONNX model in it where it is a folder that `compile` wrote.
+
+    Raises:
+        InputError: it was written for a target whose artifacts hold no graph.
+    """
     if all((path / name).is_file() for name in _ARTIFACT):
         return path / "model.onnx"
+    target = compiled_for(path)
+    if target is not None and not (path / "config.json").is_file():
+        raise InputError(
+            Diagnostic(
+                "cli.artifact",
+                f"what was compiled for {target} holds no graph to look at or work on",
+                at=str(path),
+                help="give the model that it was made from",
+            )
+        )
     return path
+
+
+def compiled_for(path: Path) -> str | None:
+    """The target that `compile` wrote the folder ``path`` for; None if it wrote no such folder."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        manifest = json.loads((path / _ARTIFACT[0]).read_text("utf-8"))
+        return str(manifest["compilation"]["target"]["name"])
+    return None
 
 
 def open_cache(folder: Path | None, *, none: bool) -> Cache | None:
@@ -53,6 +77,7 @@ def capture(
 
     Raises:
         OptionError: a size names no dim, or a cache was asked of what cannot have one.
+        InputError: it is an artifact without a graph.
     """
     from netlathe import api
 

@@ -12,8 +12,8 @@ from netlathe.cli import options, render
 def targets(as_json: bool) -> None:
     """List what can be built for.
 
-    These are the names that --target takes, ours and those of installed plugins. A target whose
-    extra is not installed is left out; asking for it says which extra that is.
+    These are the names that --target takes, ours and those of installed plugins. Where a target needs
+    an extra or a compiler that is not installed, compile says which, before it does any work.
     """
     from netlathe.pipeline import registry
 

@@ -219,6 +219,39 @@ def test_bench_takes_the_same_model_twice(run: Run, model: Path) -> None:
     assert done.code == 0 and "(2)" in done.out
 
 
+@pytest.fixture
+def artifact(run: Run, model: Path, tmp_path: Path) -> Path:
+    """A folder as a target writes it whose artifacts hold no graph."""
+    out = tmp_path / "artifact"
+    assert run("compile", model, "--passes", "", "-o", out).code == 0
+    (out / "model.onnx").unlink()
+    (out / "meta.json").write_text("{}")
+    return out
+
+
+@pytest.mark.parametrize("command", ["inspect", "verify", "diff", "plan", "bisect", "compile"])
+def test_an_artifact_without_a_graph_is_named(
+    run: Run, artifact: Path, model: Path, tmp_path: Path, command: str
+) -> None:
+    more = {
+        "diff": (model,),
+        "compile": ("--passes", "", "-o", tmp_path / "out"),
+        "plan": ("--passes", ""),
+        "bisect": ("--passes", "quantize"),
+    }
+    done = run(command, artifact, *more.get(command, ()))
+    assert done.code == 2 and "what was compiled for onnx holds no graph" in done.err
+
+
+@pytest.mark.parametrize(("file", "advice"), [("main.c", "is a program"), ("core.v", "its cycles")])
+def test_bench_refuses_what_does_not_run_here(
+    run: Run, artifact: Path, model: Path, file: str, advice: str
+) -> None:
+    (artifact / file).touch()
+    done = run("bench", model, artifact)
+    assert done.code == 2 and "does not run here" in done.err and advice in done.err
+
+
 @pytest.mark.parametrize("give", [("--rounds", 2), ("--threads", 0), ()])
 def test_bench_with_impossible_numbers(run: Run, model: Path, give: tuple[object, ...]) -> None:
     assert run("bench", *([model] if give else []), *give).code == 2
