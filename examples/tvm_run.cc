@@ -147,6 +147,8 @@ static std::set<std::string> cpu_features() {
 static void check(const json::Object& meta, int64_t bytes) {
   if (meta[ffi::String("format")].cast<int64_t>() != 4)
     throw std::runtime_error("the artifact has another format than this program reads");
+  if (meta.count(ffi::String("archs")))
+    throw std::runtime_error("the artifact is for a GPU, and this program has tensors of the CPU");
   struct utsname system;
   uname(&system);
   if (text(meta, "architecture") != system.machine)
@@ -179,7 +181,10 @@ static int run(int count, char** words) {
     }
     size_t at = word.find('=');
     if (at == std::string::npos) return std::fprintf(stderr, "not dim=size: %s\n", words[i]), 2;
-    sizes[word.substr(0, at)] = std::stoll(word.substr(at + 1));
+    const char* number = words[i] + at + 1;
+    char* end;
+    sizes[word.substr(0, at)] = std::strtoll(number, &end, 10);
+    if (end == number || *end) return std::fprintf(stderr, "no size: %s\n", words[i]), 2;
   }
   std::stringstream read;
   std::ifstream description(folder + "/meta.json");

@@ -536,6 +536,11 @@ class TestDamagedArtifacts:
         with pytest.raises(runtime.ArtifactError, match=f"{name} is damaged"):
             runtime.check_files(folder)
 
+    def test_no_runtime(self, saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setitem(sys.modules, "tvm_ffi", None)
+        with pytest.raises(runtime.ArtifactError, match="install apache-tvm-ffi"):
+            runtime.load(saved)
+
     @pytest.mark.parametrize("package", ["apache-tvm", "apache-tvm-ffi"])
     def test_another_runtime(self, saved: Path, tmp_path: Path, package: str) -> None:
         folder = copy_of(saved, tmp_path)

@@ -89,6 +89,7 @@ def test_the_example_runs_an_artifact(program: Path, artifact: Path) -> None:
         ({"architecture": "aarch64"}, "is for aarch64"),
         ({"cpu_features": ["sse2", "avx1024"]}, "this CPU lacks avx1024"),
         ({"parameter_bytes": 12345}, "params.bin is cut off"),
+        ({"archs": ["sm_80"]}, "is for a GPU"),
     ],
 )
 def test_what_it_refuses(
@@ -128,6 +129,7 @@ def test_a_lesser_cpu_is_refused_and_does_not_trap(
         (["batch=3"], "give a size: width"),
         (["batch=3", "width=21", "depth=2"], "there is no dim depth"),
         (["batch=0", "width=21"], "batch must be at least 1"),
+        (["batch=three", "width=21"], "no size: batch=three"),
     ],
 )
 def test_wrong_sizes(program: Path, artifact: Path, words: list[str], message: str) -> None:
