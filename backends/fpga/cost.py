@@ -8,8 +8,9 @@ future is as it was some turns, tiles or rows of tiles ago, what came since repe
 multiple of that period, and what is left over is followed to the last beat. So a layer costs its start, one
 period and its end, however many periods there are.
 
-:func:`netlathe.backends.fpga.model.cycles` is exact where this is close: here the inputs of a tile wait until
-there is room for all of them. Tests hold the two within 2 % of each other, and this and the core itself.
+:func:`netlathe.backends.fpga.model.cycles` is exact where this is close: the future is taken to be the same
+wherever in a scratchpad the words lie, if it has room for many. Tests hold the two within 2 % of each other,
+and this and the core itself.
 
 Tiles are chosen without following most of them: how much there is to do for each unit is a bound, in closed
 form.
@@ -32,9 +33,8 @@ from netlathe.backends.fpga.tensors import Image, Window
 from netlathe.diagnostics import Diagnostic, LowerError
 
 TABLE = 256  # entries of a table of a function of a byte, a beat each
-HELD = 16  # turns; queues let no unit be as far ahead of another
-T = TypeVar("T")
 NEAR = 1.01  # tiles that take as much more are as good if they are larger: fewer instructions
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -123,15 +123,34 @@ def _sides(p: Layer, axis: int, step: int) -> list[tuple[_Side, int]]:
     return _alike(sides)
 
 
-def _loads(p: Layer, v: _Side, h: _Side, vectors: int) -> list[tuple[int, bool]]:
-    """What brings ``vectors`` of each pixel under a tile: beats, and if they are pads."""
-    beats, pitch = p.spec.vector_beats, p.kernel.pitch
-    pads = v.before * h.taken, v.behind * h.taken, v.inside * h.before, v.inside * h.behind
-    loads = [(pixels * pitch * beats, True) for pixels in pads if pixels]
-    row = h.inside * vectors * beats
+@dataclass(frozen=True)
+class _Load:
+    """An instruction that brings part of a tile's inputs: to words from ``first`` to before ``end``."""
+
+    beats: int
+    fill: bool  # of pads
+    first: int
+    end: int
+
+
+def _loads(p: Layer, v: _Side, h: _Side, vectors: int) -> list[_Load]:
+    """What brings ``vectors`` of each pixel under a tile, as the builder does."""
+    beats, pitch, across, loads = p.spec.vector_beats, p.kernel.pitch, h.taken, []
+    for top, rows, left, columns in (
+        (0, v.before, 0, across), (v.before + v.inside, v.behind, 0, across),
+        (v.before, v.inside, 0, h.before), (v.before, v.inside, h.before + h.inside, h.behind),
+    ):  # fmt: skip
+        if rows and columns:
+            first, end = top * across + left, (top + rows - 1) * across + left + columns
+            loads.append(_Load(rows * columns * pitch * beats, True, first * pitch, end * pitch))
+    size, row = h.inside * vectors * beats, across * pitch
+    first = v.before * row + h.before * pitch
     if p.x.vectors == vectors == pitch:  # one instruction for all rows
-        return [*loads, (v.inside * row, False)]
-    return loads + v.inside * [(row, False)]
+        last = first + (v.inside - 1) * row
+        return [*loads, _Load(v.inside * size, False, first, last + h.inside * pitch)]
+    for start in range(first, first + v.inside * row, row):
+        loads.append(_Load(size, False, start, start + (h.inside - 1) * pitch + vectors))
+    return loads
 
 
 # -- time ---------------------------------------------------------------------------------------------
@@ -140,35 +159,49 @@ def _loads(p: Layer, v: _Side, h: _Side, vectors: int) -> list[tuple[int, bool]]
 class _Ring:
     """A scratchpad that is filled round and round: who takes words waits until those there have been read."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, most: int) -> None:
+        """``most``: of what was taken last, how many may still be waited for."""
         self._size, self._end, self._counts = size, 0, (0, 0)
-        self._held: deque[tuple[int, int]] = deque(maxlen=HELD)  # first word, when it has been read
+        # First word, one behind the last, and when they have been read: what is held, and what made room.
+        self._held: deque[tuple[int, int, int]] = deque(maxlen=most)
+        self._gone: list[tuple[int, int, int]] = []
 
     def take(self, count: int, align: int = 1) -> int:
         """Until when one has to wait for the next ``count`` words, as the emitter places them."""
-        held, start, after = self._held, -(-self._end // align) * align, -1
+        held, start = self._held, -(-self._end // align) * align
         if start + count > self._size:
             while held and held[0][0] >= self._end:  # what lies behind, of the round before
                 held.popleft()
             start = 0
+        self._gone = []
         while held and start <= held[0][0] < start + count:
-            after = held.popleft()[1]
-        held.append((start, -1))
+            self._gone.append(held.popleft())
+        held.append((start, start + count, -1))
         self._end, self._counts = start + count, (self._counts[1], count)
-        return after
+        return self._gone[-1][2] if self._gone else -1
+
+    def wait(self, first: int, end: int) -> int:
+        """The same for words ``first`` to before ``end`` of those taken last."""
+        start = self._held[-1][0]
+        return max(
+            (t for a, b, t in self._gone if a < start + end and start + first < b), default=-1
+        )
 
     def read(self, time: int) -> None:
         """The words taken last have been read by then."""
-        self._held[-1] = self._held[-1][0], time
+        start, end, _ = self._held[-1]
+        self._held[-1] = start, end, time
 
     def state(self, clock: Clock) -> tuple[int, ...]:
-        """As :meth:`Clock.state`; where words lie does not matter as long as all take as many."""
-        end = 0 if self._counts[0] == self._counts[1] else self._end
-        return end, *clock.ahead([time for _, time in self._held])
+        """As :meth:`Clock.state`; where words lie hardly matters if all take as many, and many have room."""
+        before, count = self._counts
+        end = self._end if before != count or 4 * count > self._size else 0
+        return end, *clock.ahead([time for *_, time in self._held])
 
     def skip(self, cycles: int) -> None:
         """As :meth:`Clock.skip`."""
-        self._held = deque([(start, time + cycles) for start, time in self._held], HELD)
+        later = [(start, end, time + cycles) for start, end, time in self._held]
+        self._held = deque(later, self._held.maxlen)
 
 
 class _Run:
@@ -177,10 +210,12 @@ class _Run:
     def __init__(self, p: Layer, memory: Memory) -> None:
         spec = p.spec
         self.p, self.clock, self.parts, self.turns = p, Clock(spec, memory), p.parts, p.turns
-        self.input, self.weights = _Ring(spec.input_vectors), _Ring(spec.weight_rows)
-        self.parameters = _Ring(spec.parameter_words)
-        self.sums = _Ring(spec.sum_rows // p.kernel.together)
-        self.output = _Ring(spec.output_vectors)
+        # Instructions are handed out in order, and a full queue holds all up: no unit is further ahead.
+        most = spec.queue + 8
+        self.input, self.weights = _Ring(spec.input_vectors, most), _Ring(spec.weight_rows, most)
+        self.parameters = _Ring(spec.parameter_words, most)
+        self.sums = _Ring(spec.sum_rows // p.kernel.together, most)
+        self.output = _Ring(spec.output_vectors, most)
         self.rings = [self.input, self.weights, self.parameters, self.sums, self.output]
 
     def repeat(self, count: int, body: Callable[[], None]) -> None:
@@ -214,14 +249,14 @@ class _Run:
             loads = _loads(self.p, v, h, vectors) if vectors else []
             self.repeat(count, partial(self._turn, loads, words, pixels, outputs))
 
-    def _turn(self, loads: list[tuple[int, bool]], words: int, pixels: int, outputs: int) -> None:
+    def _turn(self, loads: list[_Load], words: int, pixels: int, outputs: int) -> None:
         """Bring inputs in ``loads``, if any; then ``outputs`` vectors of ``pixels``."""
         clock, spec, kernel, y = self.clock, self.p.spec, self.p.kernel, self.p.y
         loaded = done = -1
         if loads:
-            after = self.input.take(words, spec.wide_vectors)
-            for beats, fill in loads:
-                loaded = clock.load(beats, after, fill=fill)
+            self.input.take(words, spec.wide_vectors)
+            for one in loads:
+                loaded = clock.load(one.beats, self.input.wait(one.first, one.end), fill=one.fill)
         free, scales = self.sums.take(pixels), outputs * spec.columns
         scaled = clock.load(scales, self.parameters.take(scales))
         for number, (steps, values, indices) in enumerate(self.parts):
@@ -272,7 +307,7 @@ def bound(p: Layer, height: int, width: int) -> int:
     stored = spec.vector_beats * y.group if y.address >= 0 else 0
 
     def bring(v: _Side, h: _Side, vectors: int) -> int:
-        return sum(beats + 2 for beats, _ in _loads(p, v, h, vectors)) if vectors else 0
+        return sum(one.beats + 2 for one in _loads(p, v, h, vectors)) if vectors else 0
 
     weights = [sum(beats + 2 for beats in part[1:] if beats) for part in parts]
     load = tiles * (kernel.tiles * (sum(weights) + 2) + kernel.outputs * spec.columns)
