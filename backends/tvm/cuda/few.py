@@ -191,7 +191,7 @@ def _streamed(
 
     end, across = weight.padded(inner), packing.padded(columns)
     tiles = -(-columns // shape.columns)
-    clusters = min(tiles, PROCESSORS // shape.splits)
+    clusters = min(tiles, stream.CLUSTERS[shape.splits])
     row = 64  # elements of K in a swizzled row of 128 bytes; a stage has several
 
     def deep(source: Any, lines: Expr, box: int) -> Expr:
@@ -235,14 +235,17 @@ def _streamed(
             code.run(named("produce"), text, shared, given, *sources, *numbers)
 
         def multiply() -> None:
-            if shape.held:
-                given = code.null() if norm is None else code.address(norm.gain)
+            # Where x is not prepared it becomes integers while weights come.
+            given = (code.address(a), small(rows), small(inner)) if shape.limbs else ()
+            if shape.prepared:
+                gain = code.null() if norm is None else code.address(norm.gain)
                 epsilon = tirx.const(0.0 if norm is None else norm.epsilon, "float32")
                 numbers = (epsilon, small(rows), small(inner))
-                code.run(named("prepare"), text, shared, code.address(a), given, *numbers)
+                code.run(named("prepare"), text, shared, code.address(a), gain, *numbers)
             own = code.bind(imod(block, shape.splits) * i64(shape.slice))
             with code.loop(idiv(i64(tiles - 1) - first, clusters) + i64(1)) as number:
-                code.run(named("consume"), text, shared, *map(small, (number, end, summing)))
+                turns = map(small, (number, end, summing))
+                code.run(named("consume"), text, shared, *turns, *given)
                 left = (first + number * i64(clusters)) * i64(shape.columns) + own
                 left = code.bind(idiv(left, together))
                 before = imod(number * i64(32 * summing), shape.multiplying)

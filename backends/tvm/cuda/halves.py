@@ -101,8 +101,7 @@ __device__ __forceinline__ void consume(uint8_t* shared, int tile_number, int en
                    ::"r"(to + tile * 32 + q * 8), "f"(from[0]), "f"(from[1]) : "memory");
     }}
   }}
-  tell_all(ready(at));
-  if (turn(tile_number, summing) < summing) wait<true>(ready(at), tile_number & 1);
+  gathered(at, tile_number, summing);
 }}
 // One result of the block's slice.
 __device__ __forceinline__ float sum(uint8_t* shared, int64_t row, int64_t column) {{
@@ -119,7 +118,7 @@ _IN_STAGE = """const int piece = (k % 64 / 8 + q) ^ row;
 _KEPT = """uint4 v = make_uint4(0, 0, 0, 0);
       if (row < kR) v = held(rows + (row * kShare + k + q * 8) * 2);"""
 _KEEP = """
-// Eight elements of a row of x from `own` on.
+// Eight elements of a row of x from `own` on, if there is such a row.
 __device__ __forceinline__ void keep(uint8_t* to, int row, int own, const uint4& x) {
-  *reinterpret_cast<uint4*>(to + kHeld + (row * kShare + own) * 2) = x;
+  if (row < kR) *reinterpret_cast<uint4*>(to + kHeld + (row * kShare + own) * 2) = x;
 }"""

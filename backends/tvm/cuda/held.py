@@ -1,10 +1,10 @@
-"""Device code for products of few rows that keep all of x in shared memory, and may normalize it before.
+"""Device code for products of few rows that prepare all of x in shared memory, and may normalize it there.
 
 Every block reads whole rows of x anyway. With RMSNormalization in front of the product it measures them
-itself, so that no kernel stands between the one that writes x and this one, whose weights are on their way
-already: round(x / sqrt(mean(x^2) + epsilon)) * gain, rounded to halves again, as the operator has it (ONNX,
-RMSNormalization). Gains are asked for before anything else. Blocks that share K read whole rows to
-measure them, and keep their share.
+itself, while they are in registers, so that no kernel stands between the one that writes x and this one,
+whose weights are on their way already: round(x / sqrt(mean(x^2) + epsilon)) * gain, rounded to halves again,
+as the operator has it (ONNX, RMSNormalization). Gains are asked for before anything else. Blocks that share K
+read whole rows to measure them, and keep their share.
 
 How x is kept is said by ``keep`` of :mod:`netlathe.backends.tvm.cuda.limbs` (integers) and
 :mod:`netlathe.backends.tvm.cuda.halves`.
@@ -18,13 +18,11 @@ if TYPE_CHECKING:
     from netlathe.backends.tvm.cuda.stream import Shape
 
 ROWS = (1, 4)  # that there are kernels for
-MOST = 16384  # elements of x that a block may take time for
+MOST = 16384  # elements of x that a block may take time for before the first product
 
 
 def source(s: Shape, dtype: str, warps: int) -> str:
     """``prepare``, which every multiplying thread calls first, after ``keep``."""
-    measured = "measure(to, x, rows, inner);" if s.normed else ""
-    normed = "held[i] = normed(held[i], gain[i], factor(to, item / kEach, inner, epsilon));"
     return f"""
 {_norm(s, dtype, warps) if s.normed else ""}
 // The block's share of x [rows, inner].
@@ -32,65 +30,75 @@ __device__ __forceinline__ void prepare(
     uint8_t* shared, const void* x_, const void* gain_, float epsilon, int rows, int inner) {{
   const uint16_t *x = static_cast<const uint16_t*>(x_), *gains = static_cast<const uint16_t*>(gain_);
   uint8_t* to = shared + (base(shared) - static_cast<uint32_t>(__cvta_generic_to_shared(shared)));
-  constexpr int kEach = kShare / 8, kItems = (kR * kEach + {s.multiplying - 1}) / {s.multiplying};
-  const int count = rows * kEach;
-  uint4 held[kItems], gain[kItems];
-  auto place = [&](int item) {{
-    const int own = item % kEach * 8;
-    return (rank() + own / kDeep * kSplits) * kDeep + own % kDeep;
+  constexpr int kOwn = kShare / 8, kPieces = (kR * kOwn + {s.multiplying - 1}) / {s.multiplying};
+  const int count = rows * kOwn;
+  auto piece = [](int i) {{ return threadIdx.x + i * {s.multiplying}; }};
+  auto read = [&](const uint16_t* from, int piece, int row) {{
+    const int own = piece % kOwn * 8, k = (rank() + own / kDeep * kSplits) * kDeep + own % kDeep;
+    return piece < count && k < inner ? *reinterpret_cast<const uint4*>(from + row * (int64_t)inner + k)
+                                      : make_uint4(0, 0, 0, 0);
   }};
-#pragma unroll
-  for (int i = 0; i < kItems; ++i) {{
-    const int item = threadIdx.x + i * {s.multiplying}, k = place(item);
-    gain[i] = make_uint4(0, 0, 0, 0);
-    if ({int(s.normed)} && item < count && k < inner)
-      gain[i] = *reinterpret_cast<const uint4*>(gains + k);
-  }}
+  uint4 held[kPieces];
+{_GAINS.replace("$THREADS", str(s.multiplying)) if s.normed else ""}
   follow();
-  {measured}
 #pragma unroll
-  for (int i = 0; i < kItems; ++i) {{
-    const int item = threadIdx.x + i * {s.multiplying}, k = place(item);
-    held[i] = make_uint4(0, 0, 0, 0);
-    if (item < count && k < inner)
-      held[i] = *reinterpret_cast<const uint4*>(x + item / kEach * (int64_t)inner + k);
-  }}
+  for (int i = 0; i < kPieces; ++i) held[i] = read(x, piece(i), piece(i) / kOwn);
+{_MEASURED if s.normed else ""}
 #pragma unroll
-  for (int i = 0; i < kItems; ++i) {{
-    const int item = threadIdx.x + i * {s.multiplying};
-    if (item >= count) break;  // whole warps do
-    {normed if s.normed else ""}
-    keep(to, item / kEach, item % kEach * 8, held[i]);
+  for (int i = 0; i < kPieces; ++i) {{
+    const int row = piece(i) / kOwn;
+    if (piece(i) / 32 * 32 >= count) break;  // a warp exchanges what it finds
+{_NORMED if s.normed else ""}
+    keep(to, row, piece(i) % kOwn * 8, held[i]);
   }}
   asm volatile("bar.sync 1, {s.multiplying};" ::: "memory");
 }}
 """
 
 
+_GAINS = """  // Rows may have their gains in common.
+  constexpr int kGains = kOwn % $THREADS == 0 ? kOwn / $THREADS : kPieces;
+  uint4 gain[kGains];
+#pragma unroll
+  for (int i = 0; i < kGains; ++i) gain[i] = read(gains, piece(i), 0);"""
+_MEASURED = """  float square[kR] = {};
+#pragma unroll
+  for (int i = 0; i < kPieces; ++i) {
+    const float own = squares(held[i]);
+#pragma unroll
+    for (int row = 0; row < kR; ++row) square[row] += kR == 1 || piece(i) / kOwn == row ? own : 0.0f;
+  }
+  if (kSplits > 1) others(square, x, rows, inner);
+  add_up(to, square);"""
+_NORMED = "    held[i] = normed(held[i], gain[i % kGains], factor(to, row, inner, epsilon));"
+
+
 def _norm(s: Shape, dtype: str, warps: int) -> str:
     return f"""
 constexpr int kWarps = {warps * s.teams}, kSquares = kHeld + {s.kept_bytes};
-// What each warp has of the sums of squares, in shared memory.
-__device__ __forceinline__ void measure(uint8_t* to, const uint16_t* x, int rows, int inner) {{
-  float square[kR] = {{}};
-#pragma unroll {max(1, 4 // s.held)}
-  for (int k = threadIdx.x * 8; k < inner; k += {8 * s.multiplying}) {{
-    uint4 held[kR];
+// The sum of eight squares.
+__device__ __forceinline__ float squares(const uint4& x) {{
+  const uint32_t words[4] = {{x.x, x.y, x.z, x.w}};
+  float sum = 0.0f;
 #pragma unroll
-    for (int row = 0; row < kR; ++row) {{
-      held[row] = make_uint4(0, 0, 0, 0);
-      if (row < rows) held[row] = *reinterpret_cast<const uint4*>(x + row * (int64_t)inner + k);
-    }}
-#pragma unroll
-    for (int row = 0; row < kR; ++row) {{
-      const uint32_t words[4] = {{held[row].x, held[row].y, held[row].z, held[row].w}};
-#pragma unroll
-      for (int j = 0; j < 8; ++j) {{
-        const float value = wide((uint16_t)(words[j / 2] >> (j % 2 * 16)));
-        square[row] = fmaf(value, value, square[row]);
-      }}
-    }}
+  for (int j = 0; j < 8; ++j) {{
+    const float value = wide((uint16_t)(words[j / 2] >> (j % 2 * 16)));
+    sum = fmaf(value, value, sum);
   }}
+  return sum;
+}}
+// Those of what other blocks of the cluster have of the rows.
+__device__ __forceinline__ void others(float* square, const uint16_t* x, int rows, int inner) {{
+#pragma unroll 2
+  for (int k = threadIdx.x * 8; k < inner; k += {8 * s.multiplying}) {{
+    if (k / kDeep % kSplits == rank()) continue;
+#pragma unroll
+    for (int row = 0; row < kR; ++row)
+      if (row < rows) square[row] += squares(*reinterpret_cast<const uint4*>(x + row * (int64_t)inner + k));
+  }}
+}}
+// What each warp has of the sums of squares, in shared memory.
+__device__ __forceinline__ void add_up(uint8_t* to, float* square) {{
 #pragma unroll
   for (int row = 0; row < kR; ++row) {{
 #pragma unroll

@@ -10,8 +10,9 @@ by 2^-9 of itself. Such a number is 256 high + low, two columns of mma.m16n8k32 
 9.7.13.4.10), whose left operand is the weight in bytes; of 4 bits, 16 times the number, which takes three
 instructions for eight. Sums of integers are exact; they are scaled to float32 once for each chunk of K.
 
-Every block does this for its share of K, before anything else, and keeps the bytes in the order in which
-products read them: for each 32 of K, 8 bytes for each thread of a warp whose column of x has something in it.
+Every block does this for its share of K, one row before the first product, more between the products of its
+first tile. The bytes are kept in the order in which products read them: for each 32 of K, 8 bytes for each
+thread of a warp whose column of x has something in it.
 """
 
 from __future__ import annotations
@@ -23,12 +24,19 @@ from netlathe.backends.tvm.cuda import skinny
 if TYPE_CHECKING:
     from netlathe.backends.tvm.cuda.stream import Shape
 
+_AHEAD = 2  # stages of x that are on their way to a team
 _MOST = 32512  # 127 * 256: of the high byte no more than 127
 
 
 def bytes_(rows: int, share: int, bits: int) -> int:
     """Shared memory for ``share`` elements of each row, and for their scales; copies start at 128."""
-    return -(-(share * 2 * rows + share // skinny.chunk(bits) * rows * 4) // 128) * 128
+    scales = share // skinny.chunk(bits) * rows * 4
+    return -(-(share // 32 * line(rows) + scales) // 128) * 128
+
+
+def line(rows: int) -> int:
+    """Bytes for 32 of K. Some to spare put what a warp keeps of neighbouring lines into different banks."""
+    return 64 if rows == 1 else 256 + 32
 
 
 def source(s: Shape, warps: int) -> str:
@@ -46,14 +54,14 @@ def source(s: Shape, warps: int) -> str:
     scale = "scale[half] * " if s.group else ""
     least = "1.0f / 16" if s.bits == 4 else "1.0f"
     return f"""
-constexpr int kLimbScales = kHeld + kShare * 2 * kR, kLine = kR == 1 ? 64 : 256;  // bytes for 32 of K
+constexpr int kLine = {line(s.held)}, kLimbScales = kHeld + kShare / 32 * kLine;
 
 __device__ __forceinline__ float largest(float a, float b) {{
   float c;
   asm("max.NaN.f32 %0, %1, %2;" : "=f"(c) : "f"(a), "f"(b));
   return c;
 }}
-// Eight elements of a row of x from `own` on; kChunk elements have a scale.
+// Eight elements of a row of x from `own` on, if there is such a row; kChunk elements have a scale.
 __device__ __forceinline__ void keep(uint8_t* to, int row, int own, const uint4& x) {{
   const uint32_t words[4] = {{x.x, x.y, x.z, x.w}};
   float value[8], most = 1e-30f;
@@ -65,7 +73,10 @@ __device__ __forceinline__ void keep(uint8_t* to, int row, int own, const uint4&
 #pragma unroll
   for (int mask = kChunk / 16; mask > 0; mask /= 2)
     most = largest(most, __shfl_xor_sync(0xffffffffu, most, mask));
-  const float factor = {_MOST}.0f / most;
+  if (row >= kR) return;
+  float factor;
+  asm("rcp.approx.f32 %0, %1;" : "=f"(factor) : "f"(most));
+  factor *= {_MOST}.0f;
   uint32_t low[8], high[8];
 #pragma unroll
   for (int j = 0; j < 8; ++j) {{
@@ -131,24 +142,64 @@ __device__ __forceinline__ void use(
   }}
 }}
 
-// A multiplying warp's share of one tile, sent to the blocks that finish its columns.
-__device__ __forceinline__ void consume(uint8_t* shared, int tile_number, int end, int summing) {{
+// What a thread has of x in a stage: on its way from memory, and kept.
+constexpr int kTeam = {32 * warps}, kEach = kDeep / 8, kItems = (kR * kEach + kTeam - 1) / kTeam;
+__device__ __forceinline__ void fetch(uint4* held, const uint16_t* x, int rows, int inner, int step) {{
+#pragma unroll
+  for (int i = 0; i < kItems; ++i) {{
+    const int item = threadIdx.x % kTeam + i * kTeam, row = item / kEach;
+    const int k = (rank() + step * kSplits) * kDeep + item % kEach * 8;
+    held[i] = row < rows && k < inner ? *reinterpret_cast<const uint4*>(x + row * (int64_t)inner + k)
+                                      : make_uint4(0, 0, 0, 0);
+  }}
+}}
+__device__ __forceinline__ void keep_stage(uint8_t* to, const uint4* held, int step) {{
+#pragma unroll
+  for (int i = 0; i < kItems; ++i) {{
+    const int item = threadIdx.x % kTeam + i * kTeam;
+    keep(to, item / kEach, step * kDeep + item % kEach * 8, held[i]);
+  }}
+}}
+
+// A multiplying warp's share of one tile, sent to the blocks that finish its columns. Where x was not
+// prepared a team keeps what it needs of it in the first tile, stage by stage, while weights come.
+__device__ __forceinline__ void consume(
+    uint8_t* shared, int tile_number, int end, int summing, const void* x_, int rows, int inner) {{
   const uint32_t at = base(shared);
   const int warp = threadIdx.x / 32 % {warps}, lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
   const int across = warp % kAcross, down = warp / kAcross, each = share(end);
   const int team = threadIdx.x / {32 * warps};
-  const uint8_t* stages = shared + (at - static_cast<uint32_t>(__cvta_generic_to_shared(shared)));
+  const uint16_t* x = static_cast<const uint16_t*>(x_);
+  uint8_t* stages = shared + (at - static_cast<uint32_t>(__cvta_generic_to_shared(shared)));
   float total[4] = {{}};
-  const int before = tile_number * each;
-  for (int step = (before + team) % {s.teams}; step < each; step += {s.teams}) {{
-    const int number = before + step, slot = number % kStages;
-    wait(full(at, slot), (number / kStages) & 1);
-    if ((rank() + step * kSplits) * kDeep + down * kChunk < end)
-      use(stages + slot * kStageBytes, stages + kHeld + step * (kDeep / 32) * kLine,
-          stages + kLimbScales + step * (kDeep / kChunk) * kR * 4, total);
-    __syncwarp();
-    if (lane == 0)
-      asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(empty(at, slot)) : "memory");
+  const int before = tile_number * each, first = (before + team) % {s.teams};
+  const bool keeps = {int(not s.prepared)} && tile_number == 0;
+  uint4 held[{_AHEAD}][kItems];
+  if (keeps) {{
+    follow();
+#pragma unroll
+    for (int i = 0; i < {_AHEAD}; ++i) fetch(held[i], x, rows, inner, first + i * {s.teams});
+  }}
+  if ({int(not s.prepared)} && tile_number == 1)  // the other team may have kept what is needed now
+    asm volatile("bar.sync 1, {s.multiplying};" ::: "memory");
+  for (int next = first; next < each; next += {_AHEAD * s.teams}) {{
+#pragma unroll
+    for (int i = 0; i < {_AHEAD}; ++i) {{
+      const int step = next + i * {s.teams}, number = before + step, slot = number % kStages;
+      if (step >= each) break;
+      if (keeps) {{
+        keep_stage(stages, held[i], step);
+        fetch(held[i], x, rows, inner, step + {_AHEAD * s.teams});
+        asm volatile("bar.sync %0, {32 * warps};" ::"r"(3 + team) : "memory");
+      }}
+      wait(full(at, slot), (number / kStages) & 1);
+      if ((rank() + step * kSplits) * kDeep + down * kChunk < end)
+        use(stages + slot * kStageBytes, stages + kHeld + step * (kDeep / 32) * kLine,
+            stages + kLimbScales + step * (kDeep / kChunk) * kR * 4, total);
+      __syncwarp();
+      if (lane == 0)
+        asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(empty(at, slot)) : "memory");
+    }}
   }}
   if (tile_number > 0) wait<true>(taken(at), (tile_number - 1) & 1);
   if (q < kR)
@@ -159,8 +210,7 @@ __device__ __forceinline__ void consume(uint8_t* shared, int tile_number, int en
       const uint32_t to = at_block(at + kSums + (place * kR + q) * 4, column / kSlice);
       asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(to), "f"(total[half]) : "memory");
     }}
-  tell_all(ready(at));
-  if (turn(tile_number, summing) < summing) wait<true>(ready(at), tile_number & 1);
+  gathered(at, tile_number, summing);
 }}
 // One result of the block's slice.
 __device__ __forceinline__ float sum(uint8_t* shared, int64_t row, int64_t column) {{

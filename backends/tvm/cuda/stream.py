@@ -23,9 +23,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from netlathe.backends.tvm.cuda import halves, held, limbs, skinny
-from netlathe.backends.tvm.cuda.machine import PROCESSORS
 
 WARPS = 8  # of a team
+# Clusters of so many blocks, one to a multiprocessor, that are on an H200 at once: its parts of 16 or 18
+# multiprocessors leave some over. More than these would wait for the first ones to end.
+CLUSTERS = {1: 132, 2: 66, 4: 30, 8: 15}
 _WEIGHTS = 16 << 10  # bytes of the weight in a stage: 2 KB for every warp
 _SHARED = 225 << 10  # of a block, below the 227 KB there are
 # 136 KB. A step of a LLaMA takes 4 % less than with all there is room for; in 16 bits it would take 2 % more.
@@ -64,6 +66,11 @@ class Shape:
         return self.held > 0 and self.bits < 16
 
     @property
+    def prepared(self) -> bool:
+        """Whether all of x is kept before the first product."""
+        return self.normed or self.held == 1
+
+    @property
     def share(self) -> int:
         """What a block has of K, of rows that are kept."""
         return -(-self.inner // self.deep // self.splits) * self.deep
@@ -82,8 +89,9 @@ class Shape:
 
     @property
     def able(self) -> bool:
-        """Whether keeping x takes a block less time than it saves."""
-        return not self.held or self.share * self.held <= held.MOST
+        """Whether keeping x takes a block less time than it saves: that is more with weights of 4 bits."""
+        most = 2 * held.MOST if self.bits == 4 and not self.normed else held.MOST
+        return not self.held or self.share * self.held <= most
 
     @property
     def stage_rows(self) -> int:
@@ -167,6 +175,9 @@ class Shape:
 # the rows of x. And what sharing K between twice as many blocks costs a tile. Fitted to an H200.
 _NARROW = {16: 1.05, 8: 1.1, 4: 1.4}
 _SHARING = 8.0
+# One row times 4 bits: a kernel whose blocks have up to so many stages each takes no longer for some having
+# fewer tiles than others, since the one behind begins where they are done.
+_SHORT = 16
 
 
 def chosen(
@@ -187,10 +198,11 @@ def chosen(
 
     def cost(shape: Shape) -> float:
         across = -(-columns // shape.columns)
-        rounds = -(-across // (PROCESSORS // shape.splits))
+        rounds = -(-across // CLUSTERS[shape.splits])
         stages = -(-inner // shape.deep) / shape.splits
         each = _NARROW[bits] if shape.columns == 32 and not held else 1.0
-        return rounds * (stages * each + _SHARING * (shape.splits.bit_length() - 1))
+        least = _SHORT if bits == 4 and held == 1 and across > CLUSTERS[shape.splits] else 0
+        return max(rounds * (stages * each + _SHARING * (shape.splits.bit_length() - 1)), least)
 
     shapes = [
         Shape(bits, tiles, across, splits, group, zeros, zero, held, inner if held else 0, normed)
@@ -392,6 +404,17 @@ __device__ __forceinline__ int turn(int tile_number, int summing) {{
   constexpr int kWarps = {WARPS * s.teams};
   return (threadIdx.x / 32 + kWarps - tile_number * summing % kWarps) % kWarps;
 }}
+// The warp has sent its sums; those that finish the tile wait for all of them.
+__device__ __forceinline__ void gathered(uint32_t at, int tile_number, int summing) {{
+  const bool sums = turn(tile_number, summing) < summing;
+  if (kSplits == 1) {{
+    if (sums) asm volatile("bar.sync 2, {s.multiplying};" ::: "memory");
+    else asm volatile("bar.arrive 2, {s.multiplying};" ::: "memory");
+  }} else {{
+    tell_all(ready(at));
+    if (sums) wait<true>(ready(at), tile_number & 1);
+  }}
+}}
 // What the warps of the cluster sent for one result, `stride` bytes apart.
 __device__ __forceinline__ float added(uint32_t at, int stride) {{
   float value = 0.0f;
@@ -404,7 +427,7 @@ __device__ __forceinline__ float added(uint32_t at, int stride) {{
   return value;
 }}
 {limbs.source(s, WARPS) if s.limbs else halves.source(s, WARPS)}
-{held.source(s, dtype, WARPS) if s.held else ""}
+{held.source(s, dtype, WARPS) if s.prepared else ""}
 // The slice has been read: others may send the next.
 __device__ __forceinline__ void release(uint8_t* shared) {{ tell_all(taken(base(shared))); }}
 }}  // namespace

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from netlathe.backends.tvm.cuda import ampere, held, hopper, stream
+from netlathe.backends.tvm.cuda import ampere, held, hopper, limbs, stream
 from netlathe.backends.tvm.cuda.machine import ARCHITECTURES
 
 SIZES = (1024, 4096, 8192, 11008, 28672)
@@ -34,16 +34,23 @@ def test_shapes_with_x_as_integers(bits: int, rows: int) -> None:
     for inner in SIZES:
         shape = stream.chosen(bits, 1, 4096, inner, group, False, 8, rows)
         if shape is None:
-            assert inner * rows > held.MOST
+            assert inner * rows > held.MOST * (1 if bits == 8 else 2)
             continue
         assert shape.rows == rows and shape.shared_bytes <= 227 << 10 and shape.stages >= 4
         assert shape.share * shape.splits >= inner
         assert bits == 8 or shape.stages <= 8  # more are in the way of x
-        # Two bytes for an element of each row, a scale of four for a chunk.
-        assert 0 <= shape.held_bytes - shape.share * rows * (2 + 4 * bits / 512) < 128
+        # Two bytes for an element of each row, with room between lines, and a scale of four for a chunk.
+        lines = shape.share // 32 * limbs.line(rows)
+        assert 64 * rows <= limbs.line(rows) <= 1.125 * 64 * rows
+        assert 0 <= shape.held_bytes - lines - shape.share * rows * 4 * bits / 512 < 128
         halves = stream.chosen(bits, 1, 4096, inner, group, False, 8)
         assert halves is not None and halves.stage_bytes > shape.stage_bytes
     assert stream.chosen(bits, 1, 4096, 1 << 20, group, False, 8, rows) is None
+
+
+def test_one_row_of_a_small_weight_goes_by_wide_tiles_though_they_are_uneven() -> None:
+    chosen = {n: stream.chosen(4, 1, n, 4096, 128, False, 8, 1) for n in (4096, 11008)}
+    assert {n: s.columns for n, s in chosen.items() if s is not None} == {4096: 32, 11008: 64}
 
 
 def test_groups_that_no_stage_ends_with_are_left_to_other_kernels() -> None:
