@@ -17,14 +17,17 @@ from itertools import product
 
 from netlathe.backends.tvm.cuda import warpgroup
 from netlathe.backends.tvm.cuda.machine import PROCESSORS
-from netlathe.backends.tvm.cuda.warpgroup import GROUP, ROW_BYTES, STAGING_BYTES
+from netlathe.backends.tvm.cuda.warpgroup import (
+    CACHE_BYTES,
+    GROUP,
+    LEAVING,
+    ROW_BYTES,
+    STAGING_BYTES,
+)
 
 DEEP = ROW_BYTES // 2  # channels in a stage
 PLACES = 64  # of a box: the rows of a warpgroup's product
 LANES = 4  # neighbouring results of a thread
-# Measured on an H200: bytes that a multiprocessor gets from the level-2 cache in a cycle, and cycles that a
-# column of a tile's results takes on its way out.
-_CACHE_BYTES, _LEAVING = 40, 50
 
 
 @dataclass(frozen=True)
@@ -106,9 +109,9 @@ def chosen(boxes: int | None, outputs: int, steps: int) -> Shape:
         tiles = -(-(boxes or 1 << 16) // (2 * shape.cluster)) * -(-outputs // shape.columns)
         rounds = -(-tiles * shape.cluster // (PROCESSORS * shape.blocks))
         own = (2 * PLACES + shape.columns // shape.cluster) * DEEP * 2
-        reading = tiles * shape.cluster * steps * own // (PROCESSORS * _CACHE_BYTES)
+        reading = tiles * shape.cluster * steps * own // (PROCESSORS * CACHE_BYTES)
         multiplying = rounds * shape.blocks * steps * 4 * shape.columns
-        return max(reading, multiplying) + rounds * shape.columns * _LEAVING
+        return max(reading, multiplying) + rounds * shape.columns * LEAVING
 
     return min(SHAPES, key=cycles)
 

@@ -16,11 +16,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from netlathe.backends.tvm.cuda import warpgroup
+from netlathe.backends.tvm.cuda.machine import PROCESSORS
 from netlathe.backends.tvm.cuda.operands import Operands, operands
-from netlathe.backends.tvm.cuda.warpgroup import GROUP, ROW_BYTES
+from netlathe.backends.tvm.cuda.warpgroup import CACHE_BYTES, GROUP, LEAVING, ROW_BYTES
 
 ROWS = 128  # of a tile: 64 for each multiplying warpgroup
-PIECES = 2  # that a tile may be cut in
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,12 @@ class Shape:
     @property
     def box_rows(self) -> int:
         """Rows of B that one copy brings: what a block of the cluster copies of a piece."""
-        return self.columns // self.cluster // PIECES
+        return self.columns // self.cluster // self.pieces
+
+    @property
+    def pieces(self) -> int:
+        """That a tile may be cut in, each of whole parts of results."""
+        return 2 if self.columns % (2 * warpgroup.PART) == 0 else 1
 
     @property
     def staging_bytes(self) -> int:
@@ -59,6 +64,25 @@ class Shape:
 def chosen(kind: Operands) -> Shape:
     """The tile for operands of this kind."""
     return Shape(128, 6) if kind.is_float8 else Shape()
+
+
+def narrower(kind: Operands, columns: int, inner: int) -> Shape | None:
+    """The tile for a weight [columns, inner] and the rows of one cluster; None if it is :func:`chosen`'s.
+
+    Then there may be fewer tiles than clusters run at one time. With fewer columns each reads more for what
+    it multiplies, but more of them are there.
+    """
+    widest, steps = chosen(kind), -(-inner * kind.bytes // ROW_BYTES)
+
+    def cycles(shape: Shape) -> int:
+        tiles = -(-columns // shape.columns)
+        rounds = -(-tiles * shape.cluster // PROCESSORS)
+        reading = (ROWS + shape.columns // shape.cluster) * ROW_BYTES // CACHE_BYTES
+        return rounds * (steps * max(4 * shape.columns, reading) + LEAVING * shape.columns)
+
+    shapes = (Shape(64, 8), Shape(128, 6), Shape(192, 4), widest)
+    best = min((shape for shape in shapes if shape.columns <= widest.columns), key=cycles)
+    return None if best == widest else best
 
 
 def _multiply(kind: Operands, columns: int) -> str:
@@ -139,7 +163,7 @@ def source(shape: Shape, dtype: str) -> str:
 namespace {space} {{
 using namespace netlathe_warpgroup;
 constexpr int kStages = {shape.stages}, kStageBytes = {shape.stage_bytes}, kCluster = {shape.cluster};
-constexpr int kColumns = {shape.columns}, kPieces = {PIECES}, kBox = {shape.box_rows};
+constexpr int kColumns = {shape.columns}, kPieces = {shape.pieces}, kBox = {shape.box_rows};
 using Sum = {whole};
 
 __device__ __forceinline__ uint32_t ready(uint32_t at, int stage) {{
@@ -163,7 +187,7 @@ template <int kN> __device__ __forceinline__ void multiply(Sum* d, uint64_t a, u
   if constexpr (kN == kColumns)
 {_multiply(kind, shape.columns)}
   else
-{_multiply(kind, shape.columns // PIECES)}
+{_multiply(kind, shape.columns // shape.pieces)}
 }}
 // Products read and write these registers until they are waited for.
 template <int kN> __device__ __forceinline__ void hold(Sum* d) {{
@@ -188,10 +212,11 @@ __device__ __forceinline__ void place(
   where[0] = first + within % high;
   where[1] = within / high * kColumns + (unit < full ? 0 : (unit - full) % kPieces * (kColumns / kPieces));
 }}
-__device__ __forceinline__ int64_t top(int64_t unit, int64_t full, int64_t down, int64_t across) {{
+__device__ __forceinline__ int64_t top(
+    int64_t unit, int64_t full, int64_t down, int64_t across, int64_t high) {{
   int64_t where[2];
   place(unit, full, down, across, where);
-  return (where[0] * kCluster + rank<kCluster>()) * {ROWS};
+  return (where[0] * kCluster + rank<kCluster>()) * high;
 }}
 __device__ __forceinline__ int64_t left(int64_t unit, int64_t full, int64_t down, int64_t across) {{
   int64_t where[2];
@@ -201,7 +226,7 @@ __device__ __forceinline__ int64_t left(int64_t unit, int64_t full, int64_t down
 
 __device__ __forceinline__ void produce(
     uint8_t* shared, uint64_t map_a, uint64_t map_b, int64_t first, int64_t step, int64_t units, int64_t full,
-    int64_t down, int64_t across, int steps) {{
+    int64_t down, int64_t across, int64_t high, int steps) {{
   const CUtensorMap *a = reinterpret_cast<const CUtensorMap*>(map_a);
   const CUtensorMap *b = reinterpret_cast<const CUtensorMap*>(map_b);
   asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
@@ -210,9 +235,10 @@ __device__ __forceinline__ void produce(
   const int mine = rank<kCluster>();
   int number = 0;
   for (int64_t unit = first; unit < units; unit += step) {{
-    const int row = (int)top(unit, full, down, across), column = (int)left(unit, full, down, across);
+    const int row = (int)top(unit, full, down, across, high);
+    const int column = (int)left(unit, full, down, across);
     const int boxes = unit < full ? kPieces : 1;  // of B, for this block to bring
-    const int bytes = ({ROWS} + boxes * kCluster * kBox) * {ROW_BYTES};
+    const int bytes = ((int)high + boxes * kCluster * kBox) * {ROW_BYTES};
     for (int k = 0; k < steps; ++k, ++number) {{
       const int stage = number % kStages;
       wait(empty(at, stage), ((number / kStages) & 1) ^ 1);

@@ -45,23 +45,34 @@ def warpgroups(
     :class:`Operands`; a row is a multiple of 16 bytes. Only rows may be known at run time alone. ``b`` may be
     read before the kernels in front have ended if it is ``constant``. Sums are float32, or int32 of integers.
     """
-    kind, (rows, inner, columns) = operands.operands(dtype), (known(size) for size in sizes)
+    kind, inner, columns = operands.operands(dtype), known(sizes[1]), known(sizes[2])
     assert inner is not None and columns is not None
-    given = (dtype, a, b, sizes, finish, together)
+    rows, given = sizes[0], (dtype, a, b, sizes, finish, together)
+    widest, narrower = hopper.chosen(kind), hopper.narrower(kind, columns, inner)
 
-    def few() -> None:
+    def up_to(most: int, these: Callable[[], None], others: Callable[[], None]) -> None:
+        number = known(rows)
+        if number is None:
+            code.branch(rows <= i64(most), these, others)
+        elif number <= most:
+            these()
+        else:
+            others()
+
+    def one_tile() -> None:
         _split(code, split.chosen(kind, columns, inner), *given, constant)
 
-    def many() -> None:
-        _tiles(code, hopper.chosen(kind), *given)
+    def tiles() -> None:
+        _tiles(code, widest, *given)
 
-    with unless_empty(code, sizes[0]):
-        if rows is None:
-            code.branch(sizes[0] <= i64(split.MOST_ROWS), few, many)
-        elif rows <= split.MOST_ROWS:
-            few()
+    def more() -> None:
+        if (shape := narrower) is None:
+            tiles()
         else:
-            many()
+            up_to(hopper.ROWS * shape.cluster, lambda: _tiles(code, shape, *given), tiles)
+
+    with unless_empty(code, rows):
+        up_to(split.MOST_ROWS, one_tile, more)
 
 
 @contextlib.contextmanager
@@ -94,15 +105,18 @@ def _tiles(
 
     cluster = shape.cluster
     down = idiv(rows + i64(hopper.ROWS * cluster - 1), hopper.ROWS * cluster)
+    # Rows of a block: as many for each. The copy engine takes longer to write zeros than to copy.
+    blocks = down * i64(cluster)
+    high = idiv(idiv(rows + blocks - i64(1), blocks) + i64(7), 8) * i64(8)
     across = idiv(columns + i64(shape.columns - 1), shape.columns)
     # The last tiles are halved where no block gets more than one half.
     tiles, most = down * across, i64(PROCESSORS // cluster)
     rest = imod(tiles, most)
-    cut = select(rest * i64(hopper.PIECES) <= most, rest, i64(0))
-    full, units = tiles - cut, tiles + cut * i64(hopper.PIECES - 1)
+    cut = select(rest * i64(shape.pieces) <= most, rest, i64(0))
+    full, units = tiles - cut, tiles + cut * i64(shape.pieces - 1)
     groups = tirx.min(units, most)
     steps = cast(idiv(inner + i64(deep - 1), deep), "int32")
-    map_a = code.tensor_map(a, [inner, rows], [inner], (deep, hopper.ROWS), kind.bytes)
+    map_a = code.tensor_map(a, [inner, rows], [inner], (deep, high), kind.bytes)
     map_b = code.tensor_map(b, [inner, columns], [inner], (deep, shape.box_rows), kind.bytes)
     with code.launch(groups * i64(cluster), warpgroup.THREADS, cluster, least=1) as (block, thread):
         memory = code.alloc([shape.shared_bytes], "uint8", scope="shared.dyn")
@@ -113,7 +127,7 @@ def _tiles(
 
         def copy() -> None:
             maps = (tirx.address_of(map_a), tirx.address_of(map_b))
-            places = (first, groups, units, full, down, across, steps)
+            places = (first, groups, units, full, down, across, high, steps)
             code.run(named("produce"), text, shared, *maps, *places)
 
         def multiply() -> None:
@@ -123,10 +137,13 @@ def _tiles(
                 unit = code.bind(first + number * groups)
                 all_ = code.bind(unit < full)
                 code.run(named("consume"), text, shared, code.address(sums), number, all_, steps)
-                top = code.call(named("top"), text, "int64", unit, full, down, across)
-                left = code.call(named("left"), text, "int64", unit, full, down, across)
+                top = code.call(named("top"), text, "int64", unit, full, down, across, high)
+                top = code.bind(top)
+                end = code.bind(tirx.min(top + high, rows))
                 group = idiv(thread, warpgroup.GROUP) - i64(1)
-                top, left = code.bind(top + group * i64(64)), code.bind(left)
+                top = code.bind(top + group * i64(64))
+                left = code.call(named("left"), text, "int64", unit, full, down, across)
+                left = code.bind(left)
                 member = code.bind(imod(thread, warpgroup.GROUP))
 
                 def results(part: int, inside: bool) -> None:
@@ -145,15 +162,15 @@ def _tiles(
                         if inside:
                             one()
                         else:
-                            with code.when(tirx.And(row < rows, column < idiv(columns, together))):
+                            with code.when(tirx.And(row < end, column < idiv(columns, together))):
                                 one()
 
-                whole = tirx.And(top + i64(64) <= rows, left + i64(shape.columns) <= columns)
+                whole = tirx.And(top + i64(64) <= end, left + i64(shape.columns) <= columns)
                 count = shape.columns // 64
 
                 def beyond(part: int) -> Expr | None:
                     """That the unit has this part, where half a tile has not."""
-                    return None if part < count // hopper.PIECES else all_
+                    return None if part < count // shape.pieces else all_
 
                 staging.parts(sums, count, whole, results, beyond)
 

@@ -24,7 +24,7 @@ from tests.execute.test_node_backend import CASES, _array
 Array = npt.NDArray[Any]
 HERE = [arch for arch in ARCHITECTURES if not runtime.gpu_lack([arch])]
 pytestmark = pytest.mark.skipif(not HERE, reason="no GPU that there are kernels for")
-ROWS = (0, 1, 3, 8, 9, 16, 17, 64, 65, 128, 130, 300)
+ROWS = (0, 1, 3, 8, 9, 16, 17, 64, 65, 128, 130, 256, 300)
 # Rounding the result to nearest, once: half a unit in the last place, over the mean significand.
 BOUNDS = {"bfloat16": 2.5e-3, "float16": 3.2e-4}
 LAST_PLACE = {"bfloat16": 2.0**-7, "float16": 2.0**-10}  # of the smallest significand

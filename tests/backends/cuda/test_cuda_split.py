@@ -1,4 +1,4 @@
-"""Products of 17 to 128 rows on sm_90a: which tile a weight gets."""
+"""Products of 17 to 256 rows on sm_90a: which tile a weight gets."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("tvm", reason="the tvm extra is not installed")
 
-from netlathe.backends.tvm.cuda import split
+from netlathe.backends.tvm.cuda import hopper, split
 from netlathe.backends.tvm.cuda.machine import ARCHITECTURES, PROCESSORS
 from netlathe.backends.tvm.cuda.operands import operands
 
@@ -35,6 +35,26 @@ def test_most_multiprocessors_have_a_share_of_a_large_weight(columns: int, inner
     made = split.chosen(operands("bf16"), columns, inner)
     blocks = ceil(columns / made.columns) * made.splits
     assert 0.85 * PROCESSORS <= blocks <= PROCESSORS
+
+
+@pytest.mark.parametrize("dtype", KINDS)
+@pytest.mark.parametrize(("columns", "inner"), [*WEIGHTS, *RAGGED])
+def test_narrower_tiles_fit_a_multiprocessor(dtype: str, columns: int, inner: int) -> None:
+    kind = operands(dtype)
+    made = hopper.narrower(kind, columns, inner)
+    if made is not None:
+        assert made.columns < hopper.chosen(kind).columns
+        assert made.shared_bytes <= ARCHITECTURES["sm_90a"][1]
+        assert made.columns % (64 * made.pieces) == 0  # results leave in parts of 64 columns
+
+
+def test_tiles_are_narrower_where_there_are_few() -> None:
+    widths = {
+        columns: made and made.columns
+        for columns in (4096, 11008, 14336)
+        for made in [hopper.narrower(operands("bf16"), columns, 4096)]
+    }
+    assert widths == {4096: 64, 11008: 192, 14336: None}
 
 
 def test_blocks_share_k_where_they_read_less_so() -> None:
