@@ -27,6 +27,7 @@ from typing import Any
 from bench_cuda import ROUNDS, Bench
 
 HEADS, KV_HEADS = 32, 8
+OTHERS = {"step": 32, "shared": 4}  # heads of keys, where there are others
 FORMATS = [("bf16", 64), ("bf16", 96), ("bf16", 128), ("f16", 64), ("f16", 128)]
 NAMES = {"bf16": "bfloat16", "f16": "float16"}
 BOUND = {"bf16": 4e-3, "f16": 5e-4}  # a rounded result is off by 1.7e-3 or 2.1e-4, weights likewise
@@ -88,24 +89,28 @@ BODIES = {
             vh = Cast <to = {code}> (vf)
             y = Attention (q, kh, vh)"""),
 }  # fmt: skip
+# One sequence, and a head of keys for each of queries.
+BODIES["step"] = (BODIES["room"][0].replace("[b", "[1"), BODIES["room"][1])
+BODIES["shared"] = BODIES["int8"]  # by 8 query heads
 
 
-def model(kind: str, half: str, depth: int, heads: int = HEADS, kv: int = KV_HEADS) -> Any:
+def model(kind: str, half: str, depth: int) -> Any:
     """A graph of one Attention; see BODIES."""
     import onnx_ir as ir
 
     from netlathe.ir import normal
 
     inputs, body = BODIES[kind]
+    batch = 1 if kind == "step" else "b"
     facts = {
         "t": NAMES[half],
         "d": depth,
-        "h": heads,
-        "k": kv,
+        "h": HEADS,
+        "k": OTHERS.get(kind, KV_HEADS),
         "code": 16 if half == "bf16" else 10,
     }
     text = f"""<ir_version: 11, opset_import: ["" : 25]> g ({inputs.format(**facts)})
-        => ({NAMES[half]}[b,{heads},s,{depth}] y) {{ {body.format(**facts)} }}"""
+        => ({NAMES[half]}[{batch},{HEADS},s,{depth}] y) {{ {body.format(**facts)} }}"""
     made = ir.from_onnx_text(text)
     normal.normalize(made)
     return made
@@ -156,14 +161,15 @@ class AttentionBench(Bench):
         """Random inputs, and what the reference makes its mask and cache from."""
         torch, depth, kind = self.torch, facts["depth"], facts["kind"]
         half = torch.bfloat16 if facts["half"] == "bf16" else torch.float16
-        keys = room if kind == "room" else past + queries
+        kv = OTHERS.get(kind, KV_HEADS)
+        keys = room if kind in ("room", "step") else past + queries
 
         def normal(heads: int, rows: int) -> Any:
             return torch.randn((batch, heads, rows, depth), device="cuda").to(half)
 
         q = normal(HEADS, queries)
-        if kind == "int8":
-            shape = (batch, KV_HEADS, keys)
+        if kind in ("int8", "shared"):
+            shape = (batch, kv, keys)
             codes = [
                 torch.randint(-128, 128, (*shape, depth), dtype=torch.int8, device="cuda")
                 for _ in range(2)
@@ -172,12 +178,12 @@ class AttentionBench(Bench):
                 ((torch.rand((*shape, 1), device="cuda") + 0.5) / 64).half() for _ in range(2)
             ]
             return [q, *codes, *scales]
-        made = [q, normal(KV_HEADS, keys), normal(KV_HEADS, keys)]
+        made = [q, normal(kv, keys), normal(kv, keys)]
         if kind == "masked":
             flags = torch.rand((batch, 1, 1, keys), device="cuda") > 0.2
             flags[0] = True
             made.append(flags)
-        if kind == "room":
+        if kind in ("room", "step"):
             least = torch.arange(batch, device="cuda")
             made.append((past + queries - least).clamp(min=queries))
         return made
@@ -186,9 +192,9 @@ class AttentionBench(Bench):
         """float64."""
         torch, kind = self.torch, facts["kind"]
         q, k, v = (x.double() for x in given[:3])
-        if kind == "int8":
+        if kind in ("int8", "shared"):
             k, v = k * given[3].double(), v * given[4].double()
-        k, v = (x.repeat_interleave(HEADS // KV_HEADS, 1) for x in (k, v))
+        k, v = (x.repeat_interleave(HEADS // x.shape[1], 1) for x in (k, v))
         scores = q @ k.transpose(2, 3) / math.sqrt(facts["depth"])
         queries, keys = scores.shape[2:]
         i = torch.arange(queries, device="cuda")[:, None]
@@ -197,7 +203,7 @@ class AttentionBench(Bench):
             scores.masked_fill_(j > i, -math.inf)
         if kind == "masked":
             scores.masked_fill_(~(given[3] & (j <= i + keys - queries)), -math.inf)
-        if kind == "room":
+        if kind in ("room", "step"):
             length = given[3][:, None, None, None]
             scores.masked_fill_((j >= length) | (j > i + length - queries), -math.inf)
         weights = torch.softmax(scores, -1).nan_to_num(0.0)
@@ -208,6 +214,7 @@ class AttentionBench(Bench):
         main, facts = self.load(name)
         worst, good = 0.0, True
         for sizes in RAGGED[:8] if small else RAGGED:
+            sizes = (1, *sizes[1:]) if facts["kind"] == "step" else sizes
             given = self.inputs(facts, *sizes)
             made = self.torch.from_dlpack(main(*(self.given(x) for x in given))[0])
             found, wanted = made.view(given[0].dtype).double(), self.reference(facts, given)

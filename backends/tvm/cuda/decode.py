@@ -1,395 +1,326 @@
 """Device code of attention with few queries, as decoding has them: bound by reading keys and values once.
 
-Keys are split over blocks, each with the online softmax of FlashAttention-2 (arXiv 2307.08691, algorithm 1);
-a second launch merges the parts. The query heads that share a head of keys are rows of one tile of 16, so
-that keys are read once for all of them. A warp takes 16 or 32 keys at a time, straight into registers: no two
-threads need the same bytes, and up to 64 KB are on their way to a multiprocessor. A block asks for the first
-of them before the kernel in front has ended. That may be writing one of the rows, so that they come as far as
-the level-2 cache, where both see the same.
+Keys are split over blocks, each with the online softmax of FlashAttention-2 (arXiv 2307.08691, algorithm 1).
+The parts are merged by a second launch (:mod:`netlathe.backends.tvm.cuda.decode_merged`). Query heads that
+share a head of keys are columns of one product, so that keys are read once for all of them. Keys are its
+left operand, and values, transposed, that of the second product; there is one way for caches of halves
+(:mod:`netlathe.backends.tvm.cuda.decode_halves`) and one for those of int8
+(:mod:`netlathe.backends.tvm.cuda.decode_bytes`).
 
-Products are mma.m16n8k16 (PTX ISA 8.5, section 9.7.13.4.8). What is summed over may come in any order as
-long as both operands agree: so every thread reads 16 neighbouring bytes of a key, and, of a value,
-neighbouring columns, each of which is a column of a product of its own.
+Each warp copies tiles of keys and of values to shared memory for itself, and waits for no other. Blocks start
+and divide the keys before the kernel in front has ended, but read none before: it may be writing one of them.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from netlathe.backends.tvm.cuda import skinny
+from netlathe.backends.tvm.cuda import decode_bytes, decode_halves, decode_merged
 
-WARPS = 4
+WARPS = 8
 THREADS = 32 * WARPS
-ROWS = 16  # of a block: query heads that share keys, by queries
-BLOCKS = 2  # that a multiprocessor holds
-MERGERS = 4  # teams that share the parts of a row
-AHEAD = (
-    32 << 10
-)  # bytes of keys, and as many of values, that a block asks for before it may read them
 DEPTHS = (64, 96, 128)
+_TILE = 4 << 10  # most bytes of keys that a warp takes at once
+# Bytes of keys and values that a warp asks for ahead. sm_86 and sm_89 have no room for more than the latter.
+FAR, NEAR = 16 << 10, 8 << 10
 
 
 @dataclass(frozen=True)
 class Shape:
     """Heads of ``depth`` elements; a cache of halves, or of int8 with scales of ``scale_bits``.
 
-    ``hopper``: for sm_90a alone, whose code takes a few registers less.
+    ``products``, 1 or 2, are side by side. A warp asks for ``ahead`` bytes, FAR or NEAR, before it needs
+    them.
     """
 
     depth: int
     bits: int = 16
     scale_bits: int = 16
-    hopper: bool = False
+    products: int = 1
+    ahead: int = NEAR
 
     @property
-    def tiles(self) -> int:
-        """How many times 16 keys a warp takes at once: as many as registers have room for."""
-        roomy = self.bits == 8 and self.hopper and self.depth == 128
-        return 2 if self.depth == 64 or roomy else 1
+    def rows(self) -> int:
+        """Of a block: query heads that share keys, by queries. With int8, one takes two columns."""
+        return self.bits // 2 * self.products
+
+    @property
+    def bytes(self) -> int:
+        """Of a key, or of a value."""
+        return self.depth * self.bits // 8
+
+    @property
+    def keys(self) -> int:
+        """Of a tile: as many as a product takes, or twice as many."""
+        least = 16 if self.bits == 16 else 32
+        return least * (_TILE // (least * self.bytes))
 
     @property
     def step(self) -> int:
         """Keys that a block takes at once."""
-        return WARPS * 16 * self.tiles
+        return WARPS * self.keys
+
+    @property
+    def stages(self) -> int:
+        """Tiles of keys, and as many of values, that a warp has room for."""
+        return self.ahead // (2 * self.keys * self.bytes)
 
     @property
     def partial(self) -> int:
-        """Floats of one row of a part: its results, its largest score, its sum of weights."""
-        return self.depth + 2
+        """Floats of one row of a part: results, the largest score, the sum of weights, two to align it."""
+        return self.depth + 4
 
     @property
-    def shared_floats(self) -> int:
-        """What the warps of a block exchange."""
-        return WARPS * ROWS * self.partial
+    def ring_bytes(self) -> int:
+        """Of a warp: tiles, in whose place its part of the results lies at the end."""
+        return max(2 * self.stages * self.keys * self.bytes, self.rows * self.partial * 4)
 
     @property
-    def line(self) -> int:
-        """Neighbouring columns of a value that a thread reads."""
-        return 8 if self.bits == 16 or self.depth == 64 else 16
+    def shared_bytes(self) -> int:
+        """Of a block."""
+        return WARPS * self.ring_bytes
 
 
 def source(shape: Shape, dtype: str) -> str:
     """The device functions; ``dtype`` is ``bf16`` or ``f16``."""
-    guard = f"NETLATHE_DECODE_{dtype}_{shape.depth}_{shape.bits}_{shape.scale_bits}"
-    span = 512 // shape.bits  # columns of a key that the four threads of a quad cover at once
-    return f"""{skinny.source(dtype)}
-#ifndef {guard}
-#define {guard}
-namespace {_space(shape, dtype)} {{
-using netlathe_skinny_{dtype}::from_bytes;
-constexpr int kDepth = {shape.depth}, kBits = {shape.bits}, kRow = {shape.partial};
-constexpr int kSpan = {span}, kPieces = (kDepth + kSpan - 1) / kSpan, kSteps = kSpan / 32;  // of keys
-constexpr int kLine = {shape.line}, kSlabs = (kDepth + 8 * kLine - 1) / (8 * kLine);  // of values
-constexpr int kWords = kLine * kBits / 32;
-constexpr int kTiles = {shape.tiles}, kKeys = 16 * kTiles;  // of a warp at a time
+    space, s = _space(shape, dtype), shape
+    products = decode_bytes if s.bits == 8 else decode_halves
+    return f"""
+#ifndef {space.upper()}
+#define {space.upper()}
+#include <cuda_fp16.h>
+namespace {space} {{
+constexpr int kDepth = {s.depth}, kBits = {s.bits}, kRow = {s.partial};
+constexpr int kKeys = {s.keys}, kStages = {s.stages}, kBytes = {s.bytes};  // of a key
+constexpr int kTile = kKeys * kBytes, kCopies = kTile / 512, kRing = {s.ring_bytes};
+constexpr int kSteps = kBytes / 32;                      // of a product over the elements of a key
+constexpr int kN = {s.products}, kColumns = kBits / 2;   // products side by side, queries of each
+constexpr int kRows = kN * kColumns, kOwn = kColumns / 4;  // of a product, that a thread has results of
+using Scores = float[kKeys / 8][kN][kOwn];               // of key g + 8 i of a tile, for thread g of a quad
 
-__device__ __forceinline__ void multiply(float* d, const uint32_t* a, uint32_t b0, uint32_t b1) {{
-  asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.{dtype}.{dtype}.f32 {{%0, %1, %2, %3}}, {{%4, %5, %6, %7}},"
-      " {{%8, %9}}, {{%0, %1, %2, %3}};"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}}
 __device__ __forceinline__ float power(float x) {{
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }}
-// Bytes that are read once; zeros for columns that a head of 96 has not.
-template <int kCount>
-__device__ __forceinline__ void stream(uint32_t* to, const void* from, int column) {{
-  if constexpr (kDepth == 96) {{
+// The largest number of all threads with results of the same columns.
+__device__ __forceinline__ float over_keys(float x) {{
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) to[i] = 0;
-    if (column >= kDepth) return;
-  }}
-  if constexpr (kCount == 4)
-    asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {{%0, %1, %2, %3}}, [%4];"
-                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3]) : "l"(from));
-  else
-    asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v2.u32 {{%0, %1}}, [%2];"
-                 : "=r"(to[0]), "=r"(to[1]) : "l"(from));
+  for (int mask = 4; mask < 32; mask *= 2) x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, mask));
+  return x;
 }}
 // A scale, as it is and as a number: it becomes one where it is used, so that nothing waits where it is read.
-using Scale = uint{shape.scale_bits}_t;
+using Scale = uint{s.scale_bits}_t;
 __device__ __forceinline__ Scale scale_at(const void* scales, int64_t at) {{
   return static_cast<const Scale*>(scales)[at];
 }}
-__device__ __forceinline__ float real(Scale bits) {{ return {_NUMBER[shape.scale_bits]}; }}
-// The halves of 16 bytes of a key, 2 in a register, 4 registers for every 32 columns of the span.
-__device__ __forceinline__ void halves(const uint32_t* from, uint32_t* to) {{
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {{
-    if constexpr (kBits == 16) to[i] = from[i];
-    else from_bytes(from[i], to + 2 * i);
-  }}
-}}
-// Column j of the lines of two values, one in each half of a register; of int8 columns j and j + 1.
-__device__ __forceinline__ void turned(const uint32_t* low, const uint32_t* high, int j, uint32_t* to) {{
-  if constexpr (kBits == 16) {{
-    to[0] = __byte_perm(low[j / 2], high[j / 2], 0x5410);
-    to[1] = __byte_perm(low[j / 2], high[j / 2], 0x7632);
-  }} else {{
-    from_bytes(__byte_perm(low[j / 4], high[j / 4], j % 4 ? 0x7362 : 0x5140), to);
-  }}
-}}
+__device__ __forceinline__ float real(Scale bits) {{ return {_NUMBER[s.scale_bits]}; }}
 
-// Ask for the beginning of what `part` will read.
-__device__ __forceinline__ void ahead(
-    const void* k, const void* v, const void* lengths, int64_t block, int64_t parts, int64_t tiles,
-    int64_t heads, int64_t most) {{
-  constexpr int kBytes = kDepth * kBits / 8;  // of a key
-  const int64_t number = block / tiles % parts, pair = block / tiles / parts;
-  int64_t count = most;
-  if (lengths) count = max((int64_t)0, min(static_cast<const int64_t*>(lengths)[pair / heads], count));
-  const int64_t chunk = (count + parts * kKeys - 1) / (parts * kKeys) * kKeys;
-  const int64_t first = number * chunk, own = min(count - first, chunk) * kBytes;
-#pragma unroll
-  for (int i = 0; i < {AHEAD} / 128 / {THREADS}; ++i) {{
-    const int64_t at = (i * {THREADS} + threadIdx.x) * 128;
-    if (at >= own) break;
-    const int64_t place = (pair * most + first) * kBytes + at;
-    asm volatile("prefetch.global.L2 [%0];" ::"l"(static_cast<const uint8_t*>(k) + place));
-    asm volatile("prefetch.global.L2 [%0];" ::"l"(static_cast<const uint8_t*>(v) + place));
-  }}
+// Where 16 bytes of a key are in a tile. Of 8 keys in a row, and of 4 in a row and the 4 that are 8 further,
+// those of one place in the key lie in different banks.
+__device__ __forceinline__ int place(int key, int piece) {{
+  const int turn = (key & 3) | ((key >> 2 ^ key >> 3) & 1) << 2;
+  return key * kBytes + (piece ^ turn >> {_SHIFT[s.bytes]}) * 16;
 }}
-
-// One part of the keys of one head, for 16 rows: what they add up to, by the softmax of this part alone, into
-// its place in `work` [heads of keys, parts, rows, kRow]. Row r is query r % queries of query head r /
+__device__ __forceinline__ void load(uint32_t* to, uint32_t from) {{
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {{%0, %1, %2, %3}}, [%4];"
+               : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3]) : "r"(from) : "memory");
+}}
+__device__ __forceinline__ void load_turned(uint32_t* to, uint32_t from) {{
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {{%0, %1, %2, %3}}, [%4];"
+               : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3]) : "r"(from) : "memory");
+}}
+// All but the last kLeft groups of the warp's copies have arrived.
+template <int kLeft> __device__ __forceinline__ void arrived() {{
+  asm volatile("cp.async.wait_group %0;" ::"n"(kLeft) : "memory");
+  __syncwarp();
+}}
+{products.source(dtype)}
+{decode_merged.source()}
+// One part of the keys of one head, for kRows rows: what they add up to, by the softmax of this part alone,
+// into its place in `work` [heads of keys, parts, rows, kRow]. Row r is query r % queries of query head r /
 // queries of those that share the keys. Query 0 sees `offset` + 1 keys, each behind it one more, or, not
 // `causal`, all. `most`: keys there is room for; with `lengths` a sequence has so many, and its queries stand
 // at the end.
 __device__ __forceinline__ void part(
-    float* shared, const void* q_, const void* k_, const void* v_, const void* k_scales,
+    uint8_t* shared, const void* q_, const void* k_, const void* v_, const void* k_scales,
     const void* v_scales, const void* allowed_, const void* lengths, void* work, float scale, int64_t block,
     int64_t parts_, int64_t groups, int64_t heads, int64_t queries_, int64_t most, int64_t offset,
     int64_t causal) {{
   const int queries = (int)queries_, parts = (int)parts_, rows = (int)groups * queries;
-  const int tiles = (rows + {ROWS - 1}) / {ROWS}, first = (int)block % tiles * {ROWS};
-  const int number = (int)block / tiles % parts, pair = (int)block / tiles / parts, batch = pair / (int)heads;
-  int count = (int)most, limit = (int)offset + 1;
-  if (lengths) {{
-    const int own = (int)static_cast<const int64_t*>(lengths)[batch];
-    count = max(0, min(own, count));
-    limit += own - queries;
-  }}
-  const int chunk = (count + parts * kKeys - 1) / (parts * kKeys) * kKeys;
-  const int end = min(count, (number + 1) * chunk);
+  const int tiles = (rows + kRows - 1) / kRows, number = (int)block % parts;
+  const int first = (int)block / parts % tiles * kRows;
+  const int pair = (int)block / parts / tiles, batch = pair / (int)heads;
   const int64_t line = (int64_t)pair * most;
-  const uint16_t* q = static_cast<const uint16_t*>(q_) + (int64_t)pair * rows * kDepth;
-  const uint8_t* k = static_cast<const uint8_t*>(k_) + line * (kDepth * kBits / 8);
-  const uint8_t* v = static_cast<const uint8_t*>(v_) + line * (kDepth * kBits / 8);
+  const uint16_t* q = static_cast<const uint16_t*>(q_) + ((int64_t)pair * rows + first) * kDepth;
+  const uint8_t* k = static_cast<const uint8_t*>(k_) + line * kBytes;
+  const uint8_t* v = static_cast<const uint8_t*>(v_) + line * kBytes;
   const uint8_t* allowed = static_cast<const uint8_t*>(allowed_);
   if (allowed) allowed += batch * most;
-  const int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  float* ring = reinterpret_cast<float*>(shared + warp * kRing);
+  const uint32_t keys = static_cast<uint32_t>(__cvta_generic_to_shared(ring));
+  const uint32_t values = keys + kStages * kTile;
+  int places[kCopies];
+#pragma unroll
+  for (int i = 0; i < kCopies; ++i)
+    places[i] = place((i * 32 + lane) * 16 / kBytes, (i * 32 + lane) * 16 % kBytes / 16);
 
-  uint32_t held_k[2 * kTiles][kPieces][4], held_v[kSlabs][4 * kTiles][kWords];
-  Scale scale_k[4 * kTiles], scale_v[4 * kTiles];  // of keys 8 n + 2 t + e, at 2 n + e
-  // Beyond the end the last key is read again: it counts for nothing there.
-  auto fetch_keys = [&](int at) {{
+  // Which keys are this part's. What is read of the lengths before the kernel in front has ended is a guess.
+  int length = (int)most, begin, end;
+  auto divide = [&]() {{
+    if (lengths) length = (int)static_cast<const volatile int64_t*>(lengths)[batch];
+    const int count = max(0, min(length, (int)most));
+    const int chunk = (count + parts * kKeys - 1) / (parts * kKeys) * kKeys;
+    begin = number * chunk, end = min(count, begin + chunk);
+  }};
+  divide();
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+  // A tile from key `at` on, with zeros behind the end.
+  auto copy = [&](uint32_t to, const uint8_t* from, int at) {{
+    if (at < end) {{
+      const int left = min(end - at, kKeys) * kBytes - lane * 16;
+      const uint8_t* source = from + (int64_t)at * kBytes + lane * 16;
 #pragma unroll
-    for (int n = 0; n < 2 * kTiles; ++n)
+      for (int i = 0; i < kCopies; ++i)
+        asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;"
+                     ::"r"(to + places[i]), "l"(source + i * 512), "r"(left > i * 512 ? 16 : 0) : "memory");
+    }}
+    asm volatile("cp.async.commit_group;" ::: "memory");
+  }};
+  constexpr int kStep = {WARPS} * kKeys;
+  int at, slot = 0;
+  auto start = [&]() {{
+    at = begin + warp * kKeys;
 #pragma unroll
-      for (int p = 0; p < kPieces; ++p) {{
-        const int key = min(at + n * 8 + g, end - 1), column = p * kSpan + t * (kSpan / 4);
-        stream<4>(held_k[n][p], k + ((int64_t)key * kDepth + column) * kBits / 8, column);
-      }}
-    if constexpr (kBits == 8) {{
-#pragma unroll
-      for (int i = 0; i < 4 * kTiles; ++i)
-        scale_k[i] = scale_at(k_scales, line + min(at + i / 2 * 8 + t * 2 + i % 2, end - 1));
+    for (int i = 0; i < kStages; ++i) {{
+      copy(keys + i * kTile, k, at + i * kStep);
+      copy(values + i * kTile, v, at + i * kStep);
     }}
   }};
-  auto fetch_values = [&](int at) {{
+  start();
+  if (lengths) {{
+    const int guess = length;
+    divide();
+    if (__any_sync(0xffffffffu, length != guess)) {{
+      arrived<0>();
+      start();
+    }}
+  }}
+  Scales scales(k_scales, v_scales, line, end);
+  scales.fetch(at);
+  // Which keys of the next tile may be seen: the lane's of every 32.
+  bool open[(kKeys + 31) / 32];
+  auto look = [&](int at) {{
 #pragma unroll
-    for (int i = 0; i < 4 * kTiles; ++i) {{
-      const int key = min(at + i / 2 * 8 + t * 2 + i % 2, end - 1);
-#pragma unroll
-      for (int slab = 0; slab < kSlabs; ++slab) {{
-        const int column = (slab * 8 + g) * kLine;
-        stream<kWords>(held_v[slab][i], v + ((int64_t)key * kDepth + column) * kBits / 8, column);
-      }}
-      if constexpr (kBits == 8) scale_v[i] = scale_at(v_scales, line + key);
+    for (int i = 0; i < (kKeys + 31) / 32; ++i) {{
+      const int key = at + i * 32 + lane;
+      open[i] = !allowed || (key < end && allowed[key]);
     }}
   }};
-  int at = number * chunk + warp * kKeys;
-  if (at < end) {{
-    fetch_keys(at);
-    fetch_values(at);
-  }}
+  look(at);
+  Queries x(q, rows - first, scale);
+  Results o;
+  const int limit = (int)offset + 1 + (lengths ? length - queries : 0);
+  int limits[kN][kOwn];
+  float top[kN][kOwn], whole[kN][kOwn] = {{}};
+#pragma unroll
+  for (int n = 0; n < kN; ++n)
+#pragma unroll
+    for (int e = 0; e < kOwn; ++e) {{
+      const int row = first + n * kColumns + t * kOwn + e;
+      limits[n][e] = causal ? min(end, limit + row % queries) : end;
+      top[n][e] = -INFINITY;
+    }}
 
-  int limits[2];
-  uint32_t x[kPieces * kSteps][2][4];
+  for (; at < end; at += kStep) {{
+    uint32_t seen[(kKeys + 31) / 32];
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {{
-    const int row = first + g + half * 8;
-    limits[half] = causal ? min(end, limit + row % queries) : end;
+    for (int i = 0; i < (kKeys + 31) / 32; ++i) seen[i] = __ballot_sync(0xffffffffu, open[i]);
+    if (allowed) look(at + kStep);
+    arrived<2 * kStages - 1>();
+    Scores s;
+    x.multiply_keys(s, keys + slot * kTile);
+    scales.of_keys(s);
+    __syncwarp();
+    copy(keys + slot * kTile, k, at + kStages * kStep);
+    bool grown = false;
 #pragma unroll
-    for (int p = 0; p < kPieces; ++p)
+    for (int i = 0; i < kKeys / 8; ++i)
 #pragma unroll
-      for (int n = 0; n < kSteps; ++n) {{
-        const int column = p * kSpan + t * (kSpan / 4) + n * 8;
-        uint4 w = make_uint4(0, 0, 0, 0);
-        if (row < rows && column < kDepth) w = *reinterpret_cast<const uint4*>(q + row * kDepth + column);
-        const uint32_t words[4] = {{w.x, w.y, w.z, w.w}};
+      for (int n = 0; n < kN; ++n)
 #pragma unroll
-        for (int i = 0; i < 4; ++i) x[p * kSteps + n][i / 2][i % 2 * 2 + half] = words[i];
-      }}
-  }}
-  float o[kSlabs][kLine][4] = {{}}, top[2] = {{-INFINITY, -INFINITY}}, whole[2] = {{0.0f, 0.0f}};
-  for (; at < end; at += {WARPS} * kKeys) {{
-    float s[2 * kTiles][4] = {{}};
-#pragma unroll
-    for (int n = 0; n < 2 * kTiles; ++n)
-#pragma unroll
-      for (int p = 0; p < kPieces; ++p) {{
-        uint32_t y[4 * kSteps];
-        halves(held_k[n][p], y);
-#pragma unroll
-        for (int i = 0; i < 2 * kSteps; ++i)
-          multiply(s[n], x[p * kSteps + i / 2][i % 2], y[2 * i], y[2 * i + 1]);
-      }}
-#pragma unroll
-    for (int n = 0; n < 2 * kTiles; ++n)
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {{
-        const int key = at + n * 8 + t * 2 + i % 2;
-        const bool open = key < limits[i / 2] && (!allowed || allowed[key]);
-        const float factor = kBits == 8 ? scale * real(scale_k[n * 2 + i % 2]) : scale;
-        s[n][i] = open ? s[n][i] * factor : -INFINITY;
-      }}
-    fetch_keys(at + {WARPS} * kKeys);
-    float shrink[2];
-    uint32_t w[kTiles][4];
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {{
-      float most_ = -INFINITY;
-#pragma unroll
-      for (int n = 0; n < 2 * kTiles; ++n) most_ = fmaxf(most_, fmaxf(s[n][half * 2], s[n][half * 2 + 1]));
-      most_ = fmaxf(most_, __shfl_xor_sync(0xffffffffu, most_, 1));
-      most_ = fmaxf(most_, __shfl_xor_sync(0xffffffffu, most_, 2));
-      most_ = fmaxf(most_, top[half]);
-      const float zero = most_ == -INFINITY ? 0.0f : most_;
-      shrink[half] = power(top[half] - zero);
-      top[half] = most_;
-      whole[half] *= shrink[half];
-#pragma unroll
-      for (int n = 0; n < 2 * kTiles; ++n) {{
-        float a = power(s[n][half * 2] - zero), b = power(s[n][half * 2 + 1] - zero);
-        whole[half] += a + b;
-        if constexpr (kBits == 8) a *= real(scale_v[n * 2]), b *= real(scale_v[n * 2 + 1]);
-        asm("cvt.rn.{dtype}x2.f32 %0, %1, %2;" : "=r"(w[n / 2][n % 2 * 2 + half]) : "f"(b), "f"(a));
-      }}
-    }}
-    if (__any_sync(0xffffffffu, shrink[0] != 1.0f || shrink[1] != 1.0f)) {{
-#pragma unroll
-      for (int slab = 0; slab < kSlabs; ++slab)
-#pragma unroll
-        for (int j = 0; j < kLine; ++j)
-#pragma unroll
-          for (int i = 0; i < 4; ++i) o[slab][j][i] *= shrink[i / 2];
-    }}
-#pragma unroll
-    for (int slab = 0; slab < kSlabs; ++slab)
-#pragma unroll
-      for (int tile = 0; tile < kTiles; ++tile)
-#pragma unroll
-        for (int j = 0; j < kLine; j += 2) {{
-          uint32_t near[2], far[2];
-          turned(held_v[slab][4 * tile], held_v[slab][4 * tile + 1], j, near);
-          turned(held_v[slab][4 * tile + 2], held_v[slab][4 * tile + 3], j, far);
-          multiply(o[slab][j], w[tile], near[0], far[0]);
-          multiply(o[slab][j + 1], w[tile], near[1], far[1]);
+        for (int e = 0; e < kOwn; ++e) {{
+          const bool is_seen = seen[i / 4] >> (i % 4 * 8 + g) & 1;
+          s[i][n][e] = is_seen && at + i * 8 + g < limits[n][e] ? s[i][n][e] : -INFINITY;
+          grown = grown || s[i][n][e] > top[n][e];
         }}
-    fetch_values(at + {WARPS} * kKeys);
+    if (__any_sync(0xffffffffu, grown)) {{
+      float shrink[kN][kOwn];
+#pragma unroll
+      for (int n = 0; n < kN; ++n)
+#pragma unroll
+        for (int e = 0; e < kOwn; ++e) {{
+          float most_ = s[0][n][e];
+#pragma unroll
+          for (int i = 1; i < kKeys / 8; ++i) most_ = fmaxf(most_, s[i][n][e]);
+          most_ = fmaxf(over_keys(most_), top[n][e]);
+          shrink[n][e] = most_ == -INFINITY ? 1.0f : power(top[n][e] - most_);
+          top[n][e] = most_;
+          whole[n][e] *= shrink[n][e];
+        }}
+      o.shrink(shrink);
+    }}
+#pragma unroll
+    for (int n = 0; n < kN; ++n)
+#pragma unroll
+      for (int e = 0; e < kOwn; ++e) {{
+        const float zero = top[n][e] == -INFINITY ? 0.0f : top[n][e];
+#pragma unroll
+        for (int i = 0; i < kKeys / 8; ++i) {{
+          s[i][n][e] = power(s[i][n][e] - zero);
+          whole[n][e] += s[i][n][e];
+        }}
+      }}
+    scales.of_values(s);
+    scales.fetch(at + kStep);
+    arrived<2 * kStages - 1>();
+    o.add(s, values + slot * kTile);
+    __syncwarp();
+    copy(values + slot * kTile, v, at + kStages * kStep);
+    slot = slot + 1 == kStages ? 0 : slot + 1;
   }}
 
   // The warps' parts as one.
-  float* own = shared + warp * {ROWS} * kRow;
+  arrived<0>();
+  o.store(ring);
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {{
-    whole[half] += __shfl_xor_sync(0xffffffffu, whole[half], 1);
-    whole[half] += __shfl_xor_sync(0xffffffffu, whole[half], 2);
-    float* row = own + (g + half * 8) * kRow;
-    if (t == 0) row[kDepth] = top[half], row[kDepth + 1] = whole[half];
+  for (int n = 0; n < kN; ++n)
 #pragma unroll
-    for (int slab = 0; slab < kSlabs; ++slab)
+    for (int e = 0; e < kOwn; ++e) {{
 #pragma unroll
-      for (int e = 0; e < 2; ++e)
-#pragma unroll
-        for (int j = 0; j < kLine; ++j) {{
-          const int column = (slab * 8 + t * 2 + e) * kLine + j;
-          if (column < kDepth) row[column] = o[slab][j][half * 2 + e];
-        }}
-  }}
+      for (int mask = 4; mask < 32; mask *= 2)
+        whole[n][e] += __shfl_xor_sync(0xffffffffu, whole[n][e], mask);
+      float* row = ring + (n * kColumns + t * kOwn + e) * kRow;
+      if (g == 0) row[kDepth] = top[n][e], row[kDepth + 1] = whole[n][e];
+    }}
   __syncthreads();
-  float* to = static_cast<float*>(work) + ((int64_t)pair * parts + number) * rows * kRow;
-  for (int item = threadIdx.x; item < {ROWS} * kDepth; item += {THREADS}) {{
-    const int row = item / kDepth, column = item % kDepth;
-    if (first + row >= rows) break;
-    const float* from = shared + row * kRow;
-    float most_ = -INFINITY, value = 0.0f, sum = 0.0f;
-#pragma unroll
-    for (int i = 0; i < {WARPS}; ++i) most_ = fmaxf(most_, from[i * {ROWS} * kRow + kDepth]);
-    const float zero = most_ == -INFINITY ? 0.0f : most_;
+  float* to = static_cast<float*>(work) + (((int64_t)pair * parts + number) * rows + first) * kRow;
+  const int items = min(kRows, rows - first) * (kDepth / 4);
+  for (int item = threadIdx.x; item < items; item += {THREADS}) {{
+    const int row = item / (kDepth / 4) * kRow, column = item % (kDepth / 4) * 4;
+    Sum sum;
 #pragma unroll
     for (int i = 0; i < {WARPS}; ++i) {{
-      const float factor = power(from[i * {ROWS} * kRow + kDepth] - zero);
-      value += factor * from[i * {ROWS} * kRow + column];
-      sum += factor * from[i * {ROWS} * kRow + kDepth + 1];
+      const float* from = reinterpret_cast<const float*>(shared + i * kRing) + row;
+      sum.add(*reinterpret_cast<const float4*>(from + column),
+              *reinterpret_cast<const float2*>(from + kDepth));
     }}
-    float* line_ = to + (first + row) * kRow;
-    line_[column] = value;
-    if (column == 0) line_[kDepth] = most_, line_[kDepth + 1] = sum;
+    sum.store(to + row, column);
   }}
-}}
-
-// A column of a row, `block` of [heads of keys, rows]: its parts as one. Each of {MERGERS} teams of kDepth
-// threads takes every {MERGERS}th part, 16 at a time; the result is that of the first.
-__device__ __forceinline__ float merged(
-    float* shared, const void* work, int64_t block, int64_t parts_, int64_t rows_) {{
-  const int parts = (int)parts_, rows = (int)rows_, lane = threadIdx.x % 32;
-  const int team = threadIdx.x / kDepth, column = threadIdx.x % kDepth;
-  const int64_t stride = (int64_t)rows * kRow;
-  const float* from = static_cast<const float*>(work);
-  from += ((int)block / rows * parts + team) * stride + (int)block % rows * kRow;
-  float top = -INFINITY, value = 0.0f, sum = 0.0f;
-  for (int left = parts - team; left > 0; left -= 16 * {MERGERS}, from += 16 * {MERGERS} * stride) {{
-    const bool own = lane < 16 && lane * {MERGERS} < left;
-    const float score = own ? from[lane * {MERGERS} * stride + kDepth] : -INFINITY;
-    const float weights = own ? from[lane * {MERGERS} * stride + kDepth + 1] : 0.0f;
-    float held[16];
-#pragma unroll
-    for (int i = 0; i < 16; ++i)
-      held[i] = i * {MERGERS} < left ? from[i * {MERGERS} * stride + column] : 0.0f;
-    float most = fmaxf(top, score);
-#pragma unroll
-    for (int mask = 16; mask > 0; mask /= 2) most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, mask));
-    const float zero = most == -INFINITY ? 0.0f : most;
-    const float factor = power(score - zero), shrink = power(top - zero);
-    top = most;
-    sum = sum * shrink + factor * weights;
-    value *= shrink;
-#pragma unroll
-    for (int i = 0; i < 16; ++i) value += __shfl_sync(0xffffffffu, factor, i) * held[i];
-  }}
-#pragma unroll
-  for (int mask = 16; mask > 0; mask /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, mask);
-  float* row = shared + team * kRow;
-  row[column] = value;
-  if (column == 0) row[kDepth] = top, row[kDepth + 1] = sum;
-  __syncthreads();
-  value = 0.0f, sum = 0.0f;
-#pragma unroll
-  for (int i = 0; i < {MERGERS}; ++i) top = fmaxf(top, shared[i * kRow + kDepth]);
-  const float zero = top == -INFINITY ? 0.0f : top;
-#pragma unroll
-  for (int i = 0; i < {MERGERS}; ++i) {{
-    const float factor = power(shared[i * kRow + kDepth] - zero);
-    value += factor * shared[i * kRow + column];
-    sum += factor * shared[i * kRow + kDepth + 1];
-  }}
-  return sum == 0.0f ? 0.0f : value / sum;
 }}
 // An int8 vector's element in the half type.
 __device__ __forceinline__ uint16_t widened(
@@ -406,10 +337,13 @@ __device__ __forceinline__ uint16_t widened(
 
 
 _NUMBER = {32: "__uint_as_float(bits)", 16: "__half2float(__ushort_as_half(bits))"}
+# By a key's bytes: the 16 bytes that change places are neighbours among 8, 4 or 2.
+_SHIFT = {64: 1, 96: 2, 128: 0, 192: 1, 256: 0}
 
 
 def _space(shape: Shape, dtype: str) -> str:
-    return f"netlathe_decode_{dtype}_{shape.depth}_{shape.bits}_{shape.scale_bits}"
+    s = shape
+    return f"netlathe_decode_{dtype}_{s.depth}_{s.bits}_{s.scale_bits}_{s.products}_{s.ahead}"
 
 
 def name(shape: Shape, dtype: str, function: str) -> str:

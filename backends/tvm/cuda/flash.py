@@ -13,12 +13,13 @@ bias, a window, a cap, an output of scores is the general grid's
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
 from tvm import tirx
 
-from netlathe.backends.tvm.cuda import decode, flash_ampere, flash_hopper
+from netlathe.backends.tvm.cuda import decode, decode_merged, few, flash_ampere, flash_hopper
 from netlathe.backends.tvm.cuda.code import GpuCode
 from netlathe.backends.tvm.cuda.machine import PROCESSORS
 from netlathe.backends.tvm.cuda.operands import HALVES
@@ -106,47 +107,50 @@ class _Problem:
 
     # -- few queries ----------------------------------------------------------------------------------
 
-    def _shape(self) -> decode.Shape:
-        if self.spec.coded is None:
-            return decode.Shape(self.depth)
-        wide = self.spec.coded[2].dtype == D.FLOAT
-        return decode.Shape(self.depth, 8, 32 if wide else 16, self.code.has_wgmma)
+    def _shape(self, products: int = 1) -> decode.Shape:
+        bits, scale_bits = 16, 16
+        if self.spec.coded is not None:
+            bits, scale_bits = 8, 32 if self.spec.coded[2].dtype == D.FLOAT else 16
+        ahead = decode.FAR if self.code.has_wgmma else decode.NEAR
+        return decode.Shape(self.depth, bits, scale_bits, products, ahead)
 
     def few(self) -> None:
+        """One product where it holds all the rows there are, else two side by side."""
+        one, two = (self._shape(products) for products in (1, 2))
+        kernels = [(one.rows, partial(self._split, one))] if self.spec.groups <= one.rows else []
+        few.by_rows(self.code, self.rows, kernels, partial(self._split, two))
+
+    def _split(self, shape: decode.Shape) -> None:
         """Parts of the keys over blocks, then the parts' sum."""
-        code, shape = self.code, self._shape()
-        text, groups = decode.source(shape, self.dtype), i64(self.spec.groups)
-        tiles = idiv(self.rows + i64(decode.ROWS - 1), decode.ROWS)
-        room = i64(decode.BLOCKS * PROCESSORS)
-        wanted = idiv(room, tirx.max(self.pairs * tiles, i64(1)))
+        code, groups = self.code, i64(self.spec.groups)
+        text = decode.source(shape, self.dtype)
+
+        def named(function: str) -> str:
+            return decode.name(shape, self.dtype, function)
+
+        tiles = idiv(self.rows + i64(shape.rows - 1), shape.rows)
+        wanted = idiv(i64(PROCESSORS), tirx.max(self.pairs * tiles, i64(1)))
         most = idiv(self.keys + i64(shape.step - 1), shape.step)
         parts = tirx.max(tirx.min(wanted, most), i64(1))
         size = self.pairs * parts * self.rows * i64(shape.partial)
         work = self.kernel.workspace(size, "float32")
         own = idiv(self.heads, self.spec.groups)  # heads of keys in a sequence
-        blocks = self.pairs * parts * tiles
-        launch = code.launch(blocks, decode.THREADS, least=decode.BLOCKS, waits=False)
-        with launch as (block, _):
-            if code.has_wgmma:
-                given = [self.pointer(buffer) for buffer in (*self.caches[:2], self.lengths)]
-                places = (block, parts, tiles, own, self.keys)
-                code.run(decode.name(shape, self.dtype, "ahead"), text, *given, *places)
-            code.follow()
-            shared = code.address(code.alloc([shape.shared_floats], "float32", scope="shared"))
+        grid = self.pairs * tiles * parts
+        with code.launch(grid, decode.THREADS, least=1, waits=False) as (block, _):
+            memory = code.alloc([shape.shared_bytes], "uint8", scope="shared.dyn")
             caches = (*self.caches, *(None,) * (4 - len(self.caches)))
             buffers = (self.q, *caches, self.allowed, self.lengths, work)
             pointers = [self.pointer(buffer) for buffer in buffers]
-            name = decode.name(shape, self.dtype, "part")
             numbers = (block, parts, groups, own, self.queries, self.keys, self.offset)
             causal = i64(int(self.plain.causal))
-            code.run(name, text, shared, *pointers, self.scale(), *numbers, causal)
-        threads = decode.MERGERS * self.depth
+            given = (code.address(memory), *pointers, self.scale(), *numbers, causal)
+            code.run(named("part"), text, *given)
+        threads = decode_merged.TEAMS * self.depth
         with code.launch(self.pairs * self.rows, threads) as (block, thread):
-            count = decode.MERGERS * shape.partial
+            count = decode_merged.TEAMS * shape.partial
             shared = code.address(code.alloc([count], "float32", scope="shared"))
-            name = decode.name(shape, self.dtype, "merged")
             place = (self.pointer(work), block, parts, self.rows)
-            value = code.bind(code.call(name, text, "float32", shared, *place))
+            value = code.bind(code.call(named("merged"), text, "float32", shared, *place))
             sizes = (self.batch, own, groups, self.queries)
             b, kv, member, i = (code.bind(item) for item in unflatten(block, sizes))
             with code.when(thread < i64(self.depth)):

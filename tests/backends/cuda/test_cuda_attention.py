@@ -15,9 +15,9 @@ pytest.importorskip("tvm", reason="the tvm extra is not installed")
 
 from tvm import tirx
 
-from netlathe.backends.tvm.cuda import flash
+from netlathe.backends.tvm.cuda import decode, flash
 from netlathe.backends.tvm.cuda.artifact import CudaArtifact
-from netlathe.backends.tvm.cuda.machine import gpu
+from netlathe.backends.tvm.cuda.machine import ARCHITECTURES, gpu
 from netlathe.backends.tvm.kernel import SCHEDULE
 from netlathe.backends.tvm.kernels.attention import Spec
 from netlathe.backends.tvm.lowering import Lowering
@@ -232,6 +232,18 @@ def test_a_captured_language_model(specs: list[Spec], cached: bool, tmp_path: Pa
         assert spec.plain is not None and spec.plain.causal
         assert str(spec.plain.offset) == "past_sequence" and spec.plain.allowed is not None
         assert (spec.coded is not None) == cached
+
+
+@pytest.mark.parametrize("arch", sorted(ARCHITECTURES))
+@pytest.mark.parametrize("bits", [16, 8])
+@pytest.mark.parametrize("depth", decode.DEPTHS)
+def test_what_decoding_asks_for_ahead_fits(arch: str, bits: int, depth: int) -> None:
+    ahead = decode.FAR if gpu((arch,)).has_wgmma else decode.NEAR
+    for products in (1, 2):
+        shape = decode.Shape(depth, bits, 16, products, ahead)
+        assert shape.stages >= 1 and shape.shared_bytes <= gpu((arch,)).shared_bytes
+        # Copies are whole instructions of a warp, and a tile whole products.
+        assert shape.keys * shape.bytes % 512 == 0 and shape.keys % (256 // bits) == 0
 
 
 # -- compiled -------------------------------------------------------------------------------------------
