@@ -8,10 +8,11 @@ Every kernel is lowered and compiled as a model is, and goes through llvm-mca 19
 * whole: a small kernel with ragged dims, as qemu executes it: packing, loops, tails of k, of rows and of
   columns, epilogues, borders.
 
-For both there is
+For both there is, as a share of the cycles taken,
 
-* ports: the cycles that the busiest units need for these instructions, as a share of the cycles taken;
-* peak: likewise, counting the multiplications alone.
+* mca: llvm-mca's "Block RThroughput", the cycles that each group of units by itself needs at least;
+* ports: likewise, also of all vector units together, all of memory, and all of integers;
+* peak: the cycles that the multiplications alone need.
 
 Bar: ports at least 85 % everywhere. The loops of float weights and bytes are expected there by peak
 too; those that unpack codes do more than they multiply. Neoverse cores need llvm-mca 19: 14 falls back to
