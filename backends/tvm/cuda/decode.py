@@ -21,8 +21,9 @@ WARPS = 8
 THREADS = 32 * WARPS
 DEPTHS = (64, 96, 128)
 _TILE = 4 << 10  # most bytes of keys that a warp takes at once
-# Bytes of keys and values that a warp asks for ahead. sm_86 and sm_89 have no room for more than the latter.
-FAR, NEAR = 16 << 10, 8 << 10
+# Bytes of keys and values that a warp asks for ahead: whole pairs of tiles, three with heads of 96 and two of
+# 8 KB with others. sm_86 and sm_89 have no room for more than the latter.
+FAR, NEAR = 18 << 10, 8 << 10
 
 
 @dataclass(frozen=True)

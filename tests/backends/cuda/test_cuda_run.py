@@ -18,7 +18,7 @@ from netlathe.backends.tvm import runtime
 from netlathe.backends.tvm.cuda import toolkit
 from netlathe.backends.tvm.cuda.machine import ARCHITECTURES, Gpu, gpu
 from netlathe.ir import normal
-from tests.backends.tvm.test_tvm_nodes import _prepared
+from tests.backends.tvm.test_tvm_nodes import TOO_OLD, _prepared
 from tests.execute.test_node_backend import CASES, _array
 
 Array = npt.NDArray[Any]
@@ -236,7 +236,12 @@ def test_convolution(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "case", [pytest.param(case, id=case.name) for case in CASES if "_expanded" not in case.name]
+    "case",
+    [
+        pytest.param(case, id=case.name)
+        for case in CASES
+        if "_expanded" not in case.name and case.name not in TOO_OLD
+    ],
 )
 def test_node(case: TestCase) -> None:
     from netlathe.diagnostics import InputError, LowerError
@@ -255,6 +260,8 @@ def test_node(case: TestCase) -> None:
             assert actual.dtype == wanted.dtype and actual.shape == wanted.shape
             # float32 sums in another order, functions of other libraries; of halves the last place
             rtol = max(case.rtol, LAST_PLACE.get(str(actual.dtype), 1e-3))
+            if case.name.startswith("test_attention") and actual.dtype in HALVES.values():
+                rtol *= 2  # what ONNX expects is rounded after every step, ours at the end
             atol = max(case.atol, 1e-5)
             if actual.dtype.kind not in "biufc":
                 actual, wanted = actual.astype(np.float32), wanted.astype(np.float32)
