@@ -85,15 +85,25 @@ def compile(
         PassError: a pass could not do what was asked of it.
         VerifyError: a pass broke the model, or changed what it must not change.
         GateError: with ``strict``, a pass did nothing, or skipped what its options do not leave out.
+        LowerError: ``target``, given by name, lacks operators that no pass takes away; every gap is listed.
         InputError, CaptureError, MissingExtraError: see :func:`capture`; the cache cannot be used.
     """
     made = text.parse(passes) if isinstance(passes, str) else list(passes)
     order.check(made)  # before a capture
-    chosen = registry.find_target(target)[1] if isinstance(target, str) else target
+    backend, chosen = registry.find_target(target) if isinstance(target, str) else (None, target)
     cache = None if cache_dir is None else Cache(cache_dir)
     captured = source if isinstance(source, Captured) else capture_with(source, {}, cache)
     ctx = _context(captured, calibration, chosen, seed, device, progress)
-    return run.run(captured, made, ctx, strict=strict, verify=verify, metric=metric, cache=cache)
+    return run.run(
+        captured,
+        made,
+        ctx,
+        strict=strict,
+        verify=verify,
+        metric=metric,
+        cache=cache,
+        backend=backend,
+    )
 
 
 def plan(

@@ -45,6 +45,7 @@ class QuantizeCache(ChoosingPass):
     """Keep the key-value cache in int8 or int4, with a scale for each head of each token."""
 
     name = "quantize_cache"
+    keeps_operators = True
     exactness = Lossy()
 
     codes: Literal["int8", "int4"] = option(

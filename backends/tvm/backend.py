@@ -30,6 +30,7 @@ class TvmBackend(Backend):
     """
 
     name: ClassVar[str] = "tvm"
+    gaps_last: ClassVar[bool] = True
 
     @classmethod
     def targets(cls) -> Sequence[Target]:

@@ -131,6 +131,7 @@ def compile_(
         verify=not no_verify,
         observer=render.Steps(verbose=verbose),
         cache=finished,
+        backend=request.backend,
     )
     with render.working(f"building for {request.target} and writing {output}"):
         artifact = compiled.save(output, overwrite=overwrite, locked=locked)

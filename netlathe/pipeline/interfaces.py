@@ -112,6 +112,8 @@ class Backend(abc.ABC):
     """Lowers the IR for a family of targets."""
 
     name: ClassVar[str]
+    # No pass that keeps operators fills a gap, so that gaps are looked for before the first of such passes.
+    gaps_last: ClassVar[bool] = False
 
     @classmethod
     @abc.abstractmethod

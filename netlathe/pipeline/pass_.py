@@ -291,6 +291,9 @@ class Pass(ir.passes.InPlacePass):
     name: ClassVar[str]
     version: ClassVar[int] = 1  # raise it when the same options give another result
     repeatable: ClassVar[bool] = True
+    keeps_operators: ClassVar[bool] = (
+        False  # what a target has no kernels for, it has none for afterwards
+    )
     exactness: ClassVar[Exactness]
 
     @abc.abstractmethod

@@ -20,7 +20,14 @@ from typing import TYPE_CHECKING, Any, Protocol, get_args
 import onnx_ir as ir
 
 from netlathe.analysis.cost import Cost, cost
-from netlathe.diagnostics import Diagnostic, GateError, NetLatheError, PassError, VerifyError
+from netlathe.diagnostics import (
+    Diagnostic,
+    GateError,
+    LowerError,
+    NetLatheError,
+    PassError,
+    VerifyError,
+)
 from netlathe.execute import ort
 from netlathe.execute.compare import inputs_of
 from netlathe.ir import coded, interface, normal, sparsity, verify, weights
@@ -28,7 +35,7 @@ from netlathe.pipeline import order
 from netlathe.pipeline.cache import Cache
 from netlathe.pipeline.cache_steps import Steps
 from netlathe.pipeline.fingerprint import Guard
-from netlathe.pipeline.interfaces import Artifact, Captured
+from netlathe.pipeline.interfaces import Artifact, Backend, Captured
 from netlathe.pipeline.ledger import Entry, Status
 from netlathe.pipeline.loss import Loss, Metric, Scale, Subject
 from netlathe.pipeline.pass_ import ChoosingPass, Context, Lossy, Pass, Result
@@ -141,23 +148,35 @@ def run(
     observer: Observer | None = None,
     metric: Metric | None = None,
     cache: Cache | None = None,
+    backend: Backend | None = None,
 ) -> Compiled:
     """Run ``passes`` over a copy of the captured model, checking after each.
 
     Structure and types are always checked; ``verify`` compares outputs too and measures losses.
     ``metric`` is a number of the user's own, measured before and after every lossy pass. What ``cache``
     holds is taken from there, and what is made is kept there. Nobody can tell what a ``metric`` depends
-    on: with one only pieces of passes are looked up.
+    on: with one only pieces of passes are looked up. ``backend`` is for the context's target: as soon as
+    no pass to come can fill a gap between the model and the target, all of them are an error.
 
     Raises:
         OptionError: a pass cannot come behind one before it; nothing has run then.
         VerifyError: a pass broke the model, or changed what it must not change. It is named.
         PassError: a pass could not do what was asked, failed, or did not tell the truth.
         GateError: with ``strict``, a pass did nothing, or skipped what its options do not leave out.
+        LowerError: the target lacks operators that no pass takes away; every gap is listed.
         InputError: the cache cannot be written any more.
     """
     return _run(
-        captured, passes, ctx, strict, verify, observer, metric, cache, keep_steps=metric is None
+        captured,
+        passes,
+        ctx,
+        strict,
+        verify,
+        observer,
+        metric,
+        cache,
+        keep_steps=metric is None,
+        backend=backend,
     )
 
 
@@ -172,6 +191,7 @@ def _run(
     cache: Cache | None,
     *,
     keep_steps: bool,
+    backend: Backend | None = None,
 ) -> Compiled:
     order.check(passes)
     cached = None
@@ -184,7 +204,13 @@ def _run(
     costs = cost(model, captured.dynamic)
     given = ctx
     steps: list[Step] = []
-    for pass_ in passes:
+    settled = len(passes)
+    while settled and passes[settled - 1].keeps_operators:
+        settled -= 1
+    for at, pass_ in enumerate(passes):
+        if at == settled and backend is not None and backend.gaps_last and ctx.target is not None:
+            if gaps := backend.unsupported(model, ctx.target):
+                raise LowerError(gaps)
         if observer is not None:
             observer.started(pass_)
         known = cached.recall(pass_, given, costs) if cached is not None else None

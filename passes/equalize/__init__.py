@@ -47,6 +47,7 @@ class Equalize(ChoosingPass):
     """Scale channels so that activations and weights quantize better (SmoothQuant, AWQ, cross-layer)."""
 
     name: ClassVar[str] = "equalize"
+    keeps_operators: ClassVar[bool] = True
     exactness: ClassVar[Exactness] = Equivalent(TOLERANCE)
 
     method: Literal["smoothquant", "awq", "range"] = option(

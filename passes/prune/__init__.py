@@ -82,6 +82,7 @@ class Prune(ChoosingPass):
     """Remove the least important channels, FFN neurons, heads, experts or hidden width."""
 
     name: ClassVar[str] = "prune"
+    keeps_operators: ClassVar[bool] = True
     exactness: ClassVar[Exactness] = Lossy()
 
     ratio: float | None = option(

@@ -107,6 +107,7 @@ class Quantize(ChoosingPass):
     """Store weights as small numbers: 8 to 2 bits, by channel or by group, rounded as asked for."""
 
     name = "quantize"
+    keeps_operators = True
     exactness = Lossy()
 
     weights: FormatName = option(default="int8", help="the number format of the weights")

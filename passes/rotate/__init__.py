@@ -49,6 +49,7 @@ class Rotate(ChoosingPass):
     """Turn residual streams, heads' values and inputs of products to bases without outliers (QuaRot)."""
 
     name: ClassVar[str] = "rotate"
+    keeps_operators: ClassVar[bool] = True
     exactness: ClassVar[Exactness] = Equivalent(TOLERANCE)
 
     basis: Literal["hadamard", "random", "pca"] = option(

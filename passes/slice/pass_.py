@@ -55,6 +55,7 @@ class Slice(ChoosingPass):
     """
 
     name: ClassVar[str] = "slice"
+    keeps_operators: ClassVar[bool] = True
     exactness: ClassVar[Exactness] = Lossy()
 
     ratio: float | None = option(

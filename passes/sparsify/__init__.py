@@ -63,6 +63,7 @@ class Sparsify(ChoosingPass):
     """Put zeros into weights: anywhere, N of M, or in tiles (magnitude, Wanda, SparseGPT)."""
 
     name = "sparsify"
+    keeps_operators = True
     exactness = Lossy()
 
     pattern: PatternName = option(

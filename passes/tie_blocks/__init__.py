@@ -73,6 +73,7 @@ class TieBlocks(ChoosingPass):
     """Let blocks use the weights of a block nearby, which are stored once (FoldGPT)."""
 
     name: ClassVar[str] = "tie_blocks"
+    keeps_operators: ClassVar[bool] = True
     exactness: ClassVar[Exactness] = Lossy()
 
     kind: Literal["attention", "ffn", "block"] = option(

@@ -10,11 +10,19 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from netlathe.diagnostics import GateError, OptionError, PassError, VerifyError
+from netlathe.diagnostics import (
+    Diagnostic,
+    GateError,
+    LowerError,
+    OptionError,
+    PassError,
+    VerifyError,
+)
 from netlathe.execute import ort
 from netlathe.ir import weights
 from netlathe.pipeline import run as manager
 from netlathe.pipeline.fingerprint import Guard, graph_digest, weights_digest
+from netlathe.pipeline.interfaces import Artifact, Backend, Target
 from netlathe.pipeline.ledger import Entry
 from netlathe.pipeline.pass_ import (
     Context,
@@ -433,3 +441,73 @@ def test_calibration_data_follows_an_input_that_goes() -> None:
     compiled = run(captured, [DropInput(), Inputs()], Context(calibration=feeds))
     assert seen == [["x"]] and compiled.steps[0].loss is not None
     assert [v.name for v in compiled.model.graph.inputs] == ["x"]
+
+
+# -- what a target lacks ---------------------------------------------------------------------------
+
+
+class NoRelu(Backend):
+    """Has no Relu."""
+
+    name = "no_relu"
+    gaps_last = True
+
+    @classmethod
+    def targets(cls) -> Sequence[Target]:
+        return [Target("no_relu", "no_relu", "")]
+
+    def unsupported(self, model: ir.Model, target: Target) -> list[Diagnostic]:
+        return [Diagnostic("no.relu", str(n.name)) for n in model.graph if n.op_type == "Relu"]
+
+    def compile(self, model: ir.Model, target: Target) -> Artifact:
+        raise LowerError(self.unsupported(model, target))
+
+
+class FillsLater(NoRelu):
+    """Its gaps may be filled by passes that keep operators, as by quantization."""
+
+    gaps_last = False
+
+
+@options
+class KeepingCut(Cut):
+    """Takes no operator away."""
+
+    name = "keeping_cut"
+    keeps_operators = True
+
+
+@pytest.mark.parametrize(
+    "passes, backend, ran",
+    [
+        ([KeepingCut(), KeepingCut()], NoRelu(), 0),
+        ([Balance(), KeepingCut()], NoRelu(), 1),  # Balance might have
+        ([ReluToMax(), KeepingCut()], NoRelu(), None),  # and this one does
+        ([KeepingCut(), ReluToMax()], NoRelu(), None),
+        ([KeepingCut()], FillsLater(), None),
+    ],
+    ids=["at once", "before the first that keeps", "filled before", "filled last", "filled later"],
+)
+def test_gaps_end_a_run_as_soon_as_no_pass_can_fill_them(
+    passes: list[Pass], backend: Backend, ran: int | None
+) -> None:
+    started: list[Pass] = []
+
+    class Watch:
+        def started(self, pass_: Pass) -> None:
+            started.append(pass_)
+
+        def finished(self, step: Step) -> None: ...
+
+    def go() -> None:
+        ctx = Context(target=backend.targets()[0])
+        run(mlp(), passes, ctx, observer=Watch(), backend=backend)
+
+    if ran is None:
+        go()
+        assert started == passes
+    else:
+        with pytest.raises(LowerError) as caught:
+            go()
+        assert [d.code for d in caught.value.diagnostics] == ["no.relu"]
+        assert started == passes[:ran]

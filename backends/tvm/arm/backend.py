@@ -33,6 +33,7 @@ class ArmBackend(Backend):
     """
 
     name: ClassVar[str] = "arm"
+    gaps_last: ClassVar[bool] = True
 
     @classmethod
     def targets(cls) -> Sequence[Target]:

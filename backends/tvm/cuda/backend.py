@@ -24,6 +24,7 @@ class CudaBackend(Backend):
     """
 
     name: ClassVar[str] = "cuda"
+    gaps_last: ClassVar[bool] = True
 
     @classmethod
     def targets(cls) -> Sequence[Target]:
