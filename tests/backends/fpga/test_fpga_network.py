@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 import netlathe
+from benchmarks import bench_fpga
 from netlathe.backends.fpga import artifact
 from netlathe.backends.fpga.backend import FpgaBackend
 from netlathe.backends.fpga.model import Memory
@@ -185,6 +186,26 @@ def test_pruned_weights_take_less_time() -> None:
         np.testing.assert_array_equal(got["output"], ort.run(compiled.model, data[0])["output"])
         cycles.append(sum(layer["cycles"] for layer in network.reports(Memory())))
     assert cycles[0] > 1.4 * cycles[1]
+
+
+@pytest.mark.slow
+def test_two_of_four_are_as_right_as_the_masked_network(tmp_path: Path) -> None:
+    """Trained on digits: the core's bits are the graph's, and as many images right as in floats."""
+    torch.manual_seed(0)
+    case = bench_fpga.mlp(tmp_path)
+    captured, feeds = netlathe.capture(case.model), case.feeds[""]
+    masked = ort.run(netlathe.compile(captured, "sparsify(pattern='2:4')").model, feeds)
+    passes = "sparsify(pattern='2:4'), quantize(activations='int8', min_size=0)"
+    model = netlathe.compile(captured, passes, calibration=[case.data]).model
+    network = Network(model, Spec())
+    ((name, got),) = network.run(feeds).items()
+    np.testing.assert_array_equal(got, ort.run(model, feeds)[name])
+    assert np.linalg.norm(got - masked[name]) <= 0.01 * np.linalg.norm(masked[name])
+    right, right_masked = (
+        (logits.argmax(1) == case.labels).mean() for logits in (got, masked[name])
+    )
+    assert right_masked > 0.9 and abs(right - right_masked) <= 0.01
+    assert all(layer["utilization"] > 1 for layer in network.reports(Memory()))  # by the pattern
 
 
 def test_int4_weights_take_half_the_time() -> None:
