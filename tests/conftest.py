@@ -1,10 +1,16 @@
-"""What holds for every test: none of them touches the cache of whoever runs them, or of another test."""
+"""What holds for every test: nobody's cache is touched, and nothing depends on how busy the machine is."""
 
 from __future__ import annotations
 
+import hypothesis
 import pytest
 
 from netlathe.pipeline.cache import FOLDER_VARIABLE
+
+hypothesis.settings.register_profile(
+    "any speed", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("any speed")
 
 
 @pytest.fixture(autouse=True)
