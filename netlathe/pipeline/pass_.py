@@ -291,9 +291,8 @@ class Pass(ir.passes.InPlacePass):
     name: ClassVar[str]
     version: ClassVar[int] = 1  # raise it when the same options give another result
     repeatable: ClassVar[bool] = True
-    keeps_operators: ClassVar[bool] = (
-        False  # what a target has no kernels for, it has none for afterwards
-    )
+    # What a target has no kernels for is there afterwards too: gaps may be told before it runs.
+    keeps_operators: ClassVar[bool] = False
     exactness: ClassVar[Exactness]
 
     @abc.abstractmethod
