@@ -21,6 +21,7 @@ from netlathe.backends.tvm.machine import Machine
 from netlathe.backends.tvm.packing import Built
 
 _PIPELINE = "netlathe"
+_POOL = Path(__file__).with_name("pool.c")  # the threads of kernels
 _LOOKS = ("vm.builtin.check_tensor_info", "vm.builtin.match_shape")
 _SIZES = ("vm.builtin.make_shape", "vm.builtin.make_prim_value")
 
@@ -186,11 +187,11 @@ def executable(lowered: Lowered, machine: Machine) -> Any:
     )
 
 
-def linked_by(linker: Sequence[str]) -> Callable[..., None]:
-    """What links object files to a library, as TVM calls it."""
+def linked_by(linker: Sequence[str], *others: str) -> Callable[..., None]:
+    """What links object files, and what ``others`` say to the linker, to a library, as TVM calls it."""
 
     def link(output: str, objects: Sequence[str], **_options: Any) -> None:
-        toolchain.run([*linker, "-shared", "-fPIC", "-o", output, *objects])
+        toolchain.run([*linker, "-shared", "-fPIC", "-o", output, *objects, *others])
 
     return link
 
@@ -202,6 +203,8 @@ def library(model: ir.Model, machine: Machine, path: Path, linker: Sequence[str]
         LowerError: with every node that has no form here, or the linker failed.
     """
     lowered = Lowering(model, machine).run()
-
-    executable(lowered, machine).export_library(os.fspath(path), fcompile=linked_by(linker))
+    # The library has threads that run its code, so that it stays once it is loaded.
+    pool = ("-Wl,-z,nodelete", "-pthread", "-O2", "-x", "c", os.fspath(_POOL))
+    link = linked_by(linker, *pool)
+    executable(lowered, machine).export_library(os.fspath(path), fcompile=link)
     return Built(lowered.parameters, lowered.kernels, lowered.in_place)

@@ -58,7 +58,8 @@ _RUNTIME = "libtvm_runtime.so"
 _CPU, _CUDA = 1, 2  # DLPack's device types
 _POOLED = 2  # the allocator that keeps memory for the next run
 _loaded: list[ctypes.CDLL] = []
-_pool: list[int] = []  # the size of TVM's pool of threads, once it is set
+_libraries: dict[Path, ctypes.CDLL] = {}  # of kernels for a CPU
+_threads: list[int] = []  # that they use, once it is said
 
 
 # Features of aarch64 as Linux shows them to programs: entry of the auxiliary vector, bit.
@@ -137,7 +138,7 @@ def load(folder: str | os.PathLike[str], *, threads: int | None = None) -> Model
     """The model in ``folder``.
 
     ``threads`` holds for the process (see :func:`set_threads`). None leaves it as it is, and at first
-    means TVM_NUM_THREADS, else OMP_NUM_THREADS, else one for each CPU that this process may use.
+    means TVM_NUM_THREADS, else OMP_NUM_THREADS, else one for each CPU that this process may use, at most 256.
 
     Raises:
         ArtifactError: files are missing, damaged or of another version, or the CPU lacks instructions.
@@ -151,9 +152,7 @@ def load(folder: str | os.PathLike[str], *, threads: int | None = None) -> Model
     if meta.get("archs"):
         check_gpu(meta["archs"])
         _cuda_runtime(path)
-    if threads is None:
-        start_threads(_default_threads())
-    else:
+    if threads is not None:
         set_threads(threads)
     return Model(meta, path / LIBRARY_FILE, _parameters(path, meta))
 
@@ -181,6 +180,10 @@ class Model:
             _check_room(cudart, sum(array.nbytes for array in parameters))
         self._parameters = [self._placed(array) for array in parameters]
         self._module = self._ffi.load_module(os.fspath(library))
+        if not self._on_gpu:
+            _libraries[library] = ctypes.CDLL(os.fspath(library))
+            if _threads:
+                _libraries[library].netlathe_set_threads(_threads[0])
         self._main = self._started()
 
     def _started(self) -> Callable[..., Sequence[Any]]:
@@ -386,41 +389,24 @@ class Recording:
 
 
 def set_threads(count: int) -> None:
-    """Let kernels use ``count`` threads, in the whole process.
+    """Let kernels use ``count`` threads, the caller's included, in the whole process and from now on.
 
-    TVM's pool is as large as it was when its first kernel ran: ask for as many threads as will ever be
-    needed before that. Threads are not bound to cores: TVM would bind the caller's thread too.
+    More than 256 are as 256. Threads are not bound to cores.
 
     Raises:
-        ArtifactError: ``count`` is below 1, or above the size of a pool that runs already.
+        ArtifactError: ``count`` is below 1.
     """
     if count < 1:
         raise ArtifactError(f"threads must be at least 1, got {count}")
-    if _pool and count > _pool[0]:
-        raise ArtifactError(
-            f"TVM's pool has {_pool[0]} threads since its first use in this process, and cannot"
-            f" grow to {count}: load the model that needs most threads first"
-        )
-    ffi = _runtime()
-    if not _pool:
-        # It reads these when it starts; by itself it takes half of the CPUs for hyper-threads.
-        os.environ["TVM_NUM_THREADS"] = str(count)
-        os.environ["TVM_BIND_THREADS"] = "0"
-        _pool.append(count)
-    ffi.get_global_func("runtime.config_threadpool")(1, count)
+    _threads[:] = [count]
+    for library in _libraries.values():
+        library.netlathe_set_threads(count)
 
 
 def start_threads(count: int) -> None:
     """:func:`set_threads`, unless the number was set before."""
-    if not _pool:
+    if not _threads:
         set_threads(count)
-
-
-def _default_threads() -> int:
-    for variable in ("TVM_NUM_THREADS", "OMP_NUM_THREADS"):
-        if (given := os.environ.get(variable, "")).isdigit() and int(given) > 0:
-            return int(given)
-    return len(os.sched_getaffinity(0))
 
 
 # -- inputs ----------------------------------------------------------------------------------------
