@@ -7,8 +7,11 @@
 ``check`` compares with float64, as ||out - reference|| / ||reference||, on fresh random data. ``speed`` times
 causal prefill in turn with torch's scaled_dot_product_attention, its own choice and each of its kernels, by
 CUDA events; and decoding in a CUDA graph that walks over caches which no level-2 cache holds: its share is
-of what copying a gigabyte moves, counted in bytes of keys, values and scales. Times are medians. ``--only``
-takes the rows whose name contains a text; ``--small`` the smallest sizes of each alone, for memory checkers.
+of what copying a gigabyte moves, counted in bytes of keys, values and scales. That is by calls of one
+Attention, and by a call of eight in a row ("layers"), where the result of one is the query of the next.
+Times are medians. ``check`` also decodes tokens into caches in place ("placed"), whose new rows come from the
+kernel in front, from calls before and from kernels of torch's. ``--only`` takes the rows whose name contains
+a text; ``--small`` the smallest sizes of each alone, for memory checkers.
 """
 
 from __future__ import annotations
@@ -45,6 +48,10 @@ RAGGED += [
 RAGGED += [(1, 1, 4999, 5000), (4, 2, 8190, 8192), (1, 1000, 0, 1000)]
 PREFILL = (2048, 4096, 8192, 16384, 32768)
 DECODE = [(1, 32768), (4, 32768), (16, 8192)]
+NODES = {"layers": 8, "layers8": 8, "placed": 2, "placed8": 2}  # of models of several
+# batch, queries, tokens there, room of caches that tokens are decoded into
+PLACED = [(1, 1, 0, 8), (2, 1, 511, 1024), (1, 1, 4000, 4099), (3, 2, 130, 161), (2, 5, 1000, 1027)]
+STEPS = 3  # of them
 
 
 # -- building --------------------------------------------------------------------------------------
@@ -94,13 +101,52 @@ BODIES["step"] = (BODIES["room"][0].replace("[b", "[1"), BODIES["room"][1])
 BODIES["shared"] = BODIES["int8"]  # by 8 query heads
 
 
+def in_a_row(kind: str) -> tuple[str, str, str]:
+    """Inputs, statements and outputs of nodes with caches of their own; one's result is the next's query.
+
+    Of "placed" ones new keys and values are written into the caches first. Kinds that end in 8 are of int8.
+    """
+    coded, placed, count = kind.endswith("8"), kind.startswith("placed"), NODES[kind]
+    inputs = ["{t}[b,{h},%s,{d}] q" % ("s" if placed else "1")]
+    inputs += ["int64[b] first, int64[b] n"] if placed else []
+    body, outputs = [], []
+    for i in range(count):
+        read = []
+        for c in (f"k{i}", f"v{i}"):
+            made = f"next_{c}" if placed else c
+            parts = [("int8", c, made, "{d}"), ("float16", f"{c}s", f"{made}s", "1")]
+            for dtype, name, after, wide in parts if coded else [("{t}", c, made, "{d}")]:
+                inputs.append(f"{dtype}[b,{{k}},t,{wide}] {name}")
+                if placed:
+                    inputs.append(f"{dtype}[b,{{k}},s,{wide}] new_{name}")
+                    body.append(f"{after} = TensorScatter <axis = 2> ({name}, new_{name}, first)")
+                    outputs.append(f"{dtype}[b,{{k}},t,{wide}] {after}")
+            if coded:
+                body.append(f"{c}w = Cast <to = 1> ({made}s)")
+                body.append(
+                    f"{c}f = DequantizeLinear <axis = 3, block_size = {{d}}> ({made}, {c}w)"
+                )
+                body.append(f"{c}h = Cast <to = {{code}}> ({c}f)")
+                made = f"{c}h"
+            read.append(made)
+        query, result = f"y{i - 1}" if i else "q", f"y{i}" if i + 1 < count else "y"
+        rest = ", , , , n" if placed else ""
+        causal = " <is_causal = 1>" if placed else ""
+        body.append(f"{result} = Attention{causal} ({query}, {', '.join(read)}{rest})")
+    return ", ".join(inputs), "\n".join(body), "".join(f", {x}" for x in outputs)
+
+
+KINDS = [*BODIES, *NODES]
+
+
 def model(kind: str, half: str, depth: int) -> Any:
-    """A graph of one Attention; see BODIES."""
+    """A graph of one Attention, see BODIES, or of several."""
     import onnx_ir as ir
 
     from netlathe.ir import normal
 
-    inputs, body = BODIES[kind]
+    inputs, body, outputs = in_a_row(kind) if kind in NODES else (*BODIES[kind], "")
+    queries = "1" if kind.startswith("layers") else "s"
     batch = 1 if kind == "step" else "b"
     facts = {
         "t": NAMES[half],
@@ -110,7 +156,8 @@ def model(kind: str, half: str, depth: int) -> Any:
         "code": 16 if half == "bf16" else 10,
     }
     text = f"""<ir_version: 11, opset_import: ["" : 25]> g ({inputs.format(**facts)})
-        => ({NAMES[half]}[{batch},{HEADS},s,{depth}] y) {{ {body.format(**facts)} }}"""
+        => ({NAMES[half]}[{batch},{HEADS},{queries},{depth}] y{outputs.format(**facts)})
+        {{ {body.format(**facts)} }}"""
     made = ir.from_onnx_text(text)
     normal.normalize(made)
     return made
@@ -126,7 +173,7 @@ def build(folder: Path, archs: str, only: str) -> None:
     for source in (here, here.with_name("bench_cuda.py"), Path(runtime.__file__)):
         shutil.copyfile(source, folder / source.name)
     machine = gpu(archs.split(","))
-    for kind in BODIES:
+    for kind in KINDS:
         for half, depth in FORMATS:
             name = f"{kind}-{half}-{depth}"
             if only not in name:
@@ -142,11 +189,11 @@ def build(folder: Path, archs: str, only: str) -> None:
 
 
 class AttentionBench(Bench):
-    """Libraries of one Attention each."""
+    """Libraries of one Attention each, or of several."""
 
     def names(self, only: str) -> Iterator[str]:
         """Libraries of the folder."""
-        for kind in BODIES:
+        for kind in KINDS:
             for half, depth in FORMATS:
                 name = f"{kind}-{half}-{depth}"
                 if only in name and (self.folder / f"{name}.so").exists():
@@ -212,6 +259,9 @@ class AttentionBench(Bench):
     def check(self, name: str, small: bool) -> bool:
         """Whether every ragged size is within the bound."""
         main, facts = self.load(name)
+        if facts["kind"] in NODES:
+            check = self.check_placed if facts["kind"].startswith("placed") else self.check_row
+            return check(name, small)
         worst, good = 0.0, True
         for sizes in RAGGED[:8] if small else RAGGED:
             sizes = (1, *sizes[1:]) if facts["kind"] == "step" else sizes
@@ -223,6 +273,130 @@ class AttentionBench(Bench):
                 good = False
                 print(f"{name} {sizes}: error {error:.2e}", flush=True)
             worst = max(worst, error)
+        return self.judged(name, facts, worst) and good
+
+    def caches(self, facts: dict[str, Any], batch: int, room: int) -> list[Any]:
+        """A random cache of one node: keys and values, each with scales behind it where there are any."""
+        torch, shape = self.torch, (batch, KV_HEADS, room)
+        half = torch.bfloat16 if facts["half"] == "bf16" else torch.float16
+        made = []
+        for _ in range(2):
+            if not facts["kind"].endswith("8"):
+                made.append(torch.randn((*shape, facts["depth"]), device="cuda").to(half))
+                continue
+            sizes = (*shape, facts["depth"])
+            made.append(torch.randint(-128, 128, sizes, dtype=torch.int8, device="cuda"))
+            made.append(((torch.rand((*shape, 1), device="cuda") + 0.5) / 64).half())
+        return made
+
+    def through(self, facts: dict[str, Any], q: Any, caches: list[list[Any]], length: Any) -> Any:
+        """What nodes in a row make of ``q``, in float64: ``length`` [batch] keys, queries at their end."""
+        torch = self.torch
+        for cache in caches:
+            if facts["kind"].endswith("8"):
+                cache = [cache[i].double() * cache[i + 1].double() for i in (0, 2)]
+            k, v = (x.double().repeat_interleave(HEADS // KV_HEADS, 1) for x in cache)
+            scores = q.double() @ k.transpose(2, 3) / math.sqrt(facts["depth"])
+            i = torch.arange(q.shape[2], device="cuda")[:, None]
+            j = torch.arange(k.shape[2], device="cuda")
+            hidden = j > i + length[:, None, None, None] - q.shape[2]
+            q = torch.softmax(scores.masked_fill_(hidden, -math.inf), -1) @ v
+        return q
+
+    def check_row(self, name: str, small: bool) -> bool:
+        """Whether nodes in a row are within the bound."""
+        main, facts = self.load(name)
+        half = self.torch.bfloat16 if facts["half"] == "bf16" else self.torch.float16
+        worst = 0.0
+        for batch, _, _, room in PLACED[:2] if small else [*PLACED, (1, 1, 0, 32768)]:
+            q = self.torch.randn((batch, HEADS, 1, facts["depth"]), device="cuda").to(half)
+            caches = [self.caches(facts, batch, room) for _ in range(NODES[facts["kind"]])]
+            made = main(self.given(q), *(self.given(x) for cache in caches for x in cache))
+            made = made if hasattr(made, "shape") else made[0]
+            found = self.torch.from_dlpack(made).view(half).double()
+            length = self.torch.full((batch,), room, device="cuda")
+            wanted = self.through(facts, q, caches, length)
+            worst = max(worst, float((found - wanted).norm() / wanted.norm()))
+        return self.judged(name, facts, worst)
+
+    def check_placed(self, name: str, small: bool) -> bool:
+        """Whether tokens that are decoded into caches, in place, are within the bound.
+
+        Nothing waits for anything: each call's rows are read by the same call and by those behind, and what
+        was there before is written by torch, late, just in front of the first call. All else is no number.
+        """
+        torch = self.torch
+        main, facts = self.load(name)
+        half = torch.bfloat16 if facts["half"] == "bf16" else torch.float16
+        worst, busy = 0.0, torch.randn((8192, 8192), device="cuda")
+        for batch, queries, there, room in PLACED[:2] if small else PLACED:
+            count = NODES[facts["kind"]]
+            last = there + STEPS * queries
+            caches = [self.caches(facts, batch, room) for _ in range(count)]
+            new = [[self.caches(facts, batch, queries) for _ in range(count)] for _ in range(STEPS)]
+            held, empty = [], []
+            for cache in caches:
+                for x in cache:
+                    x[:, :, last:] = 0
+                    lost = torch.full_like(x, 127 if x.dtype == torch.int8 else math.nan)
+                    empty.append(lost)
+                    held.append(lost.clone())
+            qs = [
+                torch.randn((batch, HEADS, queries, facts["depth"]), device="cuda").to(half)
+                for _ in range(STEPS)
+            ]
+            starts = [
+                torch.full((batch,), there + step * queries, device="cuda")
+                for step in range(STEPS + 1)
+            ]
+            flat = [x for cache in caches for x in cache]
+
+            def steps(
+                qs: Any = qs, new: Any = new, held: Any = held, starts: Any = starts
+            ) -> list[Any]:
+                made = []
+                for step in range(STEPS):
+                    tensors = [x for cache in new[step] for x in cache]
+                    pairs = [
+                        self.given(x) for pair in zip(held, tensors, strict=True) for x in pair
+                    ]
+                    times = [self.given(starts[step + i]) for i in range(2)]
+                    made.append(main(self.given(qs[step]), *times, *pairs)[0])
+                return made
+
+            graph = torch.cuda.CUDAGraph()
+            kept = steps()  # memory for the graph to take
+            del kept
+            with self.ffi.use_torch_stream(torch.cuda.graph(graph)):
+                recorded = steps()
+            for run in (steps, graph.replay):
+                for x, lost in zip(held, empty, strict=True):
+                    x.copy_(lost)
+                torch.cuda.synchronize()
+                with self.ffi.use_torch_stream(torch.cuda.current_stream()):
+                    torch.mm(busy, busy)
+                    for x, known in zip(held, flat, strict=True):
+                        x[:, :, :there].copy_(known[:, :, :there])
+                    made = run() or recorded
+                torch.cuda.synchronize()
+                whole = [[x.clone() for x in cache] for cache in caches]
+                for step in range(STEPS):
+                    begin, end = there + step * queries, there + (step + 1) * queries
+                    for cache, rows in zip(whole, new[step], strict=True):
+                        for x, row in zip(cache, rows, strict=True):
+                            x[:, :, begin:end] = row
+                    wanted = self.through(facts, qs[step], whole, starts[step + 1])
+                    found = torch.from_dlpack(made[step]).view(half).double()
+                    error = float((found - wanted).norm() / wanted.norm())
+                    if not error <= BOUND[facts["half"]]:
+                        print(f"{name} {(batch, queries, there, room)} {step}: error {error:.2e}")
+                        worst = math.inf
+                    worst = max(worst, error)
+        return self.judged(name, facts, worst)
+
+    def judged(self, name: str, facts: dict[str, Any], worst: float) -> bool:
+        """Say how large the error is, and whether that is within the bound."""
+        good = worst <= BOUND[facts["half"]]
         self.results[f"{name} error"] = worst
         print(f"{name:18s} worst error {worst:.2e} {'' if good else 'FAILED'}", flush=True)
         return good
@@ -300,6 +474,33 @@ class AttentionBench(Bench):
                 flush=True,
             )
 
+    def layers(self, name: str, rate: float, small: bool) -> None:
+        """One query through nodes in a row, each with a cache of its own."""
+        torch = self.torch
+        main, facts = self.load(name)
+        half = torch.bfloat16 if facts["half"] == "bf16" else torch.float16
+        for batch, length in DECODE[:1] if small else DECODE:
+            count = NODES[facts["kind"]]
+            q = torch.randn((batch, HEADS, 1, facts["depth"]), device="cuda").to(half)
+            flat = [x for _ in range(count) for x in self.caches(facts, batch, length)]
+            moved = sum(x.numel() * x.element_size() for x in flat) / count
+            given = [self.given(x) for x in (q, *flat)]
+            kept = [main(*given) for _ in range(2)]  # memory for the graph to take
+            del kept
+            graph = torch.cuda.CUDAGraph()
+            with self.ffi.use_torch_stream(torch.cuda.graph(graph)):
+                held = main(*given)
+            self.milliseconds(graph.replay, 1)
+            times = [self.milliseconds(graph.replay, 2) / count for _ in range(ROUNDS)]
+            del held
+            time = statistics.median(times)
+            self.results[f"{name} {batch} x {length}"] = {"ms": time, "bytes": moved}
+            print(
+                f"{name:18s} {batch:2d} x {length:6d}: {time * 1e3:6.1f} us,"
+                f" {moved / time / 1e6:5.0f} GB/s, share {moved / time / rate:.3f}",
+                flush=True,
+            )
+
 
 def main() -> None:
     """Read the command line."""
@@ -328,6 +529,8 @@ def main() -> None:
                 bench.prefill(name, args.small)
             if name.startswith(("whole", "int8")):
                 bench.decode(name, rate, args.small)
+            if name.startswith("layers"):
+                bench.layers(name, rate, args.small)
     if args.json is not None:
         args.json.write_text(json.dumps(bench.results, indent=1) + os.linesep)
     if not good:

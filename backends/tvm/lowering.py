@@ -18,6 +18,7 @@ import tvm_ffi
 from tvm import relax, tirx
 
 from netlathe.backends.tvm import codes, packing, sizes, storage
+from netlathe.backends.tvm.cuda.early import Written
 from netlathe.backends.tvm.cuda.machine import Gpu
 from netlathe.backends.tvm.kernel import Kernel
 from netlathe.backends.tvm.kernels import general
@@ -84,6 +85,7 @@ class Lowering:
         self._read: set[Any] = set()  # relax variables that some kernel reads
         self._counts: dict[str, int] = {}
         self._forced: dict[Value, Ready] = {}
+        self.written = Written()  # which kernels that start early must know
         self._may_replace = in_place
         self._in_place: list[tuple[str, str]] = []
         self._told = codes.told(model)
@@ -293,7 +295,9 @@ class Lowering:
         if isinstance(value, ChannelsLast):
             value = value.usual()
         if isinstance(value, Placed):
-            return kernel.finish(general.sections(kernel, [value.section(kernel)]))[0]
+            made = kernel.finish(general.sections(kernel, [value.section(kernel)]))[0]
+            self.written.limit(made.var, value.rows)
+            return made
         if isinstance(value, Pending):
             out = kernel.write(value.dtype, value.shape)
             shape = kernel.shape(value.shape)
@@ -313,6 +317,9 @@ class Lowering:
             sections = [general.section(kernel, value) for value in waiting]
             made = kernel.finish(general.sections(kernel, sections))
             self._forced.update(zip(waiting, made, strict=True))
+            for value, ready in zip(waiting, made, strict=True):
+                if isinstance(value, Placed):
+                    self.written.limit(ready.var, value.rows)
         return [self.force(value) for value in values]
 
     def replaceable(self, node: ir.Node) -> Ready | None:
@@ -423,6 +430,7 @@ class Lowering:
                 for index in range(len(outputs))
             ]
         self._given.update(parts[len(outputs) - len(updated) :])
+        self.written.add(parts)
         return [
             Ready(dtype, shape, var, shape)
             for (dtype, shape), var in zip(outputs, parts, strict=True)

@@ -17,6 +17,7 @@ from tvm import tirx
 from netlathe.backends.tvm import storage
 from netlathe.backends.tvm.kernel import Kernel
 from netlathe.backends.tvm.tir import NAMED, Code, Expr, Index, flat_index, i64, known, select
+from netlathe.ir import dims
 from netlathe.ir.dims import Dim, Shape
 
 # at(code, index) -> the element, computed by the kernel that `code` belongs to
@@ -235,14 +236,29 @@ class Normed(Pending):
     epsilon: float = 0.0
 
 
+@dataclass(frozen=True)
+class Rows:
+    """Neighbours along axis 2 of a [b, h, t, d]: ``count`` from ``first``, an int64 [b], on."""
+
+    first: Ready
+    count: Dim
+
+    def same(self, other: Rows) -> bool:
+        """Whether both are surely the same rows."""
+        alike = dims.same(self.count, other.count) is True
+        return alike and bool(self.first.var.same_as(other.first.var))
+
+
 @dataclass(eq=False)
 class Placed(Value):
     """A tensor of the caller's, some of whose elements are written over once the value is read or given out.
 
     ``section`` begins that in a kernel: how many elements there are, along which dims, and what writes one.
+    ``rows``: all of them lie there, where that is known.
     """
 
     target: Ready | None = None
+    rows: Rows | None = None
     section: Callable[[Kernel], Section] = field(default=lambda kernel: ([], lambda index: None))
 
     def at(self, code: Code, index: Index) -> Expr:

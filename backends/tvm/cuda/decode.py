@@ -8,7 +8,11 @@ left operand, and values, transposed, that of the second product; there is one w
 (:mod:`netlathe.backends.tvm.cuda.decode_bytes`).
 
 Each warp copies tiles of keys and of values to shared memory for itself, and waits for no other. Blocks start
-and divide the keys before the kernel in front has ended, but read none before: it may be writing one of them.
+before the kernels in front have ended. Where it is known which keys those may be writing
+(:mod:`netlathe.backends.tvm.cuda.early`), all others are asked for at once, and these when they have ended;
+else all are. It is known of caches that are inputs of the model, of which the call writes nothing or, by
+TensorScatter, some rows, if what says which rows and how many keys there are was in memory before. A model
+with one Attention goes without that, and so does a cache that a kernel has just made, as of Concat.
 """
 
 from __future__ import annotations
@@ -21,9 +25,8 @@ WARPS = 8
 THREADS = 32 * WARPS
 DEPTHS = (64, 96, 128)
 _TILE = 4 << 10  # most bytes of keys that a warp takes at once
-# Bytes of keys and values that a warp asks for ahead: whole pairs of tiles, three with heads of 96 and two of
-# 8 KB with others. sm_86 and sm_89 have no room for more than the latter.
-FAR, NEAR = 18 << 10, 8 << 10
+# Bytes of keys and values that a warp asks for ahead. sm_86 and sm_89 have no room for more than the latter.
+FAR, NEAR = 24 << 10, 8 << 10
 
 
 @dataclass(frozen=True)
@@ -62,9 +65,15 @@ class Shape:
         return WARPS * self.keys
 
     @property
-    def stages(self) -> int:
-        """Tiles of keys, and as many of values, that a warp has room for."""
-        return self.ahead // (2 * self.keys * self.bytes)
+    def slots(self) -> int:
+        """Tiles, of keys and of values in turn, that a warp asks for: no more than 4 of the smallest keys."""
+        fit = self.ahead // (self.keys * self.bytes)
+        return min(fit, 4) if self.bytes == 64 else fit
+
+    @property
+    def scale_bytes(self) -> int:
+        """What scales of a tile take in shared memory: whole pieces of 16 bytes, which may begin before."""
+        return 0 if self.bits == 16 else self.keys * self.scale_bits // 8 + 16
 
     @property
     def partial(self) -> int:
@@ -74,7 +83,8 @@ class Shape:
     @property
     def ring_bytes(self) -> int:
         """Of a warp: tiles, in whose place its part of the results lies at the end."""
-        return max(2 * self.stages * self.keys * self.bytes, self.rows * self.partial * 4)
+        tiles = self.slots * (self.keys * self.bytes + self.scale_bytes)
+        return -(-max(tiles, self.rows * self.partial * 4) // 128) * 128
 
     @property
     def shared_bytes(self) -> int:
@@ -92,7 +102,7 @@ def source(shape: Shape, dtype: str) -> str:
 #include <cuda_fp16.h>
 namespace {space} {{
 constexpr int kDepth = {s.depth}, kBits = {s.bits}, kRow = {s.partial};
-constexpr int kKeys = {s.keys}, kStages = {s.stages}, kBytes = {s.bytes};  // of a key
+constexpr int kKeys = {s.keys}, kSlots = {s.slots}, kBytes = {s.bytes};  // of a key
 constexpr int kTile = kKeys * kBytes, kCopies = kTile / 512, kRing = {s.ring_bytes};
 constexpr int kSteps = kBytes / 32;                      // of a product over the elements of a key
 constexpr int kN = {s.products}, kColumns = kBits / 2;   // products side by side, queries of each
@@ -110,11 +120,8 @@ __device__ __forceinline__ float over_keys(float x) {{
   for (int mask = 4; mask < 32; mask *= 2) x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, mask));
   return x;
 }}
-// A scale, as it is and as a number: it becomes one where it is used, so that nothing waits where it is read.
+// A scale, as it is and as a number.
 using Scale = uint{s.scale_bits}_t;
-__device__ __forceinline__ Scale scale_at(const void* scales, int64_t at) {{
-  return static_cast<const Scale*>(scales)[at];
-}}
 __device__ __forceinline__ float real(Scale bits) {{ return {_NUMBER[s.scale_bits]}; }}
 
 // Where 16 bytes of a key are in a tile. Of 8 keys in a row, and of 4 in a row and the 4 that are 8 further,
@@ -131,23 +138,44 @@ __device__ __forceinline__ void load_turned(uint32_t* to, uint32_t from) {{
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {{%0, %1, %2, %3}}, [%4];"
                : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3]) : "r"(from) : "memory");
 }}
+// An asynchronous copy of 16 bytes, of which `count` are there: zeros for the others.
+__device__ __forceinline__ void fetch(uint32_t to, const void* from, int count) {{
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;"
+               ::"r"(to), "l"(from), "r"(count) : "memory");
+}}
 // All but the last kLeft groups of the warp's copies have arrived.
 template <int kLeft> __device__ __forceinline__ void arrived() {{
   asm volatile("cp.async.wait_group %0;" ::"n"(kLeft) : "memory");
   __syncwarp();
 }}
+// The kernel behind may start; and wait for those in front.
+__device__ __forceinline__ void let_go() {{
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}}
+__device__ __forceinline__ void wait_in_front() {{
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}}
 {products.source(dtype)}
-{decode_merged.source()}
+{decode_merged.source(WARPS)}
 // One part of the keys of one head, for kRows rows: what they add up to, by the softmax of this part alone,
 // into its place in `work` [heads of keys, parts, rows, kRow]. Row r is query r % queries of query head r /
 // queries of those that share the keys. Query 0 sees `offset` + 1 keys, each behind it one more, or, not
 // `causal`, all. `most`: keys there is room for; with `lengths` a sequence has so many, and its queries stand
 // at the end.
+//
+// `early`: keys, values and lengths were there before any kernel that may still run, but for the keys that
+// kernels in front write: `fresh` of them from `fresh_from` [batch] on, where that is not null. All others
+// are asked for before those kernels have ended.
+template <bool early>
 __device__ __forceinline__ void part(
     uint8_t* shared, const void* q_, const void* k_, const void* v_, const void* k_scales,
-    const void* v_scales, const void* allowed_, const void* lengths, void* work, float scale, int64_t block,
-    int64_t parts_, int64_t groups, int64_t heads, int64_t queries_, int64_t most, int64_t offset,
-    int64_t causal) {{
+    const void* v_scales, const void* allowed_, const void* lengths, const void* fresh_from, void* work,
+    float scale, int64_t block, int64_t parts_, int64_t groups, int64_t heads, int64_t queries_, int64_t most,
+    int64_t offset, int64_t causal, int64_t fresh) {{
   const int queries = (int)queries_, parts = (int)parts_, rows = (int)groups * queries;
   const int tiles = (rows + kRows - 1) / kRows, number = (int)block % parts;
   const int first = (int)block / parts % tiles * kRows;
@@ -160,59 +188,73 @@ __device__ __forceinline__ void part(
   if (allowed) allowed += batch * most;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   float* ring = reinterpret_cast<float*>(shared + warp * kRing);
-  const uint32_t keys = static_cast<uint32_t>(__cvta_generic_to_shared(ring));
-  const uint32_t values = keys + kStages * kTile;
+  const uint32_t base = static_cast<uint32_t>(__cvta_generic_to_shared(ring));
   int places[kCopies];
 #pragma unroll
   for (int i = 0; i < kCopies; ++i)
     places[i] = place((i * 32 + lane) * 16 / kBytes, (i * 32 + lane) * 16 % kBytes / 16);
 
-  // Which keys are this part's. What is read of the lengths before the kernel in front has ended is a guess.
+  // Which keys are this part's. What is read of the lengths before the kernel in front has ended is a guess
+  // unless they are `early`.
   int length = (int)most, begin, end;
+  auto number_at = [&](const void* from) {{ return (int)static_cast<const volatile int64_t*>(from)[batch]; }};
   auto divide = [&]() {{
-    if (lengths) length = (int)static_cast<const volatile int64_t*>(lengths)[batch];
+    if (lengths) length = number_at(lengths);
     const int count = max(0, min(length, (int)most));
     const int chunk = (count + parts * kKeys - 1) / (parts * kKeys) * kKeys;
     begin = number * chunk, end = min(count, begin + chunk);
   }};
   divide();
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;");
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-  // A tile from key `at` on, with zeros behind the end.
-  auto copy = [&](uint32_t to, const uint8_t* from, int at) {{
-    if (at < end) {{
-      const int left = min(end - at, kKeys) * kBytes - lane * 16;
-      const uint8_t* source = from + (int64_t)at * kBytes + lane * 16;
+  let_go();
+  // The tiles of keys and of values lie in turn in the warp's ring.
+  Scales scales(k_scales, v_scales, line, shared + warp * kRing + kSlots * kTile);
+  // Ask for a tile from key `at` on, with zeros behind the end.
+  auto ask = [&](int slot, bool is_values, int at) {{
+    if (at >= end) return;
+    const int left = min(end - at, kKeys) * kBytes - lane * 16;
+    const uint8_t* source = (is_values ? v : k) + (int64_t)at * kBytes + lane * 16;
 #pragma unroll
-      for (int i = 0; i < kCopies; ++i)
-        asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;"
-                     ::"r"(to + places[i]), "l"(source + i * 512), "r"(left > i * 512 ? 16 : 0) : "memory");
-    }}
-    asm volatile("cp.async.commit_group;" ::: "memory");
+    for (int i = 0; i < kCopies; ++i)
+      fetch(base + slot * kTile + places[i], source + i * 512, left > i * 512 ? 16 : 0);
+    scales.ask(slot, is_values, at, min(end, at + kKeys));
   }};
+  auto asked = []() {{ asm volatile("cp.async.commit_group;" ::: "memory"); }};
   constexpr int kStep = {WARPS} * kKeys;
   int at, slot = 0;
-  auto start = [&]() {{
+  // Ask for as many tiles as there is room for, those of which `wanted` says so.
+  auto start = [&](auto wanted) {{
     at = begin + warp * kKeys;
 #pragma unroll
-    for (int i = 0; i < kStages; ++i) {{
-      copy(keys + i * kTile, k, at + i * kStep);
-      copy(values + i * kTile, v, at + i * kStep);
+    for (int i = 0; i < kSlots; ++i) {{
+      const int own = at + i / 2 * kStep;
+      if (wanted(own)) ask(i, i % 2, own);
+      asked();
     }}
   }};
-  start();
-  if (lengths) {{
+  const int fresh_first = early && fresh_from ? number_at(fresh_from) : 0;
+  const int fresh_last = early && fresh_from ? fresh_first + (int)fresh : 0;
+  auto is_late = [&](int at) {{
+    return at < end && (scales.skip > 0 || (at < fresh_last && at + kKeys > fresh_first));
+  }};
+  if (early) start([&](int at) {{ return !is_late(at); }});
+  wait_in_front();
+  if (early) {{
+    bool some = false;
+#pragma unroll
+    for (int i = 0; i < kSlots; ++i) some = some || is_late(at + i / 2 * kStep);
+    if (some) {{
+      start(is_late);
+      arrived<0>();
+    }}
+  }} else {{
     const int guess = length;
-    divide();
+    start([](int) {{ return true; }});
+    if (lengths) divide();
     if (__any_sync(0xffffffffu, length != guess)) {{
       arrived<0>();
-      start();
+      start([](int) {{ return true; }});
     }}
   }}
-  Scales scales(k_scales, v_scales, line, end);
-  scales.fetch(at);
   // Which keys of the next tile may be seen: the lane's of every 32.
   bool open[(kKeys + 31) / 32];
   auto look = [&](int at) {{
@@ -237,17 +279,23 @@ __device__ __forceinline__ void part(
       top[n][e] = -INFINITY;
     }}
 
+  // The slot's tile is no longer needed: ask for another in its place.
+  auto taken = [&](int next, bool is_values) {{
+    __syncwarp();
+    ask(slot, is_values, next);
+    asked();
+    slot = slot + 1 == kSlots ? 0 : slot + 1;
+  }};
   for (; at < end; at += kStep) {{
     uint32_t seen[(kKeys + 31) / 32];
 #pragma unroll
     for (int i = 0; i < (kKeys + 31) / 32; ++i) seen[i] = __ballot_sync(0xffffffffu, open[i]);
     if (allowed) look(at + kStep);
-    arrived<2 * kStages - 1>();
+    arrived<kSlots - 1>();
     Scores s;
-    x.multiply_keys(s, keys + slot * kTile);
-    scales.of_keys(s);
-    __syncwarp();
-    copy(keys + slot * kTile, k, at + kStages * kStep);
+    x.multiply_keys(s, base + slot * kTile);
+    scales.times(s, slot);
+    taken(at + kSlots / 2 * kStep, kSlots % 2);
     bool grown = false;
 #pragma unroll
     for (int i = 0; i < kKeys / 8; ++i)
@@ -286,13 +334,10 @@ __device__ __forceinline__ void part(
           whole[n][e] += s[i][n][e];
         }}
       }}
-    scales.of_values(s);
-    scales.fetch(at + kStep);
-    arrived<2 * kStages - 1>();
-    o.add(s, values + slot * kTile);
-    __syncwarp();
-    copy(values + slot * kTile, v, at + kStages * kStep);
-    slot = slot + 1 == kStages ? 0 : slot + 1;
+    arrived<kSlots - 1>();
+    scales.times(s, slot);
+    o.add(s, base + slot * kTile);
+    taken(at + (kSlots + 1) / 2 * kStep, (kSlots + 1) % 2);
   }}
 
   // The warps' parts as one.
@@ -310,23 +355,16 @@ __device__ __forceinline__ void part(
     }}
   __syncthreads();
   float* to = static_cast<float*>(work) + (((int64_t)pair * parts + number) * rows + first) * kRow;
-  const int items = min(kRows, rows - first) * (kDepth / 4);
+  const int items = min(kRows, rows - first) * (kDepth / 2);
   for (int item = threadIdx.x; item < items; item += {THREADS}) {{
-    const int row = item / (kDepth / 4) * kRow, column = item % (kDepth / 4) * 4;
-    Sum sum;
-#pragma unroll
-    for (int i = 0; i < {WARPS}; ++i) {{
-      const float* from = reinterpret_cast<const float*>(shared + i * kRing) + row;
-      sum.add(*reinterpret_cast<const float4*>(from + column),
-              *reinterpret_cast<const float2*>(from + kDepth));
-    }}
-    sum.store(to + row, column);
+    const int row = item / (kDepth / 2) * kRow;
+    merge_warps(reinterpret_cast<const float*>(shared) + row, kRing / 4, item % (kDepth / 2) * 2, to + row);
   }}
 }}
 // An int8 vector's element in the half type.
 __device__ __forceinline__ uint16_t widened(
     const void* codes, const void* scales, int64_t vector, int64_t column) {{
-  const float scale = real(scale_at(scales, vector));
+  const float scale = real(static_cast<const Scale*>(scales)[vector]);
   const float value = static_cast<const int8_t*>(codes)[vector * kDepth + column] * scale;
   uint16_t bits;
   asm("cvt.rn.{dtype}.f32 %0, %1;" : "=h"(bits) : "f"(value));

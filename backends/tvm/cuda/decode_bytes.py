@@ -21,33 +21,30 @@ _WIDE = {
 def source(dtype: str) -> str:
     """What the two have in common: Scales, Queries and Results; queries are ``bf16`` or ``f16``."""
     return f"""
-// Scales of a tile's keys and values, read a tile ahead: those of each thread's lane of every 32 keys.
+// Scales of the ring's tiles, which lie behind it: pieces of 16 bytes, the first of which may begin `skip`
+// scales before the tile does.
 struct Scales {{
-  const void *of_k, *of_v;
-  int64_t line;
-  int last;
-  Scale k[kKeys / 32], v[kKeys / 32];
-  __device__ __forceinline__ Scales(const void* k_, const void* v_, int64_t line_, int end)
-      : of_k(k_), of_v(v_), line(line_), last(end - 1) {{}}
-  __device__ __forceinline__ void fetch(int at) {{
-#pragma unroll
-    for (int i = 0; i < kKeys / 32; ++i) {{
-      const int key = max(0, min(at + i * 32 + (int)threadIdx.x % 32, last));
-      k[i] = scale_at(of_k, line + key);
-      v[i] = scale_at(of_v, line + key);
-    }}
+  static constexpr int kSize = sizeof(Scale), kPiece = 16 / kSize, kTaken = kKeys + kPiece;
+  const Scale *of_k, *of_v;
+  Scale* held;
+  int skip;
+  __device__ __forceinline__ Scales(const void* k, const void* v, int64_t line, void* behind)
+      : of_k(static_cast<const Scale*>(k) + line), of_v(static_cast<const Scale*>(v) + line),
+        held(static_cast<Scale*>(behind)), skip((int)(line % kPiece)) {{}}
+  // Those of keys from `at` to `last`.
+  __device__ __forceinline__ void ask(int slot, bool is_values, int at, int last) const {{
+    const int piece = threadIdx.x % 32 * kPiece, begin = at - skip + piece;
+    if (piece < kTaken)
+      fetch(static_cast<uint32_t>(__cvta_generic_to_shared(held + slot * kTaken + piece)),
+            (is_values ? of_v : of_k) + begin, max(0, min(16, (last - begin) * kSize)));
   }}
-  __device__ __forceinline__ static void times(Scores& s, const Scale* of) {{
+  __device__ __forceinline__ void times(Scores& s, int slot) const {{
+    const Scale* own = held + slot * kTaken + skip + threadIdx.x % 32 / 4;
 #pragma unroll
-    for (int i = 0; i < kKeys / 8; ++i) {{
-      const int lane = i % 4 * 8 + threadIdx.x % 32 / 4;
-      const float scale = __shfl_sync(0xffffffffu, real(of[i / 4]), lane);
+    for (int i = 0; i < kKeys / 8; ++i)
 #pragma unroll
-      for (int n = 0; n < kN; ++n) s[i][n][0] *= scale;
-    }}
+      for (int n = 0; n < kN; ++n) s[i][n][0] *= real(own[i * 8]);
   }}
-  __device__ __forceinline__ void of_keys(Scores& s) const {{ times(s, k); }}
-  __device__ __forceinline__ void of_values(Scores& s) const {{ times(s, v); }}
 }};
 __device__ __forceinline__ float wide(uint16_t bits) {{ return {_WIDE[dtype]}; }}
 // The larger number, or, if there is one, what is not a number.

@@ -11,10 +11,10 @@ def source(dtype: str) -> str:
     """What the two have in common: Scales, Queries and Results; ``dtype`` is ``bf16`` or ``f16``."""
     return f"""
 struct Scales {{  // of which a cache of halves has none
-  __device__ Scales(const void*, const void*, int64_t, int) {{}}
-  __device__ void fetch(int) {{}}
-  template <typename T> __device__ void of_keys(T&) {{}}
-  template <typename T> __device__ void of_values(T&) {{}}
+  static constexpr int skip = 0;
+  __device__ Scales(const void*, const void*, int64_t, void*) {{}}
+  __device__ void ask(int, bool, int, int) const {{}}
+  __device__ void times(Scores&, int) const {{}}
 }};
 __device__ __forceinline__ void multiply(float* d, const uint32_t* a, const uint32_t* b) {{
   asm("mma.sync.aligned.m16n8k16.row.col.f32.{dtype}.{dtype}.f32 {{%0, %1, %2, %3}}, {{%4, %5, %6, %7}},"

@@ -4,74 +4,88 @@ It is a part of :mod:`netlathe.backends.tvm.cuda.decode`. A part of a row is kRo
 values, the largest score, the sum of weights. Parts are added in the same order each time.
 """
 
-TEAMS = 4  # teams that share the parts of a row
+# Of a block that merges what blocks have left: threads, and columns that it merges. Many small blocks read
+# their share of the parts sooner than few large ones.
+THREADS, COLUMNS = 128, 32
 
 
-def source() -> str:
-    """The functions; kDepth and kRow are the shape's."""
+def source(warps: int) -> str:
+    """The functions; kDepth and kRow are the shape's. A block of the first kernel has ``warps``."""
     return f"""
-// Four columns of a row, as several parts add up to them.
-struct Sum {{
-  float top = -INFINITY, whole = 0.0f;
-  float4 value = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-  // `rest`: the part's largest score and its sum of weights.
-  __device__ __forceinline__ void add(const float4& part, const float2& rest) {{
-    const float most = fmaxf(top, rest.x), zero = most == -INFINITY ? 0.0f : most;
-    const float own = power(top - zero), other = power(rest.x - zero);
-    value.x = value.x * own + part.x * other, value.y = value.y * own + part.y * other;
-    value.z = value.z * own + part.z * other, value.w = value.w * own + part.w * other;
-    whole = whole * own + rest.y * other, top = most;
+// What a part with this largest score is multiplied with beside one whose largest is `top`.
+__device__ __forceinline__ float shrunk(float score, float top) {{
+  return power(score - (top == -INFINITY ? 0.0f : top));
+}}
+// Two columns of a row as the block's warps add up to them, whose parts are `stride` floats apart.
+__device__ __forceinline__ void merge_warps(const float* row, int stride, int column, float* to) {{
+  float2 part[{warps}], rest[{warps}];
+#pragma unroll
+  for (int i = 0; i < {warps}; ++i) {{
+    part[i] = *reinterpret_cast<const float2*>(row + i * stride + column);
+    rest[i] = *reinterpret_cast<const float2*>(row + i * stride + kDepth);
   }}
-  __device__ __forceinline__ void store(float* row, int column) const {{
-    *reinterpret_cast<float4*>(row + column) = value;
-    if (column == 0) *reinterpret_cast<float2*>(row + kDepth) = make_float2(top, whole);
+  float top = rest[0].x, whole = 0.0f;
+#pragma unroll
+  for (int i = 1; i < {warps}; ++i) top = fmaxf(top, rest[i].x);
+  float2 value = make_float2(0.0f, 0.0f);
+#pragma unroll
+  for (int i = 0; i < {warps}; ++i) {{
+    const float factor = shrunk(rest[i].x, top);
+    value.x += part[i].x * factor, value.y += part[i].y * factor, whole += rest[i].y * factor;
   }}
-}};
-// A column of a row, `block` of [heads of keys, rows]: its parts as one. Each of {TEAMS} teams of kDepth
-// threads takes every {TEAMS}th part, 16 at a time; the result is that of the first.
+  *reinterpret_cast<float2*>(to + column) = value;
+  if (column == 0) *reinterpret_cast<float2*>(to + kDepth) = make_float2(top, whole);
+}}
+// {COLUMNS} columns of a row, `block` of [heads of keys, rows, columns], as all its parts add up to them: the
+// result of thread i is that of column i. {THREADS // 8} parts are read at a time, by 8 threads each.
 __device__ __forceinline__ float merged(
     float* shared, const void* work, int64_t block, int64_t parts_, int64_t rows_) {{
-  const int parts = (int)parts_, rows = (int)rows_, lane = threadIdx.x % 32;
-  const int team = threadIdx.x / kDepth, column = threadIdx.x % kDepth;
-  const int64_t stride = (int64_t)rows * kRow;
+  constexpr int kAcross = kDepth / {COLUMNS}, kTeams = {THREADS // 8};
+  const int parts = (int)parts_, rows = (int)rows_, row = (int)block / kAcross, stride = rows * kRow;
+  const int lane = threadIdx.x % 32, own = threadIdx.x / 8;
+  const int column = (int)block % kAcross * {COLUMNS} + threadIdx.x % 8 * 4;
   const float* from = static_cast<const float*>(work);
-  from += ((int)block / rows * parts + team) * stride + (int)block % rows * kRow;
-  float top = -INFINITY, value = 0.0f, sum = 0.0f;
-  for (int left = parts - team; left > 0; left -= 16 * {TEAMS}, from += 16 * {TEAMS} * stride) {{
-    const bool own = lane < 16 && lane * {TEAMS} < left;
-    const float score = own ? from[lane * {TEAMS} * stride + kDepth] : -INFINITY;
-    const float weights = own ? from[lane * {TEAMS} * stride + kDepth + 1] : 0.0f;
-    float held[16];
-#pragma unroll
-    for (int i = 0; i < 16; ++i)
-      held[i] = i * {TEAMS} < left ? from[i * {TEAMS} * stride + column] : 0.0f;
-    float most = fmaxf(top, score);
-#pragma unroll
-    for (int mask = 16; mask > 0; mask /= 2) most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, mask));
-    const float zero = most == -INFINITY ? 0.0f : most;
-    const float factor = power(score - zero), shrink = power(top - zero);
-    top = most;
-    sum = sum * shrink + factor * weights;
-    value *= shrink;
-#pragma unroll
-    for (int i = 0; i < 16; ++i) value += __shfl_sync(0xffffffffu, factor, i) * held[i];
+  from += (int64_t)(row / rows) * parts * stride + row % rows * kRow;
+  let_go();
+  wait_in_front();
+  float4 value = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+  float score = -INFINITY, top = -INFINITY, sum = 0.0f;
+  if (own < parts) {{
+    value = *reinterpret_cast<const float4*>(from + own * stride + column);
+    score = from[own * stride + kDepth];
   }}
+  // Every warp finds the largest score and the sum of weights itself.
+  for (int i = lane; i < parts; i += 32) {{
+    const float2 rest = *reinterpret_cast<const float2*>(from + i * stride + kDepth);
+    const float most = fmaxf(top, rest.x);
+    sum = sum * shrunk(top, most) + rest.y * shrunk(rest.x, most), top = most;
+  }}
+  float most = top;
+#pragma unroll
+  for (int mask = 16; mask > 0; mask /= 2) most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, mask));
+  sum *= shrunk(top, most);
 #pragma unroll
   for (int mask = 16; mask > 0; mask /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, mask);
-  float* row = shared + team * kRow;
-  row[column] = value;
-  if (column == 0) row[kDepth] = top, row[kDepth + 1] = sum;
-  __syncthreads();
-  value = 0.0f, sum = 0.0f;
-#pragma unroll
-  for (int i = 0; i < {TEAMS}; ++i) top = fmaxf(top, shared[i * kRow + kDepth]);
-  const float zero = top == -INFINITY ? 0.0f : top;
-#pragma unroll
-  for (int i = 0; i < {TEAMS}; ++i) {{
-    const float factor = power(shared[i * kRow + kDepth] - zero);
-    value += factor * shared[i * kRow + column];
-    sum += factor * shared[i * kRow + kDepth + 1];
+  const float factor = shrunk(score, most);
+  value.x *= factor, value.y *= factor, value.z *= factor, value.w *= factor;
+  for (int i = own + kTeams; i < parts; i += kTeams) {{
+    const float4 next = *reinterpret_cast<const float4*>(from + i * stride + column);
+    const float other = shrunk(from[i * stride + kDepth], most);
+    value.x += next.x * other, value.y += next.y * other;
+    value.z += next.z * other, value.w += next.w * other;
   }}
-  return sum == 0.0f ? 0.0f : value / sum;
+#pragma unroll
+  for (int mask = 8; mask < 32; mask *= 2) {{
+    value.x += __shfl_xor_sync(0xffffffffu, value.x, mask);
+    value.y += __shfl_xor_sync(0xffffffffu, value.y, mask);
+    value.z += __shfl_xor_sync(0xffffffffu, value.z, mask);
+    value.w += __shfl_xor_sync(0xffffffffu, value.w, mask);
+  }}
+  if (lane < 8) reinterpret_cast<float4*>(shared)[threadIdx.x / 32 * 8 + lane] = value;
+  __syncthreads();
+  float total = 0.0f;
+#pragma unroll
+  for (int i = 0; i < {THREADS // 32}; ++i) total += shared[i * {COLUMNS} + lane];
+  return sum == 0.0f ? 0.0f : __fdividef(total, sum);
 }}
 """

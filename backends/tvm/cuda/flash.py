@@ -96,6 +96,22 @@ class _Problem:
             self.caches: tuple[Any, ...] = (kernel.read(spec.k), kernel.read(spec.v))
         else:
             self.caches = tuple(kernel.read(value) for value in spec.coded)
+        self.fresh = self._fresh()
+
+    def _fresh(self) -> tuple[Any, Expr] | None:
+        """How the kernels in front change the caches: rows from where on, if any, and how many.
+
+        None where that is not known, or lengths are not, before those have ended.
+        """
+        spec, written = self.spec, self.kernel.lowering.written
+        caches = [value for value in spec.coded or (spec.k, spec.v) if isinstance(value, Ready)]
+        rows = written.new_rows(caches)
+        lengths = self.plain.lengths
+        if rows is None or not (lengths is None or written.is_old(lengths)):
+            return None
+        if not rows:
+            return None, i64(0)
+        return self.kernel.read(rows[0].first), self.kernel.size(rows[0].count)
 
     def pointer(self, buffer: Any, at: Expr | int = 0) -> Expr:
         """The address of an element; of what is not there, null."""
@@ -139,22 +155,27 @@ class _Problem:
         with code.launch(grid, decode.THREADS, least=1, waits=False) as (block, _):
             memory = code.alloc([shape.shared_bytes], "uint8", scope="shared.dyn")
             caches = (*self.caches, *(None,) * (4 - len(self.caches)))
-            buffers = (self.q, *caches, self.allowed, self.lengths, work)
+            first, fresh = self.fresh or (None, i64(0))
+            buffers = (self.q, *caches, self.allowed, self.lengths, first, work)
             pointers = [self.pointer(buffer) for buffer in buffers]
             numbers = (block, parts, groups, own, self.queries, self.keys, self.offset)
             causal = i64(int(self.plain.causal))
-            given = (code.address(memory), *pointers, self.scale(), *numbers, causal)
-            code.run(named("part"), text, *given)
-        threads = decode_merged.TEAMS * self.depth
-        with code.launch(self.pairs * self.rows, threads) as (block, thread):
-            count = decode_merged.TEAMS * shape.partial
-            shared = code.address(code.alloc([count], "float32", scope="shared"))
+            given = (code.address(memory), *pointers, self.scale(), *numbers, causal, fresh)
+            early = "false" if self.fresh is None else "true"
+            code.run(named(f"part<{early}>"), text, *given)
+        across, threads = self.depth // decode_merged.COLUMNS, decode_merged.THREADS
+        grid = self.pairs * self.rows * i64(across)
+        with code.launch(grid, threads, waits=False) as (block, thread):
+            # Where a result goes is worked out before the wait for the parts.
+            sizes = (self.batch, own, groups, self.queries, i64(across))
+            b, kv, member, i, left = (code.bind(item) for item in unflatten(block, sizes))
+            head = code.bind(kv * groups + member)
+            column = code.bind(left * i64(decode_merged.COLUMNS) + thread)
+            shared = code.address(code.alloc([threads], "float32", scope="shared"))
             place = (self.pointer(work), block, parts, self.rows)
             value = code.bind(code.call(named("merged"), text, "float32", shared, *place))
-            sizes = (self.batch, own, groups, self.queries)
-            b, kv, member, i = (code.bind(item) for item in unflatten(block, sizes))
-            with code.when(thread < i64(self.depth)):
-                self.store(code, [b, kv * groups + member, i, thread], value)
+            with code.when(thread < i64(decode_merged.COLUMNS)):
+                self.store(code, [b, head, i, column], value)
 
     def _keys(self, b: Expr) -> tuple[Expr, Expr]:
         """How many keys a sequence has, and how many the first query sees less one."""

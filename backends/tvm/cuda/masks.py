@@ -75,7 +75,7 @@ def coded(op: Op) -> tuple[Ready, Ready, Ready, Ready] | None:
     if found[0][1].dtype != found[1][1].dtype:
         return None
     values = [pair[part] for part in range(2) for pair in found]
-    k, v, k_scale, v_scale = (op.low.force(op.low.value(value)) for value in values)
+    k, v, k_scale, v_scale = op.low.together([op.low.value(value) for value in values])
     return k, v, k_scale, v_scale
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from tvm import tirx
 
 from netlathe.backends.tvm import mathfn, storage
-from netlathe.backends.tvm.cuda import flash, masks
+from netlathe.backends.tvm.cuda import early, flash, masks
 from netlathe.backends.tvm.cuda.machine import Gpu
 from netlathe.backends.tvm.kernel import Kernel
 from netlathe.backends.tvm.kernels.attention import Plain, Spec, attention
@@ -63,6 +63,7 @@ def _attention(op: Op) -> Sequence[Value]:
     tensor_cores = _on_tensor_cores(op, q, k, v, past)
     cache = None
     if tensor_cores is not None:
+        _hold(op, q, k)
         cache = None if packed or op.has(4) else masks.coded(op)
         if cache:
             q = low.force(q)
@@ -172,6 +173,16 @@ def _on_tensor_cores(op: Op, q: Value, k: Value, v: Value, past: dims.Dim) -> Pl
     if op.wants(3) or op.integer("softmax_precision", 1) not in (0, 1, 10, 16):
         return None
     return masks.plain(op, q.shape[0], q.shape[2], k.shape[2], past) if _scale(op, q) > 0 else None
+
+
+def _hold(op: Op, q: Value, k: Value) -> None:
+    """Let several nodes that decode ask for caches of the caller's before kernels in front have ended."""
+    queries = q.shape[2]
+    several = sum(node.op_type == "Attention" for node in op.node.graph or ()) > 1
+    is_few = not isinstance(queries, int) or queries * _grouped(op, q, k)[0] <= flash.MOST_ROWS
+    machine = op.low.machine
+    if several and is_few and isinstance(machine, Gpu) and machine.has_wgmma:
+        early.hold(op.low)
 
 
 def _grouped(op: Op, q: Value, k: Value) -> tuple[int, float]:

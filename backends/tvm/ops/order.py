@@ -32,7 +32,7 @@ from netlathe.backends.tvm.tir import (
     total,
     unflatten,
 )
-from netlathe.backends.tvm.values import Lazy, Pending, Placed, Ready, Section, Store, Value
+from netlathe.backends.tvm.values import Lazy, Pending, Placed, Ready, Rows, Section, Store, Value
 from netlathe.ir import dims
 
 
@@ -246,8 +246,12 @@ def _tensor_scatter(op: Op) -> Sequence[Value]:
 
     held = op.low.replaceable(op.node)
     if held is not None:
+        rows = None
+        is_linear = op.text("mode", "linear") == "linear" and (data.rank, axis) == (4, 2)
+        if is_linear and isinstance(starts, Ready) and starts.dtype == D.INT64:
+            rows = Rows(starts, update.shape[2])
         made = Placed(
-            data.dtype, data.shape, held, lambda kernel: changed(kernel, kernel.update(held))
+            data.dtype, data.shape, held, rows, lambda kernel: changed(kernel, kernel.update(held))
         )
         # Attention writes it beside what else it needs in memory.
         waits = all(reader.op_type == "Attention" for reader, _ in op.node.outputs[0].uses())

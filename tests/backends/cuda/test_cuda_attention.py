@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -234,6 +235,89 @@ def test_a_captured_language_model(specs: list[Spec], cached: bool, tmp_path: Pa
         assert (spec.coded is not None) == cached
 
 
+# -- caches that are asked for before the kernels in front have ended -------------------------------------
+
+LAYERS = """float16[b,8,s,64] q, float16[b,2,s,64] x, float16[b,2,t,64] k, float16[b,2,t,64] v,
+    float16[b,2,t,64] k1, float16[b,2,t,64] v1, int64[b] first, int64[b] total"""
+PLACED = """nk = TensorScatter <axis = 2> (k1, x, first)
+    nv = TensorScatter <axis = 2> (v1, x, first)"""
+CACHES = "float16[b,2,t,64] nk, float16[b,2,t,64] nv"
+
+
+def asks_early(
+    body: str, outputs: str = "", inputs: str = LAYERS, arch: str = "sm_90a"
+) -> list[bool]:
+    """Of each kernel that decodes, in the order of the calls, whether it does."""
+    model = graph(body, inputs, "float16[b,8,s,64] z" + outputs)
+    module = Lowering(model, gpu([arch])).run().module
+    found = {}
+    for name, function in module.functions_items():
+        if isinstance(function, tirx.PrimFunc) and "part<" in (text := str(function)):
+            assert ("part<true>" in text) != ("part<false>" in text)
+            found[name.name_hint] = "part<true>" in text
+    calls = re.findall(r"cls\.(attention_\w+)", module.script())
+    return [found[name] for name in calls]
+
+
+@pytest.mark.parametrize(
+    "made, caches, outputs, expected",
+    [
+        ("", "k1, v1, , , , total", "", True),
+        ("", "k1, v1", "", True),
+        (PLACED, "nk, nv, , , , total", CACHES, True),
+        (PLACED, "nk, v, , , , total", CACHES, True),
+        # the result is no tensor of the caller's; rows may be any, or where only a kernel knows
+        (PLACED, "nk, nv, , , , total", "", False),
+        (PLACED.replace("axis =", 'mode = "circular", axis ='), "nk, nv, , , , total", CACHES, False),
+        (PLACED.replace("x, first", "x, total", 1), "nk, nv, , , , total", CACHES, False),
+        ("at = ReduceMax <keepdims = 0> (y, axes) first1 = Cast <to = 7> (at)"
+         + PLACED.replace("first", "first1"), "nk, nv, , , , total", CACHES, False),
+        ("at = ReduceMax <keepdims = 0> (y, axes) n = Cast <to = 7> (at)", "k1, v1, , , , n", "", False),
+        ("nk = Concat <axis = 2> (k1, x) nv = Concat <axis = 2> (v1, x)", "nk, nv", "", False),
+    ],
+    ids=[
+        "inputs",
+        "whole inputs",
+        "rows in place",
+        "keys in place",
+        "copies",
+        "in a circle",
+        "two places",
+        "places made on the way",
+        "lengths made on the way",
+        "joined",
+    ],
+)  # fmt: skip
+def test_which_caches_are_asked_for_early(
+    made: str, caches: str, outputs: str, expected: bool
+) -> None:
+    body = f"""axes = Constant <value_ints = [1, 2, 3]> ()
+        y = Attention <is_causal = 1> (q, k, v, , , , total) {made}
+        z = Attention <is_causal = 1> (y, {caches})"""
+    outputs = outputs and f", {outputs}"
+    assert asks_early(body, outputs) == [True, expected]
+    assert asks_early(body, outputs, arch="sm_80") == [False, False]
+
+
+def test_what_is_there_before_the_first_node_is_there_for_all() -> None:
+    """Lengths that a kernel makes, as of all layers of a decoder."""
+    sum_ = "one = Constant <value_ints = [1]> () long = Add (first, one)"
+    body = f"""{sum_} y = Attention <is_causal = 1> (q, k, v, , , , long) {PLACED}
+        z = Attention <is_causal = 1> (y, nk, nv, , , , long)"""
+    assert asks_early(body, f", {CACHES}") == [True, True]
+
+
+def test_one_node_asks_for_nothing_early() -> None:
+    assert asks_early("z = Attention (q, k1, v1)") == [False]
+
+
+def test_long_prompts_alone_hold_nothing() -> None:
+    inputs = LAYERS.replace(",s,", ",300,")
+    body = "y = Attention (q, k, v) z = Attention (y, k1, v1)"
+    model = graph(body, inputs, "float16[b,8,300,64] z")
+    assert schedules(model) == {"attention.flash"}
+
+
 @pytest.mark.parametrize("arch", sorted(ARCHITECTURES))
 @pytest.mark.parametrize("bits", [16, 8])
 @pytest.mark.parametrize("depth", decode.DEPTHS)
@@ -241,7 +325,7 @@ def test_what_decoding_asks_for_ahead_fits(arch: str, bits: int, depth: int) -> 
     ahead = decode.FAR if gpu((arch,)).has_wgmma else decode.NEAR
     for products in (1, 2):
         shape = decode.Shape(depth, bits, 16, products, ahead)
-        assert shape.stages >= 1 and shape.shared_bytes <= gpu((arch,)).shared_bytes
+        assert shape.slots >= 2 and shape.shared_bytes <= gpu((arch,)).shared_bytes
         # Copies are whole instructions of a warp, and a tile whole products.
         assert shape.keys * shape.bytes % 512 == 0 and shape.keys % (256 // bits) == 0
 
