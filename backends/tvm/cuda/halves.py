@@ -11,6 +11,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from netlathe.backends.tvm.cuda.stream import Shape
 
+# Columns between two rows of sums, so that what a warp stores, or reads, is in different banks.
+SPARE = 8
+
 
 def source(s: Shape, warps: int) -> str:
     """What differs from products of bytes: multiplying, and where sums lie."""
@@ -19,6 +22,7 @@ def source(s: Shape, warps: int) -> str:
     if s.held:
         kept, x = "stages + kHeld + step * kDeep * 2", _KEPT
     return f"""
+constexpr int kLine = kSlice + {SPARE}, kPart = {8 * s.tiles} * kLine * 4;  // what a warp has of the sums
 {_KEEP if s.held else ""}
 // A multiplying warp's 32 columns and one chunk of K in a stage; `rows`: where x that is kept has the stage.
 __device__ __forceinline__ void use(const uint8_t* at, const uint8_t* rows, float (*total)[2][4]) {{
@@ -92,22 +96,22 @@ __device__ __forceinline__ void consume(uint8_t* shared, int tile_number, int en
 #pragma unroll
   for (int half = 0; half < 4; ++half) {{
     const int column = across * 32 + half * 8 + (kBits == 16 ? dealt(g) : g);
-    const int place = ((rank() * {s.teams} + team) * kDown + down) * kSlice + column % kSlice;
-    const uint32_t to = at_block(at + kSums + place * kTiles * 32, column / kSlice);
+    const int part = (rank() * {s.teams} + team) * kDown + down;
+    const int place = part * kPart + (q * kLine + column % kSlice) * 4;
+    const uint32_t to = at_block(at + kSums + place, column / kSlice);
+    // Rows were dealt to lanes, too: of each eight, a thread has rows q and q + 4.
 #pragma unroll
-    for (int tile = 0; tile < kTiles; ++tile) {{
-      const float* from = total[tile][half / 2] + half % 2 * 2;
-      asm volatile("st.shared::cluster.v2.f32 [%0], {{%1, %2}};"
-                   ::"r"(to + tile * 32 + q * 8), "f"(from[0]), "f"(from[1]) : "memory");
-    }}
+    for (int tile = 0; tile < kTiles; ++tile)
+#pragma unroll
+      for (int j = 0; j < 2; ++j)
+        asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(to + (tile * 8 + j * 4) * kLine * 4),
+                     "f"(total[tile][half / 2][half % 2 * 2 + j]) : "memory");
   }}
   gathered(at, tile_number, summing);
 }}
 // One result of the block's slice.
 __device__ __forceinline__ float sum(uint8_t* shared, int64_t row, int64_t column) {{
-  // The lane that held row r of eight had it as number 2 r, or 2 r - 7 from 4 on.
-  const int place = (int)(row / 8 * 8 + row % 4 * 2 + row / 4 % 2);
-  return added(base(shared) + kSums + (int)column * kTiles * 32 + place * 4, kSlice * kTiles * 32);
+  return added(base(shared) + kSums + ((int)row * kLine + (int)column) * 4, kPart);
 }}
 """
 

@@ -148,7 +148,9 @@ class Shape:
     @property
     def sums_bytes(self) -> int:
         """What the warps of the cluster send a block."""
-        return self.multiplying * self.rows * 4
+        if self.limbs:
+            return self.multiplying * self.rows * 4
+        return self.splits * self.teams * self.down * self.rows * (self.slice + halves.SPARE) * 4
 
     @property
     def stages(self) -> int:
