@@ -8,7 +8,7 @@
 causal prefill in turn with torch's scaled_dot_product_attention, its own choice and each of its kernels, by
 CUDA events; and decoding in a CUDA graph that walks over caches which no level-2 cache holds: its share is
 of what copying a gigabyte moves, counted in bytes of keys, values and scales. That is by calls of one
-Attention, and by a call of eight in a row ("layers"), where the result of one is the query of the next.
+Attention, and by a call of sixteen in a row ("layers"), where the result of one is the query of the next.
 Times are medians. ``check`` also decodes tokens into caches in place ("placed"), whose new rows come from the
 kernel in front, from calls before and from kernels of torch's. ``--only`` takes the rows whose name contains
 a text; ``--small`` the smallest sizes of each alone, for memory checkers.
@@ -48,10 +48,11 @@ RAGGED += [
 RAGGED += [(1, 1, 4999, 5000), (4, 2, 8190, 8192), (1, 1000, 0, 1000)]
 PREFILL = (2048, 4096, 8192, 16384, 32768)
 DECODE = [(1, 32768), (4, 32768), (16, 8192)]
-NODES = {"layers": 8, "layers8": 8, "placed": 2, "placed8": 2}  # of models of several
+NODES = {"layers": 16, "layers8": 16, "placed": 2, "placed8": 2}  # of models of several
 # batch, queries, tokens there, room of caches that tokens are decoded into
 PLACED = [(1, 1, 0, 8), (2, 1, 511, 1024), (1, 1, 4000, 4099), (3, 2, 130, 161), (2, 5, 1000, 1027)]
 STEPS = 3  # of them
+WARM = 10  # replays that are not timed
 
 
 # -- building --------------------------------------------------------------------------------------
@@ -464,7 +465,7 @@ class AttentionBench(Bench):
             with self.ffi.use_torch_stream(torch.cuda.graph(graph)):
                 for given in caches:
                     main(*given)
-            self.milliseconds(graph.replay, 1)
+            self.milliseconds(graph.replay, WARM)
             times = [self.milliseconds(graph.replay, 1) / count for _ in range(ROUNDS)]
             time = statistics.median(times)
             self.results[f"{name} {batch} x {length}"] = {"ms": time, "bytes": moved}
@@ -490,7 +491,7 @@ class AttentionBench(Bench):
             graph = torch.cuda.CUDAGraph()
             with self.ffi.use_torch_stream(torch.cuda.graph(graph)):
                 held = main(*given)
-            self.milliseconds(graph.replay, 1)
+            self.milliseconds(graph.replay, WARM)
             times = [self.milliseconds(graph.replay, 2) / count for _ in range(ROUNDS)]
             del held
             time = statistics.median(times)

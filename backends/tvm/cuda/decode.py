@@ -1,10 +1,10 @@
 """Device code of attention with few queries, as decoding has them: bound by reading keys and values once.
 
 Keys are split over blocks, each with the online softmax of FlashAttention-2 (arXiv 2307.08691, algorithm 1).
-The parts are merged by a second launch (:mod:`netlathe.backends.tvm.cuda.decode_merged`). Query heads that
-share a head of keys are columns of one product, so that keys are read once for all of them. Keys are its
-left operand, and values, transposed, that of the second product; there is one way for caches of halves
-(:mod:`netlathe.backends.tvm.cuda.decode_halves`) and one for those of int8
+The parts are merged by a second launch (:mod:`netlathe.backends.tvm.cuda.decode_merged`), unless a head has
+one alone. Query heads that share a head of keys are columns of one product, so that keys are read once for
+all of them. Keys are its left operand, and values, transposed, that of the second product; there is one way
+for caches of halves (:mod:`netlathe.backends.tvm.cuda.decode_halves`) and one for those of int8
 (:mod:`netlathe.backends.tvm.cuda.decode_bytes`).
 
 Each warp copies tiles of keys and of values to shared memory for itself, and waits for no other. Blocks start
@@ -354,12 +354,17 @@ __device__ __forceinline__ void part(
       if (g == 0) row[kDepth] = top[n][e], row[kDepth + 1] = whole[n][e];
     }}
   __syncthreads();
+  if (parts == 1) return;  // the rest is done by `result`
   float* to = static_cast<float*>(work) + (((int64_t)pair * parts + number) * rows + first) * kRow;
   const int items = min(kRows, rows - first) * (kDepth / 2);
   for (int item = threadIdx.x; item < items; item += {THREADS}) {{
     const int row = item / (kDepth / 2) * kRow;
     merge_warps(reinterpret_cast<const float*>(shared) + row, kRing / 4, item % (kDepth / 2) * 2, to + row);
   }}
+}}
+// A column of one of the block's rows, where its part is all there is.
+__device__ __forceinline__ float result(const void* shared, int64_t row, int64_t column) {{
+  return merged_warps(static_cast<const float*>(shared) + row * kRow, kRing / 4, (int)column);
 }}
 // An int8 vector's element in the half type.
 __device__ __forceinline__ uint16_t widened(

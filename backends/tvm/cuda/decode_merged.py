@@ -36,6 +36,22 @@ __device__ __forceinline__ void merge_warps(const float* row, int stride, int co
   *reinterpret_cast<float2*>(to + column) = value;
   if (column == 0) *reinterpret_cast<float2*>(to + kDepth) = make_float2(top, whole);
 }}
+// The result in one column, where there is no part but theirs.
+__device__ __forceinline__ float merged_warps(const float* row, int stride, int column) {{
+  float part[{warps}], top = -INFINITY, value = 0.0f, whole = 0.0f;
+  float2 rest[{warps}];
+#pragma unroll
+  for (int i = 0; i < {warps}; ++i) {{
+    part[i] = row[i * stride + column], rest[i] = *reinterpret_cast<const float2*>(row + i * stride + kDepth);
+    top = fmaxf(top, rest[i].x);
+  }}
+#pragma unroll
+  for (int i = 0; i < {warps}; ++i) {{
+    const float factor = shrunk(rest[i].x, top);
+    value += part[i] * factor, whole += rest[i].y * factor;
+  }}
+  return whole == 0.0f ? 0.0f : __fdividef(value, whole);
+}}
 // {COLUMNS} columns of a row, `block` of [heads of keys, rows, columns], as all its parts add up to them: the
 // result of thread i is that of column i. {THREADS // 8} parts are read at a time, by 8 threads each.
 __device__ __forceinline__ float merged(

@@ -152,7 +152,7 @@ class _Problem:
         work = self.kernel.workspace(size, "float32")
         own = idiv(self.heads, self.spec.groups)  # heads of keys in a sequence
         grid = self.pairs * tiles * parts
-        with code.launch(grid, decode.THREADS, least=1, waits=False) as (block, _):
+        with code.launch(grid, decode.THREADS, least=1, waits=False) as (block, thread):
             memory = code.alloc([shape.shared_bytes], "uint8", scope="shared.dyn")
             caches = (*self.caches, *(None,) * (4 - len(self.caches)))
             first, fresh = self.fresh or (None, i64(0))
@@ -163,19 +163,44 @@ class _Problem:
             given = (code.address(memory), *pointers, self.scale(), *numbers, causal, fresh)
             early = "false" if self.fresh is None else "true"
             code.run(named(f"part<{early}>"), text, *given)
-        across, threads = self.depth // decode_merged.COLUMNS, decode_merged.THREADS
-        grid = self.pairs * self.rows * i64(across)
-        with code.launch(grid, threads, waits=False) as (block, thread):
+            if known(parts) in (None, 1):
+                with code.when(parts == i64(1)):
+                    self._whole(shape, named("result"), text, code.address(memory), block, thread)
+        if known(parts) == 1:
+            return
+        across = self.depth // decode_merged.COLUMNS
+        grid, count = self.pairs * self.rows * i64(across), decode_merged.THREADS
+        launch = code.launch(grid, count, waits=False)
+        with code.when(parts > i64(1)), launch as (block, thread):
             # Where a result goes is worked out before the wait for the parts.
             sizes = (self.batch, own, groups, self.queries, i64(across))
             b, kv, member, i, left = (code.bind(item) for item in unflatten(block, sizes))
             head = code.bind(kv * groups + member)
             column = code.bind(left * i64(decode_merged.COLUMNS) + thread)
-            shared = code.address(code.alloc([threads], "float32", scope="shared"))
+            shared = code.address(code.alloc([count], "float32", scope="shared"))
             place = (self.pointer(work), block, parts, self.rows)
             value = code.bind(code.call(named("merged"), text, "float32", shared, *place))
             with code.when(thread < i64(decode_merged.COLUMNS)):
                 self.store(code, [b, head, i, column], value)
+
+    def _whole(
+        self, shape: decode.Shape, name: str, text: str, shared: Expr, block: Expr, thread: Expr
+    ) -> None:
+        """The results of a block that has all keys of a head."""
+        code, groups = self.code, i64(self.spec.groups)
+        tiles = idiv(self.rows + i64(shape.rows - 1), shape.rows)
+        pair, tile = (code.bind(item) for item in unflatten(block, [self.pairs, tiles]))
+        b, kv = (
+            code.bind(item) for item in unflatten(pair, [self.batch, idiv(self.heads, groups)])
+        )
+        with code.loop(-(-shape.rows * self.depth // decode.THREADS)) as step:
+            at = code.bind(step * i64(decode.THREADS) + thread)
+            line, column = code.bind(idiv(at, self.depth)), code.bind(imod(at, self.depth))
+            row = code.bind(tile * i64(shape.rows) + line)
+            with code.when(tirx.And(line < i64(shape.rows), row < self.rows)):
+                value = code.bind(code.call(name, text, "float32", shared, line, column))
+                member, i = (code.bind(item) for item in unflatten(row, [groups, self.queries]))
+                self.store(code, [b, kv * groups + member, i, column], value)
 
     def _keys(self, b: Expr) -> tuple[Expr, Expr]:
         """How many keys a sequence has, and how many the first query sees less one."""

@@ -299,6 +299,22 @@ def test_which_caches_are_asked_for_early(
     assert asks_early(body, outputs, arch="sm_80") == [False, False]
 
 
+@pytest.mark.parametrize(
+    "keys, expected",
+    [("64", {"result"}), ("32768", {"merged"}), ("t", {"result", "merged"})],
+    ids=["one part", "several", "either"],
+)
+def test_one_part_of_the_keys_is_not_merged(keys: str, expected: set[str]) -> None:
+    inputs = QKV.replace("[b,", "[1,").replace(",s,", ",1,").replace(",t,", f",{keys},")
+    module = (
+        Lowering(graph("y = Attention (q, k, v)", inputs, "bfloat16[1,8,1,64] y"), gpu(["sm_90a"]))
+        .run()
+        .module
+    )
+    (text,) = (str(f) for _, f in module.functions_items() if isinstance(f, tirx.PrimFunc))
+    assert set(re.findall(r"netlathe_decode_\w+::(merged|result)", text)) == expected
+
+
 def test_what_is_there_before_the_first_node_is_there_for_all() -> None:
     """Lengths that a kernel makes, as of all layers of a decoder."""
     sum_ = "one = Constant <value_ints = [1]> () long = Add (first, one)"
