@@ -36,7 +36,7 @@ import numpy.typing as npt
 META_FILE = "meta.json"
 LIBRARY_FILE = "model.so"
 PARAMETERS_FILE = "params.bin"
-FORMAT = 4
+FORMAT = 5
 ALIGNMENT = 64  # bytes, of constants in their file: no vector of them lies across two cache lines
 GPU_VECTOR = (
     16  # bytes that a thread loads at once, and multiples of which the copy engine copies from
