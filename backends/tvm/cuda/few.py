@@ -16,7 +16,7 @@ import onnx_ir as ir
 from tvm import tirx
 
 from netlathe.backends.tvm import storage
-from netlathe.backends.tvm.cuda import held, packing, skinny, stream
+from netlathe.backends.tvm.cuda import held, packing, pairs, skinny, stream
 from netlathe.backends.tvm.cuda.code import GpuCode
 from netlathe.backends.tvm.cuda.machine import PROCESSORS
 from netlathe.backends.tvm.cuda.tensor import Finish, unless_empty
@@ -101,7 +101,10 @@ def kernels(
     def kernel(tiles: int) -> Few:
         shape = None
         if code.has_wgmma and inner % 64 == 0:  # whole swizzled rows
-            shape = stream.chosen(weight.bits, tiles, columns, *weight.facts(inner))
+            facts = weight.facts(inner)
+            if weight.bits == 4:
+                shape = stream.chosen_pairs(tiles, columns, *facts)
+            shape = shape or stream.chosen(weight.bits, tiles, columns, *facts)
 
         def launched() -> None:
             with unless_empty(code, sizes[0]):
@@ -199,7 +202,8 @@ def _streamed(
         box_ = (row, box, shape.deep // row)
         return code.tensor_map(source, sizes, [i64(inner), i64(row)], box_, 2)
 
-    map_a = None if shape.held else deep(a, rows, 8 * shape.tiles)
+    records = _recorded(code, dtype, a, weight, sizes, shape) if shape.pairs else None
+    map_a = None if shape.held or shape.pairs else deep(a, rows, 8 * shape.tiles)
     maps: dict[str, Expr] = {}
     if weight.bits == 16:
         maps["weight"] = deep(weight.values, i64(columns), shape.columns)
@@ -232,6 +236,8 @@ def _streamed(
             numbers = [small(item) for item in (first, clusters, tiles, end)]
             sources = [mapped(role) for role in ("weight", "scales", "zeros")]
             given = tirx.const(0, "uint64") if map_a is None else tirx.address_of(map_a)
+            if records is not None:
+                given = code.address(records)
             code.run(named("produce"), text, shared, given, *sources, *numbers)
 
         def multiply() -> None:
@@ -267,6 +273,26 @@ def _streamed(
 
         code.branch(thread >= i64(shape.multiplying), copy, multiply)
         code.run(named("finish"), text)
+
+
+def _recorded(
+    code: GpuCode,
+    dtype: str,
+    a: Any,
+    weight: Weight,
+    sizes: tuple[Expr, int, int],
+    shape: stream.Shape,
+) -> Any:
+    """``a`` as pairs of bytes in scratch memory, in whole stages, written by a launch of its own."""
+    rows, inner, _ = sizes
+    text = stream.source(shape, dtype)
+    count = -(-weight.padded(inner) // shape.deep) * shape.down
+    made = code.kernel.workspace(i64(count * pairs.record(shape.tiles)), "uint8")
+    with code.launch(i64(count), pairs.threads(shape.tiles)) as (block, _):
+        numbers = [cast(item, "int32") for item in (block, rows, i64(inner))]
+        front = stream.name(shape, dtype, "front")
+        code.run(front, text, code.address(a), code.address(made), *numbers)
+    return made
 
 
 def _loaded(

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from netlathe.backends.tvm.cuda.stream import Shape
 
 _AHEAD = 2  # stages of x that are on their way to a team
-_MOST = 32512  # 127 * 256: of the high byte no more than 127
+MOST = 32512  # 127 * 256: of the high byte no more than 127
 
 
 def bytes_(rows: int, share: int, bits: int) -> int:
@@ -39,18 +39,23 @@ def line(rows: int) -> int:
     return 64 if rows == 1 else 256 + 32
 
 
+def order(bits: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Where the eight elements of K that a thread has lie in its 8 bytes, as the weight has them."""
+    return ((0, 1, 2, 3), (4, 5, 6, 7)) if bits == 8 else ((0, 4, 1, 5), (2, 6, 3, 7))
+
+
+def packed(values: str, order: tuple[int, ...], byte: int) -> str:
+    """A byte of each of four numbers."""
+    pick = f"0x{byte + 4}{byte}u"
+    low, high = (
+        f"__byte_perm({values}[{order[i]}], {values}[{order[i + 1]}], {pick})" for i in (0, 2)
+    )
+    return f"__byte_perm({low}, {high}, 0x5410u)"
+
+
 def source(s: Shape, warps: int) -> str:
     """What differs from products of halves: preparing x, multiplying, and where sums lie."""
-    # Where the eight elements of K that a thread has lie in its 8 bytes, as the weight has them.
-    first, second = ((0, 1, 2, 3), (4, 5, 6, 7)) if s.bits == 8 else ((0, 4, 1, 5), (2, 6, 3, 7))
-
-    def packed(values: str, order: tuple[int, ...], byte: int) -> str:
-        pick = f"0x{byte + 4}{byte}u"
-        low, high = (
-            f"__byte_perm({values}[{order[i]}], {values}[{order[i + 1]}], {pick})" for i in (0, 2)
-        )
-        return f"__byte_perm({low}, {high}, 0x5410u)"
-
+    first, second = order(s.bits)
     scale = "scale[half] * " if s.group else ""
     least = "1.0f / 16" if s.bits == 4 else "1.0f"
     return f"""
@@ -76,7 +81,7 @@ __device__ __forceinline__ void keep(uint8_t* to, int row, int own, const uint4&
   if (row >= kR) return;
   float factor;
   asm("rcp.approx.f32 %0, %1;" : "=f"(factor) : "f"(most));
-  factor *= {_MOST}.0f;
+  factor *= {MOST}.0f;
   uint32_t low[8], high[8];
 #pragma unroll
   for (int j = 0; j < 8; ++j) {{
@@ -89,7 +94,7 @@ __device__ __forceinline__ void keep(uint8_t* to, int row, int own, const uint4&
   *reinterpret_cast<uint2*>(line + 32) =
       make_uint2({packed("low", first, 0)}, {packed("low", second, 0)});
   float* scale = reinterpret_cast<float*>(to + kLimbScales) + own / kChunk * kR + row;
-  if (own % kChunk == 0) *scale = most * ({least} / {_MOST});
+  if (own % kChunk == 0) *scale = most * ({least} / {MOST});
 }}
 __device__ __forceinline__ void multiply_bytes(
     int* d, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {{

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from netlathe.backends.tvm.cuda import halves, held, limbs, skinny
+from netlathe.backends.tvm.cuda import halves, held, limbs, pairs, skinny
 
 WARPS = 8  # of a team
 # Clusters of so many blocks, one to a multiprocessor, that are on an H200 at once: its parts of 16 or 18
@@ -41,7 +41,8 @@ class Shape:
     ``group`` rows of K share a scale, 0: one for each column or none. Zero points are given where ``zeros``
     says so, else ``zero`` of 4 bits stands for zero. ``held``: x is kept in shared memory, for at most so
     many rows of ``inner`` elements (see :mod:`netlathe.backends.tvm.cuda.held`), ``normed`` before; as
-    integers where the weight is of integers. 0: it comes along with the weight.
+    integers where the weight is of integers. 0: it comes along with the weight; ``pairs``: as a kernel in
+    front has made it (see :mod:`netlathe.backends.tvm.cuda.pairs`).
     """
 
     bits: int
@@ -54,6 +55,7 @@ class Shape:
     held: int = 0
     inner: int = 0
     normed: bool = False
+    pairs: bool = False
 
     @property
     def rows(self) -> int:
@@ -96,12 +98,14 @@ class Shape:
     @property
     def stage_rows(self) -> int:
         """Bytes of x in a stage."""
+        if self.pairs:
+            return self.down * pairs.record(self.tiles)
         return 0 if self.held else 16 * self.tiles * self.deep
 
     @property
     def teams(self) -> int:
         """Two where a thread has few registers to keep: unpacking takes time."""
-        return 2 if self.tiles == 1 else 1
+        return 2 if self.tiles == 1 and not self.pairs else 1
 
     @property
     def multiplying(self) -> int:
@@ -146,11 +150,17 @@ class Shape:
         return -(-(_WEIGHTS + self.stage_rows + 2 * self.scale_bytes) // 1024) * 1024
 
     @property
+    def parts(self) -> int:
+        """Sums of a result: one of each warp, or warpgroup, that shares its K."""
+        shared = pairs.sharing(self.columns) if self.pairs else self.down
+        return self.splits * self.teams * shared
+
+    @property
     def sums_bytes(self) -> int:
         """What the warps of the cluster send a block."""
         if self.limbs:
             return self.multiplying * self.rows * 4
-        return self.splits * self.teams * self.down * self.rows * (self.slice + halves.SPARE) * 4
+        return self.parts * self.rows * (self.slice + halves.SPARE) * 4
 
     @property
     def stages(self) -> int:
@@ -177,6 +187,10 @@ class Shape:
 # the rows of x. And what sharing K between twice as many blocks costs a tile. Fitted to an H200.
 _NARROW = {16: 1.05, 8: 1.1, 4: 1.4}
 _SHARING = 8.0
+# Pairs: what bytes of x cost, of what those of weights do; and the stages of the most loaded block from which
+# on the kernel in front, which takes 1.4 microseconds, is worth it.
+_BESIDE = 0.03
+_WORTH = 16
 # One row times 4 bits: a kernel whose blocks have up to so many stages each takes no longer for some having
 # fewer tiles than others, since the one behind begins where they are done.
 _SHORT = 16
@@ -214,6 +228,28 @@ def chosen(
     ]
     able = [s for s in shapes if s.fits and -(-inner // s.deep) >= s.splits and s.able]
     return min(able, key=cost, default=None)
+
+
+def chosen_pairs(
+    tiles: int, columns: int, inner: int, group: int, zeros: bool, zero: int
+) -> Shape | None:
+    """The same with 4 bits where a kernel in front makes x bytes; None where that takes longer than it saves.
+
+    Clusters were slower in all cases, so that there must be tiles for nearly all multiprocessors.
+    """
+
+    def stages(shape: Shape) -> int:
+        return -(-columns // shape.columns // CLUSTERS[1]) * -(-inner // shape.deep)
+
+    def cost(shape: Shape) -> float:
+        return stages(shape) * (1 + _BESIDE * shape.stage_rows / _WEIGHTS)
+
+    wide = (256, 128, 64)
+    shapes = [Shape(4, tiles, across, 1, group, zeros, zero, pairs=True) for across in wide]
+    best = min((s for s in shapes if s.fits), key=cost, default=None)
+    if best is None or stages(best) < _WORTH or -(-columns // 64) < 0.9 * CLUSTERS[1]:
+        return None
+    return best
 
 
 def source(shape: Shape, dtype: str) -> str:
@@ -328,6 +364,7 @@ __device__ __forceinline__ void copy_packed(
       ::"r"(to), "l"(map), "r"(barrier), "r"(0), "r"(column % 64 / 16), "r"(chunk), "r"(column / 64),
       "l"(policy) : "memory");
 }}
+{pairs.records(s) if s.pairs else ""}
 // Stages of this block's share of K in a tile.
 __device__ __forceinline__ int share(int end) {{
   return ((end + kDeep - 1) / kDeep - rank() + kSplits - 1) / kSplits;
@@ -335,8 +372,8 @@ __device__ __forceinline__ int share(int end) {{
 
 // The copying warp. `end` is where K ends in memory; tiles from `first` on, every `step`-th of `tiles`.
 __device__ __forceinline__ void produce(
-    uint8_t* shared, uint64_t map_x, uint64_t map_weight, uint64_t map_scales, uint64_t map_zeros, int first,
-    int step, int tiles, int end) {{
+    uint8_t* shared, {"const void*" if s.pairs else "uint64_t"} x, uint64_t map_weight, uint64_t map_scales,
+    uint64_t map_zeros, int first, int step, int tiles, int end) {{
   if (threadIdx.x != {s.multiplying}) return;
   const uint32_t at = base(shared);
   const int each = share(end), count = (tiles - first + step - 1) / step * each;
@@ -367,7 +404,8 @@ __device__ __forceinline__ void produce(
     int tile, k;
     place(number, tile, k);
     const int slot = number % kStages;
-    copy_rows(at + slot * kStageBytes + kRows, map_x, full(at, slot), 0, k, often);
+    const uint32_t to = at + slot * kStageBytes + kRows, barrier = full(at, slot);
+    {"copy_records(to, x, barrier, k, often)" if s.pairs else "copy_rows(to, x, barrier, 0, k, often)"};
   }};
   const int ahead = min(count, kStages);
   for (int number = 0; number < ahead; ++number) constants(number);
@@ -421,14 +459,14 @@ __device__ __forceinline__ void gathered(uint32_t at, int tile_number, int summi
 __device__ __forceinline__ float added(uint32_t at, int stride) {{
   float value = 0.0f;
 #pragma unroll 8
-  for (int part = 0; part < kSplits * {s.teams} * kDown; ++part) {{
+  for (int part = 0; part < {s.parts}; ++part) {{
     float v;
     asm volatile("ld.shared.f32 %0, [%1];" : "=f"(v) : "r"(at + part * stride) : "memory");
     value += v;
   }}
   return value;
 }}
-{limbs.source(s, WARPS) if s.limbs else halves.source(s, WARPS)}
+{_multiplied(s)}
 {held.source(s, dtype, WARPS) if s.prepared else ""}
 // The slice has been read: others may send the next.
 __device__ __forceinline__ void release(uint8_t* shared) {{ tell_all(taken(base(shared))); }}
@@ -437,11 +475,18 @@ __device__ __forceinline__ void release(uint8_t* shared) {{ tell_all(taken(base(
 """
 
 
+def _multiplied(s: Shape) -> str:
+    if s.pairs:
+        return pairs.source(s)
+    return limbs.source(s, WARPS) if s.limbs else halves.source(s, WARPS)
+
+
 def _stem(shape: Shape, dtype: str) -> str:
     s = shape
     zero = "z" if s.zeros else s.zero
     held_ = f"_{s.held}_{s.inner}{'n' * s.normed}" if s.held else ""
-    return f"stream_{dtype}_{s.bits}_{s.tiles}_{s.columns}_{s.splits}_{s.group}_{zero}{held_}"
+    how = "pairs" if s.pairs else "stream"
+    return f"{how}_{dtype}_{s.bits}_{s.tiles}_{s.columns}_{s.splits}_{s.group}_{zero}{held_}"
 
 
 def name(shape: Shape, dtype: str, function: str) -> str:

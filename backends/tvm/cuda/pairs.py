@@ -1,0 +1,289 @@
+"""Device code for products of 5 to 16 rows with 4-bit weights on sm_90a: x as pairs of bytes.
+
+It is a part of :mod:`netlathe.backends.tvm.cuda.stream`; beside it,
+:mod:`netlathe.backends.tvm.cuda.halves` and :mod:`netlathe.backends.tvm.cuda.limbs` are the other ways to
+multiply what a stage holds.
+
+With so many rows both unpacking and multiplying take their time: of a quarter of an H200's multiprocessor an
+mma.m16n8k16 takes 6.1 cycles and a logical instruction 2, and the two hardly overlap. So, as in :mod:`limbs`,
+the weight becomes bytes, by three instructions for eight, and a row of x two columns of bytes, with a scale
+for every 128 elements of K. Here the products are those of a warpgroup, m64n32k32 (PTX ISA 8.5, section
+9.7.14), which take 16 cycles where mma takes 24, and read x from shared memory by themselves.
+
+x is made bytes once, by a launch of its own, in the order in which products read it, and comes along with the
+weight. A chunk of K is a record: for each 16 of K and 8 columns a core matrix, 8 by 16 bytes, then the scales
+of the rows, and 16 times their sums, which are what zero points are multiplied with.
+
+A warpgroup takes two parts of a stage, each of 64 columns and one chunk of K, and unpacks the second while
+the first is multiplied. More warpgroups, or unpacking ahead into the next stage, were slower.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from netlathe.backends.tvm.cuda import halves, limbs, skinny
+
+if TYPE_CHECKING:
+    from netlathe.backends.tvm.cuda.stream import Shape
+
+_BITS = 4
+CHUNK = skinny.chunk(_BITS)
+
+
+def record(tiles: int) -> int:
+    """Bytes of a chunk: two for each element, and two floats for each row; copies start at 128."""
+    return 16 * tiles * CHUNK + 128
+
+
+def threads(tiles: int) -> int:
+    """Of a block of the kernel in front, which makes one record: one for 8 elements of a row."""
+    return tiles * CHUNK
+
+
+def sharing(columns: int) -> int:
+    """Warpgroups that share K in a tile."""
+    return 2 if columns == 64 else 1  # otherwise each has columns of its own
+
+
+def records(s: Shape) -> str:
+    """How they are copied: those of a stage."""
+    return f"""
+constexpr int kRecord = {record(s.tiles)}, kCore = {256 * s.tiles}, kFloats = kRecord - 128;
+__device__ __forceinline__ void copy_records(
+    uint32_t to, const void* from, uint32_t barrier, int k, uint64_t policy) {{
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
+      " [%0], [%1], %2, [%3], %4;"
+      ::"r"(to), "l"(static_cast<const uint8_t*>(from) + k / kChunk * (int64_t)kRecord),
+      "r"(kDown * kRecord), "r"(barrier), "l"(policy) : "memory");
+}}"""
+
+
+def source(s: Shape) -> str:
+    """The kernel in front, and what differs from other products: multiplying, and where sums lie."""
+    return f"{_front(s)}{_back(s)}"
+
+
+def _front(s: Shape) -> str:
+    packed = limbs.packed
+    first, second = limbs.order(_BITS)
+    return f"""
+__device__ __forceinline__ float largest(float a, float b) {{
+  float c;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(c) : "f"(a), "f"(b));
+  return c;
+}}
+// One record: 8 elements of a row for each thread.
+__device__ __forceinline__ void front(const void* x_, void* to_, int number, int rows, int inner) {{
+  const int row = threadIdx.x / (kChunk / 8), own = threadIdx.x % (kChunk / 8) * 8, k = number * kChunk + own;
+  const uint16_t* x = static_cast<const uint16_t*>(x_);
+  uint4 held = make_uint4(0, 0, 0, 0);
+  if (row < rows && k < inner) held = *reinterpret_cast<const uint4*>(x + row * (int64_t)inner + k);
+  const uint32_t words[4] = {{held.x, held.y, held.z, held.w}};
+  float value[8], most = 1e-30f;
+#pragma unroll
+  for (int j = 0; j < 8; ++j) {{
+    value[j] = wide((uint16_t)(words[j / 2] >> (j % 2 * 16)));
+    most = largest(most, fabsf(value[j]));
+  }}
+#pragma unroll
+  for (int mask = kChunk / 16; mask > 0; mask /= 2)
+    most = largest(most, __shfl_xor_sync(0xffffffffu, most, mask));
+  float factor;
+  asm("rcp.approx.f32 %0, %1;" : "=f"(factor) : "f"(most));
+  factor *= {limbs.MOST}.0f;
+  uint32_t low[8], high[8];
+  int sum = 0;
+#pragma unroll
+  for (int j = 0; j < 8; ++j) {{
+    low[j] = __float_as_uint(fmaf(value[j], factor, 12582912.0f));  // its last bits are the integer
+    high[j] = low[j] + 128;  // whose low byte, with its sign, is taken off
+    sum += (int)low[j] - 0x4B400000;
+  }}
+#pragma unroll
+  for (int mask = kChunk / 16; mask > 0; mask /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, mask);
+  // Of 32 of K there are two rows of cores, 16 bytes for 8 columns each: high bytes of 8 rows, then low ones.
+  // Rows are dealt so that a thread, which has two neighbouring columns of a product, has rows q and q + 4.
+  const int place = row / 8 * 8 + row % 4 * 2 + row / 4 % 2;
+  uint8_t* record = static_cast<uint8_t*>(to_) + number * (int64_t)kRecord;
+  uint8_t* to = record + own / 32 * 2 * kCore + place / 8 * 256 + place % 8 * 16 + own % 32 / 8 * 4;
+  *reinterpret_cast<uint32_t*>(to) = {packed("high", first, 1)};
+  *reinterpret_cast<uint32_t*>(to + kCore) = {packed("high", second, 1)};
+  *reinterpret_cast<uint32_t*>(to + 128) = {packed("low", first, 0)};
+  *reinterpret_cast<uint32_t*>(to + kCore + 128) = {packed("low", second, 0)};
+  if (own == 0) {{
+    float* floats = reinterpret_cast<float*>(record + kFloats) + place;
+    floats[0] = most * (1.0f / 16 / {limbs.MOST});
+    floats[16] = (float)sum * 16;
+  }}
+}}
+"""
+
+
+def _multiply(width: int, name: str, how: str, adds: str) -> str:
+    sums, weights = (
+        ", ".join(f"%{i}" for i in numbers)
+        for numbers in (range(width // 2), range(width // 2, width // 2 + 4))
+    )
+    outputs = ", ".join(f'"{how}r"(d[{i}])' for i in range(width // 2))
+    x = width // 2 + 4
+    return f"""
+__device__ __forceinline__ void multiply_{name}(int* d, const uint32_t* w, uint32_t x) {{
+  asm volatile(
+      "{{\\n.reg .pred p;\\n.reg .b64 x;\\nmov.b64 x, {{%{x}, %{x + 1}}};\\nsetp.ne.b32 p, {adds}, 0;\\n"
+      "wgmma.mma_async.sync.aligned.m64n{width}k32.s32.s8.s8 {{{sums}}}, {{{weights}}}, x, p;\\n}}"
+      : {outputs} : "r"(w[0]), "r"(w[1]), "r"(w[2]), "r"(w[3]), "r"(x), "n"(8));
+}}"""
+
+
+def _back(s: Shape) -> str:
+    across = {64: "0", 128: "group", 256: "group + i % 2 * 2"}[s.columns]
+    down = {64: "group + 2 * i", 128: "i", 256: "0"}[s.columns]
+    outputs = ", ".join(f'"+r"(d[{i}])' for i in range(8 * s.tiles))
+    wide = s.columns == 256  # a warpgroup has two times 64 columns
+    width = 16 * s.tiles
+    step = {64: 2, 128: 1, 256: 0}[s.columns]  # chunks from one part of a warpgroup to the next
+    zero = "8.0f + wide(kMagic) - constant_of(own + kZeros)" if s.zeros else f"{8 - s.zero}.0f"
+    return f"""
+constexpr int kWide = {1 + wide}, kSharing = {sharing(s.columns)};
+// What a warpgroup has of the sums.
+constexpr int kLine = (kSlice + {halves.SPARE}) * 4, kPart = {8 * s.tiles} * kLine;
+constexpr bool kOffset = {str(s.zeros or s.zero != 8).lower()};
+{_multiply(width, "first", "=", "0")}
+{_multiply(width, "more", "+", "1")}
+// Eight elements of K of a column as bytes, 16 times what they are less 8.
+__device__ __forceinline__ void bytes_of(uint32_t word, uint32_t& first, uint32_t& second) {{
+  asm("lop3.b32 %0, %1, 0xF0F0F0F0, 0x80808080, 0x6A;" : "=r"(first) : "r"(word << 4));  // (a & b) ^ c
+  asm("lop3.b32 %0, %1, 0xF0F0F0F0, 0x80808080, 0x6A;" : "=r"(second) : "r"(word));
+}}
+// 64 columns times one chunk, on its way: products, and factors of columns and rows. Cores lie without a
+// swizzle: kCore bytes from one to the next along K, 128 along columns.
+struct Part {{
+  int sums[{width // 2}];
+  float scale[2], offset[2];
+  float2 rows[{s.tiles}], totals[{s.tiles}];
+}};
+// What a thread reads of a stage, and where products read x.
+struct Places {{
+  uint32_t weight, constants[2], rows, x;
+}};
+__device__ __forceinline__ uint4 four_at(uint32_t at) {{
+  uint4 v;
+  asm volatile("ld.shared.v4.u32 {{%0, %1, %2, %3}}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(at));
+  return v;
+}}
+__device__ __forceinline__ float2 floats_at(uint32_t at) {{
+  float2 v;
+  asm volatile("ld.shared.v2.f32 {{%0, %1}}, [%2];" : "=f"(v.x), "=f"(v.y) : "r"(at));
+  return v;
+}}
+__device__ __forceinline__ float constant_of(uint32_t at) {{
+  uint16_t v;
+  asm volatile("ld.shared.u16 %0, [%1];" : "=h"(v) : "r"(at));
+  return wide(v);
+}}
+__device__ __forceinline__ void begin(
+    uint32_t stage, int i, const Places& from, uint32_t (*a)[4], Part& part) {{
+  uint4 weight[2];
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {{
+    weight[half] = four_at(stage + from.weight + i * {4096 if s.columns == 128 else 8192} + half * 512);
+    const uint32_t own = stage + from.constants[i] + half * 16;
+    part.scale[half] = kGroup ? constant_of(own + kScales) : 1.0f;
+    if (kOffset) part.offset[half] = {zero};
+  }}
+#pragma unroll
+  for (int tile = 0; tile < {s.tiles}; ++tile) {{
+    const uint32_t rows = stage + from.rows + {step} * i * kRecord + tile * 32;
+    part.rows[tile] = floats_at(rows);
+    if (kOffset) part.totals[tile] = floats_at(rows + 64);
+  }}
+  const uint32_t *even = reinterpret_cast<const uint32_t*>(weight), *odd = even + 4;
+#pragma unroll
+  for (int p = 0; p < 4; ++p) {{
+    bytes_of(even[p], a[p][0], a[p][2]);
+    bytes_of(odd[p], a[p][1], a[p][3]);
+  }}
+  const uint32_t x = (stage + from.x + {step} * i * kRecord) / 16 & 0x3FFF | kCore / 16 << 16;
+  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#pragma unroll
+  for (int p = 0; p < 4; ++p) {{
+    const uint32_t own = x + p * (2 * kCore / 16);
+    p == 0 ? multiply_first(part.sums, a[p], own) : multiply_more(part.sums, a[p], own);
+  }}
+  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+}}
+// All parts but the last `kLeft` are there; the sums of this one are not read before.
+template <int kLeft> __device__ __forceinline__ void landed(Part& part) {{
+  int* d = part.sums;
+  asm volatile("wgmma.wait_group.sync.aligned %{width // 2};" : {outputs} : "n"(kLeft) : "memory");
+}}
+__device__ __forceinline__ void add(const Part& part, float* total) {{
+#pragma unroll
+  for (int tile = 0; tile < {s.tiles}; ++tile)
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {{
+      float value = (float)(part.sums[tile * 8 + j] * 256 + part.sums[tile * 8 + 4 + j]);
+      if (kOffset) value = fmaf(part.offset[j / 2], j % 2 ? part.totals[tile].y : part.totals[tile].x, value);
+      value *= j % 2 ? part.rows[tile].y : part.rows[tile].x;
+      total[tile * 4 + j] = fmaf(value, part.scale[j / 2], total[tile * 4 + j]);
+    }}
+}}
+
+// A multiplying warp's share of one tile, sent to the blocks that finish its columns.
+__device__ __forceinline__ void consume(uint8_t* shared, int tile_number, int end, int summing) {{
+  const uint32_t at = base(shared);
+  // The same for all threads of a warp, which the compiler cannot know.
+  const int group = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);
+  const int unit = threadIdx.x / 32 % 4, lane = threadIdx.x % 32, q = lane % 4;
+  const int each = share(end), before = tile_number * each;
+  Places from;
+#pragma unroll
+  for (int i = 1; i >= 0; --i) {{
+    const int across = {across}, down = {down};
+    from.weight = ((across * kDown + down) * 4 + unit) * 1024 + lane * 16;
+    from.constants[i] = constant_at(across * 64 + unit * 16 + lane / 4, down);
+    from.x = kRows + down * kRecord;
+  }}
+  from.rows = from.x + kFloats + q * 8;
+  float total[kWide][{4 * s.tiles}] = {{}};
+  uint32_t a[2][4][4];
+  Part part[2];
+  for (int step = 0; step < each; ++step) {{
+    const int number = before + step, slot = number % kStages;
+    const uint32_t stage = at + slot * kStageBytes;
+    wait(full(at, slot), (number / kStages) & 1);
+    begin(stage, 0, from, a[0], part[0]);
+    begin(stage, 1, from, a[1], part[1]);
+    landed<1>(part[0]);
+    add(part[0], total[0]);
+    landed<0>(part[1]);
+    add(part[1], total[kWide - 1]);
+    __syncwarp();
+    if (lane == 0)
+      asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(empty(at, slot)) : "memory");
+  }}
+  if (tile_number == 0) follow();  // results may overwrite what kernels in front still read
+  else wait<true>(taken(at), (tile_number - 1) & 1);
+#pragma unroll
+  for (int i = 0; i < kWide; ++i)
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {{
+      const int column = ({across}) * 64 + unit * 16 + half * 8 + lane / 4;
+      const int number = rank() * kSharing + (kSharing > 1 ? group : 0);
+      const int place = number * kPart + q * kLine + column % kSlice * 4;
+      const uint32_t to = at_block(at + kSums + place, column / kSlice);
+#pragma unroll
+      for (int j = 0; j < {2 * s.tiles}; ++j)
+        asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(to + (j / 2 * 8 + j % 2 * 4) * kLine),
+                     "f"(total[i][j / 2 * 4 + half * 2 + j % 2]) : "memory");
+    }}
+  gathered(at, tile_number, summing);
+}}
+// One result of the block's slice.
+__device__ __forceinline__ float sum(uint8_t* shared, int64_t row, int64_t column) {{
+  return added(base(shared) + kSums + (int)row * kLine + (int)column * 4, kPart);
+}}
+"""

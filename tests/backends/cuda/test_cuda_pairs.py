@@ -1,0 +1,90 @@
+"""Products of 5 to 16 rows with 4-bit weights, x as pairs of bytes: cut, compiled, and on a GPU."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+pytest.importorskip("tvm", reason="the tvm extra is not installed")
+
+from netlathe.backends.tvm.cuda import pairs, stream
+from netlathe.backends.tvm.cuda.artifact import CudaArtifact
+from netlathe.backends.tvm.cuda.machine import ARCHITECTURES, gpu
+from tests.backends.cuda import test_cuda_compile, test_cuda_run
+
+# Inner, columns and group, with ends inside of stages and tiles; and the columns of a tile.
+RAGGED = [(2112, 391, 0, 64), (1152, 4100, 128, 128), (1536, 700, 256, 256), (640, 9000, 0, 64)]
+
+
+@pytest.mark.parametrize("tiles", [1, 2])
+@pytest.mark.parametrize("group", [0, 128, 1024])
+def test_shapes(tiles: int, group: int) -> None:
+    for columns in (8192, 11008, 28672, 128256):
+        for inner in (8192, 11264, 28672):
+            shape = stream.chosen_pairs(tiles, columns, inner, group, True, 8)
+            assert shape is not None and shape.pairs and shape.teams == 1 and shape.splits == 1
+            assert shape.shared_bytes <= ARCHITECTURES["sm_90a"][1] and shape.stages >= 4
+            assert shape.stage_rows == shape.deep // pairs.CHUNK * pairs.record(tiles)
+            assert not group or max(shape.deep, group) % min(shape.deep, group) == 0
+
+
+def test_small_weights_and_those_of_few_columns_go_by_halves() -> None:
+    assert stream.chosen_pairs(2, 4096, 28672, 128, False, 8) is None
+    assert stream.chosen_pairs(2, 8192, 2048, 128, False, 8) is None
+    wide, narrow = (stream.chosen_pairs(2, n, 8192, 128, False, 8) for n in (28672, 8192))
+    assert wide is not None and narrow is not None and (wide.columns, narrow.columns) == (256, 64)
+
+
+@pytest.mark.skipif(not test_cuda_compile._has_nvcc(), reason="nvcc is not installed")
+@pytest.mark.parametrize("columns", [8192, 12288, 28672])  # tiles of 64, 128 and 256
+def test_nothing_spills(columns: int) -> None:
+    model = ir.from_onnx_text(
+        f"""
+        <ir_version: 12, opset_import: ["" : 25]>
+        g (bfloat16[n, 8192] x, int4[8192, {columns}] q, bfloat16[64, {columns}] s)
+            => (bfloat16[n, {columns}] y)
+        {{
+            d = DequantizeLinear <axis = 0, block_size = 128> (q, s)
+            y = MatMul (x, d)
+        }}
+        """
+    )
+    for value in list(model.graph.inputs)[1:]:
+        dtype, shape, name = value.dtype, value.shape, value.name
+        assert dtype is not None and shape is not None and name is not None
+        value.const_value = ir.ExternalTensor("", 0, 0, dtype, shape=shape, name=name)
+        model.graph.inputs.remove(value)
+        model.graph.register_initializer(value)
+    report = CudaArtifact(model, gpu(["sm_90a"])).report()
+    assert report["spilling"] == [] and report["most_registers"] <= 224
+
+
+@pytest.mark.skipif(not test_cuda_run.HERE, reason="no GPU that there are kernels for")
+@pytest.mark.parametrize("half", ["bfloat16", "float16"])
+@pytest.mark.parametrize("kind", ["int4", "uint4"])
+@pytest.mark.parametrize(("inner", "columns", "group", "across"), RAGGED)
+def test_product(
+    monkeypatch: pytest.MonkeyPatch,
+    half: str,
+    kind: str,
+    inner: int,
+    columns: int,
+    group: int,
+    across: int,
+) -> None:
+    def made(tiles: int, _: int, inner: int, group: int, zeros: bool, zero: int) -> stream.Shape:
+        return stream.Shape(4, tiles, across, 1, group, zeros, zero, pairs=True)
+
+    monkeypatch.setattr(stream, "chosen_pairs", made)
+    model, weight = test_cuda_run.linear(half, kind, inner, columns, group)
+    program = test_cuda_run.OnGpu(model, gpu([test_cuda_run.HERE[-1]]))
+    bias = next(v for v in model.graph.initializers.values() if v.name == "bias").const_value
+    assert bias is not None
+    rng = np.random.default_rng(1)
+    for rows in (5, 8, 9, 16):
+        x = (rng.standard_normal((rows, inner)) + 1).astype(test_cuda_run.HALVES[half])
+        wanted = x.astype(np.float64) @ weight + bias.numpy().astype(np.float64)
+        found = program.run({"x": x})["y"].astype(np.float64)
+        error = np.linalg.norm(found - wanted) / np.linalg.norm(wanted)
+        assert error < test_cuda_run.BOUNDS[half], (rows, error)
