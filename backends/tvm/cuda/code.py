@@ -51,6 +51,7 @@ class GpuCode(Code):
         )
         # What the open loop over lanes stores: the buffer, the position by lane, the values.
         self._leaving: list[tuple[Any, Expr, Any]] = []
+        self._open = 0  # blocks that were open when that loop began
 
     @property
     def has_wgmma(self) -> bool:
@@ -95,14 +96,15 @@ class GpuCode(Code):
             return
         before, self._leaving = self._leaving, []
         with super().loop(count, VECTORIZED) as lane:
+            self._open = len(self._blocks)
             yield lane
         leaving, self._leaving = self._leaving, before
         for buffer, position, held in leaving:
             first, second = (substituted(position, {lane: i64(n)}) for n in (0, 1))
             multiple: Any = sym.Analyzer().modular_set(first)
             aligned = multiple.coeff % count == 0 and multiple.base % count == 0
-            if aligned and known(sym.Analyzer().simplify(second - first)) == 1:
-                size = count * np.dtype(str(buffer.dtype)).itemsize
+            size = count * np.dtype(str(buffer.dtype)).itemsize
+            if aligned and size >= 4 and known(sym.Analyzer().simplify(second - first)) == 1:
                 pointers = (self.address(buffer, first), self.address(held))
                 self.run(f"netlathe_put<{size}>", _PUT, *pointers)
                 continue
@@ -111,11 +113,11 @@ class GpuCode(Code):
                 super().store(buffer, substituted(position, {lane: each}), value)
 
     def store(self, buffer: Any, index: Expr | Index, value: Expr) -> None:
-        """Store one element; in a loop over lanes, all of them when it has ended.
+        """Store one element; in a loop over lanes all of them when it has ended, unless a condition is open.
 
         The type of a vector says nothing of its alignment to nvcc, which then writes element by element.
         """
-        if self._lane is None or buffer.scope() != "global":
+        if self._lane is None or buffer.scope() != "global" or len(self._blocks) > self._open:
             super().store(buffer, index, value)
             return
         lane, lanes, hoisted = self._lane
@@ -302,6 +304,8 @@ __device__ __forceinline__ void netlathe_follow() {
 }
 """
 _PUT = """
+#ifndef NETLATHE_PUT
+#define NETLATHE_PUT
 template <int kBytes> __device__ __forceinline__ void netlathe_put(void* to, const void* from) {
   if constexpr (kBytes == 4) {
     *static_cast<uint32_t*>(to) = *static_cast<const uint32_t*>(from);
@@ -316,6 +320,7 @@ template <int kBytes> __device__ __forceinline__ void netlathe_put(void* to, con
                    ::"l"(static_cast<uint64_t*>(to) + i), "l"(part[i]), "l"(part[i + 1]) : "memory");
   }
 }
+#endif
 """
 _NULL = """
 __device__ __forceinline__ void* netlathe_null() { return nullptr; }

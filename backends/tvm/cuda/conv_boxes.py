@@ -133,8 +133,8 @@ def _convolve(
                 # Columns are products without a name: vectors must see what they are multiples of.
                 left = code.bind(imod(tile, across)) * i64(shape.columns)
 
-                def results(part: int, inside: bool) -> None:
-                    threads = 64 // conv_hopper.LANES  # to a row
+                def results(first: int, wide: int, inside: bool) -> None:
+                    threads = wide // conv_hopper.LANES  # to a row
                     count = GROUP // threads
                     kind = (
                         VECTORIZED if inside else SERIAL
@@ -144,7 +144,7 @@ def _convolve(
                         at = code.bind(imod(member, threads)) * i64(conv_hopper.LANES)
                         moved = narrow(code, line, [i64(n) for n in each])
                         index = [code.bind(c + m) for c, m in zip(corner, moved, strict=True)]
-                        column = left + i64(part * 64) + at
+                        column = left + i64(first) + at
 
                         def all_() -> None:
                             quad = staging.at(f"float32x{conv_hopper.LANES}", line, at)
@@ -163,7 +163,7 @@ def _convolve(
                 for c, n, size in zip(corner, each, out[:3], strict=True):
                     whole = tirx.And(whole, c + i64(n) <= size)
                 full = whole if box.places == conv_hopper.PLACES else None
-                staging.parts(sums, shape.columns // 64, full, results)
+                staging.bring_out(sums, shape.columns, full, results)
 
         code.branch(thread < i64(GROUP), copy, multiply)
         code.run(named("finish"), text)

@@ -16,25 +16,38 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from netlathe.backends.tvm.cuda import warpgroup
-from netlathe.backends.tvm.cuda.machine import PROCESSORS
+from netlathe.backends.tvm.cuda.machine import ARCHITECTURES, PROCESSORS
 from netlathe.backends.tvm.cuda.operands import Operands, operands
-from netlathe.backends.tvm.cuda.warpgroup import CACHE_BYTES, GROUP, LEAVING, ROW_BYTES
+from netlathe.backends.tvm.cuda.warpgroup import GROUP, LEAVING, PART, ROW_BYTES
 
-ROWS = 128  # of a tile: 64 for each multiplying warpgroup
+ROWS = (
+    128  # of a tile: 64 for each multiplying warpgroup; or 64 alone, where one of the two is idle
+)
+SHARED = ARCHITECTURES["sm_90a"][1]  # bytes that a block may have
+COUNTED = (192, 256, 384, 512)  # for so many rows, or fewer, tiles are chosen
+# Measured on an H200: a stage takes so many cycles at least. Products on all multiprocessors let the clock
+# fall, so that a cycle of theirs takes as long as so many of what else goes on.
+_STAGE, _HOT = 480, 1.36
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A tile of ``columns`` columns, ``stages`` in flight, and ``cluster`` blocks that share columns of B."""
+    """A tile of ``rows`` by ``columns``, ``stages`` in flight; ``cluster`` blocks share columns of B."""
 
     columns: int = 256
     stages: int = 4
     cluster: int = 2
+    rows: int = ROWS
 
     @property
     def stage_bytes(self) -> int:
         """Both operands of one step."""
-        return (ROWS + self.columns) * ROW_BYTES
+        return (self.rows + self.columns) * ROW_BYTES
+
+    @property
+    def readers(self) -> int:
+        """Warpgroups that let a stage go."""
+        return self.rows // PART * self.cluster
 
     @property
     def box_rows(self) -> int:
@@ -44,7 +57,7 @@ class Shape:
     @property
     def pieces(self) -> int:
         """That a tile may be cut in, each of whole parts of results."""
-        return 2 if self.columns % (2 * warpgroup.PART) == 0 else 1
+        return 2 if self.columns % (2 * PART) == 0 else 1
 
     @property
     def staging_bytes(self) -> int:
@@ -58,31 +71,51 @@ class Shape:
 
     def space(self, dtype: str) -> str:
         """The namespace in C++ of its functions."""
-        return f"netlathe_{dtype}_{self.columns}_{self.cluster}"
+        return f"netlathe_{dtype}_{self.rows}_{self.columns}_{self.cluster}"
+
+
+def shape(rows: int, columns: int, cluster: int) -> Shape:
+    """With as many stages as there is room for."""
+    one = Shape(columns, 1, cluster, rows)
+    room = SHARED - 1024 - one.staging_bytes
+    return Shape(columns, room // (one.stage_bytes + 16), cluster, rows)
 
 
 def chosen(kind: Operands) -> Shape:
-    """The tile for operands of this kind."""
-    return Shape(128, 6) if kind.is_float8 else Shape()
+    """The tile for operands of this kind and many rows."""
+    return shape(ROWS, 128 if kind.is_float8 else 256, 2)
 
 
-def narrower(kind: Operands, columns: int, inner: int) -> Shape | None:
-    """The tile for a weight [columns, inner] and the rows of one cluster; None if it is :func:`chosen`'s.
+def by_rows(kind: Operands, columns: int, inner: int) -> list[tuple[int, Shape]]:
+    """Tiles for a weight [columns, inner] and at most so many rows, in order; :func:`chosen`'s is for more.
 
-    Then there may be fewer tiles than clusters run at one time. With fewer columns each reads more for what
-    it multiplies, but more of them are there.
+    Few rows are few tiles. They get as many rows and columns as let all blocks end together, where few of the
+    rows that are multiplied are not there.
     """
     widest, steps = chosen(kind), -(-inner * kind.bytes // ROW_BYTES)
 
-    def cycles(shape: Shape) -> int:
-        tiles = -(-columns // shape.columns)
-        rounds = -(-tiles * shape.cluster // PROCESSORS)
-        reading = (ROWS + shape.columns // shape.cluster) * ROW_BYTES // CACHE_BYTES
-        return rounds * (steps * max(4 * shape.columns, reading) + LEAVING * shape.columns)
+    def tile(rows: int, wide: int) -> float:
+        multiplying, reading = rows // 32 * wide * _HOT, 2 * (rows + wide)
+        leaving = LEAVING * PART * len(warpgroup.parts(wide))
+        return steps * max(multiplying, reading, _STAGE) + leaving
 
-    shapes = (Shape(64, 8), Shape(128, 6), Shape(192, 4), widest)
-    best = min((shape for shape in shapes if shape.columns <= widest.columns), key=cycles)
-    return None if best == widest else best
+    def cycles(made: Shape, rows: int) -> float:
+        down = -(-rows // (made.rows * made.cluster))
+        rounds, rest = divmod(down * -(-columns // made.columns), PROCESSORS // made.cluster)
+        halved = rest * made.pieces <= PROCESSORS // made.cluster
+        last = made.columns // (made.pieces if halved else 1)
+        return rounds * tile(made.rows, made.columns) + (tile(made.rows, last) if rest else 0)
+
+    able = [
+        shape(high, wide, 1) for high in (PART, ROWS) for wide in range(PART, widest.columns, 16)
+    ]
+    able += [widest, shape(ROWS, widest.columns, 1), shape(PART, widest.columns, 1)]
+    found: list[tuple[int, Shape]] = []
+    for most in reversed(COUNTED):
+        made = min(able, key=lambda made: cycles(made, most))
+        if made != (found[-1][1] if found else widest):
+            found.append((most, made))
+    return found[::-1]
 
 
 def _multiply(kind: Operands, columns: int) -> str:
@@ -104,7 +137,7 @@ def _multiply(kind: Operands, columns: int) -> str:
 _OPERANDS = f"""    const int stage = number % kStages;
     wait(ready(at, stage), (number / kStages) & 1);
     const uint32_t tile = at + stage * kStageBytes;
-    const uint64_t a = described(tile + group * {64 * ROW_BYTES}), b = described(tile + {ROWS * ROW_BYTES});
+    const uint64_t a = described(tile + group * {64 * ROW_BYTES}), b = described(tile + kRows * {ROW_BYTES});
     asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 """
 # Products of one stage go on while those of the stage before are waited for.
@@ -163,7 +196,8 @@ def source(shape: Shape, dtype: str) -> str:
 namespace {space} {{
 using namespace netlathe_warpgroup;
 constexpr int kStages = {shape.stages}, kStageBytes = {shape.stage_bytes}, kCluster = {shape.cluster};
-constexpr int kColumns = {shape.columns}, kPieces = {shape.pieces}, kBox = {shape.box_rows};
+constexpr int kRows = {shape.rows}, kColumns = {shape.columns};
+constexpr int kPieces = {shape.pieces}, kBox = {shape.box_rows};
 using Sum = {whole};
 
 __device__ __forceinline__ uint32_t ready(uint32_t at, int stage) {{
@@ -197,7 +231,7 @@ template <int kN> __device__ __forceinline__ void hold(Sum* d) {{
 
 // Every thread, first and last.
 __device__ __forceinline__ void start(uint8_t* shared) {{
-  netlathe_warpgroup::start<kStages>(ready(base(shared), 0), 2 * kCluster);
+  netlathe_warpgroup::start<kStages>(ready(base(shared), 0), {shape.readers});
   cluster_barrier<kCluster>();
 }}
 __device__ __forceinline__ void finish() {{ cluster_barrier<kCluster>(); }}
@@ -247,7 +281,7 @@ __device__ __forceinline__ void produce(
       copy(to, a, barrier, k * {deep}, row);
       for (int box = 0; box < boxes; ++box) {{
         const int line = (mine * boxes + box) * kBox;
-        const uint32_t share = to + ({ROWS} + line) * {ROW_BYTES};
+        const uint32_t share = to + (kRows + line) * {ROW_BYTES};
         if (kCluster > 1) copy_to_all(share, b, barrier, k * {deep}, column + line);
         else copy(share, b, barrier, k * {deep}, column + line);
       }}

@@ -158,7 +158,7 @@ def beside(op: Op) -> Value | None:
     weight = factors.weight(low, [found for _, found in members])
     whole = Factor(kind, ends[-1], members[0][1].values)
     lead = op.shape()[:-1]
-    made = on_tensor_cores(low, a, whole, (*lead, ends[-1]), weight)
+    made = on_tensor_cores(low, a, whole, (*lead, ends[-1]), weight, scattered=True)
     kernel = Kernel(low)
     shapes = [(*lead, found.columns) for _, found in members]
     stores = [
@@ -229,10 +229,12 @@ def on_tensor_cores(
     shape: Shape,
     made: Callable[[Kernel], few.Weight],
     together: int = 1,
+    scattered: bool = False,
 ) -> Pending:
     """``a`` [..., inner] times a weight [columns, inner], by the kernel that fits the rows there are.
 
     ``together`` neighbouring columns of the weight are one of the result: all their sums go to the store.
+    Where neighbouring results may go to different tensors, they are ``scattered``: stored one by one.
     With more rows than a kernel normalizes itself, the norm is a launch of its own in front.
     """
     half, inner, columns = found.kind.half, found.kind.inner, together * found.columns
@@ -262,9 +264,8 @@ def on_tensor_cores(
                 sizes = (rows, i64(inner), i64(columns))
                 if machine.has_wgmma:
                     constant = weight.bits == 16
-                    tensor.warpgroups(
-                        code, half, operand, values, sizes, finish, together, constant
-                    )
+                    rest = (finish, together, constant, scattered)
+                    tensor.warpgroups(code, half, operand, values, sizes, *rest)
                 else:
                     tensor.warps(code, half, operand, values, sizes, finish, together)
 

@@ -16,11 +16,10 @@ from functools import lru_cache
 from itertools import product
 
 from netlathe.backends.tvm.cuda import hopper, warpgroup
-from netlathe.backends.tvm.cuda.machine import ARCHITECTURES, PROCESSORS
+from netlathe.backends.tvm.cuda.machine import PROCESSORS
 from netlathe.backends.tvm.cuda.operands import Operands, operands
 
 MOST_ROWS = 128  # of the one tile
-_SHARED = ARCHITECTURES["sm_90a"][1]  # bytes that a block may have
 # Clusters of so many blocks that run at one time. Those of 4 are slower whatever the shape: 0.63 to 0.84 of
 # torch.matmul where those of 2 reach 1.00 to 1.17.
 _CLUSTERS = {1: PROCESSORS, 2: PROCESSORS // 2}
@@ -47,7 +46,7 @@ class Shape(hopper.Shape):
 def shape(columns: int, splits: int) -> Shape:
     """With as many stages as there is room for."""
     one = Shape(columns, 1)
-    stages = (_SHARED - 1024) // (one.stage_bytes + 16)
+    stages = (hopper.SHARED - 1024) // (one.stage_bytes + 16)
     return Shape(columns, stages, splits=splits)
 
 

@@ -6,7 +6,7 @@ They are for many rows, or for operands of 8 bits. Few rows of halves are :mod:`
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from tvm import tirx
@@ -25,6 +25,7 @@ from netlathe.backends.tvm.tir import (
     select,
 )
 
+_UNIT = 16  # tiles begin at multiples of so many columns
 # finish(row, column, sum). Where ``together`` columns of the weight are one of the result: of all of them.
 Finish = Callable[..., None]
 
@@ -38,17 +39,18 @@ def warpgroups(
     finish: Finish,
     together: int = 1,
     constant: bool = True,
+    scattered: bool = False,
 ) -> None:
     """finish(row, column, sum over k of a[row, k] * b[column, k]), on sm_90a.
 
     ``a`` [rows, inner] and ``b`` [columns, inner] are flat buffers, ``dtype`` is the name of their
     :class:`Operands`; a row is a multiple of 16 bytes. Only rows may be known at run time alone. ``b`` may be
     read before the kernels in front have ended if it is ``constant``. Sums are float32, or int32 of integers.
+    Neighbouring results are stored together unless they are ``scattered``: they may go to different tensors.
     """
     kind, inner, columns = operands.operands(dtype), known(sizes[1]), known(sizes[2])
     assert inner is not None and columns is not None
     rows, given = sizes[0], (dtype, a, b, sizes, finish, together)
-    widest, narrower = hopper.chosen(kind), hopper.narrower(kind, columns, inner)
 
     def up_to(most: int, these: Callable[[], None], others: Callable[[], None]) -> None:
         number = known(rows)
@@ -62,17 +64,16 @@ def warpgroups(
     def one_tile() -> None:
         _split(code, split.chosen(kind, columns, inner), *given, constant)
 
-    def tiles() -> None:
-        _tiles(code, widest, *given)
-
-    def more() -> None:
-        if (shape := narrower) is None:
-            tiles()
-        else:
-            up_to(hopper.ROWS * shape.cluster, lambda: _tiles(code, shape, *given), tiles)
+    def tiles(shapes: Sequence[tuple[int, hopper.Shape]]) -> None:
+        if not shapes:
+            _tiles(code, hopper.chosen(kind), *given, not scattered)
+            return
+        (most, shape), *more = shapes
+        up_to(most, lambda: _tiles(code, shape, *given, not scattered), lambda: tiles(more))
 
     with unless_empty(code, rows):
-        up_to(split.MOST_ROWS, one_tile, more)
+        shapes = hopper.by_rows(kind, columns, inner)
+        up_to(split.MOST_ROWS, one_tile, lambda: tiles(shapes))
 
 
 @contextlib.contextmanager
@@ -94,6 +95,7 @@ def _tiles(
     sizes: tuple[Expr, Expr, Expr],
     finish: Finish,
     together: int,
+    vectors: bool,
 ) -> None:
     """Many rows. The grid is as large as the GPU; a block walks over units, one warpgroup copying ahead."""
     rows, inner, columns = sizes
@@ -104,7 +106,7 @@ def _tiles(
         return hopper.name(shape, dtype, function)
 
     cluster = shape.cluster
-    down = idiv(rows + i64(hopper.ROWS * cluster - 1), hopper.ROWS * cluster)
+    down = idiv(rows + i64(shape.rows * cluster - 1), shape.rows * cluster)
     # Rows of a block: as many for each. The copy engine takes longer to write zeros than to copy.
     blocks = down * i64(cluster)
     high = idiv(idiv(rows + blocks - i64(1), blocks) + i64(7), 8) * i64(8)
@@ -133,7 +135,10 @@ def _tiles(
         def multiply() -> None:
             code.run(named("prepare"), text)
             sums = code.alloc([shape.columns // 2], kind.sums)
-            with code.loop(idiv(units - first + groups - i64(1), groups)) as number:
+            turns = code.loop(idiv(units - first + groups - i64(1), groups))
+            able = thread < i64((1 + shape.rows // warpgroup.PART) * warpgroup.GROUP)
+            all_able = contextlib.nullcontext()
+            with code.when(able) if shape.rows < hopper.ROWS else all_able, turns as number:
                 unit = code.bind(first + number * groups)
                 all_ = code.bind(unit < full)
                 code.run(named("consume"), text, shared, code.address(sums), number, all_, steps)
@@ -141,41 +146,91 @@ def _tiles(
                 top = code.bind(top)
                 end = code.bind(tirx.min(top + high, rows))
                 group = idiv(thread, warpgroup.GROUP) - i64(1)
-                top = code.bind(top + group * i64(64))
+                top = code.bind(top + group * i64(warpgroup.PART))
+                lines = code.bind(tirx.max(tirx.min(end - top, i64(warpgroup.PART)), i64(0)))
                 left = code.call(named("left"), text, "int64", unit, full, down, across)
-                left = code.bind(left)
-                member = code.bind(imod(thread, warpgroup.GROUP))
+                corner = (top, lines, code.bind(idiv(left, _UNIT)), columns)
+                given = (kind.sums, staging, thread, corner, finish, together, vectors)
 
-                def results(part: int, inside: bool) -> None:
-                    wide = 64 // together
-                    first = idiv(left + i64(part * 64), together)
-                    with code.loop(64 * wide // warpgroup.GROUP, VECTORIZED) as step:
-                        line = code.bind(step * i64(warpgroup.GROUP // wide) + idiv(member, wide))
-                        at = code.bind(imod(member, wide))
-                        row, column = code.bind(top + line), code.bind(first + at)
-
-                        def one() -> None:
-                            places = [at * i64(together) + i64(i) for i in range(together)]
-                            values = [staging.at(kind.sums, line, place) for place in places]
-                            finish(row, column, *map(code.bind, values))
-
-                        if inside:
-                            one()
-                        else:
-                            with code.when(tirx.And(row < end, column < idiv(columns, together))):
-                                one()
-
-                whole = tirx.And(top + i64(64) <= end, left + i64(shape.columns) <= columns)
-                count = shape.columns // 64
-
-                def beyond(part: int) -> Expr | None:
+                def beyond(begin: int) -> Expr | None:
                     """That the unit has this part, where half a tile has not."""
-                    return None if part < count // shape.pieces else all_
+                    return None if begin < shape.columns // shape.pieces else all_
 
-                staging.parts(sums, count, whole, results, beyond)
+                staging.bring_out(sums, shape.columns, None, _results(code, *given), beyond)
 
         code.branch(thread < i64(warpgroup.GROUP), copy, multiply)
         code.run(named("finish"), text)
+
+
+def _results(
+    code: GpuCode,
+    sums: str,
+    staging: warpgroup.Staging,
+    thread: Expr,
+    corner: tuple[Expr, Expr, Expr, Expr],
+    finish: Finish,
+    together: int,
+    vectors: bool,
+) -> Callable[[int, int, bool], None]:
+    """What takes a part of results, sums of this type, from ``staging``: see :class:`warpgroup.Staging`.
+
+    ``corner``: the first row, how many there are, the first column in units of 16, how many the weight has.
+    """
+    top, lines, left, columns = corner
+    member = code.bind(imod(thread, warpgroup.GROUP))
+
+    def part(begin: int, across: int, _: bool) -> None:
+        def rows(lanes: int) -> int:
+            """Of the part that the warpgroup takes in one step, if each thread takes so many results."""
+            return warpgroup.GROUP * lanes * together // across
+
+        def step(line: Expr, lanes: int, checked: bool) -> None:
+            """Those from ``line`` on; ``checked``, where they are there."""
+            threads = across // together // lanes  # to a row
+            down = code.bind(line + idiv(member, threads))
+            at = code.bind(imod(member, threads)) * i64(lanes)
+            row = code.bind(top + down)
+            # Columns are sums without a name: vectors must see what they are multiples of.
+            column = left * i64(_UNIT // together) + i64(begin // together) + at
+            if lanes > 1:
+                held = code.alloc([lanes * together], sums)
+                vector = staging.at(f"{sums}x{lanes * together}", down, at * i64(together))
+                code.vstore(held, 0, vector, lanes * together)
+                with code.lanes(lanes) as lane:
+                    places = [lane * i64(together) + i64(i) for i in range(together)]
+                    finish(row, column + lane, *(tirx.BufferLoad(held, [n]) for n in places))
+                return
+            column = code.bind(column)
+            there = tirx.And(down < lines, column < idiv(columns, together))
+            with code.when(there) if checked else contextlib.nullcontext():
+                places = [at * i64(together) + i64(i) for i in range(together)]
+                values = [staging.at(sums, down, place) for place in places]
+                finish(row, column, *map(code.bind, values))
+
+        lanes = 4 // together if vectors else 1
+
+        def whole() -> None:
+            with code.loop(warpgroup.PART // rows(lanes), VECTORIZED) as number:
+                step(number * i64(rows(lanes)), lanes, False)
+
+        def fewer() -> None:
+            """Rows up to one that, in all blocks but the last, is a multiple of 8."""
+            with code.loop(idiv(lines, rows(lanes))) as number:
+                step(number * i64(rows(lanes)), lanes, False)
+            begun = code.bind(idiv(lines, rows(lanes)) * i64(rows(lanes)))
+            with code.loop(idiv(lines - begun + i64(rows(1) - 1), rows(1))) as number:
+                step(begun + number * i64(rows(1)), 1, True)
+
+        def inside() -> None:
+            code.branch(lines < i64(warpgroup.PART), fewer, whole)
+
+        def partly() -> None:
+            with code.loop(warpgroup.PART // rows(1)) as number:
+                step(number * i64(rows(1)), 1, True)
+
+        code.branch(left * i64(_UNIT) + i64(begin + across) <= columns, inside, partly)
+
+    return part
 
 
 def _split(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from netlathe.backends.tvm.cuda.code import GpuCode
@@ -59,39 +60,49 @@ __device__ __forceinline__ void expect(uint32_t barrier, int bytes) {{
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
                : "memory");
 }}
-__device__ __forceinline__ uint64_t described(uint32_t at) {{
-  return (uint64_t)((at & 0x3FFFF) >> 4) | (1ull << 16) | (64ull << 32) | (1ull << 62);
+// Rows of 128 bytes; `kSlab` bytes on are the next columns, where these are not what is summed over.
+template <int kSlab = 16> __device__ __forceinline__ uint64_t described(uint32_t at) {{
+  return (uint64_t)((at & 0x3FFFF) >> 4) | ((uint64_t)(kSlab >> 4) << 16) | (64ull << 32) | (1ull << 62);
 }}
 template <int kCluster> __device__ __forceinline__ void cluster_barrier() {{
   if (kCluster > 1)
     asm volatile("barrier.cluster.arrive.aligned;\\nbarrier.cluster.wait.aligned;" ::: "memory");
 }}
-// Every thread, first: the barriers of the stages, those for full ones and then those for empty ones, which
-// `readers` warpgroups let go.
-template <int kStages> __device__ __forceinline__ void start(uint32_t barriers, int readers) {{
-  if (threadIdx.x == 0) {{
-    for (int stage = 0; stage < kStages; ++stage) {{
-      const uint32_t full = barriers + stage * 8, empty = full + kStages * 8;
-      asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(full));
-      asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(empty), "r"(readers));
-    }}
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+// One thread: the barriers of stages, those for full ones and then those for empty ones, which `readers`
+// warpgroups let go.
+template <int kStages> __device__ __forceinline__ void set(uint32_t barriers, int readers) {{
+  for (int stage = 0; stage < kStages; ++stage) {{
+    const uint32_t full = barriers + stage * 8, empty = full + kStages * 8;
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(full));
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(empty), "r"(readers));
   }}
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}}
+// Every thread, first.
+template <int kStages> __device__ __forceinline__ void start(uint32_t barriers, int readers) {{
+  if (threadIdx.x == 0) set<kStages>(barriers, readers);
   __syncthreads();
 }}
 
-// 64 x 64 results through shared memory, so that neighbouring threads have neighbouring columns. Pieces of 8
-// columns are permuted by row against bank conflicts.
+// The thread's number in its warpgroup, read anew, so that addresses made from it are not kept for all tiles.
+__device__ __forceinline__ int member() {{
+  int number;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(number));
+  return number % {GROUP};
+}}
+// 64 rows of up to 64 results through shared memory, so that neighbouring threads have neighbouring columns.
+// Pieces of 8 columns are permuted by row against bank conflicts.
 template <typename Sum> struct alignas(8) Pair {{ Sum first, second; }};
 template <int kStages> __device__ __forceinline__ void* staging(uint8_t* shared) {{
   float* first = static_cast<float*>(__cvta_shared_to_generic(base(shared) + kStages));
   return first + (threadIdx.x / {GROUP} - 1) * {PART * PART};
 }}
-template <int kStages, typename Sum> __device__ __forceinline__ void stage(uint8_t* shared, const Sum* d) {{
+template <int kStages, int kWide, typename Sum>
+__device__ __forceinline__ void stage(uint8_t* shared, const Sum* d) {{
   Sum* to = static_cast<Sum*>(staging<kStages>(shared));
-  const int warp = threadIdx.x % {GROUP} / 32, lane = threadIdx.x % 32;
+  const int own = member(), warp = own / 32, lane = own % 32;
 #pragma unroll
-  for (int j = 0; j < {PART // 8}; ++j)
+  for (int j = 0; j < kWide / 8; ++j)
 #pragma unroll
     for (int half = 0; half < 2; ++half) {{
       const int row = warp * 16 + half * 8 + lane / 4;
@@ -114,11 +125,21 @@ __device__ __forceinline__ void unstage() {{
 }}  // namespace
 #endif
 """
-_VECTORS = {"float32": "float", "int32": "int", "float32x4": "float4"}
+_VECTORS = {"float32": "float", "int32": "int", "float32x4": "float4", "int32x4": "int4"}
+
+
+def parts(columns: int) -> list[tuple[int, int]]:
+    """How columns of results leave: the first of each part, and how many, a power of two up to 64."""
+    found, first = [], 0
+    while first < columns:
+        wide = min(PART, 1 << (columns - first).bit_length() - 1)
+        found.append((first, wide))
+        first += wide
+    return found
 
 
 class Staging:
-    """The way out of a warpgroup's sums: 64 x 64 of them at a time through shared memory.
+    """The way out of a warpgroup's sums: 64 rows and up to 64 columns at a time through shared memory.
 
     They lie behind ``stages`` bytes of stages.
     """
@@ -126,33 +147,33 @@ class Staging:
     def __init__(self, code: GpuCode, shared: Expr, stages: int) -> None:
         self._code, self._shared, self._stages = code, shared, stages
 
-    def parts(
+    def bring_out(
         self,
         sums: Any,
-        count: int,
+        columns: int,
         whole: Expr | None,
-        results: Callable[[int, bool], None],
+        results: Callable[[int, int, bool], None],
         there: Callable[[int], Expr | None] = lambda _: None,
     ) -> None:
-        """``results(part, inside)`` for ``count`` parts, which may take sums from :meth:`at`.
+        """``results(first, wide, inside)`` for :func:`parts`, which may take sums from :meth:`at`.
 
         ``inside`` is for tiles that are ``whole``: without conditions loads and stores of all steps may
-        overlap. Parts are left out where ``there``, if it says so, is false.
+        overlap. Parts are left out where ``there`` of their first column, if it says so, is false.
         """
         code = self._code
-        for part in range(count):
-            held = there(part)
+        for first, wide in parts(columns):
+            held = there(first)
             with contextlib.nullcontext() if held is None else code.when(held):
-                stage = f"{_NAMESPACE}::stage<{self._stages}>"
-                code.run(stage, SOURCE, self._shared, code.address(sums, part * PART // 2))
+                stage = f"{_NAMESPACE}::stage<{self._stages}, {wide}>"
+                code.run(stage, SOURCE, self._shared, code.address(sums, first // 2))
+
+                def given(inside: bool, first: int = first, wide: int = wide) -> None:
+                    results(first, wide, inside)
+
                 if whole is None:
-                    results(part, False)
+                    given(False)
                 else:
-                    code.branch(
-                        whole,
-                        lambda part=part: results(part, True),  # type: ignore[misc]  # mypy infers no default
-                        lambda part=part: results(part, False),  # type: ignore[misc]
-                    )
+                    code.branch(whole, partial(given, True), partial(given, False))
                 code.run(f"{_NAMESPACE}::unstage", SOURCE)
 
     def at(self, dtype: str, row: Expr, column: Expr) -> Expr:
