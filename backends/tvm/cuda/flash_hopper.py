@@ -14,13 +14,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-THREADS = 384
-GROUP = 128
+from netlathe.backends.tvm.cuda import warpgroup
+from netlathe.backends.tvm.cuda.warpgroup import GROUP, STAGING_BYTES
+
+THREADS = warpgroup.THREADS
 ROWS = 128  # queries of a tile: 64 for each multiplying warpgroup
 KEYS = 128
 DEPTHS = (64, 96, 128)
 _SLAB = 128 * 128  # bytes: 128 rows of 64 columns
-_STAGING = 2 * 64 * 64 * 4  # bytes: 64 x 64 results of each multiplying warpgroup on their way out
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Shape:
     def shared_bytes(self) -> int:
         """All of shared memory: to align it, the queries, keys and values, the results, the barriers."""
         tiles = (1 + 2 * self.stages) * self.slabs * _SLAB
-        return 1024 + tiles + _STAGING + 8 * (2 + 4 * self.stages)
+        return 1024 + tiles + STAGING_BYTES + 8 * (2 + 4 * self.stages)
 
 
 def source(shape: Shape, dtype: str) -> str:
@@ -56,25 +57,23 @@ def source(shape: Shape, dtype: str) -> str:
     """
     registers = shape.depth // 2
     guard = f"NETLATHE_FLASH_{dtype}_{shape.depth}"
-    return f"""
+    return f"""{warpgroup.SOURCE}
 #ifndef {guard}
 #define {guard}
 namespace netlathe_flash_{dtype}_{shape.depth} {{
+using namespace netlathe_warpgroup;
 constexpr int kDepth = {shape.depth}, kSlabs = {shape.slabs}, kStages = {shape.stages};
 constexpr int kSlab = {_SLAB}, kTile = kSlabs * kSlab, kRegisters = {registers};
+constexpr int kStaged = (1 + 2 * kStages) * kTile;
 #define NETLATHE_PROBLEM \\
   int64_t all, int64_t heads, int64_t groups, int64_t queries, int64_t most, int64_t offset, \\
       int64_t causal, const void *lengths, int64_t section
 #define NETLATHE_GIVEN all, heads, groups, queries, most, offset, causal, lengths, section
 
-__device__ __forceinline__ uint32_t base(const void* shared) {{
-  return (static_cast<uint32_t>(__cvta_generic_to_shared(shared)) + 1023u) & ~1023u;
-}}
 __device__ __forceinline__ uint32_t key_tile(uint32_t at, int s) {{ return at + (1 + s) * kTile; }}
 __device__ __forceinline__ uint32_t value_tile(uint32_t at, int s) {{ return key_tile(at, kStages + s); }}
-__device__ __forceinline__ uint32_t staged_at(uint32_t at) {{ return key_tile(at, 2 * kStages); }}
 __device__ __forceinline__ uint32_t barrier(uint32_t at, int number) {{
-  return staged_at(at) + {_STAGING} + number * 8;
+  return at + kStaged + {STAGING_BYTES} + number * 8;
 }}
 // Barriers: the queries are there, have been read; likewise each stage of keys, then of values.
 __device__ __forceinline__ uint32_t queries_full(uint32_t at) {{ return barrier(at, 0); }}
@@ -88,30 +87,16 @@ __device__ __forceinline__ uint32_t values_empty(uint32_t at, int s) {{
   return barrier(at, 2 + 3 * kStages + s);
 }}
 
-__device__ __forceinline__ void wait(uint32_t barrier, uint32_t parity) {{
-  asm volatile(
-      "{{\\n.reg .pred p;\\nAGAIN:\\n"
-      "mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\\n@p bra DONE;\\nbra AGAIN;\\nDONE:\\n}}"
-      ::"r"(barrier), "r"(parity) : "memory");
-}}
-__device__ __forceinline__ void release(uint32_t barrier) {{
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
-}}
 // A tile of a head, from a row on.
 __device__ __forceinline__ void copy(
     uint32_t to, const CUtensorMap* map, uint32_t barrier, int row, int head) {{
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(kTile)
-               : "memory");
+  expect(barrier, kTile);
 #pragma unroll
   for (int slab = 0; slab < kSlabs; ++slab)
     asm volatile(
         "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
         " [%0], [%1, {{%3, %4, %5}}], [%2];"
         ::"r"(to + slab * kSlab), "l"(map), "r"(barrier), "r"(slab * 64), "r"(row), "r"(head) : "memory");
-}}
-// Slabs are what a descriptor's first stride leads to, where columns are not what is summed over.
-__device__ __forceinline__ uint64_t described(uint32_t at) {{
-  return (uint64_t)((at & 0x3FFFF) >> 4) | ((uint64_t)(kSlab >> 4) << 16) | (64ull << 32) | (1ull << 62);
 }}
 __device__ __forceinline__ void fence() {{ asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }}
 __device__ __forceinline__ void commit() {{ asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }}
@@ -162,18 +147,9 @@ __device__ __forceinline__ int64_t tile_top(int64_t round, NETLATHE_PROBLEM) {{
 __device__ __forceinline__ void start(uint8_t* shared) {{
   const uint32_t at = base(shared);
   if (threadIdx.x == 0) {{
-    auto init = [](uint32_t barrier, int count) {{
-      asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count));
-    }};
-    init(queries_full(at), 1);
-    init(queries_empty(at), 2);
-    for (int stage = 0; stage < kStages; ++stage) {{
-      init(keys_full(at, stage), 1);
-      init(keys_empty(at, stage), 2);
-      init(values_full(at, stage), 1);
-      init(values_empty(at, stage), 2);
-    }}
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    set<1>(queries_full(at), 2);
+    set<kStages>(keys_full(at, 0), 2);
+    set<kStages>(values_full(at, 0), 2);
   }}
   __syncthreads();
 }}
@@ -294,7 +270,7 @@ __device__ __forceinline__ void consume(
   const int limit0 = min(tile.keys, limit + line * step), limit1 = min(tile.keys, limit + (line + 8) * step);
   const uint8_t* allowed = static_cast<const uint8_t*>(allowed_);
   if (allowed) allowed += tile.head / (int)heads * most;
-  const uint64_t q = described(at + group * {64 * 128});
+  const uint64_t q = described<kSlab>(at + group * {64 * 128});
   int count = state[0];
   state[0] += tile.blocks;
   wait(queries_full(at), state[1]++ & 1);
@@ -316,10 +292,10 @@ __device__ __forceinline__ void consume(
     }};
     wait(keys_full(at, count % kStages), (count / kStages) & 1);
     fence();
-    scores(s, q, described(key_tile(at, count % kStages)));
+    scores(s, q, described<kSlab>(key_tile(at, count % kStages)));
     commit();
     finished<0>();
-    if (speaks) release(keys_empty(at, count % kStages));
+    if (speaks) release<1>(keys_empty(at, count % kStages));
     masked(tile.blocks - 1);
     weigh(s, top, whole, shrink, scale);
     pack(s, p);
@@ -328,32 +304,32 @@ __device__ __forceinline__ void consume(
       wait(keys_full(at, now), ((count + 1) / kStages) & 1);
       await_turn(group);
       fence();
-      scores(s, q, described(key_tile(at, now)));
+      scores(s, q, described<kSlab>(key_tile(at, now)));
       commit();
       wait(values_full(at, last), (count / kStages) & 1);
-      values(o, p, described(value_tile(at, last)));
+      values(o, p, described<kSlab>(value_tile(at, last)));
       commit();
       pass_turn(group);
       finished<1>();
-      if (speaks) release(keys_empty(at, now));
+      if (speaks) release<1>(keys_empty(at, now));
       masked(block);
       weigh(s, top, whole, shrink, scale);
       finished<0>();
-      if (speaks) release(values_empty(at, last));
+      if (speaks) release<1>(values_empty(at, last));
 #pragma unroll
       for (int i = 0; i < kRegisters; ++i) o[i] *= shrink[i / 2 % 2];
       pack(s, p);
     }}
-    if (speaks) release(queries_empty(at));
+    if (speaks) release<1>(queries_empty(at));
     const int last = count % kStages;
     wait(values_full(at, last), (count / kStages) & 1);
     fence();
-    values(o, p, described(value_tile(at, last)));
+    values(o, p, described<kSlab>(value_tile(at, last)));
     commit();
     finished<0>();
-    if (speaks) release(values_empty(at, last));
+    if (speaks) release<1>(values_empty(at, last));
   }} else if (speaks) {{
-    release(queries_empty(at));
+    release<1>(queries_empty(at));
   }}
 #pragma unroll
   for (int half = 0; half < 2; ++half) {{
@@ -365,37 +341,12 @@ __device__ __forceinline__ void consume(
   for (int i = 0; i < kRegisters; ++i) o[i] *= whole[i / 2 % 2];
 }}
 
-// The thread's number in its warpgroup, read anew, so that addresses made from it are not kept for all tiles.
-__device__ __forceinline__ int member() {{
-  int number;
-  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(number));
-  return number % {GROUP};
-}}
-// 64 x 64 results (or 32 columns) through shared memory, so that neighbouring threads have neighbouring
-// columns. Pieces of 8 columns are permuted by row against bank conflicts.
-__device__ __forceinline__ float* staging(uint8_t* shared) {{
-  return reinterpret_cast<float*>(__cvta_shared_to_generic(staged_at(base(shared)))) +
-         (threadIdx.x / {GROUP} - 1) * 4096;
-}}
-template <int kColumns>
-__device__ __forceinline__ void stage(uint8_t* shared, const float* o) {{
-  float* to = staging(shared);
-  const int own = member(), warp = own / 32, lane = own % 32;
-#pragma unroll
-  for (int j = 0; j < kColumns / 8; ++j)
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {{
-      const int row = warp * 16 + half * 8 + lane / 4, column = (j ^ (row & 3)) * 8 + lane % 4 * 2;
-      const float* from = o + j * 4 + half * 2;
-      *reinterpret_cast<float2*>(to + row * 64 + column) = make_float2(from[0], from[1]);
-    }}
-  asm volatile("bar.sync %0, {GROUP};" ::"r"((int)threadIdx.x / {GROUP}) : "memory");
+// 64 x 64 results, or 32 columns of them, on their way out.
+template <int kColumns> __device__ __forceinline__ void stage(uint8_t* shared, const float* o) {{
+  netlathe_warpgroup::stage<kStaged, kColumns>(shared, o);
 }}
 __device__ __forceinline__ float staged(uint8_t* shared, int64_t row, int64_t column) {{
-  return staging(shared)[row * 64 + (((column >> 3) ^ (row & 3)) << 3) + (column & 7)];
-}}
-__device__ __forceinline__ void unstage() {{
-  asm volatile("bar.sync %0, {GROUP};" ::"r"((int)threadIdx.x / {GROUP}) : "memory");
+  return netlathe_warpgroup::staged<kStaged, float>(shared, row, column);
 }}
 #undef NETLATHE_PROBLEM
 #undef NETLATHE_GIVEN
