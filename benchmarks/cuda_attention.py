@@ -329,7 +329,8 @@ class AttentionBench(Bench):
         torch = self.torch
         main, facts = self.load(name)
         half = torch.bfloat16 if facts["half"] == "bf16" else torch.float16
-        worst, busy = 0.0, torch.randn((8192, 8192), device="cuda")
+        worst, wide = 0.0, 512 if small else 8192
+        busy = torch.randn((wide, wide), device="cuda")
         for batch, queries, there, room in PLACED[:2] if small else PLACED:
             count = NODES[facts["kind"]]
             last = there + STEPS * queries
