@@ -341,6 +341,12 @@ __device__ __forceinline__ void consume(
   for (int i = 0; i < kRegisters; ++i) o[i] *= whole[i / 2 % 2];
 }}
 
+// The thread's number in its warpgroup, read anew, so that addresses made from it are not kept for all tiles.
+__device__ __forceinline__ int member() {{
+  int number;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(number));
+  return number % {GROUP};
+}}
 // 64 x 64 results, or 32 columns of them, on their way out.
 template <int kColumns> __device__ __forceinline__ void stage(uint8_t* shared, const float* o) {{
   netlathe_warpgroup::stage<kStaged, kColumns>(shared, o);

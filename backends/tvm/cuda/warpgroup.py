@@ -84,12 +84,6 @@ template <int kStages> __device__ __forceinline__ void start(uint32_t barriers, 
   __syncthreads();
 }}
 
-// The thread's number in its warpgroup, read anew, so that addresses made from it are not kept for all tiles.
-__device__ __forceinline__ int member() {{
-  int number;
-  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(number));
-  return number % {GROUP};
-}}
 // 64 rows of up to 64 results through shared memory, so that neighbouring threads have neighbouring columns.
 // Pieces of 8 columns are permuted by row against bank conflicts.
 template <typename Sum> struct alignas(8) Pair {{ Sum first, second; }};
@@ -100,7 +94,7 @@ template <int kStages> __device__ __forceinline__ void* staging(uint8_t* shared)
 template <int kStages, int kWide, typename Sum>
 __device__ __forceinline__ void stage(uint8_t* shared, const Sum* d) {{
   Sum* to = static_cast<Sum*>(staging<kStages>(shared));
-  const int own = member(), warp = own / 32, lane = own % 32;
+  const int warp = threadIdx.x % {GROUP} / 32, lane = threadIdx.x % 32;
 #pragma unroll
   for (int j = 0; j < kWide / 8; ++j)
 #pragma unroll
