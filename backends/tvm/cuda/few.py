@@ -240,16 +240,26 @@ def _streamed(
                 given = code.address(records)
             code.run(named("produce"), text, shared, given, *sources, *numbers)
 
+        own = code.bind(imod(block, shape.splits) * i64(shape.slice))
+
+        def ask(number: Expr) -> None:
+            """For the scales of a tile's columns, which are read last."""
+            if weight.scales is not None and not weight.group:
+                left = (first + number * i64(clusters)) * i64(shape.columns) + own
+                with code.when(thread < i64(shape.slice)):
+                    code.ahead(weight.scales, left + thread)
+
         def multiply() -> None:
             # Where x is not prepared it becomes integers while weights come.
             given = (code.address(a), small(rows), small(inner)) if shape.limbs else ()
+            ask(i64(0))
             if shape.prepared:
                 gain = code.null() if norm is None else code.address(norm.gain)
                 epsilon = tirx.const(0.0 if norm is None else norm.epsilon, "float32")
                 numbers = (epsilon, small(rows), small(inner))
                 code.run(named("prepare"), text, shared, code.address(a), gain, *numbers)
-            own = code.bind(imod(block, shape.splits) * i64(shape.slice))
             with code.loop(idiv(i64(tiles - 1) - first, clusters) + i64(1)) as number:
+                ask(number)
                 turns = map(small, (number, end, summing))
                 code.run(named("consume"), text, shared, *turns, *given)
                 left = (first + number * i64(clusters)) * i64(shape.columns) + own

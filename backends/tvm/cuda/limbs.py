@@ -7,12 +7,22 @@ Unpacking an integer to a half takes three to four instructions for two, far mor
 the weight stays what it is, and x becomes integers: of every so many elements of a row of x the largest is
 32512, and the others are rounded to whole steps, by 2^-16 of the largest at most, where a bfloat16 is rounded
 by 2^-9 of itself. Such a number is 256 high + low, two columns of mma.m16n8k32 (PTX ISA 8.5, section
-9.7.13.4.10), whose left operand is the weight in bytes; of 4 bits, 16 times the number, which takes three
-instructions for eight. Sums of integers are exact; they are scaled to float32 once for each chunk of K.
+9.7.13.4.10), whose left operand is the weight in bytes. Sums of integers are exact; they are scaled to
+float32 once for each chunk of K.
 
 Every block does this for its share of K, one row before the first product, more between the products of its
-first tile. The bytes are kept in the order in which products read them: for each 32 of K, 8 bytes for each
-thread of a warp whose column of x has something in it.
+first tile. The bytes are kept in the order in which products read them, 8 for each thread of a warp.
+
+*One row* leaves columns of the product free, which save instructions. The 16 bytes of one column of the
+weight that a thread has are the four registers of the left operand as they are: words 0 and 2 are in row g,
+1 and 3 in row g + 8, as if of another column of the weight. Columns 0 and 1 of the right operand have x for
+words 0 and 2, columns 2 and 3 for words 1 and 3; the sums of each with the other words are not read. Nor are
+nibbles taken apart: of bytes 16 h + l that are multiplied with x for h, and of l alone with y, 16 times x for
+l less x for h, the sum is 16 times what is wanted. y is at most 17 times as large as x, has its own columns,
+4 to 7, and is rounded as finely with regard to l. Offsets, as 4 bits hold value + 8, are sums of x and y, a
+product with bytes of eight.
+
+*Several rows* take all columns, and bytes 16 times a number of 4 bits: three instructions for eight.
 """
 
 from __future__ import annotations
@@ -31,12 +41,17 @@ MOST = 32512  # 127 * 256: of the high byte no more than 127
 def bytes_(rows: int, share: int, bits: int) -> int:
     """Shared memory for ``share`` elements of each row, and for their scales; copies start at 128."""
     scales = share // skinny.chunk(bits) * rows * 4
-    return -(-(share // 32 * line(rows) + scales) // 128) * 128
+    return -(-(share // per_line(rows) * LINE + scales) // 128) * 128
 
 
-def line(rows: int) -> int:
-    """Bytes for 32 of K. Some to spare put what a warp keeps of neighbouring lines into different banks."""
-    return 64 if rows == 1 else 256 + 32
+# Bytes for 128 elements of x: of one row, or 32 of each of four. Some to spare put what a warp keeps of
+# neighbouring lines into different banks.
+LINE = 256 + 32
+
+
+def per_line(rows: int) -> int:
+    """Elements of K that a line is for."""
+    return 128 if rows == 1 else 32
 
 
 def order(bits: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -55,11 +70,10 @@ def packed(values: str, order: tuple[int, ...], byte: int) -> str:
 
 def source(s: Shape, warps: int) -> str:
     """What differs from products of halves: preparing x, multiplying, and where sums lie."""
-    first, second = order(s.bits)
-    scale = "scale[half] * " if s.group else ""
+    one = s.held == 1
     least = "1.0f / 16" if s.bits == 4 else "1.0f"
     return f"""
-constexpr int kLine = {line(s.held)}, kLimbScales = kHeld + kShare / 32 * kLine;
+constexpr int kLine = {LINE}, kPerLine = {per_line(s.held)}, kLimbScales = kHeld + kShare / kPerLine * kLine;
 
 __device__ __forceinline__ float largest(float a, float b) {{
   float c;
@@ -82,71 +96,12 @@ __device__ __forceinline__ void keep(uint8_t* to, int row, int own, const uint4&
   float factor;
   asm("rcp.approx.f32 %0, %1;" : "=f"(factor) : "f"(most));
   factor *= {MOST}.0f;
-  uint32_t low[8], high[8];
-#pragma unroll
-  for (int j = 0; j < 8; ++j) {{
-    low[j] = __float_as_uint(fmaf(value[j], factor, 12582912.0f));  // its last bits are the integer
-    high[j] = low[j] + 128;  // whose low byte, with its sign, is taken off
-  }}
-  uint8_t* line = to + kHeld + own / 32 * kLine + (row * 2 * 4 + own % 32 / 8) * 8;
-  *reinterpret_cast<uint2*>(line) =
-      make_uint2({packed("high", first, 1)}, {packed("high", second, 1)});
-  *reinterpret_cast<uint2*>(line + 32) =
-      make_uint2({packed("low", first, 0)}, {packed("low", second, 0)});
+  {_kept_one(s.bits) if one else _kept(s.bits)}
   float* scale = reinterpret_cast<float*>(to + kLimbScales) + own / kChunk * kR + row;
   if (own % kChunk == 0) *scale = most * ({least} / {MOST});
 }}
-__device__ __forceinline__ void multiply_bytes(
-    int* d, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {{
-  asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {{%0, %1, %2, %3}}, {{%4, %5, %6, %7}}, {{%8, %9}},"
-      " {{%0, %1, %2, %3}};"
-      : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
-      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-}}
-// Eight elements of K of a column as bytes.
-__device__ __forceinline__ void bytes_of(const uint4& weight, int p, uint32_t& first, uint32_t& second) {{
-  const uint32_t* words = reinterpret_cast<const uint32_t*>(&weight);
-  if constexpr (kBits == 8) {{
-    first = words[2 * p], second = words[2 * p + 1];
-  }} else {{
-    asm("lop3.b32 %0, %1, 0xF0F0F0F0, 0x80808080, 0x6A;" : "=r"(first) : "r"(words[p] << 4));  // (a & b) ^ c
-    asm("lop3.b32 %0, %1, 0xF0F0F0F0, 0x80808080, 0x6A;" : "=r"(second) : "r"(words[p]));
-  }}
-}}
-// A multiplying warp's 32 columns and one chunk of K in a stage; `limbs`: where x has the stage.
-__device__ __forceinline__ void use(
-    const uint8_t* at, const uint8_t* limbs, const uint8_t* scales, float* total) {{
-  const int warp = threadIdx.x / 32 % {warps}, lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
-  const int across = warp % kAcross, down = warp / kAcross;
-  uint4 weight[4];
-  float scale[4];
-#pragma unroll
-  for (int half = 0; half < 4; ++half) {{
-    weight[half] = packed_at(at, across, down, half, lane);
-    if (kGroup) scale[half] = scale_at(at, across * 32 + half * 8 + g, down);
-  }}
-  int sums[2][4] = {{}};
-#pragma unroll
-  for (int p = 0; p < kChunk / 32; ++p) {{
-    uint2 x = make_uint2(0, 0);
-    if (kR > 1 || lane < 8)
-      x = *reinterpret_cast<const uint2*>(limbs + (down * (kChunk / 32) + p) * kLine + lane * 8);
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {{
-      uint32_t a[4];
-      bytes_of(weight[2 * i], p, a[0], a[2]);
-      bytes_of(weight[2 * i + 1], p, a[1], a[3]);
-      multiply_bytes(sums[i], a[0], a[1], a[2], a[3], x.x, x.y);
-    }}
-  }}
-  const float factor = reinterpret_cast<const float*>(scales)[down * kR + (kR > 1 ? q : 0)];
-#pragma unroll
-  for (int half = 0; half < 4; ++half) {{
-    const int* pair = sums[half / 2] + half % 2 * 2;
-    total[half] += (float)(pair[0] * 256 + pair[1]) * ({scale}factor);
-  }}
-}}
-
+{_mma("u8" if one and s.bits == 4 else "s8")}
+{_use_one(s, warps) if one else _use(s, warps)}
 // What a thread has of x in a stage: on its way from memory, and kept.
 constexpr int kTeam = {32 * warps}, kEach = kDeep / 8, kItems = (kR * kEach + kTeam - 1) / kTeam;
 __device__ __forceinline__ void fetch(uint4* held, const uint16_t* x, int rows, int inner, int step) {{
@@ -198,23 +153,15 @@ __device__ __forceinline__ void consume(
         asm volatile("bar.sync %0, {32 * warps};" ::"r"(3 + team) : "memory");
       }}
       wait(full(at, slot), (number / kStages) & 1);
-      if ((rank() + step * kSplits) * kDeep + down * kChunk < end)
-        use(stages + slot * kStageBytes, stages + kHeld + step * (kDeep / 32) * kLine,
-            stages + kLimbScales + step * (kDeep / kChunk) * kR * 4, total);
+      if (kWhole || (rank() + step * kSplits) * kDeep + down * kChunk < end)
+        use(at, stages, slot, step, total);
       __syncwarp();
       if (lane == 0)
         asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(empty(at, slot)) : "memory");
     }}
   }}
   if (tile_number > 0) wait<true>(taken(at), (tile_number - 1) & 1);
-  if (q < kR)
-#pragma unroll
-    for (int half = 0; half < 4; ++half) {{
-      const int column = across * 32 + half * 8 + g;
-      const int place = ((rank() * {s.teams} + team) * kDown + down) * kSlice + column % kSlice;
-      const uint32_t to = at_block(at + kSums + (place * kR + q) * 4, column / kSlice);
-      asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(to), "f"(total[half]) : "memory");
-    }}
+  {_sent_one(s) if one else _sent(s)}
   gathered(at, tile_number, summing);
 }}
 // One result of the block's slice.
@@ -222,3 +169,195 @@ __device__ __forceinline__ float sum(uint8_t* shared, int64_t row, int64_t colum
   return added(base(shared) + kSums + ((int)column * kR + (int)row) * 4, kSlice * kR * 4);
 }}
 """
+
+
+def _mma(left: str) -> str:
+    return f"""
+__device__ __forceinline__ void multiply_bytes(
+    int* d, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {{
+  asm("mma.sync.aligned.m16n8k32.row.col.s32.{left}.s8.s32"
+      " {{%0, %1, %2, %3}}, {{%4, %5, %6, %7}}, {{%8, %9}}, {{%0, %1, %2, %3}};"
+      : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}}"""
+
+
+# Integers are the last bits of floats of this size. 128 more round the high byte up where the low one, with
+# its sign, takes that off.
+_INTEGERS = """uint32_t low[8], high[8];
+#pragma unroll
+  for (int j = 0; j < 8; ++j) {
+    low[j] = __float_as_uint(fmaf(value[j], factor, 12582912.0f));
+    high[j] = low[j] + 128;
+  }"""
+# x for the high nibbles of a word, in the order of its bytes, then y for the low ones.
+_NIBBLES = """uint32_t low[8], high[8];
+  const float more = factor * (16.0f / 17), less = factor * (1.0f / 17);
+#pragma unroll
+  for (int j = 0; j < 4; ++j) {
+    constexpr int kHigh[4] = {2, 6, 3, 7}, kLow[4] = {0, 4, 1, 5};
+    const float x = value[kHigh[j]], y = fmaf(value[kLow[j]], more, -x * less);
+    low[j] = __float_as_uint(fmaf(x, factor, 12582912.0f));
+    low[j + 4] = __float_as_uint(y + 12582912.0f);
+  }
+#pragma unroll
+  for (int j = 0; j < 8; ++j) high[j] = low[j] + 128;"""
+
+
+def _kept(bits: int) -> str:
+    """Several rows: 8 bytes for each limb of a row, in the order in which the weight has them."""
+    first, second = order(bits)
+    return f"""{_INTEGERS}
+  uint8_t* line = to + kHeld + own / 32 * kLine + (row * 2 * 4 + own % 32 / 8) * 8;
+  *reinterpret_cast<uint2*>(line) =
+      make_uint2({packed("high", first, 1)}, {packed("high", second, 1)});
+  *reinterpret_cast<uint2*>(line + 32) =
+      make_uint2({packed("low", first, 0)}, {packed("low", second, 0)});"""
+
+
+def _kept_one(bits: int) -> str:
+    """One row: words are dealt to columns by their number, odd or even, and to registers by its half."""
+    if bits == 8:
+        made, next_ = _INTEGERS, 64
+        place = "own % 128 / 64 * 128 + own / 32 % 2 * 4"
+    else:
+        made, next_ = _NIBBLES, 128
+        place = "own / 32 % 2 * 64 + own / 64 % 2 * 4"
+    word = "*reinterpret_cast<uint32_t*>(line + {}) = {};"
+    stores = [
+        word.format(half * next_ + 32 * (1 - byte), packed(values, four, byte))
+        for half, four in enumerate(((0, 1, 2, 3), (4, 5, 6, 7)))
+        for values, byte in (("high", 1), ("low", 0))
+    ]
+    return f"""{made}
+  uint8_t* line = to + kHeld + own / 128 * kLine + {place} + own % 32 / 8 * 8;
+  {" ".join(stores)}"""
+
+
+def _use(s: Shape, warps: int) -> str:
+    scale = "scale[half] * " if s.group else ""
+    return f"""// Eight elements of K of a column as bytes.
+__device__ __forceinline__ void bytes_of(const uint4& weight, int p, uint32_t& first, uint32_t& second) {{
+  const uint32_t* words = reinterpret_cast<const uint32_t*>(&weight);
+  if constexpr (kBits == 8) {{
+    first = words[2 * p], second = words[2 * p + 1];
+  }} else {{
+    asm("lop3.b32 %0, %1, 0xF0F0F0F0, 0x80808080, 0x6A;" : "=r"(first) : "r"(words[p] << 4));  // (a & b) ^ c
+    asm("lop3.b32 %0, %1, 0xF0F0F0F0, 0x80808080, 0x6A;" : "=r"(second) : "r"(words[p]));
+  }}
+}}
+// A multiplying warp's 32 columns and one chunk of K in a stage, of which x is number `step`.
+__device__ __forceinline__ void use(uint32_t, const uint8_t* stages, int slot, int step, float* total) {{
+  const int warp = threadIdx.x / 32 % {warps}, lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
+  const int across = warp % kAcross, down = warp / kAcross;
+  const uint8_t* at = stages + slot * kStageBytes;
+  const uint8_t* limbs = stages + kHeld + step * (kDeep / kPerLine) * kLine;
+  const uint8_t* scales = stages + kLimbScales + step * (kDeep / kChunk) * kR * 4;
+  uint4 weight[4];
+  float scale[4];
+#pragma unroll
+  for (int half = 0; half < 4; ++half) {{
+    weight[half] = packed_at(at, across, down, half, lane);
+    if (kGroup) scale[half] = scale_at(at, across * 32 + half * 8 + g, down);
+  }}
+  int sums[2][4] = {{}};
+#pragma unroll
+  for (int p = 0; p < kChunk / 32; ++p) {{
+    const uint2 x = *reinterpret_cast<const uint2*>(limbs + (down * (kChunk / 32) + p) * kLine + lane * 8);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {{
+      uint32_t a[4];
+      bytes_of(weight[2 * i], p, a[0], a[2]);
+      bytes_of(weight[2 * i + 1], p, a[1], a[3]);
+      multiply_bytes(sums[i], a[0], a[1], a[2], a[3], x.x, x.y);
+    }}
+  }}
+  const float factor = reinterpret_cast<const float*>(scales)[down * kR + q];
+#pragma unroll
+  for (int half = 0; half < 4; ++half) {{
+    const int* pair = sums[half / 2] + half % 2 * 2;
+    total[half] += (float)(pair[0] * 256 + pair[1]) * ({scale}factor);
+  }}
+}}"""
+
+
+def _use_one(s: Shape, warps: int) -> str:
+    four = s.bits == 4
+    low = ", ".join(f"w.{part} & 0x0F0F0F0Fu" for part in "xyzw")
+    nibbles = f"multiply_bytes(d, {low}, y[0], y[1]);" if four else ""
+    scale = "scale[half] * " if s.group else ""
+    return f"""
+// A multiplying warp's 32 columns and one chunk of K in a stage, of which x is number `step`. Addresses are
+// in shared memory, where all but two of their parts are known before the first stage.
+__device__ __forceinline__ void use(uint32_t at, const uint8_t*, int slot, int step, float* total) {{
+  const int warp = threadIdx.x / 32 % {warps}, lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
+  const int across = warp % kAcross, down = warp / kAcross;
+  const uint32_t from = at + packed_place(across, down, 0, lane) + slot * kStageBytes;
+  const uint32_t scales = at + kScales + constant_at(across * 32 + g, down) + slot * kStageBytes;
+  uint4 weight[4];
+  float scale[4], factor;
+#pragma unroll
+  for (int half = 0; half < 4; ++half) {{
+    uint4& w = weight[half];
+    asm volatile("ld.shared.v4.u32 {{%0, %1, %2, %3}}, [%4];"
+                 : "=r"(w.x), "=r"(w.y), "=r"(w.z), "=r"(w.w) : "r"(from + half * 512));
+  }}
+  if (kGroup)
+#pragma unroll
+    for (int half = 0; half < 4; ++half) {{
+      uint16_t bits;
+      asm volatile("ld.shared.u16 %0, [%1];" : "=h"(bits) : "r"(scales + half * 16));
+      scale[half] = wide(bits);
+    }}
+  const int k = down * kChunk, own = k / 128 * kLine + k % 128 * 2 + lane % {32 if four else 16} * 8;
+  uint2 kept;
+  asm volatile("ld.shared.v2.u32 {{%0, %1}}, [%2];"
+               : "=r"(kept.x), "=r"(kept.y) : "r"(at + kHeld + own + step * (kDeep / kPerLine) * kLine));
+  asm volatile("ld.shared.f32 %0, [%1];"
+               : "=f"(factor) : "r"(at + kLimbScales + down * 4 + step * (kDeep / kChunk) * 4));
+  {_SPLIT if four else _WHOLE}
+#pragma unroll
+  for (int half = 0; half < 4; ++half) {{
+    const uint4 w = weight[half];
+    int d[4] = {{}};
+    multiply_bytes(d, w.x, w.y, w.z, w.w, x[0], x[1]);
+    {nibbles}
+    const int sum = (q % 2 ? d[2] : d[0]) * 256 + (q % 2 ? d[3] : d[1]){" - offset" if four else ""};
+    total[half] += (float)sum * ({scale}factor);
+  }}
+}}"""
+
+
+_WHOLE = """const uint32_t x[2] = {kept.x, kept.y};
+  if (q >= 2) factor = 0.0f;  // no columns of x"""
+# Threads of columns 0 to 3 have x, the others y; zeros are in the columns that are the other's.
+_SPLIT = """const bool first = lane < 16;
+  const uint32_t x[2] = {first ? kept.x : 0, first ? kept.y : 0};
+  const uint32_t y[2] = {first ? 0 : kept.x, first ? 0 : kept.y};
+  int ones[4] = {};
+  multiply_bytes(ones, 0x08080808u, 0x08080808u, 0x08080808u, 0x08080808u, kept.x, kept.y);
+  const int offset = (ones[0] * 256 + ones[1]) * (q < 2 ? 17 : 1);
+  if (q >= 2) factor *= 17.0f;"""
+
+
+def _sent(s: Shape) -> str:
+    return f"""if (q < kR)
+#pragma unroll
+    for (int half = 0; half < 4; ++half) {{
+      const int column = across * 32 + half * 8 + g;
+      const int place = ((rank() * {s.teams} + team) * kDown + down) * kSlice + column % kSlice;
+      const uint32_t to = at_block(at + kSums + (place * kR + q) * 4, column / kSlice);
+      asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(to), "f"(total[half]) : "memory");
+    }}"""
+
+
+def _sent_one(s: Shape) -> str:
+    """Each thread of a quad adds up one of the four columns that all of them have a part of."""
+    return f"""float low = q % 2 ? total[1] : total[0], high = q % 2 ? total[3] : total[2];
+  low += __shfl_xor_sync(0xffffffffu, q % 2 ? total[0] : total[1], 1);
+  high += __shfl_xor_sync(0xffffffffu, q % 2 ? total[2] : total[3], 1);
+  const float whole = (q < 2 ? low : high) + __shfl_xor_sync(0xffffffffu, q < 2 ? high : low, 2);
+  const int column = across * 32 + q * 8 + g;
+  const int place = ((rank() * {s.teams} + team) * kDown + down) * kSlice + column % kSlice;
+  const uint32_t to = at_block(at + kSums + place * 4, column / kSlice);
+  asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(to), "f"(whole) : "memory");"""

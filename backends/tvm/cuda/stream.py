@@ -3,7 +3,7 @@
 One warp copies; one or two teams of eight multiply, taking turns with the stages. A cluster of ``splits``
 blocks makes ``columns`` columns of the result, its blocks sharing K stage by stage; each adds up a slice of
 the columns from what all of them send it. A block walks over tiles and its copies run ahead through them, so
-that some 150 KB are always on their way to every multiprocessor. Weights wait for nothing: their first stages
+that some 150 KB are there, or on their way, at every multiprocessor. Weights wait for nothing: their first stages
 are asked for before the kernel in front of this one has ended (griddepcontrol); only what it may have written
 is waited for.
 
@@ -30,8 +30,8 @@ WARPS = 8  # of a team
 CLUSTERS = {1: 132, 2: 66, 4: 30, 8: 15}
 _WEIGHTS = 16 << 10  # bytes of the weight in a stage: 2 KB for every warp
 _SHARED = 225 << 10  # of a block, below the 227 KB there are
-# 136 KB. A step of a LLaMA takes 4 % less than with all there is room for; in 16 bits it would take 2 % more.
-_STAGES_OF_NIBBLES = 8
+_STAGES_OF_NIBBLES = 10  # at most: more were no faster
+_SMALL = 4  # stages of a tile: see Shape.pace
 
 
 @dataclass(frozen=True)
@@ -172,6 +172,16 @@ class Shape:
         return count // self.teams * self.teams
 
     @property
+    def pace(self) -> int:
+        """Stages on their way at a time before the kernel in front has ended; 0: all there is room for.
+
+        As many as keep memory busy: what is asked for beyond that only stands in front of x, of which
+        blocks with few stages, or several rows, have less time to wait.
+        """
+        few = self.held > 1 or self.share <= _SMALL * self.deep
+        return 0 if not self.limbs else 2 if few else 3
+
+    @property
     def shared_bytes(self) -> int:
         """To align it, the stages, the sums, the rows that are kept, the barriers."""
         room = self.stages * self.stage_bytes + self.sums_bytes + self.held_bytes
@@ -263,11 +273,12 @@ using namespace netlathe_skinny_{dtype};
 constexpr int kBits = {s.bits}, kTiles = {s.tiles}, kColumns = {s.columns};
 constexpr int kSplits = {s.splits}, kGroup = {s.group};
 constexpr int kChunk = 512 / kBits, kAcross = kColumns / 32, kDown = {s.down}, kDeep = {s.deep};
-constexpr int kStages = {s.stages}, kStageBytes = {s.stage_bytes}, kGroups = {s.groups};
+constexpr int kStages = {s.stages}, kPace = {s.pace}, kStageBytes = {s.stage_bytes}, kGroups = {s.groups};
 constexpr int kRows = {_WEIGHTS}, kScales = kRows + {s.stage_rows}, kZeros = kScales + {s.scale_bytes};
 constexpr int kSlice = {s.slice}, kSums = kStages * kStageBytes;
 constexpr int kR = {s.held}, kShare = {s.share}, kHeld = kSums + {s.sums_bytes};
 constexpr int kBarriers = kHeld + {s.held_bytes};
+constexpr bool kWhole = {str(s.held > 0 and s.share * s.splits == s.inner).lower()};  // K ends with a stage
 
 __device__ __forceinline__ uint32_t base(const void* shared) {{
   return (static_cast<uint32_t>(__cvta_generic_to_shared(shared)) + 1023u) & ~1023u;
@@ -408,7 +419,10 @@ __device__ __forceinline__ void produce(
     {"copy_records(to, x, barrier, k, often)" if s.pairs else "copy_rows(to, x, barrier, 0, k, often)"};
   }};
   const int ahead = min(count, kStages);
-  for (int number = 0; number < ahead; ++number) constants(number);
+  for (int number = 0; number < ahead; ++number) {{
+    if (kPace > 0 && number >= kPace) wait(full(at, number - kPace), 0);
+    constants(number);
+  }}
   if (kR == 0) follow();
   for (int number = 0; number < ahead; ++number) inputs(number);
   for (int number = ahead; number < count; ++number) {{
@@ -425,12 +439,14 @@ __device__ __forceinline__ uint16_t half_at(const uint8_t* at) {{
 // Rows of swizzled tiles are dealt to lanes so that eight neighbours read all banks: 0 4 1 5 2 6 3 7.
 __device__ __forceinline__ int dealt(int g) {{ return g / 2 + g % 2 * 4; }}
 
-// The 16 bytes of a column that the thread of a quad has, of packed weights; and its scale.
-__device__ __forceinline__ uint4 packed_at(const uint8_t* at, int across, int down, int half, int lane) {{
-  const int sixteen = across * 2 + half / 2;
+// Where a stage has the 16 bytes of a column that the thread of a quad has, of packed weights; and the scale.
+__device__ __forceinline__ int packed_place(int across, int down, int half, int lane) {{
   constexpr int kOf64 = kColumns < 64 ? kColumns / 16 : 4;
-  const int place = (sixteen / kOf64 * kDown + down) * kOf64 + sixteen % kOf64;
-  return held(at + place * 1024 + half % 2 * 512 + lane * 16);
+  const int place = (across * 2 / kOf64 * kDown + down) * kOf64 + across * 2 % kOf64;
+  return place * 1024 + lane * 16 + half * 512;
+}}
+__device__ __forceinline__ uint4 packed_at(const uint8_t* at, int across, int down, int half, int lane) {{
+  return held(at + packed_place(across, down, half, lane));
 }}
 __device__ __forceinline__ int constant_at(int column, int down) {{
   const int group = kGroup ? down * kChunk / (kGroup ? kGroup : 1) % (kGroups ? kGroups : 1) : 0;
@@ -457,14 +473,14 @@ __device__ __forceinline__ void gathered(uint32_t at, int tile_number, int summi
 }}
 // What the warps of the cluster sent for one result, `stride` bytes apart.
 __device__ __forceinline__ float added(uint32_t at, int stride) {{
-  float value = 0.0f;
-#pragma unroll 8
+  float values[4] = {{}};
+#pragma unroll 16
   for (int part = 0; part < {s.parts}; ++part) {{
     float v;
-    asm volatile("ld.shared.f32 %0, [%1];" : "=f"(v) : "r"(at + part * stride) : "memory");
-    value += v;
+    asm volatile("ld.shared.f32 %0, [%1];" : "=f"(v) : "r"(at + part * stride));
+    values[part % 4] += v;
   }}
-  return value;
+  return (values[0] + values[1]) + (values[2] + values[3]);
 }}
 {_multiplied(s)}
 {held.source(s, dtype, WARPS) if s.prepared else ""}

@@ -38,10 +38,11 @@ def test_shapes_with_x_as_integers(bits: int, rows: int) -> None:
             continue
         assert shape.rows == rows and shape.shared_bytes <= 227 << 10 and shape.stages >= 4
         assert shape.share * shape.splits >= inner
-        assert bits == 8 or shape.stages <= 8  # more are in the way of x
+        assert 0 < shape.pace < shape.stages  # more at a time are in the way of x
         # Two bytes for an element of each row, with room between lines, and a scale of four for a chunk.
-        lines = shape.share // 32 * limbs.line(rows)
-        assert 64 * rows <= limbs.line(rows) <= 1.125 * 64 * rows
+        lines = shape.share // limbs.per_line(rows) * limbs.LINE
+        assert 2 * rows * limbs.per_line(rows) <= limbs.LINE <= 2.25 * rows * limbs.per_line(rows)
+        assert shape.share % limbs.per_line(rows) == 0
         assert 0 <= shape.held_bytes - lines - shape.share * rows * 4 * bits / 512 < 128
         halves = stream.chosen(bits, 1, 4096, inner, group, False, 8)
         assert halves is not None and halves.stage_bytes > shape.stage_bytes
