@@ -3,9 +3,9 @@
 One warp copies; one or two teams of eight multiply, taking turns with the stages. A cluster of ``splits``
 blocks makes ``columns`` columns of the result, its blocks sharing K stage by stage; each adds up a slice of
 the columns from what all of them send it. A block walks over tiles and its copies run ahead through them, so
-that some 150 KB are there, or on their way, at every multiprocessor. Weights wait for nothing: their first stages
-are asked for before the kernel in front of this one has ended (griddepcontrol); only what it may have written
-is waited for.
+that some 150 KB are there, or on their way, at every multiprocessor. Weights wait for nothing: their first
+stages are asked for before the kernel in front of this one has ended (griddepcontrol); only what it may have
+written is waited for.
 
 The weight is the left operand of mma.m16n8k16 (PTX ISA 8.5, section 9.7.13.4.8), the rows of x are the 8
 columns of the right one. The order of K inside a product is free as long as both operands agree, so that a
@@ -197,9 +197,10 @@ class Shape:
 # the rows of x. And what sharing K between twice as many blocks costs a tile. Fitted to an H200.
 _NARROW = {16: 1.05, 8: 1.1, 4: 1.4}
 _SHARING = 8.0
-# Pairs: what bytes of x cost, of what those of weights do; and the stages of the most loaded block from which
-# on the kernel in front, which takes 1.4 microseconds, is worth it.
-_BESIDE = 0.03
+# Pairs, in stages: what bytes of x cost, of what those of weights do; the way out of the sums of 64 columns;
+# and how many of the most loaded block make the kernel in front, which takes 1.4 microseconds, worth it.
+_BESIDE = 0.12
+_OUT = 1.8
 _WORTH = 16
 # One row times 4 bits: a kernel whose blocks have up to so many stages each takes no longer for some having
 # fewer tiles than others, since the one behind begins where they are done.
@@ -252,7 +253,8 @@ def chosen_pairs(
         return -(-columns // shape.columns // CLUSTERS[1]) * -(-inner // shape.deep)
 
     def cost(shape: Shape) -> float:
-        return stages(shape) * (1 + _BESIDE * shape.stage_rows / _WEIGHTS)
+        each = 1 + _BESIDE * shape.stage_rows / _WEIGHTS
+        return stages(shape) * each + _OUT * shape.columns / 64
 
     wide = (256, 128, 64)
     shapes = [Shape(4, tiles, across, 1, group, zeros, zero, pairs=True) for across in wide]
