@@ -23,7 +23,7 @@ enum {
   kJobs = 8,       // callers that may share the workers; others work alone
   kMost = 256,     // threads of one job
   kTasks = 16,     // of each thread
-  kSpins = 200000  // nanoseconds before a thread that waits goes to sleep
+  kSpins = 50000   // nanoseconds before a thread that waits goes to sleep
 };
 
 // What TVM's code generator calls (c_backend_api.h), and how it hands over an error (tvm-ffi's c_api.h).
@@ -77,7 +77,8 @@ static int64_t now(void) {
   return time.tv_sec * 1000000000ll + time.tv_nsec;
 }
 
-// Spin until *at is no longer `value`, or for some time; whether it is.
+// Spin until *at is no longer `value`, or for some time; whether it is. A thread that only spins has used up its
+// time when there is work, if other programs want the processor: so it offers it to them.
 static int spin(uint32_t* at, uint32_t value) {
   const int64_t begin = now();
   do {
@@ -89,6 +90,7 @@ static int spin(uint32_t* at, uint32_t value) {
       __asm__ volatile("yield");
 #endif
     }
+    sched_yield();
   } while (now() - begin < kSpins);
   return load(at) != value;
 }

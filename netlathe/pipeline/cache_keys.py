@@ -33,6 +33,7 @@ _PACKAGES = (
     "torch",
     "transformers",
 )
+_SOURCES = (".py", ".c", ".cpp")
 _REQUIREMENT = re.compile(r"\s*([\w.-]+)")
 
 
@@ -62,7 +63,7 @@ def versions(packages: Iterable[str]) -> dict[str, str]:
 def code_of(thing: Any) -> dict[str, Any] | None:
     """What the code behind an object of somebody else's class is; None where it lies in no file.
 
-    That is every Python file of the package that the class is in, and the versions of what its
+    That is every source file of the package that the class is in, and the versions of what its
     distribution requires, so that an edit counts before its author raises a version.
     """
     name = type(thing).__module__
@@ -80,7 +81,7 @@ def code_of(thing: Any) -> dict[str, Any] | None:
 
 
 def code_digest(place: Path) -> str:
-    """SHA-256 over the names and contents of the Python files in a folder, or of one file."""
+    """SHA-256 over the names and contents of the source files in a folder, or of one file."""
     state = hashlib.sha256()
     files = [place]
     if place.is_dir():
@@ -88,7 +89,7 @@ def code_digest(place: Path) -> str:
             Path(folder, name)
             for folder, _, names in os.walk(place, followlinks=True)
             for name in names
-            if name.endswith(".py")
+            if name.endswith(_SOURCES)
         ]
     for file in sorted(files):
         contents = file.read_bytes()
