@@ -19,7 +19,14 @@ from typing import TYPE_CHECKING, Any
 import onnx_ir as ir
 from tvm import tirx
 
-from netlathe.backends.tvm.cuda import decode, decode_merged, few, flash_ampere, flash_hopper
+from netlathe.backends.tvm.cuda import (
+    decode,
+    decode_merged,
+    few,
+    flash_ampere,
+    flash_hopper,
+    warpgroup,
+)
 from netlathe.backends.tvm.cuda.code import GpuCode
 from netlathe.backends.tvm.cuda.machine import PROCESSORS
 from netlathe.backends.tvm.cuda.operands import HALVES
@@ -292,7 +299,7 @@ class _Problem:
                         self._staged(named, text, shared, results, thread, head, top)
                 code.run(named("finish"), text)
 
-            code.branch(thread < i64(flash_hopper.GROUP), copy, multiply)
+            code.branch(thread < i64(warpgroup.GROUP), copy, multiply)
 
     def _staged(
         self, named: Any, text: str, shared: Expr, results: Any, thread: Expr, head: Expr, top: Expr
@@ -300,15 +307,15 @@ class _Problem:
         """The results of a tile, through shared memory, 64 columns at a time."""
         code = self.code
         b, h = (code.bind(item) for item in unflatten(head, [self.batch, self.heads]))
-        group = idiv(thread, flash_hopper.GROUP) - i64(1)
+        group = idiv(thread, warpgroup.GROUP) - i64(1)
         top = code.bind(top + group * i64(64))
         for left in range(0, self.depth, 64):
             wide = min(64, self.depth - left)
             stage = named(f"stage<{wide}>")
             code.run(stage, text, shared, code.address(results, left // 2))
             member = code.bind(cast(code.call(named("member"), text, "int32"), "int64"))
-            with code.loop(64 * wide // flash_hopper.GROUP) as step:
-                at = code.bind(step * i64(flash_hopper.GROUP) + member)
+            with code.loop(64 * wide // warpgroup.GROUP) as step:
+                at = code.bind(step * i64(warpgroup.GROUP) + member)
                 line, within = code.bind(idiv(at, wide)), code.bind(imod(at, wide))
                 row = code.bind(top + line)
                 with code.when(row < self.queries):
