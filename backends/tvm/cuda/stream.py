@@ -197,10 +197,10 @@ class Shape:
 # the rows of x. And what sharing K between twice as many blocks costs a tile. Fitted to an H200.
 _NARROW = {16: 1.05, 8: 1.1, 4: 1.4}
 _SHARING = 8.0
-# Pairs, in stages: what bytes of x cost, of what those of weights do; the way out of the sums of 64 columns;
-# and how many of the most loaded block make the kernel in front, which takes 1.4 microseconds, worth it.
-_BESIDE = 0.12
-_OUT = 1.8
+# Pairs: what bytes of x cost, of what those of weights do; stages that a tile of over 64 columns costs; and
+# from how many of the most loaded block on the kernel in front, which takes 1.4 microseconds, is worth it.
+_BESIDE = 0.14
+_WIDE = 3.5
 _WORTH = 16
 # One row times 4 bits: a kernel whose blocks have up to so many stages each takes no longer for some having
 # fewer tiles than others, since the one behind begins where they are done.
@@ -254,7 +254,7 @@ def chosen_pairs(
 
     def cost(shape: Shape) -> float:
         each = 1 + _BESIDE * shape.stage_rows / _WEIGHTS
-        return stages(shape) * each + _OUT * shape.columns / 64
+        return stages(shape) * each + (_WIDE if shape.columns > 64 else 0)
 
     wide = (256, 128, 64)
     shapes = [Shape(4, tiles, across, 1, group, zeros, zero, pairs=True) for across in wide]

@@ -37,7 +37,7 @@ def test_small_weights_and_those_of_few_columns_go_by_halves() -> None:
 
 
 @pytest.mark.skipif(not test_cuda_compile._has_nvcc(), reason="nvcc is not installed")
-@pytest.mark.parametrize("columns", [8192, 12288, 28672])  # tiles of 64, 128 and 256
+@pytest.mark.parametrize("columns", [8192, 28672])  # tiles of 64 and 256
 def test_nothing_spills(columns: int) -> None:
     model = ir.from_onnx_text(
         f"""
