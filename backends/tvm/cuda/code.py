@@ -65,8 +65,12 @@ class GpuCode(Code):
         return not self._loops
 
     def bind(self, value: Expr, cost: int = 0) -> Expr:
-        """A name inside a grid; on the host the expression itself, since it may size scratch memory."""
-        return super().bind(value, cost) if self._loops else plain(value)
+        """A name inside a grid; on the host the expression itself, since it may size scratch memory.
+
+        So are bytes in a loop over lanes: TVM has no vector of one repeated byte for nvcc.
+        """
+        is_byte = self._lane is not None and dtype_of(value) in ("int8", "uint8")
+        return super().bind(value, cost) if self._loops and not is_byte else plain(value)
 
     @contextlib.contextmanager
     def loop(self, extent: int | Expr, kind: Any = SERIAL) -> Iterator[Expr]:

@@ -319,6 +319,13 @@ def test_it_compiles_and_keeps_its_sums_in_registers(arch: str, threads: int, ke
         assert r.spill_bytes == 0 and r.stack_bytes == 0 and r.registers * threads <= 65536, r
 
 
+@pytest.mark.skipif(not _has_nvcc(), reason="nvcc is not installed")
+@pytest.mark.parametrize("name", ["zero", "pairs"])
+def test_what_follows_the_sums_compiles(name: str) -> None:
+    """A zero point is a byte that all results of a thread have in common."""
+    assert resources(CudaArtifact(CASES[name](200, 391).model, gpu(["sm_90a"])))
+
+
 def check(case: Case, run: Callable[[Array], Array]) -> float:
     """Compare for all numbers of rows; the largest error."""
     rng, worst = np.random.default_rng(1), 0.0
