@@ -145,7 +145,7 @@ static std::set<std::string> cpu_features() {
 }
 
 static void check(const json::Object& meta, int64_t bytes) {
-  if (meta[ffi::String("format")].cast<int64_t>() != 4)
+  if (meta[ffi::String("format")].cast<int64_t>() != 5)
     throw std::runtime_error("the artifact has another format than this program reads");
   if (meta.count(ffi::String("archs")))
     throw std::runtime_error("the artifact is for a GPU, and this program has tensors of the CPU");
