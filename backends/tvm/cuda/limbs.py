@@ -36,6 +36,13 @@ if TYPE_CHECKING:
 
 _AHEAD = 2  # stages of x that are on their way to a team
 MOST = 32512  # 127 * 256: of the high byte no more than 127
+# NaN where one of the two is.
+LARGEST = """
+__device__ __forceinline__ float largest(float a, float b) {
+  float c;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(c) : "f"(a), "f"(b));
+  return c;
+}"""
 
 
 def bytes_(rows: int, share: int, bits: int) -> int:
@@ -75,11 +82,7 @@ def source(s: Shape, warps: int) -> str:
     return f"""
 constexpr int kLine = {LINE}, kPerLine = {per_line(s.held)}, kLimbScales = kHeld + kShare / kPerLine * kLine;
 
-__device__ __forceinline__ float largest(float a, float b) {{
-  float c;
-  asm("max.NaN.f32 %0, %1, %2;" : "=f"(c) : "f"(a), "f"(b));
-  return c;
-}}
+{LARGEST}
 // Eight elements of a row of x from `own` on, if there is such a row; kChunk elements have a scale.
 __device__ __forceinline__ void keep(uint8_t* to, int row, int own, const uint4& x) {{
   const uint32_t words[4] = {{x.x, x.y, x.z, x.w}};

@@ -69,11 +69,7 @@ def _front(s: Shape) -> str:
     packed = limbs.packed
     first, second = limbs.order(_BITS)
     return f"""
-__device__ __forceinline__ float largest(float a, float b) {{
-  float c;
-  asm("max.NaN.f32 %0, %1, %2;" : "=f"(c) : "f"(a), "f"(b));
-  return c;
-}}
+{limbs.LARGEST}
 // One record: 8 elements of a row for each thread.
 __device__ __forceinline__ void front(const void* x_, void* to_, int number, int rows, int inner) {{
   const int row = threadIdx.x / (kChunk / 8), own = threadIdx.x % (kChunk / 8) * 8, k = number * kChunk + own;
