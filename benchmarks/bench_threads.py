@@ -19,12 +19,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+
+from netlathe.backends.tvm import toolchain
 
 RUNS, WARM_UP = 15, 3
 SETTINGS = ("alone", "busy", "ort")
@@ -82,7 +83,7 @@ def build(scratch: Path, pool: str) -> None:
         tools.mkdir()
         stub, linker = tools / "stub.c", tools / "g++"
         stub.write_text(STUB)
-        real = shutil.which("g++")
+        real = toolchain.compiler()
         linker.write_text(LINKER.format(python=sys.executable, stub=stub, linker=real))
         linker.chmod(0o755)
         variables["PATH"] = f"{tools}{os.pathsep}{os.environ['PATH']}"

@@ -468,13 +468,19 @@ class AttentionBench(Bench):
                     main(*given)
             self.milliseconds(graph.replay, WARM)
             times = [self.milliseconds(graph.replay, 1) / count for _ in range(ROUNDS)]
-            time = statistics.median(times)
-            self.results[f"{name} {batch} x {length}"] = {"ms": time, "bytes": moved}
-            print(
-                f"{name:18s} {batch:2d} x {length:6d}: {time * 1e3:6.1f} us,"
-                f" {moved / time / 1e6:5.0f} GB/s, share {moved / time / rate:.3f}",
-                flush=True,
-            )
+            self.say(name, (batch, length), statistics.median(times), moved, rate)
+
+    def say(
+        self, name: str, sizes: tuple[int, int], time: float, moved: float, rate: float
+    ) -> None:
+        """Keep and print the milliseconds in which so many bytes are read, at ``sizes``: batch and keys."""
+        batch, length = sizes
+        self.results[f"{name} {batch} x {length}"] = {"ms": time, "bytes": moved}
+        print(
+            f"{name:18s} {batch:2d} x {length:6d}: {time * 1e3:6.1f} us,"
+            f" {moved / time / 1e6:5.0f} GB/s, share {moved / time / rate:.3f}",
+            flush=True,
+        )
 
     def layers(self, name: str, rate: float, small: bool) -> None:
         """One query through nodes in a row, each with a cache of its own."""
@@ -495,13 +501,7 @@ class AttentionBench(Bench):
             self.milliseconds(graph.replay, WARM)
             times = [self.milliseconds(graph.replay, 2) / count for _ in range(ROUNDS)]
             del held
-            time = statistics.median(times)
-            self.results[f"{name} {batch} x {length}"] = {"ms": time, "bytes": moved}
-            print(
-                f"{name:18s} {batch:2d} x {length:6d}: {time * 1e3:6.1f} us,"
-                f" {moved / time / 1e6:5.0f} GB/s, share {moved / time / rate:.3f}",
-                flush=True,
-            )
+            self.say(name, (batch, length), statistics.median(times), moved, rate)
 
 
 def main() -> None:

@@ -1,11 +1,14 @@
-// The threads that kernels for a CPU share. It is compiled into every library of kernels, in whose place TVM's runtime has a pool of its own.
+// The threads that kernels for a CPU share, in place of the pool in TVM's runtime. It is compiled into every library
+// of kernels.
 //
-// A kernel's loop comes as tasks. TVM gives each thread one of them and waits for all: where other programs run too, a thread that
-// the system does not run for a while holds up everyone. Here each thread has a share of many small tasks, in order, so that on a
-// quiet machine it touches the same memory from kernel to kernel; who is done takes tasks from the shares of others. Whoever
-// calls a kernel works too, and does everything if nobody else gets a processor. Threads that wait spin a little and then sleep.
+// A kernel's loop comes as tasks. TVM gives each thread one of them and waits for all: where other programs run too,
+// a thread that the system does not run for a while holds up everyone. Here each thread has a share of many small
+// tasks, in order, so that on a quiet machine it touches the same memory from kernel to kernel; who is done takes
+// tasks from the shares of others. Whoever calls a kernel works too, and does everything if nobody else gets a
+// processor. Threads that wait spin a little and then sleep.
 //
-// All libraries of a process have one pool. Several callers may run kernels at once: each has a job, and workers take tasks of any.
+// All libraries of a process have one pool. Several callers may run kernels at once: each has a job, and workers take
+// tasks of any.
 
 #define _GNU_SOURCE
 #include <linux/futex.h>
@@ -239,5 +242,6 @@ static int launch(Task task, void* data, int tasks) {
   return -failed;
 }
 
-// Kernels call what this holds. TVM's runtime, when it loads a library, sets it to its own pool if it finds the name.
+// Kernels call what this holds. TVM's runtime, when it loads a library, would set it to its own pool if it found the
+// name: so it is hidden.
 __attribute__((visibility("hidden"))) int (*__TVMBackendParallelLaunch)(Task, void*, int) = launch;

@@ -20,9 +20,8 @@ from netlathe.backends.tvm.cuda.machine import ARCHITECTURES, PROCESSORS
 from netlathe.backends.tvm.cuda.operands import Operands, operands
 from netlathe.backends.tvm.cuda.warpgroup import GROUP, LEAVING, PART, ROW_BYTES
 
-ROWS = (
-    128  # of a tile: 64 for each multiplying warpgroup; or 64 alone, where one of the two is idle
-)
+# Of a tile: 64 for each multiplying warpgroup; or 64 alone, where one of the two is idle.
+ROWS = 128
 SHARED = ARCHITECTURES["sm_90a"][1]  # bytes that a block may have
 COUNTED = (192, 256, 384, 512)  # for so many rows, or fewer, tiles are chosen
 # Measured on an H200: a stage takes so many cycles at least. Products on all multiprocessors let the clock

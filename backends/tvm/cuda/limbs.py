@@ -43,6 +43,16 @@ __device__ __forceinline__ float largest(float a, float b) {
   asm("max.NaN.f32 %0, %1, %2;" : "=f"(c) : "f"(a), "f"(b));
   return c;
 }"""
+# A thread's eight elements, and the largest size of one in the chunk.
+MEASURED = """float value[8], most = 1e-30f;
+#pragma unroll
+  for (int j = 0; j < 8; ++j) {
+    value[j] = wide((uint16_t)(words[j / 2] >> (j % 2 * 16)));
+    most = largest(most, fabsf(value[j]));
+  }
+#pragma unroll
+  for (int mask = kChunk / 16; mask > 0; mask /= 2)
+    most = largest(most, __shfl_xor_sync(0xffffffffu, most, mask));"""
 
 
 def bytes_(rows: int, share: int, bits: int) -> int:
@@ -86,15 +96,7 @@ constexpr int kLine = {LINE}, kPerLine = {per_line(s.held)}, kLimbScales = kHeld
 // Eight elements of a row of x from `own` on, if there is such a row; kChunk elements have a scale.
 __device__ __forceinline__ void keep(uint8_t* to, int row, int own, const uint4& x) {{
   const uint32_t words[4] = {{x.x, x.y, x.z, x.w}};
-  float value[8], most = 1e-30f;
-#pragma unroll
-  for (int j = 0; j < 8; ++j) {{
-    value[j] = wide((uint16_t)(words[j / 2] >> (j % 2 * 16)));
-    most = largest(most, fabsf(value[j]));
-  }}
-#pragma unroll
-  for (int mask = kChunk / 16; mask > 0; mask /= 2)
-    most = largest(most, __shfl_xor_sync(0xffffffffu, most, mask));
+  {MEASURED}
   if (row >= kR) return;
   float factor;
   asm("rcp.approx.f32 %0, %1;" : "=f"(factor) : "f"(most));

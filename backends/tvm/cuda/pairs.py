@@ -77,15 +77,7 @@ __device__ __forceinline__ void front(const void* x_, void* to_, int number, int
   uint4 held = make_uint4(0, 0, 0, 0);
   if (row < rows && k < inner) held = *reinterpret_cast<const uint4*>(x + row * (int64_t)inner + k);
   const uint32_t words[4] = {{held.x, held.y, held.z, held.w}};
-  float value[8], most = 1e-30f;
-#pragma unroll
-  for (int j = 0; j < 8; ++j) {{
-    value[j] = wide((uint16_t)(words[j / 2] >> (j % 2 * 16)));
-    most = largest(most, fabsf(value[j]));
-  }}
-#pragma unroll
-  for (int mask = kChunk / 16; mask > 0; mask /= 2)
-    most = largest(most, __shfl_xor_sync(0xffffffffu, most, mask));
+  {limbs.MEASURED}
   float factor;
   asm("rcp.approx.f32 %0, %1;" : "=f"(factor) : "f"(most));
   factor *= {limbs.MOST}.0f;

@@ -46,7 +46,6 @@ static void check(bool holds, const char* what) {
 
 struct Work {
   std::vector<int> done;  // plain: the launch's return is what makes them visible
-  int tasks = 0;
   int failing = -1;
 };
 static int error_object;

@@ -1,4 +1,4 @@
-"""The threads of kernels (pool.c), by a program of its own under ThreadSanitizer, and in a model."""
+"""The threads of kernels (pool.c), by a program of its own, under ThreadSanitizer too."""
 
 from __future__ import annotations
 
