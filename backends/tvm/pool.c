@@ -17,7 +17,9 @@
 #include <signal.h>
 #include <stddef.h>
 #include <stdint.h>
+#include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
 #include <sys/syscall.h>
 #include <time.h>
 #include <unistd.h>
@@ -66,6 +68,9 @@ __asm__(".type netlathe_pool_1, %gnu_unique_object");
 
 #ifndef HESITATE
 #define HESITATE()  // where tests delay a thread
+#endif
+#ifndef SYSTEM
+#define SYSTEM ""  // where tests keep other files of the system
 #endif
 #define load(at) __atomic_load_n(at, __ATOMIC_ACQUIRE)
 #define store(at, value) __atomic_store_n(at, value, __ATOMIC_RELEASE)
@@ -185,15 +190,63 @@ __attribute__((visibility("default"))) void netlathe_set_threads(int threads) {
   store(&pool.threads, threads < 1 ? 1 : threads < kMost ? threads : kMost);
 }
 
-// TVM_NUM_THREADS, else OMP_NUM_THREADS, else one for each processor that the process may use.
+// The first number in a file, and the second if one is asked for; 0 for what is not there, or no number.
+static void numbers(const char* folder, const char* path, const char* file, long* one, long* two) {
+  char name[4200];
+  FILE* opened = NULL;
+  *one = 0;
+  if (two != NULL) *two = 0;
+  if ((size_t)snprintf(name, sizeof name, "%s%s/%s", folder, path, file) < sizeof name) opened = fopen(name, "re");
+  if (opened == NULL) return;
+  if (fscanf(opened, "%ld", one) == 1 && two != NULL && fscanf(opened, "%ld", two) != 1) *two = 0;
+  fclose(opened);
+}
+
+// Processors that control groups leave a process, as in a container with a limit; kMost if they do not say. Of each
+// group up to the root the quota is the time of all processors in a period: cpu.max has both (Linux, cgroup-v2,
+// "CPU Interface Files"), in the first version they are files of their own (sched-bwc). Rounded up.
+static int granted(void) {
+  long least = kMost;
+  char line[4200];
+  FILE* groups = fopen(SYSTEM "/proc/self/cgroup", "re");
+  if (groups == NULL) return kMost;
+  while (fgets(line, sizeof line, groups) != NULL) {  // number:controllers:path, where version 2 has no controllers
+    char *controllers = strchr(line, ':'), *path = controllers ? strchr(controllers + 1, ':') : NULL;
+    if (path == NULL) continue;
+    *path++ = *controllers++ = 0;
+    path[strcspn(path, "\n")] = 0;
+    char* rest = NULL;
+    char* controller = strtok_r(controllers, ",", &rest);
+    const int second = controller == NULL;
+    while (controller != NULL && strcmp(controller, "cpu") != 0) controller = strtok_r(NULL, ",", &rest);
+    if (!second && controller == NULL) continue;
+    for (char* end = path + strlen(path); end != NULL; end = strrchr(path, '/')) {
+      *end = 0;
+      long quota, period;
+      if (second) {
+        numbers(SYSTEM "/sys/fs/cgroup", path, "cpu.max", &quota, &period);
+      } else {
+        numbers(SYSTEM "/sys/fs/cgroup/cpu", path, "cpu.cfs_quota_us", &quota, NULL);
+        numbers(SYSTEM "/sys/fs/cgroup/cpu", path, "cpu.cfs_period_us", &period, NULL);
+      }
+      if (quota > 0 && period > 0 && (quota + period - 1) / period < least) least = (quota + period - 1) / period;
+    }
+  }
+  fclose(groups);
+  return (int)least;
+}
+
+// TVM_NUM_THREADS, else OMP_NUM_THREADS, else one for each processor that the process may use and is granted.
 __attribute__((visibility("default"))) int netlathe_threads(void) {
   if (load(&pool.threads) == 0) {
     const char *tvm = getenv("TVM_NUM_THREADS"), *omp = getenv("OMP_NUM_THREADS");
     int threads = tvm ? atoi(tvm) : 0;
     if (threads < 1) threads = omp ? atoi(omp) : 0;
     cpu_set_t processors;
-    if (threads < 1 && sched_getaffinity(0, sizeof processors, &processors) == 0)
-      threads = CPU_COUNT(&processors);
+    if (threads < 1 && sched_getaffinity(0, sizeof processors, &processors) == 0) {
+      const int most = granted();
+      threads = CPU_COUNT(&processors) < most ? CPU_COUNT(&processors) : most;
+    }
     netlathe_set_threads(threads);
   }
   return load(&pool.threads);

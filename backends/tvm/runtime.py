@@ -138,7 +138,8 @@ def load(folder: str | os.PathLike[str], *, threads: int | None = None) -> Model
     """The model in ``folder``.
 
     ``threads`` holds for the process (see :func:`set_threads`). None leaves it as it is, and at first
-    means TVM_NUM_THREADS, else OMP_NUM_THREADS, else one for each CPU that this process may use, at most 256.
+    means TVM_NUM_THREADS, else OMP_NUM_THREADS, else one for each CPU that this process may use and that the
+    limits of its container, if any, leave it, at most 256.
 
     Raises:
         ArtifactError: files are missing, damaged or of another version, or the CPU lacks instructions.

@@ -1,5 +1,6 @@
 // Many callers use the threads of kernels at once: every task is done once, in this job, before its launch returns.
-// Built with backends/tvm/pool.c under ThreadSanitizer by test_tvm_pool.py. Arguments: threads, callers, jobs of each.
+// Built with backends/tvm/pool.c under ThreadSanitizer by test_tvm_pool.py. Arguments: threads, callers, jobs of each. Without
+// them, how many threads there would be is printed.
 
 #include <atomic>
 #include <chrono>
@@ -76,7 +77,8 @@ static void call(int jobs, unsigned seed) {
   }
 }
 
-int main(int, char** arguments) {
+int main(int count, char** arguments) {
+  if (count == 1) return std::printf("%d\n", netlathe_threads()) < 0;
   const int threads = std::atoi(arguments[1]), callers = std::atoi(arguments[2]), jobs = std::atoi(arguments[3]);
   netlathe_set_threads(threads);
   check(netlathe_threads() == threads, "as many threads as were asked for");

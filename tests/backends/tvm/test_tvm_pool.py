@@ -61,3 +61,44 @@ def test_no_data_races(tmp_path: Path) -> None:
         said = run(program, threads, callers, 300)
         if "unexpected memory mapping" in said:
             pytest.skip("ThreadSanitizer does not run with this kernel's addresses")
+
+
+@pytest.mark.parametrize(
+    "groups, files, granted",
+    [
+        ("0::/", {}, None),
+        ("0::/", {"cpu.max": "max 100000"}, None),
+        ("0::/", {"cpu.max": "100000 100000"}, 1),
+        ("0::/", {"cpu.max": "150000 100000"}, 2),
+        ("0::/", {"cpu.max": "no number"}, None),
+        ("0::/a/b", {"a/b/cpu.max": "max 100000", "a/cpu.max": "40000 100000"}, 1),
+        ("0::/a/b", {"other/cpu.max": "40000 100000"}, None),
+        (
+            "4:memory:/m\n3:cpu,cpuacct:/c\n2:cpuset:/s\n0::/",
+            {"cpu/c/cpu.cfs_quota_us": "100000", "cpu/c/cpu.cfs_period_us": "100000"},
+            1,
+        ),
+        (
+            "3:cpuset,cpuacct:/c",
+            {"cpu/c/cpu.cfs_quota_us": "100000", "cpu/c/cpu.cfs_period_us": "100000"},
+            None,
+        ),
+        ("1:cpu:/", {"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, None),
+    ],
+)
+def test_no_more_threads_than_a_container_is_granted(
+    tmp_path: Path, groups: str, files: dict[str, str], granted: int | None
+) -> None:
+    for file, text in {"proc/self/cgroup": groups, **held_by(files)}.items():
+        path = tmp_path / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text + "\n")
+    program = built(tmp_path, f'-DSYSTEM="{tmp_path}"')
+    done = subprocess.run([program], env={}, capture_output=True, text=True, check=True)
+    there = len(os.sched_getaffinity(0))
+    assert int(done.stdout) == (there if granted is None else min(there, granted))
+
+
+def held_by(files: dict[str, str]) -> dict[str, str]:
+    """Where Linux has the files of control groups."""
+    return {f"sys/fs/cgroup/{name}": text for name, text in files.items()}
