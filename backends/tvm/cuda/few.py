@@ -250,10 +250,8 @@ def _streamed(
                     code.ahead(weight.scales, left + thread)
 
         def multiply() -> None:
-            # Where x is not prepared it becomes integers while weights come.
-            given = (code.address(a), small(rows), small(inner)) if shape.limbs else ()
             ask(i64(0))
-            if shape.prepared:
+            if shape.held:
                 gain = code.null() if norm is None else code.address(norm.gain)
                 epsilon = tirx.const(0.0 if norm is None else norm.epsilon, "float32")
                 numbers = (epsilon, small(rows), small(inner))
@@ -261,7 +259,7 @@ def _streamed(
             with code.loop(idiv(i64(tiles - 1) - first, clusters) + i64(1)) as number:
                 ask(number)
                 turns = map(small, (number, end, summing))
-                code.run(named("consume"), text, shared, *turns, *given)
+                code.run(named("consume"), text, shared, *turns)
                 left = (first + number * i64(clusters)) * i64(shape.columns) + own
                 left = code.bind(idiv(left, together))
                 before = imod(number * i64(32 * summing), shape.multiplying)

@@ -122,7 +122,8 @@ _IN_STAGE = """const int piece = (k % 64 / 8 + q) ^ row;
 _KEPT = """uint4 v = make_uint4(0, 0, 0, 0);
       if (row < kR) v = held(rows + (row * kShare + k + q * 8) * 2);"""
 _KEEP = """
-// Eight elements of a row of x from `own` on, if there is such a row.
-__device__ __forceinline__ void keep(uint8_t* to, int row, int own, const uint4& x) {
-  if (row < kR) *reinterpret_cast<uint4*>(to + kHeld + (row * kShare + own) * 2) = x;
+// kPiece elements of a row of x from `own` on, if there is such a row.
+constexpr int kPiece = 8;
+__device__ __forceinline__ void keep(uint8_t* to, int row, int own, const uint4* x) {
+  if (row < kR) *reinterpret_cast<uint4*>(to + kHeld + (row * kShare + own) * 2) = *x;
 }"""

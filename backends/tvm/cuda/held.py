@@ -30,26 +30,34 @@ __device__ __forceinline__ void prepare(
     uint8_t* shared, const void* x_, const void* gain_, float epsilon, int rows, int inner) {{
   const uint16_t *x = static_cast<const uint16_t*>(x_), *gains = static_cast<const uint16_t*>(gain_);
   uint8_t* to = shared + (base(shared) - static_cast<uint32_t>(__cvta_generic_to_shared(shared)));
-  constexpr int kOwn = kShare / 8, kPieces = (kR * kOwn + {s.multiplying - 1}) / {s.multiplying};
+  constexpr int kWide = kPiece / 8, kOwn = kShare / kPiece;
+  constexpr int kPieces = (kR * kOwn + {s.multiplying - 1}) / {s.multiplying};
   const int count = rows * kOwn;
   auto piece = [](int i) {{ return threadIdx.x + i * {s.multiplying}; }};
-  auto read = [&](const uint16_t* from, int piece, int row) {{
-    const int own = piece % kOwn * 8, k = (rank() + own / kDeep * kSplits) * kDeep + own % kDeep;
-    return piece < count && k < inner ? *reinterpret_cast<const uint4*>(from + row * (int64_t)inner + k)
-                                      : make_uint4(0, 0, 0, 0);
+  // The first of a thread's eights. Others are 32 elements apart, so that four threads read 64 bytes.
+  auto place = [](int piece) {{
+    return kWide == 1 ? piece % kOwn * 8 : piece % kOwn / 4 * 128 + piece % 4 * 8;
   }};
-  uint4 held[kPieces];
+  auto read = [&](uint4* to, const uint16_t* from, int piece, int row) {{
+#pragma unroll
+    for (int w = 0; w < kWide; ++w) {{
+      const int own = place(piece) + w * 32, k = (rank() + own / kDeep * kSplits) * kDeep + own % kDeep;
+      to[w] = piece < count && k < inner ? *reinterpret_cast<const uint4*>(from + row * (int64_t)inner + k)
+                                         : make_uint4(0, 0, 0, 0);
+    }}
+  }};
+  uint4 held[kPieces][kWide];
 {_GAINS.replace("$THREADS", str(s.multiplying)) if s.normed else ""}
   follow();
 #pragma unroll
-  for (int i = 0; i < kPieces; ++i) held[i] = read(x, piece(i), piece(i) / kOwn);
+  for (int i = 0; i < kPieces; ++i) read(held[i], x, piece(i), piece(i) / kOwn);
 {_MEASURED if s.normed else ""}
 #pragma unroll
   for (int i = 0; i < kPieces; ++i) {{
     const int row = piece(i) / kOwn;
     if (piece(i) / 32 * 32 >= count) break;  // a warp exchanges what it finds
 {_NORMED if s.normed else ""}
-    keep(to, row, piece(i) % kOwn * 8, held[i]);
+    keep(to, row, place(piece(i)), held[i]);
   }}
   asm volatile("bar.sync 1, {s.multiplying};" ::: "memory");
 }}
@@ -58,19 +66,23 @@ __device__ __forceinline__ void prepare(
 
 _GAINS = """  // Rows may have their gains in common.
   constexpr int kGains = kOwn % $THREADS == 0 ? kOwn / $THREADS : kPieces;
-  uint4 gain[kGains];
+  uint4 gain[kGains][kWide];
 #pragma unroll
-  for (int i = 0; i < kGains; ++i) gain[i] = read(gains, piece(i), 0);"""
+  for (int i = 0; i < kGains; ++i) read(gain[i], gains, piece(i), 0);"""
 _MEASURED = """  float square[kR] = {};
 #pragma unroll
   for (int i = 0; i < kPieces; ++i) {
-    const float own = squares(held[i]);
+    float own = 0.0f;
+#pragma unroll
+    for (int w = 0; w < kWide; ++w) own += squares(held[i][w]);
 #pragma unroll
     for (int row = 0; row < kR; ++row) square[row] += kR == 1 || piece(i) / kOwn == row ? own : 0.0f;
   }
   if (kSplits > 1) others(square, x, rows, inner);
   add_up(to, square);"""
-_NORMED = "    held[i] = normed(held[i], gain[i % kGains], factor(to, row, inner, epsilon));"
+_NORMED = """    const float by = factor(to, row, inner, epsilon);
+#pragma unroll
+    for (int w = 0; w < kWide; ++w) held[i][w] = normed(held[i][w], gain[i % kGains][w], by);"""
 
 
 def _norm(s: Shape, dtype: str, warps: int) -> str:

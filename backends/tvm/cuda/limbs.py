@@ -10,8 +10,9 @@ by 2^-9 of itself. Such a number is 256 high + low, two columns of mma.m16n8k32 
 9.7.13.4.10), whose left operand is the weight in bytes. Sums of integers are exact; they are scaled to
 float32 once for each chunk of K.
 
-Every block does this for its share of K, one row before the first product, more between the products of its
-first tile. The bytes are kept in the order in which products read them, 8 for each thread of a warp.
+Every block does this for its share of K before the first product (see
+:mod:`netlathe.backends.tvm.cuda.held`). The bytes are kept in the order in which products read them, 8 for
+each thread of a warp. Of one row a chunk of K has a scale, of several 128 elements.
 
 *One row* leaves columns of the product free, which save instructions. The 16 bytes of one column of the
 weight that a thread has are the four registers of the left operand as they are: words 0 and 2 are in row g,
@@ -34,7 +35,6 @@ from netlathe.backends.tvm.cuda import skinny
 if TYPE_CHECKING:
     from netlathe.backends.tvm.cuda.stream import Shape
 
-_AHEAD = 2  # stages of x that are on their way to a team
 MOST = 32512  # 127 * 256: of the high byte no more than 127
 # NaN where one of the two is.
 LARGEST = """
@@ -57,13 +57,16 @@ MEASURED = """float value[8], most = 1e-30f;
 
 def bytes_(rows: int, share: int, bits: int) -> int:
     """Shared memory for ``share`` elements of each row, and for their scales; copies start at 128."""
-    scales = share // skinny.chunk(bits) * rows * 4
-    return -(-(share // per_line(rows) * LINE + scales) // 128) * 128
+    scales = share // (skinny.chunk(bits) if rows == 1 else 128) * rows * 4
+    return -(-(share // per_line(rows) * line(rows) + scales) // 128) * 128
 
 
-# Bytes for 128 elements of x: of one row, or 32 of each of four. Some to spare put what a warp keeps of
-# neighbouring lines into different banks.
-LINE = 256 + 32
+def line(rows: int) -> int:
+    """Bytes for 128 elements of x, or for 32 of each of four rows.
+
+    Some to spare put what a warp keeps of neighbouring lines into different banks.
+    """
+    return 256 + (32 if rows == 1 else 8)
 
 
 def per_line(rows: int) -> int:
@@ -85,85 +88,34 @@ def packed(values: str, order: tuple[int, ...], byte: int) -> str:
     return f"__byte_perm({low}, {high}, 0x5410u)"
 
 
-def source(s: Shape, warps: int) -> str:
+def source(s: Shape, dtype: str, warps: int) -> str:
     """What differs from products of halves: preparing x, multiplying, and where sums lie."""
     one = s.held == 1
-    least = "1.0f / 16" if s.bits == 4 else "1.0f"
     return f"""
-constexpr int kLine = {LINE}, kPerLine = {per_line(s.held)}, kLimbScales = kHeld + kShare / kPerLine * kLine;
-
-{LARGEST}
-// Eight elements of a row of x from `own` on, if there is such a row; kChunk elements have a scale.
-__device__ __forceinline__ void keep(uint8_t* to, int row, int own, const uint4& x) {{
-  const uint32_t words[4] = {{x.x, x.y, x.z, x.w}};
-  {MEASURED}
-  if (row >= kR) return;
-  float factor;
-  asm("rcp.approx.f32 %0, %1;" : "=f"(factor) : "f"(most));
-  factor *= {MOST}.0f;
-  {_kept_one(s.bits) if one else _kept(s.bits)}
-  float* scale = reinterpret_cast<float*>(to + kLimbScales) + own / kChunk * kR + row;
-  if (own % kChunk == 0) *scale = most * ({least} / {MOST});
-}}
+constexpr int kLine = {line(s.held)}, kPerLine = {per_line(s.held)};
+constexpr int kLimbScales = kHeld + kShare / kPerLine * kLine;
+{_keep_one(s) if one else _keep(s, dtype)}
 {_mma("u8" if one and s.bits == 4 else "s8")}
 {_use_one(s, warps) if one else _use(s, warps)}
-// What a thread has of x in a stage: on its way from memory, and kept.
-constexpr int kTeam = {32 * warps}, kEach = kDeep / 8, kItems = (kR * kEach + kTeam - 1) / kTeam;
-__device__ __forceinline__ void fetch(uint4* held, const uint16_t* x, int rows, int inner, int step) {{
-#pragma unroll
-  for (int i = 0; i < kItems; ++i) {{
-    const int item = threadIdx.x % kTeam + i * kTeam, row = item / kEach;
-    const int k = (rank() + step * kSplits) * kDeep + item % kEach * 8;
-    held[i] = row < rows && k < inner ? *reinterpret_cast<const uint4*>(x + row * (int64_t)inner + k)
-                                      : make_uint4(0, 0, 0, 0);
-  }}
-}}
-__device__ __forceinline__ void keep_stage(uint8_t* to, const uint4* held, int step) {{
-#pragma unroll
-  for (int i = 0; i < kItems; ++i) {{
-    const int item = threadIdx.x % kTeam + i * kTeam;
-    keep(to, item / kEach, step * kDeep + item % kEach * 8, held[i]);
-  }}
-}}
 
-// A multiplying warp's share of one tile, sent to the blocks that finish its columns. Where x was not
-// prepared a team keeps what it needs of it in the first tile, stage by stage, while weights come.
-__device__ __forceinline__ void consume(
-    uint8_t* shared, int tile_number, int end, int summing, const void* x_, int rows, int inner) {{
+// A multiplying warp's share of one tile, sent to the blocks that finish its columns.
+__device__ __forceinline__ void consume(uint8_t* shared, int tile_number, int end, int summing) {{
   const uint32_t at = base(shared);
   const int warp = threadIdx.x / 32 % {warps}, lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
   const int across = warp % kAcross, down = warp / kAcross, each = share(end);
   const int team = threadIdx.x / {32 * warps};
-  const uint16_t* x = static_cast<const uint16_t*>(x_);
   uint8_t* stages = shared + (at - static_cast<uint32_t>(__cvta_generic_to_shared(shared)));
   float total[4] = {{}};
   const int before = tile_number * each, first = (before + team) % {s.teams};
-  const bool keeps = {int(not s.prepared)} && tile_number == 0;
-  uint4 held[{_AHEAD}][kItems];
-  if (keeps) {{
-    follow();
-#pragma unroll
-    for (int i = 0; i < {_AHEAD}; ++i) fetch(held[i], x, rows, inner, first + i * {s.teams});
-  }}
-  if ({int(not s.prepared)} && tile_number == 1)  // the other team may have kept what is needed now
-    asm volatile("bar.sync 1, {s.multiplying};" ::: "memory");
-  for (int next = first; next < each; next += {_AHEAD * s.teams}) {{
-#pragma unroll
-    for (int i = 0; i < {_AHEAD}; ++i) {{
-      const int step = next + i * {s.teams}, number = before + step, slot = number % kStages;
-      if (step >= each) break;
-      if (keeps) {{
-        keep_stage(stages, held[i], step);
-        fetch(held[i], x, rows, inner, step + {_AHEAD * s.teams});
-        asm volatile("bar.sync %0, {32 * warps};" ::"r"(3 + team) : "memory");
-      }}
-      wait(full(at, slot), (number / kStages) & 1);
-      if (kWhole || (rank() + step * kSplits) * kDeep + down * kChunk < end)
-        use(at, stages, slot, step, total);
-      __syncwarp();
-      if (lane == 0)
-        asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(empty(at, slot)) : "memory");
-    }}
+#pragma unroll 2
+  for (int step = first; step < each; step += {s.teams}) {{
+    const int number = before + step, slot = number % kStages;
+    wait(full(at, slot), (number / kStages) & 1);
+    if (kWhole || (rank() + step * kSplits) * kDeep + down * kChunk < end)
+      use(at, stages, slot, step, total);
+    __syncwarp();
+    if (lane == 0)
+      asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(empty(at, slot)) : "memory");
   }}
   if (tile_number > 0) wait<true>(taken(at), (tile_number - 1) & 1);
   {_sent_one(s) if one else _sent(s)}
@@ -209,20 +161,59 @@ _NIBBLES = """uint32_t low[8], high[8];
   for (int j = 0; j < 8; ++j) high[j] = low[j] + 128;"""
 
 
-def _kept(bits: int) -> str:
-    """Several rows: 8 bytes for each limb of a row, in the order in which the weight has them."""
-    first, second = order(bits)
-    return f"""{_INTEGERS}
-  uint8_t* line = to + kHeld + own / 32 * kLine + (row * 2 * 4 + own % 32 / 8) * 8;
-  *reinterpret_cast<uint2*>(line) =
-      make_uint2({packed("high", first, 1)}, {packed("high", second, 1)});
-  *reinterpret_cast<uint2*>(line + 32) =
-      make_uint2({packed("low", first, 0)}, {packed("low", second, 0)});"""
+def _keep(s: Shape, dtype: str) -> str:
+    """Several rows: 32 bytes for each limb of a row, in the order in which the weight has them."""
+    first, second = (", ".join(map(str, four)) for four in order(s.bits))
+    return f"""// The larger of two halves, and of the two beside them.
+__device__ __forceinline__ uint32_t larger(uint32_t a, uint32_t b) {{
+  uint32_t c;
+  asm("max.NaN.{dtype}x2 %0, %1, %2;" : "=r"(c) : "r"(a), "r"(b));
+  return c;
+}}
+// Every fourth eight from `own` on of 128 elements of a row of x, which have a scale, if there is such a row.
+constexpr int kPiece = 32;
+__device__ __forceinline__ void keep(uint8_t* to, int row, int own, const uint4* x) {{
+  const uint32_t* words = reinterpret_cast<const uint32_t*>(x);
+  uint32_t two = 0;
+#pragma unroll
+  for (int i = 0; i < 16; ++i) two = larger(two, words[i] & 0x7FFF7FFFu);
+  two = larger(two, two >> 16 | two << 16);
+#pragma unroll
+  for (int mask = 1; mask < 4; mask *= 2) two = larger(two, __shfl_xor_sync(0xffffffffu, two, mask));
+  if (row >= kR) return;
+  const float most = wide((uint16_t)two) + 1e-30f;
+  float factor;
+  asm("rcp.approx.f32 %0, %1;" : "=f"(factor) : "f"(most));
+  factor *= {MOST}.0f;
+  uint8_t* line = to + kHeld + own / 32 * kLine + row * 64 + own % 32;
+#pragma unroll
+  for (int p = 0; p < 4; ++p) {{
+    uint32_t both[8], high[2], low[2];  // integers, and 128 to round the high byte, as bits of floats
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {{
+      const float value = wide((uint16_t)(words[p * 4 + j / 2] >> (j % 2 * 16)));
+      both[j] = __float_as_uint(fmaf(value, factor, 12583040.0f));
+    }}
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {{
+      constexpr int kOrder[2][4] = {{{{{first}}}, {{{second}}}}};
+      const int* at = kOrder[half];
+      const uint32_t front = __byte_perm(both[at[0]], both[at[1]], 0x5140);
+      const uint32_t back = __byte_perm(both[at[2]], both[at[3]], 0x5140);
+      high[half] = __byte_perm(front, back, 0x7632);
+      low[half] = __byte_perm(front, back, 0x5410) ^ 0x80808080u;  // without the 128
+    }}
+    *reinterpret_cast<uint2*>(line + p * kLine) = make_uint2(high[0], high[1]);
+    *reinterpret_cast<uint2*>(line + p * kLine + 32) = make_uint2(low[0], low[1]);
+  }}
+  float* scales = reinterpret_cast<float*>(to + kLimbScales);
+  if (own % 128 == 0) scales[own / 128 * kR + row] = most * ({_least(s.bits)} / {MOST});
+}}"""
 
 
-def _kept_one(bits: int) -> str:
+def _keep_one(s: Shape) -> str:
     """One row: words are dealt to columns by their number, odd or even, and to registers by its half."""
-    if bits == 8:
+    if s.bits == 8:
         made, next_ = _INTEGERS, 64
         place = "own % 128 / 64 * 128 + own / 32 % 2 * 4"
     else:
@@ -234,9 +225,27 @@ def _kept_one(bits: int) -> str:
         for half, four in enumerate(((0, 1, 2, 3), (4, 5, 6, 7)))
         for values, byte in (("high", 1), ("low", 0))
     ]
-    return f"""{made}
+    return f"""{LARGEST}
+// Eight elements of x from `own` on; kChunk elements have a scale.
+constexpr int kPiece = 8;
+__device__ __forceinline__ void keep(uint8_t* to, int row, int own, const uint4* x) {{
+  const uint32_t words[4] = {{x->x, x->y, x->z, x->w}};
+  {MEASURED}
+  if (row > 0) return;
+  float factor;
+  asm("rcp.approx.f32 %0, %1;" : "=f"(factor) : "f"(most));
+  factor *= {MOST}.0f;
+  {made}
   uint8_t* line = to + kHeld + own / 128 * kLine + {place} + own % 32 / 8 * 8;
-  {" ".join(stores)}"""
+  {" ".join(stores)}
+  float* scales = reinterpret_cast<float*>(to + kLimbScales);
+  if (own % kChunk == 0) scales[own / kChunk] = most * ({_least(s.bits)} / {MOST});
+}}"""
+
+
+def _least(bits: int) -> str:
+    """Nibbles are multiplied 16 times as large as they are."""
+    return "1.0f / 16" if bits == 4 else "1.0f"
 
 
 def _use(s: Shape, warps: int) -> str:
@@ -257,7 +266,7 @@ __device__ __forceinline__ void use(uint32_t, const uint8_t* stages, int slot, i
   const int across = warp % kAcross, down = warp / kAcross;
   const uint8_t* at = stages + slot * kStageBytes;
   const uint8_t* limbs = stages + kHeld + step * (kDeep / kPerLine) * kLine;
-  const uint8_t* scales = stages + kLimbScales + step * (kDeep / kChunk) * kR * 4;
+  const uint8_t* scales = stages + kLimbScales + step * (kDeep / 128) * kR * 4;
   uint4 weight[4];
   float scale[4];
 #pragma unroll
@@ -277,7 +286,7 @@ __device__ __forceinline__ void use(uint32_t, const uint8_t* stages, int slot, i
       multiply_bytes(sums[i], a[0], a[1], a[2], a[3], x.x, x.y);
     }}
   }}
-  const float factor = reinterpret_cast<const float*>(scales)[down * kR + q];
+  const float factor = reinterpret_cast<const float*>(scales)[down * kChunk / 128 * kR + q];
 #pragma unroll
   for (int half = 0; half < 4; ++half) {{
     const int* pair = sums[half / 2] + half % 2 * 2;

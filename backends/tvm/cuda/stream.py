@@ -68,11 +68,6 @@ class Shape:
         return self.held > 0 and self.bits < 16
 
     @property
-    def prepared(self) -> bool:
-        """Whether all of x is kept before the first product."""
-        return self.normed or self.held == 1
-
-    @property
     def share(self) -> int:
         """What a block has of K, of rows that are kept."""
         return -(-self.inner // self.deep // self.splits) * self.deep
@@ -91,8 +86,8 @@ class Shape:
 
     @property
     def able(self) -> bool:
-        """Whether keeping x takes a block less time than it saves: that is more with weights of 4 bits."""
-        most = 2 * held.MOST if self.bits == 4 and not self.normed else held.MOST
+        """Whether keeping x takes a block less time than it saves, which is more where x becomes integers."""
+        most = held.MOST if self.normed else 4 * held.MOST
         return not self.held or self.share * self.held <= most
 
     @property
@@ -484,8 +479,8 @@ __device__ __forceinline__ float added(uint32_t at, int stride) {{
   }}
   return (values[0] + values[1]) + (values[2] + values[3]);
 }}
-{_multiplied(s)}
-{held.source(s, dtype, WARPS) if s.prepared else ""}
+{_multiplied(s, dtype)}
+{held.source(s, dtype, WARPS) if s.held else ""}
 // The slice has been read: others may send the next.
 __device__ __forceinline__ void release(uint8_t* shared) {{ tell_all(taken(base(shared))); }}
 }}  // namespace
@@ -493,10 +488,10 @@ __device__ __forceinline__ void release(uint8_t* shared) {{ tell_all(taken(base(
 """
 
 
-def _multiplied(s: Shape) -> str:
+def _multiplied(s: Shape, dtype: str) -> str:
     if s.pairs:
         return pairs.source(s)
-    return limbs.source(s, WARPS) if s.limbs else halves.source(s, WARPS)
+    return limbs.source(s, dtype, WARPS) if s.limbs else halves.source(s, WARPS)
 
 
 def _stem(shape: Shape, dtype: str) -> str:

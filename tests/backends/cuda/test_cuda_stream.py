@@ -34,16 +34,21 @@ def test_shapes_with_x_as_integers(bits: int, rows: int) -> None:
     for inner in SIZES:
         shape = stream.chosen(bits, 1, 4096, inner, group, False, 8, rows)
         if shape is None:
-            assert inner * rows > held.MOST * (1 if bits == 8 else 2)
+            assert inner * rows > 4 * held.MOST
             continue
         assert shape.rows == rows and shape.shared_bytes <= 227 << 10 and shape.stages >= 4
         assert shape.share * shape.splits >= inner
         assert 0 < shape.pace < shape.stages  # more at a time are in the way of x
         # Two bytes for an element of each row, with room between lines, and a scale of four for a chunk.
-        lines = shape.share // limbs.per_line(rows) * limbs.LINE
-        assert 2 * rows * limbs.per_line(rows) <= limbs.LINE <= 2.25 * rows * limbs.per_line(rows)
-        assert shape.share % limbs.per_line(rows) == 0
-        assert 0 <= shape.held_bytes - lines - shape.share * rows * 4 * bits / 512 < 128
+        per_line, line = limbs.per_line(rows), limbs.line(rows)
+        scaled = 512 // bits if rows == 1 else 128
+        assert 2 * rows * per_line <= line <= 2.25 * rows * per_line
+        assert shape.share % per_line == 0
+        assert (
+            0
+            <= shape.held_bytes - shape.share // per_line * line - shape.share // scaled * rows * 4
+            < 128
+        )
         halves = stream.chosen(bits, 1, 4096, inner, group, False, 8)
         assert halves is not None and halves.stage_bytes > shape.stage_bytes
     assert stream.chosen(bits, 1, 4096, 1 << 20, group, False, 8, rows) is None
