@@ -226,7 +226,7 @@ def _streamed(
     count = wide * shape.rows
     summing = min(-(-count // 32), shape.multiplying // 32)  # warps; they take turns, tile by tile
     blocks = i64(clusters * shape.splits)
-    launch = code.launch(blocks, shape.threads, shape.splits, least=1, waits=False)
+    launch = code.launch(blocks, shape.threads, shape.splits, least=1 + shape.beside, waits=False)
     with launch as (block, thread):
         shared = code.address(code.alloc([shape.shared_bytes], "uint8", scope="shared.dyn"))
         code.run(named("start"), text, shared, small(summing))
@@ -256,7 +256,8 @@ def _streamed(
                 epsilon = tirx.const(0.0 if norm is None else norm.epsilon, "float32")
                 numbers = (epsilon, small(rows), small(inner))
                 code.run(named("prepare"), text, shared, code.address(a), gain, *numbers)
-            with code.loop(idiv(i64(tiles - 1) - first, clusters) + i64(1)) as number:
+            last = code.bind(idiv(i64(tiles - 1) - first, clusters))
+            with code.loop(last + i64(1)) as number:
                 ask(number)
                 turns = map(small, (number, end, summing))
                 code.run(named("consume"), text, shared, *turns)
@@ -276,11 +277,10 @@ def _streamed(
                             for place in places
                         ]
                         finish(row, column, *map(code.bind, values))
-                with code.when(turn < i64(32 * summing)):
+                with code.when(tirx.And(number < last, turn < i64(32 * summing))):
                     code.run(named("release"), text, shared)
 
         code.branch(thread >= i64(shape.multiplying), copy, multiply)
-        code.run(named("finish"), text)
 
 
 def _recorded(

@@ -91,8 +91,7 @@ __device__ __forceinline__ void consume(uint8_t* shared, int tile_number, int en
     if (lane == 0)
       asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(empty(at, slot)) : "memory");
   }}
-  if (tile_number == 0) follow();  // results may overwrite what kernels in front still read
-  else wait<true>(taken(at), (tile_number - 1) & 1);
+  clear(at, tile_number);
 #pragma unroll
   for (int half = 0; half < 4; ++half) {{
     const int column = across * 32 + half * 8 + (kBits == 16 ? dealt(g) : g);

@@ -117,7 +117,7 @@ __device__ __forceinline__ void consume(uint8_t* shared, int tile_number, int en
     if (lane == 0)
       asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(empty(at, slot)) : "memory");
   }}
-  if (tile_number > 0) wait<true>(taken(at), (tile_number - 1) & 1);
+  clear(at, tile_number);
   {_sent_one(s) if one else _sent(s)}
   gathered(at, tile_number, summing);
 }}

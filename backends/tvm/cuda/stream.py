@@ -5,7 +5,8 @@ blocks makes ``columns`` columns of the result, its blocks sharing K stage by st
 the columns from what all of them send it. A block walks over tiles and its copies run ahead through them, so
 that some 150 KB are there, or on their way, at every multiprocessor. Weights wait for nothing: their first
 stages are asked for before the kernel in front of this one has ended (griddepcontrol); only what it may have
-written is waited for.
+written is waited for. Blocks with few stages take half of a multiprocessor, so that those of the kernel
+behind begin beside them, and memory does not stand still while one kernel ends and the next begins.
 
 The weight is the left operand of mma.m16n8k16 (PTX ISA 8.5, section 9.7.13.4.8), the rows of x are the 8
 columns of the right one. The order of K inside a product is free as long as both operands agree, so that a
@@ -20,7 +21,7 @@ empty the level-1 cache each time.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from netlathe.backends.tvm.cuda import halves, held, limbs, pairs, skinny
 
@@ -30,8 +31,10 @@ WARPS = 8  # of a team
 CLUSTERS = {1: 132, 2: 66, 4: 30, 8: 15}
 _WEIGHTS = 16 << 10  # bytes of the weight in a stage: 2 KB for every warp
 _SHARED = 225 << 10  # of a block, below the 227 KB there are
+_HALF = 112 << 10  # of one that leaves room for another
 _STAGES_OF_NIBBLES = 10  # at most: more were no faster
 _SMALL = 4  # stages of a tile: see Shape.pace
+_BRIEF = 8  # stages of a block that is beside others
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,8 @@ class Shape:
     says so, else ``zero`` of 4 bits stands for zero. ``held``: x is kept in shared memory, for at most so
     many rows of ``inner`` elements (see :mod:`netlathe.backends.tvm.cuda.held`), ``normed`` before; as
     integers where the weight is of integers. 0: it comes along with the weight; ``pairs``: as a kernel in
-    front has made it (see :mod:`netlathe.backends.tvm.cuda.pairs`).
+    front has made it (see :mod:`netlathe.backends.tvm.cuda.pairs`). ``beside``: a block leaves half of a
+    multiprocessor to one of the kernel behind, which may begin when nearly all stages have been asked for.
     """
 
     bits: int
@@ -56,6 +60,7 @@ class Shape:
     inner: int = 0
     normed: bool = False
     pairs: bool = False
+    beside: bool = False
 
     @property
     def rows(self) -> int:
@@ -89,6 +94,16 @@ class Shape:
         """Whether keeping x takes a block less time than it saves, which is more where x becomes integers."""
         most = held.MOST if self.normed else 4 * held.MOST
         return not self.held or self.share * self.held <= most
+
+    def brief(self, columns: int, inner: int) -> bool:
+        """Whether a block does well with half of a multiprocessor: it has few stages, and little beside them.
+
+        Measured with one row of integers and 16 rows of int8. Clusters take longer: sums that blocks send
+        each other stand behind weights of the kernel behind.
+        """
+        rows = (self.held == 1 and not self.normed) or (self.bits == 8 and self.tiles == 2)
+        whole = self.splits == 1 and columns <= CLUSTERS[1] * self.columns
+        return self.bits < 16 and rows and whole and inner <= _BRIEF * self.deep
 
     @property
     def stage_rows(self) -> int:
@@ -160,7 +175,7 @@ class Shape:
     @property
     def stages(self) -> int:
         """As many as there is room for, the same number for each team, so that a stage is always one's."""
-        room = _SHARED - 2048 - self.sums_bytes - self.held_bytes
+        room = (_HALF if self.beside else _SHARED) - 2048 - self.sums_bytes - self.held_bytes
         count = room // self.stage_bytes
         if self.limbs and self.bits == 4:
             count = min(count, _STAGES_OF_NIBBLES)
@@ -233,7 +248,10 @@ def chosen(
         for splits in ((1, 2, 4, 8) if held <= 1 else (1,))
     ]
     able = [s for s in shapes if s.fits and -(-inner // s.deep) >= s.splits and s.able]
-    return min(able, key=cost, default=None)
+    best = min(able, key=cost, default=None)
+    if best is None or not best.brief(columns, inner):
+        return best
+    return replace(best, beside=True)
 
 
 def chosen_pairs(
@@ -275,6 +293,7 @@ constexpr int kRows = {_WEIGHTS}, kScales = kRows + {s.stage_rows}, kZeros = kSc
 constexpr int kSlice = {s.slice}, kSums = kStages * kStageBytes;
 constexpr int kR = {s.held}, kShare = {s.share}, kHeld = kSums + {s.sums_bytes};
 constexpr int kBarriers = kHeld + {s.held_bytes};
+constexpr bool kBeside = {str(s.beside).lower()};
 constexpr bool kWhole = {str(s.held > 0 and s.share * s.splits == s.inner).lower()};  // K ends with a stage
 
 __device__ __forceinline__ uint32_t base(const void* shared) {{
@@ -324,11 +343,10 @@ __device__ __forceinline__ void tell_all(uint32_t barrier) {{
     asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];"
                  ::"r"(at_block(barrier, threadIdx.x % 32)) : "memory");
 }}
-__device__ __forceinline__ void cluster_barrier() {{
-  if (kSplits > 1) asm volatile("barrier.cluster.arrive;\\nbarrier.cluster.wait;" ::: "memory");
-}}
 // Everything that kernels in front have written is there.
 __device__ __forceinline__ void follow() {{ asm volatile("griddepcontrol.wait;" ::: "memory"); }}
+// The kernel behind may begin, where there is room for it.
+__device__ __forceinline__ void launch() {{ asm volatile("griddepcontrol.launch_dependents;"); }}
 
 // Every thread, first. `summing` warps finish a tile.
 __device__ __forceinline__ void start(uint8_t* shared, int summing) {{
@@ -342,11 +360,20 @@ __device__ __forceinline__ void start(uint8_t* shared, int summing) {{
     set(taken(at), summing * kSplits);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }}
-  asm volatile("griddepcontrol.launch_dependents;");
+  if (!kBeside) launch();
   __syncthreads();
-  cluster_barrier();
+  if (kSplits > 1) asm volatile("barrier.cluster.arrive;" ::: "memory");
 }}
-__device__ __forceinline__ void finish() {{ cluster_barrier(); }}
+// There is room for the sums of a tile: the cluster's blocks have begun, and have read those of the last one.
+// Nor do kernels in front read any more what results may overwrite.
+__device__ __forceinline__ void clear(uint32_t at, int tile_number) {{
+  if (tile_number > 0) {{
+    wait<true>(taken(at), (tile_number - 1) & 1);
+  }} else {{
+    follow();
+    if (kSplits > 1) asm volatile("barrier.cluster.wait;" ::: "memory");
+  }}
+}}
 
 // A box of a matrix; or one of rows of 128 bytes, which are what is 64 elements of K deep.
 __device__ __forceinline__ void copy(
@@ -420,11 +447,15 @@ __device__ __forceinline__ void produce(
     if (kPace > 0 && number >= kPace) wait(full(at, number - kPace), 0);
     constants(number);
   }}
+  // It takes a microsecond to begin: by then the last stage has been asked for, and is not behind its own.
+  const int late = max(count - 2, ahead - 1);
+  if (kBeside && late < ahead) launch();
   if (kR == 0) follow();
   for (int number = 0; number < ahead; ++number) inputs(number);
   for (int number = ahead; number < count; ++number) {{
     wait(empty(at, number % kStages), ((number / kStages) & 1) ^ 1);
     constants(number);
+    if (kBeside && number == late) launch();
     inputs(number);
   }}
 }}
@@ -499,7 +530,10 @@ def _stem(shape: Shape, dtype: str) -> str:
     zero = "z" if s.zeros else s.zero
     held_ = f"_{s.held}_{s.inner}{'n' * s.normed}" if s.held else ""
     how = "pairs" if s.pairs else "stream"
-    return f"{how}_{dtype}_{s.bits}_{s.tiles}_{s.columns}_{s.splits}_{s.group}_{zero}{held_}"
+    beside = "_beside" if s.beside else ""
+    return (
+        f"{how}_{dtype}_{s.bits}_{s.tiles}_{s.columns}_{s.splits}_{s.group}_{zero}{held_}{beside}"
+    )
 
 
 def name(shape: Shape, dtype: str, function: str) -> str:

@@ -19,7 +19,7 @@ def test_shapes(bits: int, tiles: int, group: int) -> None:
             shape = stream.chosen(bits, tiles, columns, inner, group, bits == 4, 8)
             assert shape is not None
             assert shape.shared_bytes <= 227 << 10
-            assert shape.stages >= 4 and shape.stages % shape.teams == 0
+            assert shape.stages >= (2 if shape.beside else 4) and shape.stages % shape.teams == 0
             assert shape.deep * shape.columns * bits == 16384 * 8
             assert not group or max(shape.deep, group) % min(shape.deep, group) == 0
             assert shape.deep % 64 == 0  # whole swizzled rows
@@ -52,6 +52,20 @@ def test_shapes_with_x_as_integers(bits: int, rows: int) -> None:
         halves = stream.chosen(bits, 1, 4096, inner, group, False, 8)
         assert halves is not None and halves.stage_bytes > shape.stage_bytes
     assert stream.chosen(bits, 1, 4096, 1 << 20, group, False, 8, rows) is None
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_blocks_with_few_stages_leave_room_for_those_of_the_kernel_behind(bits: int) -> None:
+    """Two fit a multiprocessor, which keeps 1 KB for each; larger weights, or norms, need all of it."""
+    group = 128 if bits == 4 else 0
+    small = stream.chosen(bits, 1, 4096, 4096, group, False, 8, 1)
+    assert small is not None and small.beside and small.splits == 1
+    assert 2 * (small.shared_bytes + 1024) <= 228 << 10
+    for columns, inner, normed in ((11008, 4096, False), (4096, 11008, False), (4096, 4096, True)):
+        shape = stream.chosen(bits, 1, columns, inner, group, False, 8, 1, normed)
+        assert shape is not None and not shape.beside
+    many = stream.chosen(bits, 2, 4096, 4096, group, False, 8)
+    assert many is not None and many.beside == (bits == 8)
 
 
 def test_one_row_of_a_small_weight_goes_by_wide_tiles_though_they_are_uneven() -> None:
