@@ -12,7 +12,9 @@ before the kernels in front have ended. Where it is known which keys those may b
 (:mod:`netlathe.backends.tvm.cuda.early`), all others are asked for at once, and these when they have ended;
 else all are. It is known of caches that are inputs of the model, of which the call writes nothing or, by
 TensorScatter, some rows, if what says which rows and how many keys there are was in memory before. A model
-with one Attention goes without that, and so does a cache that a kernel has just made, as of Concat.
+with one Attention goes without that, and so does a cache that a kernel has just made, as of Concat: it is
+asked for too, but thrown away and read again, most of it then from the level-2 cache. Until the kernels in
+front have ended a warp asks for little at a time, since what those read comes behind all that is on its way.
 """
 
 from __future__ import annotations
@@ -71,6 +73,16 @@ class Shape:
         return min(fit, 4) if self.bytes == 64 else fit
 
     @property
+    def few(self) -> int:
+        """Tiles of a warp that are on their way at one time until the kernels in front have ended."""
+        return -(-_TILE // (self.keys * self.bytes))
+
+    @property
+    def peeked(self) -> int:
+        """Tiles that are read before that although they may change: those that there is time for."""
+        return self.slots * 3 // 4 if self.ahead == FAR else 0
+
+    @property
     def scale_bytes(self) -> int:
         """What scales of a tile take in shared memory: whole pieces of 16 bytes, which may begin before."""
         return 0 if self.bits == 16 else self.keys * self.scale_bits // 8 + 16
@@ -103,6 +115,7 @@ def source(shape: Shape, dtype: str) -> str:
 namespace {space} {{
 constexpr int kDepth = {s.depth}, kBits = {s.bits}, kRow = {s.partial};
 constexpr int kKeys = {s.keys}, kSlots = {s.slots}, kBytes = {s.bytes};  // of a key
+constexpr int kFew = {s.few}, kPeeked = {s.peeked};      // tiles, see `start`
 constexpr int kTile = kKeys * kBytes, kCopies = kTile / 512, kRing = {s.ring_bytes};
 constexpr int kSteps = kBytes / 32;                      // of a product over the elements of a key
 constexpr int kN = {s.products}, kColumns = kBits / 2;   // products side by side, queries of each
@@ -221,14 +234,15 @@ __device__ __forceinline__ void part(
   auto asked = []() {{ asm volatile("cp.async.commit_group;" ::: "memory"); }};
   constexpr int kStep = {WARPS} * kKeys;
   int at, slot = 0;
-  // Ask for as many tiles as there is room for, those of which `wanted` says so.
-  auto start = [&](auto wanted) {{
+  // Ask for as many tiles as there is room for, those of which `wanted` says so; `slowly`: for few at a time.
+  auto start = [&](bool slowly, auto wanted) {{
     at = begin + warp * kKeys;
 #pragma unroll
     for (int i = 0; i < kSlots; ++i) {{
       const int own = at + i / 2 * kStep;
-      if (wanted(own)) ask(i, i % 2, own);
+      if (wanted(i, own)) ask(i, i % 2, own);
       asked();
+      if (slowly && i + 1 >= kFew && i + 1 < kSlots) arrived<kFew - 1>();
     }}
   }};
   const int fresh_first = early && fresh_from ? number_at(fresh_from) : 0;
@@ -236,23 +250,26 @@ __device__ __forceinline__ void part(
   auto is_late = [&](int at) {{
     return at < end && (scales.skip > 0 || (at < fresh_last && at + kKeys > fresh_first));
   }};
-  if (early) start([&](int at) {{ return !is_late(at); }});
+  if (early || kPeeked > 0)
+    start(true, [&](int i, int at) {{ return early ? !is_late(at) : i < kPeeked; }});
   wait_in_front();
   if (early) {{
     bool some = false;
 #pragma unroll
     for (int i = 0; i < kSlots; ++i) some = some || is_late(at + i / 2 * kStep);
     if (some) {{
-      start(is_late);
+      start(false, [&](int, int at) {{ return is_late(at); }});
       arrived<0>();
     }}
   }} else {{
     const int guess = length;
-    start([](int) {{ return true; }});
+    auto all = [](int, int) {{ return true; }};
+    arrived<0>();
+    start(false, all);
     if (lengths) divide();
     if (__any_sync(0xffffffffu, length != guess)) {{
       arrived<0>();
-      start([](int) {{ return true; }});
+      start(false, all);
     }}
   }}
   // Which keys of the next tile may be seen: the lane's of every 32.
