@@ -93,7 +93,7 @@ class Shape:
     def able(self) -> bool:
         """Whether keeping x takes a block less time than it saves, which is more where x becomes integers."""
         most = held.MOST if self.normed else 4 * held.MOST
-        return not self.held or self.share * self.held <= most
+        return not self.held or self.inner * self.held <= most
 
     def brief(self, columns: int, inner: int) -> bool:
         """Whether a block does well with half of a multiprocessor: it has few stages, and little beside them.
@@ -207,6 +207,9 @@ class Shape:
 # the rows of x. And what sharing K between twice as many blocks costs a tile. Fitted to an H200.
 _NARROW = {16: 1.05, 8: 1.1, 4: 1.4}
 _SHARING = 8.0
+# The same where several rows become integers, and how many elements do in the time of a stage.
+_SHARING_INTEGERS = 2.0
+_INTEGERS = 8192
 # Pairs: what bytes of x cost, of what those of weights do; stages that a tile of over 64 columns costs; and
 # from how many of the most loaded block on the kernel in front, which takes 1.4 microseconds, is worth it.
 _BESIDE = 0.14
@@ -238,14 +241,20 @@ def chosen(
         rounds = -(-across // CLUSTERS[shape.splits])
         stages = -(-inner // shape.deep) / shape.splits
         each = _NARROW[bits] if shape.columns == 32 and not held else 1.0
+        if held > 1 and bits < 16:
+            before, sharing = held * shape.share / _INTEGERS, _SHARING_INTEGERS
+        else:
+            before, sharing = 0.0, _SHARING
         least = _SHORT if bits == 4 and held == 1 and across > CLUSTERS[shape.splits] else 0
-        return max(rounds * (stages * each + _SHARING * (shape.splits.bit_length() - 1)), least)
+        return max(
+            before + rounds * (stages * each + sharing * (shape.splits.bit_length() - 1)), least
+        )
 
     shapes = [
         Shape(bits, tiles, across, splits, group, zeros, zero, held, inner if held else 0, normed)
         for across in (64, 32)
-        # Blocks that share K of several rows were slower with integers than with halves.
-        for splits in ((1, 2, 4, 8) if held <= 1 else (1,))
+        # More blocks that share K of several rows are slower.
+        for splits in ((1, 2, 4, 8) if held <= 1 else (1, 2))
     ]
     able = [s for s in shapes if s.fits and -(-inner // s.deep) >= s.splits and s.able]
     best = min(able, key=cost, default=None)
