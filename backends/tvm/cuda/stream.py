@@ -98,10 +98,10 @@ class Shape:
     def brief(self, columns: int, inner: int) -> bool:
         """Whether a block does well with half of a multiprocessor: it has few stages, and little beside them.
 
-        Measured with one row of integers and 16 rows of int8. Clusters take longer: sums that blocks send
-        each other stand behind weights of the kernel behind.
+        Measured with one row of integers, and 8 and 16 rows of int8. Clusters take longer: sums that blocks
+        send each other stand behind weights of the kernel behind.
         """
-        rows = (self.held == 1 and not self.normed) or (self.bits == 8 and self.tiles == 2)
+        rows = (self.held == 1 and not self.normed) or (self.bits == 8 and not self.held)
         whole = self.splits == 1 and columns <= CLUSTERS[1] * self.columns
         return self.bits < 16 and rows and whole and inner <= _BRIEF * self.deep
 
@@ -114,8 +114,9 @@ class Shape:
 
     @property
     def teams(self) -> int:
-        """Two where a thread has few registers to keep: unpacking takes time."""
-        return 2 if self.tiles == 1 and not self.pairs else 1
+        """Two where a thread keeps few registers, as unpacking takes time, and there are many stages."""
+        large = self.pairs or (self.beside and not self.held)
+        return 2 if self.tiles == 1 and not large else 1
 
     @property
     def multiplying(self) -> int:
