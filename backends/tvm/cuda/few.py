@@ -102,8 +102,8 @@ def kernels(
         shape = None
         if code.has_wgmma and inner % 64 == 0:  # whole swizzled rows
             facts = weight.facts(inner)
-            if weight.bits == 4:
-                shape = stream.chosen_pairs(tiles, columns, *facts)
+            if weight.bits < 16:
+                shape = stream.chosen_pairs(weight.bits, tiles, columns, *facts)
             shape = shape or stream.chosen(weight.bits, tiles, columns, *facts)
 
         def launched() -> None:
@@ -294,7 +294,7 @@ def _recorded(
     """``a`` as pairs of bytes in scratch memory, in whole stages, written by a launch of its own."""
     rows, inner, _ = sizes
     text = stream.source(shape, dtype)
-    count = -(-weight.padded(inner) // shape.deep) * shape.down
+    count = -(-weight.padded(inner) // shape.deep) * (shape.deep // pairs.DEEP)
     made = code.kernel.workspace(i64(count * pairs.record(shape.tiles)), "uint8")
     with code.launch(i64(count), pairs.threads(shape.tiles)) as (block, _):
         numbers = [cast(item, "int32") for item in (block, rows, i64(inner))]

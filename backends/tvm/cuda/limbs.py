@@ -43,15 +43,18 @@ __device__ __forceinline__ float largest(float a, float b) {
   asm("max.NaN.f32 %0, %1, %2;" : "=f"(c) : "f"(a), "f"(b));
   return c;
 }"""
-# A thread's eight elements, and the largest size of one in the chunk.
-MEASURED = """float value[8], most = 1e-30f;
+
+
+def measured(deep: int) -> str:
+    """A thread's eight elements, and the largest size of one in ``deep`` of K."""
+    return f"""float value[8], most = 1e-30f;
 #pragma unroll
-  for (int j = 0; j < 8; ++j) {
+  for (int j = 0; j < 8; ++j) {{
     value[j] = wide((uint16_t)(words[j / 2] >> (j % 2 * 16)));
     most = largest(most, fabsf(value[j]));
-  }
+  }}
 #pragma unroll
-  for (int mask = kChunk / 16; mask > 0; mask /= 2)
+  for (int mask = {deep // 16}; mask > 0; mask /= 2)
     most = largest(most, __shfl_xor_sync(0xffffffffu, most, mask));"""
 
 
@@ -207,7 +210,7 @@ __device__ __forceinline__ void keep(uint8_t* to, int row, int own, const uint4*
     *reinterpret_cast<uint2*>(line + p * kLine + 32) = make_uint2(low[0], low[1]);
   }}
   float* scales = reinterpret_cast<float*>(to + kLimbScales);
-  if (own % 128 == 0) scales[own / 128 * kR + row] = most * ({_least(s.bits)} / {MOST});
+  if (own % 128 == 0) scales[own / 128 * kR + row] = most * ({least(s.bits)} / {MOST});
 }}"""
 
 
@@ -230,7 +233,7 @@ def _keep_one(s: Shape) -> str:
 constexpr int kPiece = 8;
 __device__ __forceinline__ void keep(uint8_t* to, int row, int own, const uint4* x) {{
   const uint32_t words[4] = {{x->x, x->y, x->z, x->w}};
-  {MEASURED}
+  {measured(skinny.chunk(s.bits))}
   if (row > 0) return;
   float factor;
   asm("rcp.approx.f32 %0, %1;" : "=f"(factor) : "f"(most));
@@ -239,11 +242,11 @@ __device__ __forceinline__ void keep(uint8_t* to, int row, int own, const uint4*
   uint8_t* line = to + kHeld + own / 128 * kLine + {place} + own % 32 / 8 * 8;
   {" ".join(stores)}
   float* scales = reinterpret_cast<float*>(to + kLimbScales);
-  if (own % kChunk == 0) scales[own / kChunk] = most * ({_least(s.bits)} / {MOST});
+  if (own % kChunk == 0) scales[own / kChunk] = most * ({least(s.bits)} / {MOST});
 }}"""
 
 
-def _least(bits: int) -> str:
+def least(bits: int) -> str:
     """Nibbles are multiplied 16 times as large as they are."""
     return "1.0f / 16" if bits == 4 else "1.0f"
 

@@ -71,7 +71,9 @@ def quantized(tensor: ir.TensorProtocol, bits: int) -> Array:
 
     64 columns and a chunk of K (512 bits of each column) are 4096 bytes, thread q of a quad has 16 of each
     column: K = 32 p + 8 q + e of the chunk. Of 4 bits, those of ``e`` and ``e + 1`` (``e`` even)
-    lie in nibbles e / 2 and e / 2 + 4 of a 32-bit word, as value + 8 or, unsigned, as they are.
+    lie in nibbles e / 2 and e / 2 + 4 of a 32-bit word, as value + 8 or, unsigned, as they are. The 16
+    bytes lie where the 64-byte swizzle of sm_90a has piece q (PTX ISA 8.5, section 9.7.14.5): at
+    q ^ (column / 2 % 4).
     """
     chunk = 4 * 128 // bits
     values = array(tensor).T
@@ -84,6 +86,8 @@ def quantized(tensor: ir.TensorProtocol, bits: int) -> Array:
     # [64 columns, column, chunk, p, q, e] -> [64 columns, chunk, column, q, p, e]
     held = held.reshape(-1, 64, held.shape[1] // chunk, chunk // 32, 4, 8)
     held = held.transpose(0, 2, 1, 4, 3, 5)
+    column = np.arange(64)[:, None]
+    held = held[:, :, column, np.arange(4) ^ column // 2 % 4]
     if bits == 8:
         return np.ascontiguousarray(held.astype(np.int8)).reshape(padded(columns), -1)
     words = held.astype(np.uint32).reshape(padded(columns), -1, 4, 2)

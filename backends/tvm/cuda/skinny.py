@@ -7,8 +7,9 @@ that every thread reads 16 neighbouring bytes of a row of the weight, and of x.
 
 Weights of 8 and 4 bits are packed so (:func:`netlathe.backends.tvm.cuda.packing.quantized`): 64 columns and
 one chunk of K are 4096 neighbouring bytes, 1024 for every 16 of them, and thread q of a quad finds, in 16
-bytes, K = 32 p + 8 q + e for p below 2 or 4 and e below 8. They become halves by placing bits under an
-exponent and taking off what that and the zero point add: four or five instructions for two elements.
+bytes, K = 32 p + 8 q + e for p below 2 or 4 and e below 8, which lie in a swizzle. Integers become halves by
+placing bits under an exponent and taking off what that and the zero point add: four or five instructions for
+two elements.
 """
 
 from __future__ import annotations
@@ -112,7 +113,7 @@ __device__ __forceinline__ void product(
     const int64_t sixteen = first / 16 + half / 2;
     const int64_t row = kBits == 16 ? first + g + half * 8 : sixteen / 4 * 64;
     from[half] = static_cast<const uint4*>(weight) + row * padded * kBits / 128
-        + (kBits == 16 ? q : sixteen % 4 * 64 + half % 2 * 32 + g * 4 + q);
+        + (kBits == 16 ? q : sixteen % 4 * 64 + half % 2 * 32 + g * 4 + (q ^ g / 2));
   }}
   float total[kTiles][kRows][4] = {{}};
   uint4 held[2][kAhead][kHalves];
@@ -213,7 +214,7 @@ __device__ __forceinline__ void expand(
   const uint16_t* scales = static_cast<const uint16_t*>(scales_);
   const uint16_t* zeros = static_cast<const uint16_t*>(zeros_);
   constexpr int kChunk = 4 * 128 / kBits, kPieces = kChunk / 32;
-  const int64_t chunks = padded / kChunk, q = piece % 4, k = piece / 256 % chunks * kChunk;
+  const int64_t chunks = padded / kChunk, q = piece % 4 ^ piece / 8 % 4, k = piece / 256 % chunks * kChunk;
   const int64_t column = piece / 256 / chunks * 64 + piece % 256 / 4;
   if (column >= columns) return;
   const int64_t group = (kGroup ? k / (kGroup ? kGroup : 1) : 0) * ((columns + 63) / 64 * 64) + column;

@@ -109,7 +109,7 @@ class Shape:
     def stage_rows(self) -> int:
         """Bytes of x in a stage."""
         if self.pairs:
-            return self.down * pairs.record(self.tiles)
+            return self.deep // pairs.DEEP * pairs.record(self.tiles)
         return 0 if self.held else 16 * self.tiles * self.deep
 
     @property
@@ -163,7 +163,7 @@ class Shape:
     @property
     def parts(self) -> int:
         """Sums of a result: one of each warp, or warpgroup, that shares its K."""
-        shared = pairs.sharing(self.columns) if self.pairs else self.down
+        shared = pairs.sharing(self) if self.pairs else self.down
         return self.splits * self.teams * shared
 
     @property
@@ -265,12 +265,15 @@ def chosen(
 
 
 def chosen_pairs(
-    tiles: int, columns: int, inner: int, group: int, zeros: bool, zero: int
+    bits: int, tiles: int, columns: int, inner: int, group: int, zeros: bool, zero: int
 ) -> Shape | None:
-    """The same with 4 bits where a kernel in front makes x bytes; None where that takes longer than it saves.
+    """The same with integers where a kernel in front makes x bytes; None where that takes too long.
 
-    Clusters were slower in all cases, so that there must be tiles for nearly all multiprocessors.
+    Clusters were slower in all cases, so that there must be tiles for nearly all multiprocessors. 8 bits are
+    unpacked in less time: only more than 8 rows gain, and those where no block has a second tile.
     """
+    if bits == 8 and tiles == 1:
+        return None
 
     def stages(shape: Shape) -> int:
         return -(-columns // shape.columns // CLUSTERS[1]) * -(-inner // shape.deep)
@@ -279,9 +282,13 @@ def chosen_pairs(
         each = 1 + _BESIDE * shape.stage_rows / _WEIGHTS
         return stages(shape) * each + (_WIDE if shape.columns > 64 else 0)
 
-    wide = (256, 128, 64)
-    shapes = [Shape(4, tiles, across, 1, group, zeros, zero, pairs=True) for across in wide]
-    best = min((s for s in shapes if s.fits), key=cost, default=None)
+    wide = (256, 128, 64) if bits == 4 else (128, 64)
+    shapes = [Shape(bits, tiles, across, 1, group, zeros, zero, pairs=True) for across in wide]
+    whole = not group or group % pairs.DEEP == 0
+    able = [
+        s for s in shapes if whole and s.fits and (bits == 4 or columns <= s.columns * CLUSTERS[1])
+    ]
+    best = min(able, key=cost, default=None)
     if best is None or stages(best) < _WORTH or -(-columns // 64) < 0.9 * CLUSTERS[1]:
         return None
     return best
@@ -364,7 +371,7 @@ __device__ __forceinline__ void start(uint8_t* shared, int summing) {{
   if (threadIdx.x == 0) {{
     for (int stage = 0; stage < kStages; ++stage) {{
       set(full(at, stage), 1);
-      set(empty(at, stage), {WARPS});
+      set(empty(at, stage), {pairs.readers(s) if s.pairs else WARPS});
     }}
     set(ready(at), {WARPS * s.teams} * kSplits);
     set(taken(at), summing * kSplits);
@@ -481,7 +488,7 @@ __device__ __forceinline__ int dealt(int g) {{ return g / 2 + g % 2 * 4; }}
 __device__ __forceinline__ int packed_place(int across, int down, int half, int lane) {{
   constexpr int kOf64 = kColumns < 64 ? kColumns / 16 : 4;
   const int place = (across * 2 / kOf64 * kDown + down) * kOf64 + across * 2 % kOf64;
-  return place * 1024 + lane * 16 + half * 512;
+  return place * 1024 + (lane ^ lane / 8) * 16 + half * 512;
 }}
 __device__ __forceinline__ uint4 packed_at(const uint8_t* at, int across, int down, int half, int lane) {{
   return held(at + packed_place(across, down, half, lane));

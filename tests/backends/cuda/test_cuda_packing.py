@@ -15,6 +15,8 @@ from netlathe.backends.tvm.cuda import packing
 Array = npt.NDArray[Any]
 INT4: Any = ml_dtypes.int4
 UINT4: Any = ml_dtypes.uint4
+COLUMN = np.arange(64)[:, None]
+PIECE = np.arange(4) ^ COLUMN // 2 % 4  # where the swizzle has what is thread q's
 
 
 def tensor(values: Array, dtype: ir.DataType) -> ir.Tensor:
@@ -34,8 +36,8 @@ def test_nibbles_come_back(inner: int, magic: int, half: Any) -> None:
     packed = packing.quantized(tensor(values, ir.DataType.INT4), 4)
     padded = -(-inner // 128) * 128
     assert packed.dtype == np.int8 and packed.shape == (64, padded // 2)
-    words = packed.view(np.uint32).reshape(padded // 128, 64, 4, 4)  # [chunk, column, q, p]
-    words = words[:, :5].swapaxes(0, 1)
+    words = packed.view(np.uint32).reshape(padded // 128, 64, 4, 4)  # [chunk, column, piece, p]
+    words = words[:, COLUMN, PIECE][:, :5].swapaxes(0, 1)  # [column, chunk, q, p]
     found = np.empty((5, padded))
     for chunk in range(padded // 128):
         for q in range(4):
@@ -57,7 +59,10 @@ def test_bytes_come_back(inner: int) -> None:
     packed = packing.quantized(tensor(values, ir.DataType.INT8), 8)
     padded = -(-inner // 64) * 64
     assert packed.shape == (128, padded)
-    pieces = packed.reshape(2, padded // 64, 64, 4, 2, 8)  # [64 columns, chunk, column, q, p, e]
+    pieces = packed.reshape(
+        2, padded // 64, 64, 4, 2, 8
+    )  # [64 columns, chunk, column, piece, p, e]
+    pieces = pieces[:, :, COLUMN, PIECE]  # by q
     found = pieces.transpose(0, 2, 1, 4, 3, 5).reshape(128, padded)  # K = 32 p + 8 q + e
     np.testing.assert_array_equal(found[columns:], 0)
     found = found[:columns]

@@ -1,4 +1,4 @@
-"""Products of 5 to 16 rows with 4-bit weights, x as pairs of bytes: cut, compiled, and on a GPU."""
+"""Products of 5 to 16 rows with integer weights, x as pairs of bytes: cut, compiled, and on a GPU."""
 
 from __future__ import annotations
 
@@ -14,7 +14,16 @@ from netlathe.backends.tvm.cuda.machine import ARCHITECTURES, gpu
 from tests.backends.cuda import test_cuda_compile, test_cuda_run
 
 # Inner, columns and group, with ends inside of stages and tiles; and the columns of a tile.
-RAGGED = [(2112, 391, 0, 64), (1152, 4100, 128, 128), (1536, 700, 256, 256), (640, 9000, 0, 64)]
+RAGGED = [
+    ("int4", 2112, 391, 0, 64),
+    ("uint4", 1152, 4100, 128, 128),
+    ("uint4", 1536, 700, 256, 256),
+    ("int4", 1536, 700, 256, 256),
+    ("uint4", 640, 9000, 0, 64),
+    ("int8", 2112, 391, 0, 64),
+    ("int8", 1152, 391, 128, 128),
+    ("int8", 1088, 700, 0, 128),
+]
 
 
 @pytest.mark.parametrize("tiles", [1, 2])
@@ -22,27 +31,41 @@ RAGGED = [(2112, 391, 0, 64), (1152, 4100, 128, 128), (1536, 700, 256, 256), (64
 def test_shapes(tiles: int, group: int) -> None:
     for columns in (8192, 11008, 28672, 128256):
         for inner in (8192, 11264, 28672):
-            shape = stream.chosen_pairs(tiles, columns, inner, group, True, 8)
+            shape = stream.chosen_pairs(4, tiles, columns, inner, group, True, 8)
             assert shape is not None and shape.pairs and shape.teams == 1 and shape.splits == 1
             assert shape.shared_bytes <= ARCHITECTURES["sm_90a"][1] and shape.stages >= 4
-            assert shape.stage_rows == shape.deep // pairs.CHUNK * pairs.record(tiles)
+            assert shape.stage_rows == shape.deep // pairs.DEEP * pairs.record(tiles)
             assert not group or max(shape.deep, group) % min(shape.deep, group) == 0
 
 
 def test_small_weights_and_those_of_few_columns_go_by_halves() -> None:
-    assert stream.chosen_pairs(2, 4096, 28672, 128, False, 8) is None
-    assert stream.chosen_pairs(2, 8192, 2048, 128, False, 8) is None
-    wide, narrow = (stream.chosen_pairs(2, n, 8192, 128, False, 8) for n in (28672, 8192))
+    assert stream.chosen_pairs(4, 2, 4096, 28672, 128, False, 8) is None
+    assert stream.chosen_pairs(4, 2, 8192, 2048, 128, False, 8) is None
+    wide, narrow = (stream.chosen_pairs(4, 2, n, 8192, 128, False, 8) for n in (28672, 8192))
     assert wide is not None and narrow is not None and (wide.columns, narrow.columns) == (256, 64)
 
 
+def test_bytes_go_by_pairs_where_each_block_has_a_tile() -> None:
+    shapes = {
+        n: stream.chosen_pairs(8, 2, n, 8192, 0, False, 8) for n in (4096, 8192, 11008, 28672)
+    }
+    found = {n: None if shape is None else shape.columns for n, shape in shapes.items()}
+    assert found == {4096: None, 8192: 64, 11008: 128, 28672: None}
+    assert stream.chosen_pairs(8, 1, 8192, 8192, 0, False, 8) is None
+    assert stream.chosen_pairs(8, 2, 8192, 8192, 64, False, 8) is None, "two groups in a record"
+    for shape in shapes.values():
+        assert shape is None or (shape.deep % pairs.DEEP == 0 and shape.stages >= 4)
+
+
 @pytest.mark.skipif(not test_cuda_compile._has_nvcc(), reason="nvcc is not installed")
-@pytest.mark.parametrize("columns", [8192, 28672])  # tiles of 64 and 256
-def test_nothing_spills(columns: int) -> None:
+@pytest.mark.parametrize(  # tiles of 64 and 256, and of 64 and 128
+    ("kind", "columns"), [("int4", 8192), ("int4", 28672), ("int8", 8192), ("int8", 11008)]
+)
+def test_nothing_spills(kind: str, columns: int) -> None:
     model = ir.from_onnx_text(
         f"""
         <ir_version: 12, opset_import: ["" : 25]>
-        g (bfloat16[n, 8192] x, int4[8192, {columns}] q, bfloat16[64, {columns}] s)
+        g (bfloat16[n, 8192] x, {kind}[8192, {columns}] q, bfloat16[64, {columns}] s)
             => (bfloat16[n, {columns}] y)
         {{
             d = DequantizeLinear <axis = 0, block_size = 128> (q, s)
@@ -62,8 +85,7 @@ def test_nothing_spills(columns: int) -> None:
 
 @pytest.mark.skipif(not test_cuda_run.HERE, reason="no GPU that there are kernels for")
 @pytest.mark.parametrize("half", ["bfloat16", "float16"])
-@pytest.mark.parametrize("kind", ["int4", "uint4"])
-@pytest.mark.parametrize(("inner", "columns", "group", "across"), RAGGED)
+@pytest.mark.parametrize(("kind", "inner", "columns", "group", "across"), RAGGED)
 def test_product(
     monkeypatch: pytest.MonkeyPatch,
     half: str,
@@ -73,8 +95,10 @@ def test_product(
     group: int,
     across: int,
 ) -> None:
-    def made(tiles: int, _: int, inner: int, group: int, zeros: bool, zero: int) -> stream.Shape:
-        return stream.Shape(4, tiles, across, 1, group, zeros, zero, pairs=True)
+    def made(
+        bits: int, tiles: int, _: int, inner: int, group: int, zeros: bool, zero: int
+    ) -> stream.Shape:
+        return stream.Shape(bits, tiles, across, 1, group, zeros, zero, pairs=True)
 
     monkeypatch.setattr(stream, "chosen_pairs", made)
     model, weight = test_cuda_run.linear(half, kind, inner, columns, group)
