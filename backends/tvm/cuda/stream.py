@@ -33,7 +33,7 @@ _WEIGHTS = 16 << 10  # bytes of the weight in a stage: 2 KB for every warp
 _SHARED = 225 << 10  # of a block, below the 227 KB there are
 _HALF = 112 << 10  # of one that leaves room for another
 _STAGES_OF_NIBBLES = 10  # at most: more were no faster
-_SMALL = 4  # stages of a tile: see Shape.pace
+_SMALL = 4  # stages of a tile: see Shape.pace and Shape.brief
 _BRIEF = 8  # stages of a block that is beside others
 
 
@@ -99,11 +99,14 @@ class Shape:
         """Whether a block does well with half of a multiprocessor: it has few stages, and little beside them.
 
         Measured with one row of integers, and 8 and 16 rows of int8. Clusters take longer: sums that blocks
-        send each other stand behind weights of the kernel behind.
+        send each other stand behind weights of the kernel behind. So do 8 rows where two teams may have all
+        stages at once.
         """
-        rows = (self.held == 1 and not self.normed) or (self.bits == 8 and not self.held)
+        stages = -(-inner // self.deep)
+        many = self.bits == 8 and not self.held and (self.tiles == 2 or stages > _SMALL)
+        rows = many or (self.held == 1 and not self.normed)
         whole = self.splits == 1 and columns <= CLUSTERS[1] * self.columns
-        return self.bits < 16 and rows and whole and inner <= _BRIEF * self.deep
+        return self.bits < 16 and rows and whole and stages <= _BRIEF
 
     @property
     def stage_rows(self) -> int:

@@ -67,6 +67,8 @@ def test_blocks_with_few_stages_leave_room_for_those_of_the_kernel_behind(bits: 
     for tiles in (1, 2):
         many = stream.chosen(bits, tiles, 4096, 4096, group, False, 8)
         assert many is not None and many.beside == (bits == 8)
+        few = stream.chosen(bits, tiles, 4096, 2048, group, False, 8)
+        assert few is not None and few.beside == (bits == 8 and tiles == 2)
 
 
 def test_one_row_of_a_small_weight_goes_by_wide_tiles_though_they_are_uneven() -> None:
