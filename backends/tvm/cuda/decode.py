@@ -29,6 +29,7 @@ DEPTHS = (64, 96, 128)
 _TILE = 4 << 10  # most bytes of keys that a warp takes at once
 # Bytes of keys and values that a warp asks for ahead. sm_86 and sm_89 have no room for more than the latter.
 FAR, NEAR = 24 << 10, 8 << 10
+_PEEKED = 16 << 10  # bytes that it reads before they are sure to be there, where it asks for FAR
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ class Shape:
     @property
     def peeked(self) -> int:
         """Tiles that are read before that although they may change: those that there is time for."""
-        return self.slots * 3 // 4 if self.ahead == FAR else 0
+        return min(self.slots, -(-_PEEKED // (self.keys * self.bytes))) if self.ahead == FAR else 0
 
     @property
     def scale_bytes(self) -> int:
@@ -266,6 +267,14 @@ __device__ __forceinline__ void part(
     auto all = [](int, int) {{ return true; }};
     arrived<0>();
     start(false, all);
+#if __CUDA_ARCH__ >= 900
+    // Most of these are in the level-2 cache: two more, behind them, keep memory busy meanwhile.
+    if (kPeeked > 0 && lane < 2) {{
+      const int behind = kSlots + lane, own = at + behind / 2 * kStep, count = min(end - own, kKeys) * kBytes;
+      const uint8_t* source = (behind % 2 ? v : k) + (int64_t)own * kBytes;
+      if (count > 0) asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(source), "r"(count));
+    }}
+#endif
     if (lengths) divide();
     if (__any_sync(0xffffffffu, length != guess)) {{
       arrived<0>();
