@@ -9,9 +9,10 @@ causal prefill in turn with torch's scaled_dot_product_attention, its own choice
 CUDA events; and decoding in a CUDA graph that walks over caches which no level-2 cache holds: its share is
 of what copying a gigabyte moves, counted in bytes of keys, values and scales. That is by calls of one
 Attention, and by a call of sixteen in a row ("layers"), where the result of one is the query of the next.
-Times are medians. ``check`` also decodes tokens into caches in place ("placed"), whose new rows come from the
-kernel in front, from calls before and from kernels of torch's. ``--only`` takes the rows whose name contains
-a text; ``--small`` the smallest sizes of each alone, for memory checkers.
+Times are medians of seven times ten replays: the host's time to launch the first is not counted to it alone.
+``check`` also decodes tokens into caches in place ("placed"), whose new rows come from the kernel in front,
+from calls before and from kernels of torch's. ``--only`` takes the rows whose name contains a text;
+``--small`` the smallest sizes of each alone, for memory checkers.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from bench_cuda import ROUNDS, Bench
+from bench_cuda import INSIDE, ROUNDS, Bench
 
 HEADS, KV_HEADS = 32, 8
 OTHERS = {"step": 32, "shared": 4}  # heads of keys, where there are others
@@ -467,7 +468,7 @@ class AttentionBench(Bench):
                 for given in caches:
                     main(*given)
             self.milliseconds(graph.replay, WARM)
-            times = [self.milliseconds(graph.replay, 1) / count for _ in range(ROUNDS)]
+            times = [self.milliseconds(graph.replay, INSIDE) / count for _ in range(ROUNDS)]
             self.say(name, (batch, length), statistics.median(times), moved, rate)
 
     def say(
@@ -499,7 +500,7 @@ class AttentionBench(Bench):
             with self.ffi.use_torch_stream(torch.cuda.graph(graph)):
                 held = main(*given)
             self.milliseconds(graph.replay, WARM)
-            times = [self.milliseconds(graph.replay, 2) / count for _ in range(ROUNDS)]
+            times = [self.milliseconds(graph.replay, INSIDE) / count for _ in range(ROUNDS)]
             del held
             self.say(name, (batch, length), statistics.median(times), moved, rate)
 
