@@ -3,14 +3,15 @@
     python benchmarks/bench_cuda.py build DIR          # where nvcc and NetLathe are; no GPU needed
     python DIR/bench_cuda.py run DIR                   # where the GPU is; torch, tvm_ffi and TVM's runtime
 
-``build`` compiles one library for each weight shape and format and puts this file and the loader beside
-them; no weights are stored, ``run`` makes random ones. Products with many rows are timed in turn with
-torch.matmul, torch._int_mm of int8 to int32, and torch._scaled_mm of 8-bit floats to bfloat16, a scale for
-each operand; all are checked against float64. Products with few rows are launches in one CUDA graph
-that walks over copies of the weight that no cache holds; their share is of what copying a gigabyte moves,
-counted in bytes of weights, scales, inputs and results. What torch's copies of as many bytes, read and
-written, reach in such a graph is shown beside them. From 17 to 512 rows, the same is done with torch's
-products in turn. Times are medians of CUDA events.
+``build`` compiles one library for each weight shape and format and puts this file and the loader beside them;
+no weights are stored, ``run`` makes random ones. Products with many rows are timed in turn with torch.matmul,
+torch._int_mm of int8 to int32, and torch._scaled_mm of 8-bit floats to bfloat16, a scale for each operand;
+all are checked against float64. Products with few rows are launches in one CUDA graph that walks over copies
+of the weight that no cache holds; their share is of what copying a gigabyte moves, counted in bytes of
+weights, scales, inputs and results. What torch's copies of as many bytes, read and written, reach in such a
+graph is shown beside them; not in turn, as what they have written leaves the cache while the next graph runs.
+From 17 to 512 rows such graphs are replayed in turn with those of torch's products. Times are medians of CUDA
+events.
 """
 
 from __future__ import annotations

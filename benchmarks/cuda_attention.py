@@ -9,10 +9,10 @@ causal prefill in turn with torch's scaled_dot_product_attention, its own choice
 CUDA events; and decoding in a CUDA graph that walks over caches which no level-2 cache holds: its share is
 of what copying a gigabyte moves, counted in bytes of keys, values and scales. That is by calls of one
 Attention, and by a call of sixteen in a row ("layers"), where the result of one is the query of the next.
-Times are medians of seven times ten replays: the host's time to launch the first is not counted to it alone.
-``check`` also decodes tokens into caches in place ("placed"), whose new rows come from the kernel in front,
-from calls before and from kernels of torch's. ``--only`` takes the rows whose name contains a text;
-``--small`` the smallest sizes of each alone, for memory checkers.
+Times of decoding are medians of seven times ten replays: the host's time to launch the first is not counted
+to it alone. ``check`` also decodes tokens into caches in place ("placed"), whose new rows come from the
+kernel in front, from calls before and from kernels of torch's. ``--only`` takes the rows whose name contains
+a text; ``--small`` the smallest sizes of each alone, for memory checkers.
 """
 
 from __future__ import annotations

@@ -12,9 +12,10 @@ before the kernels in front have ended. Where it is known which keys those may b
 (:mod:`netlathe.backends.tvm.cuda.early`), all others are asked for at once, and these when they have ended;
 else all are. It is known of caches that are inputs of the model, of which the call writes nothing or, by
 TensorScatter, some rows, if what says which rows and how many keys there are was in memory before. A model
-with one Attention goes without that, and so does a cache that a kernel has just made, as of Concat: it is
-asked for too, but thrown away and read again, most of it then from the level-2 cache. Until the kernels in
-front have ended a warp asks for little at a time, since what those read comes behind all that is on its way.
+with one Attention goes without that, and so does a cache that a kernel has just made, as of Concat: on sm_90a
+it is asked for too, but thrown away and read again, most of it then from the level-2 cache. Until the kernels
+in front have ended a warp asks for little at a time, since what those read comes behind all that is on its
+way.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Products of up to 16 rows of halves: the kernels around :mod:`stream` and :mod:`skinny`, and what follows.
 
 The weight is read once, in 16, 8 or 4 bits. On sm_90a it streams through shared memory (:mod:`stream`, whose
-device code multiplies by :mod:`halves` or :mod:`limbs`, and may keep and normalize x by :mod:`held`);
-elsewhere it goes to registers (:mod:`skinny`). More rows are :mod:`tensor`'s, for which a quantized weight is
-expanded first.
+device code multiplies by :mod:`halves`, :mod:`limbs` or :mod:`pairs`, and may keep and normalize x by
+:mod:`held`); elsewhere it goes to registers (:mod:`skinny`). More rows are :mod:`tensor`'s, for which a
+quantized weight is expanded first.
 """
 
 from __future__ import annotations
@@ -246,7 +246,8 @@ def _streamed(
             """For the scales of a tile's columns, which are read last."""
             if weight.scales is not None and not weight.group:
                 left = (first + number * i64(clusters)) * i64(shape.columns) + own
-                with code.when(thread < i64(shape.slice)):
+                there = tirx.And(thread < i64(shape.slice), left + thread < i64(across))
+                with code.when(there):
                     code.ahead(weight.scales, left + thread)
 
         def multiply() -> None:

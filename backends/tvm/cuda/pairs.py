@@ -47,9 +47,14 @@ def sharing(s: Shape) -> int:
     return 2 if s.columns == 64 or s.bits == 8 else 1  # otherwise each has columns of its own
 
 
+def turns(s: Shape) -> int:
+    """Warpgroups that take turns with the stages."""
+    return 2 if s.bits == 8 else 1
+
+
 def readers(s: Shape) -> int:
     """Warps that let a stage go."""
-    return 4 if s.bits == 8 else 8
+    return 8 // turns(s)
 
 
 def records(s: Shape) -> str:
@@ -146,11 +151,11 @@ def _back(s: Shape) -> str:
     # Of part i: the 64 columns of the tile, and the record of the stage.
     if eight:
         across, number = {64: ("0", "i"), 128: ("i", "0")}[s.columns]
-        turns, first = 2, "(before + group) % 2"
+        first = "(before + group) % 2"
     else:
         across = {64: "0", 128: "group", 256: "group + i % 2 * 2"}[s.columns]
         number = {64: "group + 2 * i", 128: "i", 256: "0"}[s.columns]
-        turns, first = 1, "0"
+        first = "0"
     outputs = ", ".join(f'"+r"(d[{i}])' for i in range(8 * s.tiles))
     wide = s.columns == (128 if eight else 256)  # a warpgroup has two times 64 columns
     width = 16 * s.tiles
@@ -253,7 +258,7 @@ __device__ __forceinline__ void consume(uint8_t* shared, int tile_number, int en
   float total[kWide][{4 * s.tiles}] = {{}};
   uint32_t a[2][4][4];
   Part part[2];
-  for (int step = {first}; step < each; step += {turns}) {{
+  for (int step = {first}; step < each; step += {turns(s)}) {{
     const int number = before + step, slot = number % kStages;
     const uint32_t stage = at + slot * kStageBytes;
     wait(full(at, slot), (number / kStages) & 1);

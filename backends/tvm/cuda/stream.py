@@ -3,9 +3,9 @@
 One warp copies; one or two teams of eight multiply, taking turns with the stages. A cluster of ``splits``
 blocks makes ``columns`` columns of the result, its blocks sharing K stage by stage; each adds up a slice of
 the columns from what all of them send it. A block walks over tiles and its copies run ahead through them, so
-that some 150 KB are there, or on their way, at every multiprocessor. Weights wait for nothing: their first
-stages are asked for before the kernel in front of this one has ended (griddepcontrol); only what it may have
-written is waited for. Blocks with few stages take half of a multiprocessor, so that those of the kernel
+that some 100 to 200 KB are there, or on their way, at every multiprocessor. Weights wait for nothing: their
+first stages are asked for before the kernel in front of this one has ended (griddepcontrol); only what it may
+have written is waited for. Blocks with few stages take half of a multiprocessor, so that those of the kernel
 behind begin beside them, and memory does not stand still while one kernel ends and the next begins.
 
 The weight is the left operand of mma.m16n8k16 (PTX ISA 8.5, section 9.7.13.4.8), the rows of x are the 8
@@ -117,9 +117,14 @@ class Shape:
 
     @property
     def teams(self) -> int:
-        """Two where a thread keeps few registers, as unpacking takes time, and there are many stages."""
+        """Two where a thread keeps few registers, as unpacking takes time, and stages have room."""
         large = self.pairs or (self.beside and not self.held)
         return 2 if self.tiles == 1 and not large else 1
+
+    @property
+    def turns(self) -> int:
+        """How many take turns with the stages: teams, or the warpgroups of pairs."""
+        return pairs.turns(self) if self.pairs else self.teams
 
     @property
     def multiplying(self) -> int:
@@ -178,12 +183,16 @@ class Shape:
 
     @property
     def stages(self) -> int:
-        """As many as there is room for, the same number for each team, so that a stage is always one's."""
+        """As many as there is room for, so that who takes turns has always the same ones.
+
+        A stage that was another's could still be on its way when it is waited for again: a parity of its
+        barrier stands for two times.
+        """
         room = (_HALF if self.beside else _SHARED) - 2048 - self.sums_bytes - self.held_bytes
         count = room // self.stage_bytes
         if self.limbs and self.bits == 4:
             count = min(count, _STAGES_OF_NIBBLES)
-        return count // self.teams * self.teams
+        return count // self.turns * self.turns
 
     @property
     def pace(self) -> int:
@@ -216,7 +225,7 @@ _SHARING_INTEGERS = 2.0
 _INTEGERS = 8192
 # Pairs: what bytes of x cost, of what those of weights do; stages that a tile of over 64 columns costs; and
 # from how many of the most loaded block on the kernel in front, which takes 1.4 microseconds, is worth it.
-_BESIDE = 0.14
+_OF_X = 0.14
 _WIDE = 3.5
 _WORTH = 16
 # One row times 4 bits: a kernel whose blocks have up to so many stages each takes no longer for some having
@@ -282,7 +291,7 @@ def chosen_pairs(
         return -(-columns // shape.columns // CLUSTERS[1]) * -(-inner // shape.deep)
 
     def cost(shape: Shape) -> float:
-        each = 1 + _BESIDE * shape.stage_rows / _WEIGHTS
+        each = 1 + _OF_X * shape.stage_rows / _WEIGHTS
         return stages(shape) * each + (_WIDE if shape.columns > 64 else 0)
 
     wide = (256, 128, 64) if bits == 4 else (128, 64)

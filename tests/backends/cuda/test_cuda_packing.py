@@ -59,9 +59,8 @@ def test_bytes_come_back(inner: int) -> None:
     packed = packing.quantized(tensor(values, ir.DataType.INT8), 8)
     padded = -(-inner // 64) * 64
     assert packed.shape == (128, padded)
-    pieces = packed.reshape(
-        2, padded // 64, 64, 4, 2, 8
-    )  # [64 columns, chunk, column, piece, p, e]
+    # [64 columns, chunk, column, piece, p, e]
+    pieces = packed.reshape(2, padded // 64, 64, 4, 2, 8)
     pieces = pieces[:, :, COLUMN, PIECE]  # by q
     found = pieces.transpose(0, 2, 1, 4, 3, 5).reshape(128, padded)  # K = 32 p + 8 q + e
     np.testing.assert_array_equal(found[columns:], 0)

@@ -23,6 +23,7 @@ RAGGED = [
     ("int8", 2112, 391, 0, 64),
     ("int8", 1152, 391, 128, 128),
     ("int8", 1088, 700, 0, 128),
+    ("int8", 4160, 391, 0, 128),
 ]
 
 
@@ -55,6 +56,7 @@ def test_bytes_go_by_pairs_where_each_block_has_a_tile() -> None:
     assert stream.chosen_pairs(8, 2, 8192, 8192, 64, False, 8) is None, "two groups in a record"
     for shape in shapes.values():
         assert shape is None or (shape.deep % pairs.DEEP == 0 and shape.stages >= 4)
+        assert shape is None or shape.stages % pairs.turns(shape) == 0, "a stage is one warpgroup's"
 
 
 @pytest.mark.skipif(not test_cuda_compile._has_nvcc(), reason="nvcc is not installed")

@@ -148,6 +148,8 @@ def linear(half: str, kind: str, inner: int, columns: int, group: int) -> tuple[
         ("half", 4160, 391, 0),
         ("int8", 1088, 391, 0),
         ("int8", 1024, 4100, 128),
+        ("int8", 2112, 391, 0),
+        ("int8", 4096, 4096, 0),
         ("int4", 1024, 391, 128),
         ("int4", 1472, 130, 0),
         ("uint4", 1024, 4100, 256),

@@ -39,7 +39,7 @@ def test_shapes_with_x_as_integers(bits: int, rows: int) -> None:
         assert shape.rows == rows and shape.shared_bytes <= 227 << 10 and shape.stages >= 4
         assert shape.share * shape.splits >= inner
         assert 0 < shape.pace < shape.stages  # more at a time are in the way of x
-        # Two bytes for an element of each row, with room between lines, and a scale of four for a chunk.
+        # Two bytes for an element of each row, room between lines, and a scale of four for a chunk, or 128.
         per_line, line = limbs.per_line(rows), limbs.line(rows)
         scaled = 512 // bits if rows == 1 else 128
         assert 2 * rows * per_line <= line <= 2.25 * rows * per_line

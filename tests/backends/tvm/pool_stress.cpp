@@ -1,6 +1,6 @@
 // Many callers use the threads of kernels at once: every task is done once, in this job, before its launch returns.
-// Built with backends/tvm/pool.c under ThreadSanitizer by test_tvm_pool.py. Arguments: threads, callers, jobs of each. Without
-// them, how many threads there would be is printed.
+// Built with backends/tvm/pool.c under ThreadSanitizer by test_tvm_pool.py. Arguments: threads, callers, jobs of
+// each. Without them, how many threads there would be is printed.
 
 #include <atomic>
 #include <chrono>
