@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from netlathe.backends.tvm.cuda.stream import Shape
 
 MOST = 32512  # 127 * 256: of the high byte no more than 127
+_SCALED = 128  # elements of each of several rows that have a scale: four eights of four threads
 # NaN where one of the two is.
 LARGEST = """
 __device__ __forceinline__ float largest(float a, float b) {
@@ -60,8 +61,13 @@ def measured(deep: int) -> str:
 
 def bytes_(rows: int, share: int, bits: int) -> int:
     """Shared memory for ``share`` elements of each row, and for their scales; copies start at 128."""
-    scales = share // (skinny.chunk(bits) if rows == 1 else 128) * rows * 4
+    scales = share // scaled(rows, bits) * rows * 4
     return -(-(share // per_line(rows) * line(rows) + scales) // 128) * 128
+
+
+def scaled(rows: int, bits: int) -> int:
+    """Elements of a row that have a scale."""
+    return skinny.chunk(bits) if rows == 1 else _SCALED
 
 
 def line(rows: int) -> int:
@@ -173,7 +179,7 @@ __device__ __forceinline__ uint32_t larger(uint32_t a, uint32_t b) {{
   asm("max.NaN.{dtype}x2 %0, %1, %2;" : "=r"(c) : "r"(a), "r"(b));
   return c;
 }}
-// Every fourth eight from `own` on of 128 elements of a row of x, which have a scale, if there is such a row.
+// Every fourth eight from `own` on of a row of x, if there is such a row; {_SCALED} elements have a scale.
 constexpr int kPiece = 32;
 __device__ __forceinline__ void keep(uint8_t* to, int row, int own, const uint4* x) {{
   const uint32_t* words = reinterpret_cast<const uint32_t*>(x);
@@ -210,7 +216,7 @@ __device__ __forceinline__ void keep(uint8_t* to, int row, int own, const uint4*
     *reinterpret_cast<uint2*>(line + p * kLine + 32) = make_uint2(low[0], low[1]);
   }}
   float* scales = reinterpret_cast<float*>(to + kLimbScales);
-  if (own % 128 == 0) scales[own / 128 * kR + row] = most * ({least(s.bits)} / {MOST});
+  if (own % {_SCALED} == 0) scales[own / {_SCALED} * kR + row] = most * ({least(s.bits)} / {MOST});
 }}"""
 
 
@@ -269,7 +275,7 @@ __device__ __forceinline__ void use(uint32_t, const uint8_t* stages, int slot, i
   const int across = warp % kAcross, down = warp / kAcross;
   const uint8_t* at = stages + slot * kStageBytes;
   const uint8_t* limbs = stages + kHeld + step * (kDeep / kPerLine) * kLine;
-  const uint8_t* scales = stages + kLimbScales + step * (kDeep / 128) * kR * 4;
+  const uint8_t* scales = stages + kLimbScales + step * (kDeep / {_SCALED}) * kR * 4;
   uint4 weight[4];
   float scale[4];
 #pragma unroll
@@ -289,7 +295,7 @@ __device__ __forceinline__ void use(uint32_t, const uint8_t* stages, int slot, i
       multiply_bytes(sums[i], a[0], a[1], a[2], a[3], x.x, x.y);
     }}
   }}
-  const float factor = reinterpret_cast<const float*>(scales)[down * kChunk / 128 * kR + q];
+  const float factor = reinterpret_cast<const float*>(scales)[down * kChunk / {_SCALED} * kR + q];
 #pragma unroll
   for (int half = 0; half < 4; ++half) {{
     const int* pair = sums[half / 2] + half % 2 * 2;

@@ -171,11 +171,7 @@ constexpr int kLine = (kSlice + {halves.SPARE}) * 4, kPart = {8 * s.tiles} * kLi
 constexpr bool kOffset = {str(not eight and (s.zeros or s.zero != 8)).lower()};
 {_multiply(s, "first", "=", "0")}
 {_multiply(s, "more", "+", "1")}
-// Eight elements of K of a column as bytes, 16 times what they are less 8.
-__device__ __forceinline__ void bytes_of(uint32_t word, uint32_t& first, uint32_t& second) {{
-  asm("lop3.b32 %0, %1, 0xF0F0F0F0, 0x80808080, 0x6A;" : "=r"(first) : "r"(word << 4));  // (a & b) ^ c
-  asm("lop3.b32 %0, %1, 0xF0F0F0F0, 0x80808080, 0x6A;" : "=r"(second) : "r"(word));
-}}
+{"" if eight else _UNPACK}
 // 64 columns times one record, on its way: products, and factors of columns and rows. Cores lie without a
 // swizzle: kCore bytes from one to the next along K, 128 along columns.
 struct Part {{
@@ -187,12 +183,6 @@ struct Part {{
 struct Places {{
   uint32_t weight, constants[2], rows, x;
 }};
-__device__ __forceinline__ uint4 four_at(uint32_t at) {{
-  uint4 v;
-  asm volatile("ld.shared.v4.u32 {{%0, %1, %2, %3}}, [%4];"
-               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(at));
-  return v;
-}}
 __device__ __forceinline__ float2 floats_at(uint32_t at) {{
   float2 v;
   asm volatile("ld.shared.v2.f32 {{%0, %1}}, [%2];" : "=f"(v.x), "=f"(v.y) : "r"(at));
@@ -302,6 +292,17 @@ _BYTES = """asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
     const uint32_t own = x + p * (2 * kCore / 16);
     p == 0 ? multiply_first(part.sums, &w, own) : multiply_more(part.sums, &w, own);
   }"""
+_UNPACK = """// Eight elements of K of a column as bytes, 16 times what they are less 8.
+__device__ __forceinline__ void bytes_of(uint32_t word, uint32_t& first, uint32_t& second) {
+  asm("lop3.b32 %0, %1, 0xF0F0F0F0, 0x80808080, 0x6A;" : "=r"(first) : "r"(word << 4));  // (a & b) ^ c
+  asm("lop3.b32 %0, %1, 0xF0F0F0F0, 0x80808080, 0x6A;" : "=r"(second) : "r"(word));
+}
+__device__ __forceinline__ uint4 four_at(uint32_t at) {
+  uint4 v;
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(at));
+  return v;
+}"""
 _NIBBLES = """const uint4 weight[2] = {four_at(at), four_at(at + 512)};
   const uint32_t *even = reinterpret_cast<const uint32_t*>(weight), *odd = even + 4;
 #pragma unroll

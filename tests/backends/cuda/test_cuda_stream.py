@@ -41,14 +41,11 @@ def test_shapes_with_x_as_integers(bits: int, rows: int) -> None:
         assert 0 < shape.pace < shape.stages  # more at a time are in the way of x
         # Two bytes for an element of each row, room between lines, and a scale of four for a chunk, or 128.
         per_line, line = limbs.per_line(rows), limbs.line(rows)
-        scaled = 512 // bits if rows == 1 else 128
         assert 2 * rows * per_line <= line <= 2.25 * rows * per_line
         assert shape.share % per_line == 0
-        assert (
-            0
-            <= shape.held_bytes - shape.share // per_line * line - shape.share // scaled * rows * 4
-            < 128
-        )
+        kept = shape.share // per_line * line
+        kept += shape.share // (512 // bits if rows == 1 else 128) * rows * 4
+        assert 0 <= shape.held_bytes - kept < 128
         halves = stream.chosen(bits, 1, 4096, inner, group, False, 8)
         assert halves is not None and halves.stage_bytes > shape.stage_bytes
     assert stream.chosen(bits, 1, 4096, 1 << 20, group, False, 8, rows) is None
