@@ -82,7 +82,7 @@ def macs_in_names(model: ir.Model) -> dict[ir.Node, Dim]:
     return found
 
 
-Narrowed = Callable[[ir.Value], Sequence[int | None] | None]
+Narrowed = Callable[[ir.Value], Sequence[Dim] | None]
 
 
 class Meter:
@@ -127,9 +127,9 @@ class Meter:
         return self._counter.narrow(narrowed).one(node)
 
 
-def _elements(tensor: ir.TensorProtocol, sizes: Sequence[int | None]) -> int:
+def _elements(tensor: ir.TensorProtocol, sizes: Sequence[Dim]) -> int:
     held = zip(tensor.shape.numpy(), sizes, strict=True)
-    return math.prod(int(old) if new is None else new for old, new in held)
+    return math.prod(int(old if new is None else new) for old, new in held)
 
 
 def _bytes(dtype: ir.DataType, count: int) -> int:
@@ -293,7 +293,7 @@ class _Counter:
         if sizes is None:
             return tuple(self.size(dim) for dim in shape)
         pairs = zip(shape, sizes, strict=True)
-        return tuple(self.size(dim) if n is None else n for dim, n in pairs)
+        return tuple(self.size(dim if n is None else n) for dim, n in pairs)
 
     def size(self, dim: Dim) -> int:
         """A dim as a number."""

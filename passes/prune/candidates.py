@@ -33,7 +33,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from netlathe.analysis.axes import Axes, Group, Pin
-from netlathe.analysis.axes.algebra import Axis, Product, atoms, find, parts
+from netlathe.analysis.axes.algebra import Axis, Product, Size, atoms, find, parts, resized
 from netlathe.analysis.axes.bind import Relation
 from netlathe.analysis.axes.relate import linear_inputs, terms_of
 from netlathe.analysis.branches import residual_branches
@@ -56,8 +56,8 @@ class Part:
     ``role`` says what the weight is to the axis:
 
     ``writes``  a product or a lookup that makes it: its output has the axis, its other operand has not
-    ``reads``   a product that sums over it: ``activation`` is what the weight is multiplied with, and
-                ``axis`` the dim of the activation that is summed over
+    ``reads``   a product that sums over it: ``activation`` is what the weight is multiplied with, None
+                where that is a weight too, and ``axis`` the dim of the activation that is summed over
     ``acts``    works on each position by itself: a bias, a gain, batch-norm statistics, a depthwise
                 kernel, the groups of a grouped convolution
     ``holds``   a slice for each position: an expert's weights, a row of a table
@@ -388,15 +388,15 @@ class Widths:
     def __init__(self, axes: Axes, counts: Mapping[Axis, int]) -> None:
         self._axes = axes.related.axes
         self._copies = axes.related.copies
-        self._known: dict[Axis, int | None] = {find(atom): n for atom, n in counts.items()}
+        self._known: dict[Axis, Size | None] = {find(atom): n for atom, n in counts.items()}
         looked_up = {find(lookup.axis) for lookup in axes.related.lookups}
         # One map for the tables of a vocabulary, which are those of one size.
         self._mapped = sum({int(atom.size) for atom in looked_up if atom in self._known})
 
-    def shape(self, value: ir.Value) -> Sequence[int | None] | None:
+    def shape(self, value: ir.Value) -> Sequence[Size | None] | None:
         """A size for every dim; None for one that stays as it is."""
         axes = self._axes.get(value)
-        return None if axes is None else [self._size(axis) for axis in axes]
+        return None if axes is None else [resized(axis, self._known) for axis in axes]
 
     def extra(self) -> tuple[int, int]:
         """Parameters and bytes that shared vectors and maps have more than now (or fewer)."""
@@ -404,8 +404,8 @@ class Widths:
         for (node, index), (axis,) in self._copies.items():
             value = node.inputs[index]
             assert value is not None
-            size = self._size(axis)
-            size = int(axis.size) if size is None else size
+            size = resized(axis, self._known)
+            size = int(axis.size if size is None else size)
             needed[value][size] = needed[value].get(size, False) or trains(node, index)
         parameters, size_in_bytes = 0, 8 * self._mapped
         for value, sizes in needed.items():
@@ -415,23 +415,6 @@ class Widths:
             parameters -= tensor.size if is_parameter(value) else 0
             size_in_bytes += (sum(sizes) - tensor.size) * tensor.dtype.bitwidth // 8
         return parameters, size_in_bytes
-
-    def _size(self, axis: Axis) -> int | None:
-        axis = find(axis)
-        if axis not in self._known:
-            self._known[axis] = self._measure(axis)
-        return self._known[axis]
-
-    def _measure(self, axis: Axis) -> int | None:
-        if axis.form is None:
-            return None
-        product = isinstance(axis.form, Product)
-        inner = axis.form.factors if isinstance(axis.form, Product) else axis.form.parts
-        sizes = [(self._size(each), find(each).size) for each in inner]
-        if all(size is None for size, _ in sizes):
-            return None
-        filled = [int(old) if new is None else new for new, old in sizes]
-        return math.prod(filled) if product else sum(filled)
 
 
 def _part(
@@ -450,6 +433,8 @@ def _part(
         return Part(weight, dim, "acts", node, index)
     if not comes_out:
         activation = node.inputs[partners[0]]
+        if is_weight_like(activation):  # DeBERTa's table of relative positions
+            return Part(weight, dim, "reads", node, index)
         return Part(weight, dim, "reads", node, index, activation, others.get(partners[0], 0))
     if any(partner in others for partner in partners):
         return Part(weight, dim, "acts", node, index)

@@ -99,6 +99,9 @@ def unmasked(relation: Relation, letter: str) -> str:
     The letter ends in the node, and nothing here says how to keep a position out of it.
     """
     node, slots = relation.node, relation.slots.get(letter, ())
+    dynamic = not isinstance(relation.axes[letter].size, int)
+    if dynamic and mixes(relation, letter) and not relation.signature.moves:
+        return f"{node.op_type} looks along it and a dynamic dim as one"
     if node.op_type in _RULES or node.op_type in _SIZES or any(slot.output for slot in slots):
         return ""
     if not slots or letter in relation.signature.reads.values() or relation.signature.moves:
@@ -248,17 +251,30 @@ def _attention(m: _Masking, node: ir.Node) -> None:
 # -- choices and sums along an axis ---------------------------------------------------------------
 
 
+def _over(node: ir.Node) -> list[int]:
+    """The dims of its first input along which a node looks, other than a product."""
+    x, op = node.inputs[0], node.op_type
+    assert x is not None
+    rank = len(_shape(x))
+    if op == "GroupNormalization":
+        return [1]
+    if op == "CumSum" or op.startswith("Reduce"):
+        listed = edit.const_array(node.inputs[1]) if len(node.inputs) > 1 else None
+        if listed is not None and listed.size:
+            return [int(axis) % rank for axis in listed.reshape(-1)]
+        return [] if node.attributes.get_int("noop_with_empty_axes", 0) else list(range(rank))
+    default = 0 if op.startswith("Arg") else -1
+    axis = (node.attributes.get_int("axis", default) or 0) % rank
+    return list(range(axis, rank)) if op in _NORMS else [axis]
+
+
 def _softmax(m: _Masking, node: ir.Node) -> None:
     """Softmax and its kin, TopK and ArgMax: what is gone is never the largest."""
-    x = node.inputs[0]
-    assert x is not None
-    default = 0 if node.op_type.startswith("Arg") else -1
-    axis = (node.attributes.get_int("axis", default) or 0) % len(_shape(x))
     smallest = node.op_type == "ArgMin" or node.attributes.get_int("largest", 1) == 0
     number = np.inf if smallest else -np.inf
     if node.op_type == "LogSoftmax":  # what sums over its output multiplies this by zero
         number = -3e4  # a number in float16 as well; beside any logit its exponential is 0
-    m.fill(node, 0, m.along(x, [axis]), number)
+    m.fill(node, 0, m.along(node.inputs[0], _over(node)), number)
 
 
 _NEUTRAL = {"ReduceMax": -np.inf, "ReduceMin": np.inf, "ReduceLogSumExp": -np.inf, "ReduceProd": 1}
@@ -266,15 +282,7 @@ _NEUTRAL = {"ReduceMax": -np.inf, "ReduceMin": np.inf, "ReduceLogSumExp": -np.in
 
 def _reduce(m: _Masking, node: ir.Node) -> None:
     """What is gone is neutral; a mean is that of what is kept."""
-    x = node.inputs[0]
-    listed = edit.const_array(node.inputs[1]) if len(node.inputs) > 1 else None
-    assert x is not None
-    rank = len(_shape(x))
-    if listed is None or not listed.size:
-        along = () if node.attributes.get_int("noop_with_empty_axes", 0) else tuple(range(rank))
-    else:
-        along = tuple(int(axis) % rank for axis in listed.reshape(-1))
-    kept = m.along(x, along)
+    kept = m.along(node.inputs[0], _over(node))
     if kept is None:
         return
     if node.op_type in _NEUTRAL:
@@ -286,9 +294,7 @@ def _reduce(m: _Masking, node: ir.Node) -> None:
 
 
 def _cumulative(m: _Masking, node: ir.Node) -> None:
-    x, listed = node.inputs[0], edit.const_array(node.inputs[1])
-    assert x is not None and listed is not None
-    m.fill(node, 0, m.along(x, [int(listed.reshape(-1)[0]) % len(_shape(x))]), 0.0)
+    m.fill(node, 0, m.along(node.inputs[0], _over(node)), 0.0)
 
 
 # -- normalizations -------------------------------------------------------------------------------
@@ -296,11 +302,8 @@ def _cumulative(m: _Masking, node: ir.Node) -> None:
 
 def _norm(m: _Masking, node: ir.Node) -> None:
     """x / sqrt(S / d + e), for the sum of squares S of what is kept, and of the mean of it."""
-    x = node.inputs[0]
+    x, over = node.inputs[0], _over(node)
     assert x is not None
-    rank = len(_shape(x))
-    axis = (node.attributes.get_int("axis", -1) or 0) % rank
-    over = list(range(axis, rank))
     kept = m.along(x, over)
     if kept is None:
         return
@@ -311,10 +314,7 @@ def _norm(m: _Masking, node: ir.Node) -> None:
 
 
 def _lp_norm(m: _Masking, node: ir.Node) -> None:
-    x = node.inputs[0]
-    assert x is not None
-    axis = (node.attributes.get_int("axis", -1) or 0) % len(_shape(x))
-    m.fill(node, 0, m.along(x, [axis]), 0.0)
+    m.fill(node, 0, m.along(node.inputs[0], _over(node)), 0.0)
 
 
 def _centred(m: _Masking, node: ir.Node, x: ir.Value, kept: Mask, over: Sequence[int]) -> ir.Value:
@@ -354,6 +354,8 @@ def _group_norm(m: _Masking, node: ir.Node) -> None:
     node.replace_input_with(0, m.before(node, "Reshape", [filled, back], x.dtype))
 
 
+_NORMS = ("LayerNormalization", "RMSNormalization")
+
 _RULES: Mapping[str, Callable[[_Masking, ir.Node], None]] = {
     "Attention": _attention,
     "Conv": _conv,
@@ -364,7 +366,7 @@ _RULES: Mapping[str, Callable[[_Masking, ir.Node], None]] = {
     "GroupNormalization": _group_norm,
     "LpNormalization": _lp_norm,
     "MatMul": _matmul,
-    **dict.fromkeys(("LayerNormalization", "RMSNormalization"), _norm),
+    **dict.fromkeys(_NORMS, _norm),
     **dict.fromkeys(
         (
             f"Reduce{kind}"
@@ -382,11 +384,13 @@ _SIZES = frozenset({"Shape", "Size"})  # what tells a size looks at no position
 
 def mixes(relation: Relation, letter: str) -> bool:
     """Whether positions of a letter meet in a node: in a sum, a norm, a softmax or a choice over them."""
-    op = relation.node.op_type
+    op, slots = relation.node.op_type, relation.slots.get(letter, ())
     if op in _SIZES or letter in relation.signature.reads.values():
         return False
-    comes_out = any(slot.output for slot in relation.slots.get(letter, ()))
-    return not comes_out or (op in _RULES and op not in _PRODUCTS)
+    if not any(slot.output for slot in slots):
+        return True
+    over = _over(relation.node) if op in _RULES and op not in _PRODUCTS else []
+    return any(not slot.output and slot.operand == 0 and slot.dim in over for slot in slots)
 
 
 def no_reference(axes: Axes, group_atom: Any) -> str:

@@ -17,8 +17,9 @@ caller pins it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import TypeAlias
 
 import sympy
@@ -173,6 +174,23 @@ def positions(axis: Axis, of: Collection[Axis]) -> frozenset[int]:
             found += [start + position for position in positions(inner, of)]
             start += inner.size
     return frozenset(found)
+
+
+def resized(axis: Axis, known: MutableMapping[Axis, Size | None]) -> Size | None:
+    """The size of an axis once atoms have the sizes in ``known``, which grows; None if it stays as it is."""
+    axis = find(axis)
+    if axis not in known:
+        form = axis.form
+        inner = () if form is None else form.factors if isinstance(form, Product) else form.parts
+        found = [(resized(each, known), each.size) for each in inner]
+        sizes = [old if new is None else new for new, old in found]
+        if all(new is None for new, _ in found):
+            known[axis] = None
+        elif isinstance(form, Product):
+            known[axis] = dims.product(sizes)
+        else:
+            known[axis] = reduce(_add, sizes)
+    return known[axis]
 
 
 def show(axis: Axis, name: Callable[[Axis], str] = lambda atom: str(atom.size)) -> str:

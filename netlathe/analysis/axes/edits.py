@@ -320,7 +320,7 @@ def _correct_norms(relations: Sequence[Relation], kept: Selection) -> None:
         ratio = 1.0
         for letter in relation.letters(relation.signature.normalizes):
             axis = relation.axes[letter]
-            ratio *= float(axis.size) / float(kept.size(axis))
+            ratio *= float(axis.size / kept.size(axis))  # a dynamic part is in both
         if ratio != 1.0:
             node, scale = relation.node, relation.node.inputs[1]
             assert scale is not None

@@ -130,6 +130,7 @@ class _Walk:
         self.space = Space(self._misfit, self._stays)
         self.node: ir.Node | None = None  # the one whose signature is applied
         self.lists: set[tuple[ir.Node, int]] = set()  # operands that list sizes
+        self.dynamic: list[Use] = []  # elements of those of which nothing static is known yet
 
     def run(self) -> Related:
         if self.boundary:
@@ -148,6 +149,7 @@ class _Walk:
                 self._apply(signature)
             except NoSignature as why:
                 self._pin_node(f"{_op(node)} {why}")
+        self._settle_dynamic()
         self._keep_apart()
         self.node = None
         for value in self.graph.outputs if self.boundary else ():
@@ -315,23 +317,37 @@ class _Walk:
             self.news[relation.node, letter] = Staying(every, staying[0].stays)
 
     def _use(self, spot: Spot, axis: Axis) -> None:
-        """Note a use of a size; pin the axis where the number comes out of a computation."""
+        """Note a use of a size."""
         assert self.node is not None
         use = Use(self.node, spot, axis)
         if isinstance(spot, str):
             self.found.uses.append(use)
-            return
-        if all(not isinstance(atom.size, int) for atom in algebra.atoms(axis)):
-            return  # a dynamic size, computed from shapes: no edit changes it
-        value = self.node.inputs[spot[0]]
+        elif _has_static(axis):
+            self._settle(use)
+        else:  # a dynamic size, computed from shapes: no edit changes it
+            self.dynamic.append(use)
+
+    def _settle_dynamic(self) -> None:
+        """Settle sizes that were dynamic when they were met, and have turned out to be (batch heads)."""
+        while found := [use for use in self.dynamic if _has_static(use.axis)]:
+            self.dynamic = [use for use in self.dynamic if use not in found]
+            for use in found:
+                self._settle(use)
+
+    def _settle(self, use: Use) -> None:
+        """Note an element that edits must set; pin the axis where the number comes out of a computation."""
+        self.node = use.node
+        operand, element = use.spot
+        assert isinstance(operand, int) and isinstance(element, int)
+        value = use.node.inputs[operand]
         assert value is not None
-        source = origin(value, spot[1])
+        source = origin(value, element)
         if isinstance(source, Stated):
             self.found.uses.append(use)
         elif isinstance(source, SizeOf) and source.value in self.found.axes:
-            self.space.join(axis, self.found.axes[source.value][source.dim])
+            self.space.join(use.axis, self.found.axes[source.value][source.dim])
         else:
-            self._pin(axis, f"{_op(self.node)} gets its size from a computation, {value.name}")
+            self._pin(use.axis, f"{_op(use.node)} gets its size from a computation, {value.name}")
 
     def _positions(self, relation: Relation) -> None:
         """Follow integers that are positions of an axis; used otherwise, they pin it."""
@@ -491,6 +507,10 @@ def _source(value: ir.Value) -> ir.Value:
 _KEEP_ELEMENTS = frozenset(
     {"Cast", "Expand", "Identity", "Reshape", "Slice", "Squeeze", "Tile", "Transpose", "Unsqueeze"}
 )
+
+
+def _has_static(axis: Axis) -> bool:
+    return any(isinstance(atom.size, int) for atom in algebra.atoms(axis))
 
 
 def _op(node: ir.Node) -> str:

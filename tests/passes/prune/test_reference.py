@@ -9,7 +9,7 @@ import pytest
 from netlathe.passes.prune import Prune
 from netlathe.passes.prune.reference import _RULES
 from tests.analysis.residual import typed
-from tests.passes.prune.helpers import check
+from tests.passes.prune.helpers import check, pruned
 
 # What becomes of h [b,s,6], which is also summed over by a weight.
 ENDS = {
@@ -73,3 +73,41 @@ def test_channels_that_end_in_an_operator(op: str) -> None:
     body = f"c = Conv(x, k0) {CHANNELS[op]} y = Relu(e)"
     model = typed(body, "float[2,3,5,5] x", "float y", **weights)
     check(model, Prune(ratio=0.4, scope=("channels",)), [{"x": x}])
+
+
+_MERGED = """
+    c = Conv(x, k0)  rows = Reshape(c, flat)  s = Softmax<axis={axis}>(rows)
+    u = Reshape(s, back)  y = Conv(u, k1)
+"""
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_channels_that_are_one_dim_with_a_dynamic_batch(axis: int) -> None:
+    """As MobileViT unfolds its patches: they go, unless something looks along channels and batch as one."""
+    k0, k1 = _arrays((6, 3, 1), (2, 6, 1))
+    numbers = {"flat": np.array([-1, 5]), "back": np.array([-1, 6, 5])}
+    model = typed(_MERGED.format(axis=axis), "float[b,3,5] x", "float y", k0=k0, k1=k1, **numbers)
+    pass_ = Prune(ratio=0.5, scope=("channels",))
+    if axis:
+        check(model, pass_, [{"x": _arrays((batch, 3, 5))[0]} for batch in (2, 3)])
+    else:
+        _, entries = pruned(model, pass_)
+        assert {entry.status for entry in entries} == {"refused"}
+        assert any("Softmax looks along it and a dynamic dim as one" in e.reason for e in entries)
+
+
+def test_a_size_computed_before_it_is_known_to_hold_channels() -> None:
+    """DeBERTa spreads indices over (batch heads) before it looks up scores of that size with them."""
+    k0, k1 = _arrays((6, 3, 1), (2, 6, 1))
+    body = """
+        c = Conv(x, k0)  rows = Reshape(c, flat)
+        n = Shape<start=0, end=1>(x)  n6 = Mul(n, six)  size = Concat<axis=0>(n6, five)
+        where = Expand(order, size)  found = GatherElements<axis=1>(rows, where)
+        u = Reshape(found, back)  y = Conv(u, k1)
+    """
+    numbers = {"flat": np.array([-1, 5]), "back": np.array([-1, 6, 5])}
+    numbers |= {"six": np.array([6]), "five": np.array([5]), "order": np.array([[4, 3, 2, 1, 0]])}
+    model = typed(body, "float[b,3,5] x", "float y", k0=k0, k1=k1, **numbers)
+    _, entries = pruned(model, Prune(ratio=0.5, scope=("channels",)))
+    assert {entry.status for entry in entries} == {"refused"}
+    assert any("Expand gets its size from a computation" in entry.reason for entry in entries)

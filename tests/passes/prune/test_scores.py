@@ -665,3 +665,29 @@ def test_compensation_of_all_scopes_of_a_model_equals_its_reference(how: Any) ->
     after, chosen = pruned(model, pass_, Context(calibration=feeds))
     assert any(name.startswith(("bias:", "weight:")) for e in chosen for name in e.arrays)
     assert error_to_reference(model, after, pass_, chosen, feeds) <= 1e-4
+
+
+@pytest.mark.parametrize("score", ["obd", "taylor", "wanda", "optin"])
+def test_a_weight_that_multiplies_a_constant_too_is_scored_by_what_data_says(score: Any) -> None:
+    """DeBERTa projects its positions, which are a table, by the weights that project tokens."""
+    shared = LM.replace(
+        "r = Add (x, y)",
+        "p = MatMul (place, down)  e = Gather (p, ids)  q = Add (y, e)  r = Add (x, q)",
+    )
+    inner, rng = 512, np.random.default_rng(5)  # a weight of this size is not folded into p
+    sizes = {
+        "up": (WIDTH, inner),
+        "up_bias": (inner,),
+        "down": (inner, WIDTH),
+        "place": (VOCAB, inner),
+    }
+    drawn = {name: rng.normal(0, 0.1, size).astype("f4") for name, size in sizes.items()}
+    model = text.model(shared, {**_weights(), **drawn})
+    model.graph.opset_imports[""] = 25
+    normal.normalize(model)
+    assert "place" in model.graph.initializers
+    ctx = context()
+    after, chosen = pruned(model, Prune(ratio=0.5, scope=("ffn",), score=score), ctx)
+    assert [entry.status for entry in chosen] == ["applied"]
+    pass_ = Prune(ratio=0.5, scope=("ffn",), score=score)
+    assert error_to_reference(model, after, pass_, chosen, ctx.calibration) <= 1e-4
