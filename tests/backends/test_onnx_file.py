@@ -390,6 +390,33 @@ def test_swish_is_written_so_that_it_runs(tmp_path: Path) -> None:
 # -- what is refused ------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("opset", [20, 21, 24, 25])
+@pytest.mark.parametrize(
+    "move", ["Reshape(d, shape)", "Slice(d, one, four, axes)", "Transpose(d)", "Unsqueeze(d, axes)"]
+)
+def test_floats_that_are_moved_behind_codes_run(move: str, opset: int, tmp_path: Path) -> None:
+    """ONNX Runtime's optimizer breaks its own graph where a DequantizeLinear of int8 is moved."""
+    made = settled(
+        model(
+            "float[b,8] x",
+            "float y, float z",
+            f"q = QuantizeLinear(x, s, zero) d = DequantizeLinear(q, s, zero) m = {move}"
+            " y = Neg(m) z = Abs(d)",
+            s=np.array(0.1, np.float32),
+            zero=np.array(3, np.int8),
+            shape=np.array([-1, 2]),
+            one=np.array([1]),
+            four=np.array([4]),
+            axes=np.array([1]),
+        )
+    )
+    compiled(made, opset=opset).save(tmp_path)  # runs it with optimizations off and on
+    written = onnx.load(tmp_path / MODEL_FILE)
+    (kept,) = [node for node in written.graph.node if node.op_type == "DequantizeLinear"]
+    readers = [node.op_type for node in written.graph.node if kept.output[0] in node.input]
+    assert readers == (["Abs"] if opset > 20 else [move.partition("(")[0], "Abs"])
+
+
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
