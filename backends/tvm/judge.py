@@ -21,6 +21,7 @@ from netlathe.diagnostics import Diagnostic, VerifyError
 from netlathe.execute import ort, samples
 from netlathe.execute.compare import relative_error
 from netlathe.ir.provenance import location
+from netlathe.pipeline import verification
 from netlathe.pipeline.pass_ import Feeds
 
 Array = npt.NDArray[Any]
@@ -29,6 +30,7 @@ D = ir.DataType
 # max|artifact - IR| as a share of the RMS, by the narrowest float in the graph: the project's bar for
 # float32 (other orders of sums, other polynomials), and 16 ulp of the half formats.
 _BOUND = 1e-4
+_ORDERS = 10  # as many times what one rounding moves an output by in an ill-conditioned model
 _NARROW = {D.FLOAT16: 16 * 2**-10, D.BFLOAT16: 16 * 2**-7}
 
 
@@ -85,7 +87,10 @@ def compare(model: ir.Model, feeds: Feeds, told: Feeds) -> dict[str, float]:
     found = ort.run(judge.model, {**feeds, **given}, judge.asked)
     problems = [d for rounding in judge.roundings if (d := rounding.wrong(told, found)) is not None]
     errors = {name: relative_error(told[name], found[name]) for name in judge.plain}
-    worst = max(errors, key=lambda name: errors[name], default="")
+    slack = _ORDERS * verification.ROUNDINGS
+    bounds = verification.bounds(judge.model, errors, found, {**feeds, **given}, bound, slack=slack)
+    worst = max(errors, key=lambda name: errors[name] / bounds[name], default="")
+    bound = bounds.get(worst, bound)
     if worst and not errors[worst] <= bound:
         problems.append(
             Diagnostic(

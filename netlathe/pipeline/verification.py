@@ -279,6 +279,27 @@ def _run_at(
 # -- conditioning ---------------------------------------------------------------------------------
 
 
+def bounds(
+    model: ir.Model,
+    errors: Mapping[str, float],
+    expected: Mapping[str, npt.NDArray[Any]],
+    feeds: Feeds,
+    bound: float,
+    *,
+    slack: float,
+    alike: Collection[str] = (),
+) -> dict[str, float]:
+    """How far each output of ``model`` may be from ``expected``, what the model makes of ``feeds``.
+
+    Where an error is more than rounding explains in a usual model, which is ``bound``, it is asked how far
+    this one moves by rounding, and ``slack`` times that is allowed: an ill-conditioned model is not wrong.
+    """
+    if all(error <= bound for error in errors.values()):
+        return dict.fromkeys(errors, bound)
+    moved = moved_by_rounding(model, {name: expected[name] for name in errors}, feeds, alike)
+    return {name: max(bound, slack * moved[name]) for name in errors}
+
+
 def moved_by_rounding(
     model: ir.Model, outputs: Arrays, feeds: Feeds, alike: Collection[str] = ()
 ) -> dict[str, float]:

@@ -487,6 +487,16 @@ def test_an_ill_conditioned_model_is_no_false_alarm(
     assert 1e-5 < report["error_optimizations_off"] <= report["bound_optimizations_off"] < 0.01
 
 
+def test_roundings_that_onnx_runtime_leaves_out_are_no_false_alarm(tmp_path: Path) -> None:
+    """(64 p + p) - 64 p in float16: the IR rounds after every operator, ONNX Runtime at the end."""
+    text = "p = MatMul(x, w)  big = Mul(p, t)  sum = Add(big, p)  y = Sub(sum, big)"
+    half = {"w": (matrix(16, 16) / 4).astype(np.float16), "t": np.array(64, np.float16)}
+    artifact = compiled(settled(model("float16[b,16] x", "float16[b,16] y", text, **half)))
+    artifact.save(tmp_path)
+    report = artifact.report()
+    assert 2**-6 < report["error_optimizations_off"] <= report["bound_optimizations_off"] < 1
+
+
 def test_a_file_that_the_checker_refuses_is_caught(tmp_path: Path) -> None:
     """Planted: an output that claims another width."""
     artifact = compiled(block())

@@ -235,3 +235,23 @@ def test_saving_checks_the_codes(tmp_path: Path) -> None:
         "params.bin",
         "runtime.py",
     ]
+
+
+@pytest.mark.parametrize(("factor", "passes"), [(1.001, True), (1.1, False)])
+def test_an_ill_conditioned_model_is_no_false_alarm(factor: float, passes: bool) -> None:
+    """(1000 p + p) - 1000 p moves by 1e-4 with every ulp of p."""
+    model = normal_model(
+        """<ir_version: 10, opset_import: ["" : 25]>
+        ill (float[b, 16] x, float[16, 16] w, float t) => (float[b, 16] y) {
+            p = MatMul(x, w)  big = Mul(p, t)  sum = Add(big, p)  y = Sub(sum, big) }""",
+        w=np.random.default_rng(0).normal(size=(16, 16)).astype(np.float32),
+        t=np.asarray(1000, np.float32),
+    )
+    feeds = feeds_of(model)
+    found = {"y": ort.run(model, feeds)["y"] * np.float32(factor)}
+    if passes:
+        report = judge.compare(model, feeds, found)
+        assert 1e-4 < report["error"] <= report["bound"] < 0.1
+    else:
+        with pytest.raises(VerifyError, match="output 'y' of the artifact is off"):
+            judge.compare(model, feeds, found)
