@@ -198,6 +198,7 @@ def export(
             raise CaptureError(Diagnostic("torch.outputs", f"{what} returns no tensors"))
         with listening() as noise:
             program = _export_program(flat, tensors, table, what, entries, noise)
+            _settle_attention(program)
             translated = _translate(program, flat, what, noise)
     model = translated.model
     entries.append(
@@ -269,7 +270,8 @@ def _export_program(
 
     Where torch cannot prove a condition on named dims, it is tried once more with the condition left
     to run time: torch 2.11 does not see that min(16*s, 32*s) is 16*s, which a LLaMA with grouped heads
-    asks it. A dim that the module fixes is an error in both ways.
+    asks it, and a GPT-Neo has a table that is cut to s unless s is its length. A dim that the module
+    fixes is an error in both ways.
     """
 
     def attempt(
@@ -300,6 +302,10 @@ def _export_program(
         except Exception as error:
             failure, where = error, _path_of(stack, flat)
         ranges = _suggested_ranges(str(failure))
+        bounded = [
+            Entry(name, "applied", f"the module bounds it: {low or 0} to {high or 'any size'}")
+            for name, (low, high) in ranges.items()
+        ]
         if ranges:
             stack.clear()
             try:
@@ -307,18 +313,16 @@ def _export_program(
             except Exception as error:
                 failure, where = error, _path_of(stack, flat)
             else:
-                for name, (low, high) in ranges.items():
-                    reason = f"the module bounds it: {low or 0} to {high or 'any size'}"
-                    entries.append(Entry(name, "applied", reason))
+                entries += bounded
                 return program
         if table is not None and _UNPROVEN in str(failure):
             stack.clear()
             with contextlib.suppress(Exception):  # the first failure is the one to report
-                program = attempt({}, deferred=True)
+                program = attempt(ranges, deferred=True)
                 reason = (
                     "torch.export could not prove a condition on the dims; compared at two sizes"
                 )
-                entries.append(Entry("dims", "applied", reason))
+                entries += [*bounded, Entry("dims", "applied", reason)]
                 return program
     raise CaptureError(
         Diagnostic(
@@ -371,6 +375,79 @@ def _translation_help(message: str) -> str:
 
 def _notes(error: BaseException, noise: Sequence[str]) -> tuple[str, ...]:
     return (*_fixes(str(error)), *(f"exporter: {line}" for line in list(noise)[-2:]))
+
+
+def _settle_attention(program: torch.export.ExportedProgram) -> None:
+    """Bring attention into the form that the exporter knows: four dims, and as many keys as queries.
+
+    torch takes any leading dims (the windows of Twins and Hiera), and broadcasts keys and values over them as
+    in any product (the heads of MobileNetV4). What is in another form still, the exporter refuses.
+    """
+    for node in list(program.graph.nodes):
+        if node.target is not torch.ops.aten.scaled_dot_product_attention.default:
+            continue
+        if not node.kwargs.get("enable_gqa"):
+            _spread_shared(node)
+        if _can_fold(node):
+            result = _fold_leading(node)
+            node.replace_all_uses_with(result)
+            program.graph_signature.replace_all_uses(node.name, result.name)
+            program.graph.erase_node(node)
+
+
+def _spread_shared(node: torch.fx.Node) -> None:
+    """Write out over which leading dims of the query its keys and values are broadcast."""
+    query, *shared = _operands(node)
+    leading = query.meta["val"].shape[:-2]
+    for value in dict.fromkeys(shared):
+        given = value.meta["val"].shape[:-2]
+        pairs = list(zip(leading, given, strict=False))
+        sizes = [new if isinstance(new, int) and old == 1 != new else -1 for new, old in pairs]
+        if len(given) == len(leading) and any(size != -1 for size in sizes):
+            wide = _before(node, torch.ops.aten.expand.default, value, [*sizes, -1, -1])
+            node.replace_input_with(value, wide)
+
+
+def _can_fold(node: torch.fx.Node) -> bool:
+    """Whether attention has no mask, and four dims where those before the heads are one."""
+    ranks = {len(value.meta["val"].shape) for value in _operands(node)}
+    static = all(isinstance(size, int) for size in node.meta["val"].shape[1:-3])
+    return len(node.args) == 3 and len(ranks) == 1 and ranks != {4} and static
+
+
+def _fold_leading(node: torch.fx.Node) -> torch.fx.Node:
+    """The result of attention in whose place all leading dims but the last are one, or there are two."""
+    aten, values = torch.ops.aten, []
+    outer, rank = node.meta["val"].shape[:-3], len(node.meta["val"].shape)
+    for value in _operands(node):
+        for _ in range(rank, 4):
+            value = _before(node, aten.unsqueeze.default, value, 0)
+        if rank > 4:
+            value = _before(node, aten.flatten.using_ints, value, 0, rank - 4)
+        values.append(value)
+    result = _before(node, node.target, *values, like=node)
+    for _ in range(rank, 4):
+        result = _before(node, aten.squeeze.dim, result, 0)
+    if rank > 4:
+        result = _before(node, aten.unflatten.int, result, 0, [-1, *outer[1:]])
+    return result
+
+
+def _operands(node: torch.fx.Node) -> list[torch.fx.Node]:
+    """The query, the keys and the values of attention."""
+    return [value for value in node.args[:3] if isinstance(value, torch.fx.Node)]
+
+
+def _before(
+    node: torch.fx.Node, operator: Any, *args: Any, like: torch.fx.Node | None = None
+) -> torch.fx.Node:
+    """A call in front of a node, in the same module as ``like``, else as its first argument."""
+    like = like or args[0]
+    with node.graph.inserting_before(node):
+        made = node.graph.call_function(operator, args, dict(like.kwargs) if like is node else {})
+    values = [arg.meta["val"] if isinstance(arg, torch.fx.Node) else arg for arg in args]
+    made.meta = dict(like.meta) | {"val": operator(*values, **made.kwargs)}
+    return made
 
 
 def _translate(

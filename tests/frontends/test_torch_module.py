@@ -184,6 +184,63 @@ def test_a_dim_that_the_module_fixes_is_refused() -> None:
     assert any("rows = 6" in note for note in caught.value.diagnostics[0].notes)
 
 
+class CutTable(nn.Module):
+    """As GPT-Neo's mask: cut to the length of the input, which may be the table's, at both ends."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(64, 4))
+        self.mask = nn.Buffer(torch.ones(64, 64).tril())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        length = x.shape[1]
+        scores = x @ x.mT * self.mask[64 - length : 64, :64][:, :length]
+        return scores @ (x + self.table[:length])
+
+
+def test_a_dim_that_the_module_bounds_has_that_bound() -> None:
+    captured = TorchModule(
+        args=(torch.randn(2, 7, 4),), dynamic={"x": {0: "batch", 1: "length"}}
+    ).capture(CutTable())
+    reasons = {entry.candidate: entry.reason for entry in captured.entries}
+    assert "to 64" in reasons["length"]
+    assert "could not prove" in reasons["dims"]
+
+
+class Attend(nn.Module):
+    """Attention over leading dims of any number, its keys and values broadcast over the heads."""
+
+    def __init__(self, leading: tuple[int, ...], shared: bool) -> None:
+        super().__init__()
+        self.leading, self.shared = leading, shared
+        self.linear = nn.Linear(8, 24)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        batch, length = x.shape[0], x.shape[1]
+        q, k, v = (
+            t.reshape(batch, length, *self.leading, -1).movedim(1, -2)
+            for t in self.linear(x).chunk(3, dim=-1)
+        )
+        if self.shared:
+            k, v = k[:, :1], v[:, :1]
+        return nn.functional.scaled_dot_product_attention(q, k, v)
+
+
+@pytest.mark.parametrize(
+    ("leading", "shared"),
+    [((4,), True), ((), False), ((2, 2), False), ((2, 2), True), ((2, 1, 2), False)],
+)
+def test_attention_over_any_leading_dims_is_captured(
+    leading: tuple[int, ...], shared: bool
+) -> None:
+    """MobileNetV4 shares keys among heads; Twins and Hiera have windows beside the heads."""
+    x = torch.randn(2, 5, 8)
+    captured = TorchModule(args=(x,), dynamic={"x": {0: "batch", 1: "length"}}).capture(
+        Attend(leading, shared)
+    )
+    assert "Attention" in {node.op_type for node in captured.model.graph}
+
+
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
