@@ -53,14 +53,13 @@ def _is_of_int8(node: ir.Node) -> bool:
     )
 
 
-def _moved(node: ir.Node) -> Iterator[ir.Usage]:
+def _moved(node: ir.Node) -> Iterator[tuple[ir.Node, int]]:
     """Where the floats are moved and nothing behind makes codes of them again."""
-    for use in node.outputs[0].uses():
-        reader = use.node
-        if reader.op_type not in _MOVES or reader.domain or use.idx:
+    for reader, index in node.outputs[0].uses():
+        if reader.op_type not in _MOVES or reader.domain or index:
             continue
-        if all(behind.node.op_type != "QuantizeLinear" for behind in reader.outputs[0].uses()):
-            yield use
+        if all(behind.op_type != "QuantizeLinear" for behind, _ in reader.outputs[0].uses()):
+            yield reader, index
 
 
 def _written(node: ir.Node, taken: set[str]) -> ir.Value:

@@ -320,14 +320,19 @@ def disturbed_outputs(
     return ort.run(disturbed, inputs_of(disturbed, feeds))
 
 
-def computed_alike(a: ir.Model, b: ir.Model) -> set[str]:
-    """Values of ``a`` that ``b`` computes as well: by the same operators, all the way from the inputs."""
+def computed_alike(a: ir.Model, b: ir.Model, apart: Collection[str] = ()) -> set[str]:
+    """Values of ``a`` that ``b`` computes as well: by the same operators, all the way from the inputs.
+
+    Operators that are ``apart`` are computed by one of the two in another way.
+    """
     numbers: dict[Hashable, int] = {}
-    known = set(_numbered(b, numbers).values())
-    return {v.name for v, number in _numbered(a, numbers).items() if number in known and v.name}
+    known = set(_numbered(b, numbers, apart).values())
+    return {v.name for v, n in _numbered(a, numbers, apart).items() if n in known and v.name}
 
 
-def _numbered(model: ir.Model, numbers: dict[Hashable, int]) -> dict[ir.Value, int]:
+def _numbered(
+    model: ir.Model, numbers: dict[Hashable, int], apart: Collection[str]
+) -> dict[ir.Value, int]:
     """A number for every value that nodes of the main graph make; equal ones are computed alike."""
     graph = model.graph
     at: dict[ir.Value | None, int] = {None: -1}
@@ -340,7 +345,8 @@ def _numbered(model: ir.Model, numbers: dict[Hashable, int]) -> dict[ir.Value, i
     for node in graph:
         attributes = tuple(sorted((name, _setting(a)) for name, a in node.attributes.items()))
         read = tuple(at.get(value, -2) for value in node.inputs)
-        key = (node.domain, node.op_type, attributes, read, len(node.outputs))
+        own = id(node) if node.op_type in apart else 0
+        key = (node.domain, node.op_type, attributes, read, len(node.outputs), own)
         for position, value in enumerate(node.outputs):
             at[value] = made[value] = numbers.setdefault((key, position), len(numbers))
     return made

@@ -337,8 +337,8 @@ class _Walk:
     def _settle(self, use: Use) -> None:
         """Note an element that edits must set; pin the axis where the number comes out of a computation."""
         self.node = use.node
+        assert not isinstance(use.spot, str)
         operand, element = use.spot
-        assert isinstance(operand, int) and isinstance(element, int)
         value = use.node.inputs[operand]
         assert value is not None
         source = origin(value, element)
