@@ -63,7 +63,7 @@ class _Implementation:
 
 
 # Tried in this order until one exports: fused attention and grouped experts have no ONNX form in some
-# families (with transformers 5.24, Falcon needs eager attention and Mixtral batched_mm experts).
+# families (with transformers 5.24, Mixtral needs batched_mm experts).
 _AS_CONFIGURED = _Implementation()
 _DENSE = (_Implementation(attention="eager"),)
 _MIXTURE = (

@@ -102,7 +102,6 @@ FAMILIES: Mapping[str, Family] = {
 
 # Which implementation a directory is captured with where it is not the configured one.
 SWITCHED: Mapping[str, str] = {
-    "falcon": "captured with eager attention",
     "mixtral": "captured with batched_mm experts",
 }
 
