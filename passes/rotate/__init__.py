@@ -19,7 +19,7 @@ import onnx_ir as ir
 
 from netlathe.analysis.axes import Axes, Stretch, analyse, to_rotate
 from netlathe.analysis.layers import find_layers
-from netlathe.diagnostics import PassError, missing_extra
+from netlathe.diagnostics import Diagnostic, PassError, missing_extra
 from netlathe.ir import types
 from netlathe.ir.provenance import module_path
 from netlathe.passes.rotate import online
@@ -222,4 +222,8 @@ def _stretch(axes: Axes, value: ir.Value, is_head: bool) -> Stretch:
     last = len(value.shape or ()) - 1
     if not is_head:
         return stretch_at(axes, value, last)
-    return to_rotate(axes, axes.of(value, last)[-1], value, last)
+    groups = axes.of(value, last)
+    if not groups:  # channel attention (DaViT): a head is as wide as there are tokens
+        message = f"no weight has the positions of a head: {axes.term(value, last)}"
+        raise PassError(Diagnostic("rotate.head", message))
+    return to_rotate(axes, groups[-1], value, last)

@@ -237,6 +237,20 @@ def test_post_norm_streams_are_refused() -> None:
     assert len(turned(result, "head")) == 6  # which no norm concerns
 
 
+def test_heads_as_wide_as_there_are_tokens_stay() -> None:
+    """The channel attention of DaViT: no weight has such a width."""
+    made = model(
+        "float[b,8,6] x",
+        "float y",
+        "v = MatMul(x, w) t = Transpose<perm = [0, 2, 1]>(v) h = Unsqueeze(t, one) y = Attention(h, h, h)",
+        w=matrix(6, 6),
+        one=np.array([1]),
+    )
+    normal.normalize(made)
+    (entry,) = [e for e in rotated(made, Rotate()).entries if e.candidate == "h"]
+    assert entry.status == "refused" and "no weight has the positions of a head" in entry.reason
+
+
 def test_what_is_not_asked_for_is_in_the_ledger() -> None:
     result = rotated(folded("llama"), Rotate(heads=False))
     left = {e.candidate: e.reason for e in result.entries if e.status == "skipped"}
