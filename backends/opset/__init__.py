@@ -17,7 +17,7 @@ import onnx_ir as ir
 from netlathe.diagnostics import Diagnostic, LowerError
 from netlathe.ir import edit, printing, provenance
 
-from . import attention, bits, functions, legal, moved, movement, norms, quantize, reduce
+from . import attention, bits, functions, legal, movement, norms, quantize, reduce, runtime
 from .builder import Builder, Gap, Shared
 from .legal import IR_OPSET
 
@@ -85,8 +85,7 @@ def lower(model: ir.Model, opset: int) -> None:
             imports[""] = opset
     if gaps:
         raise LowerError(gaps)
-    if opset >= moved.FIRST_OPSET:
-        moved.write_out(model)
+    runtime.settle(model, opset)
     _check(model, opset)
     # The oldest file format that has this opset: the one that runtimes of its time read.
     model.ir_version = onnx.helper.find_min_ir_version_for([onnx.helper.make_opsetid("", opset)])

@@ -387,6 +387,22 @@ def test_swish_is_written_so_that_it_runs(tmp_path: Path) -> None:
     assert ops(OnnxFile().capture(tmp_path / MODEL_FILE).model)["Swish"] == 1  # raised again
 
 
+def test_an_average_of_codes_runs(tmp_path: Path) -> None:
+    """ONNX Runtime makes QLinearAveragePool of it, with attributes that this has not."""
+    made = settled(
+        model(
+            "float[b,2,4,4] x",
+            "float y",
+            "q = QuantizeLinear(x, s, zero) d = DequantizeLinear(q, s, zero)"
+            " a = AveragePool<kernel_shape = [2, 2]>(d)"
+            " p = QuantizeLinear(a, s, zero) y = DequantizeLinear(p, s, zero)",
+            s=np.array(0.1, np.float32),
+            zero=np.array(3, np.int8),
+        )
+    )
+    compiled(made).save(tmp_path)
+
+
 # -- what is refused ------------------------------------------------------------------------------
 
 
