@@ -87,12 +87,17 @@ class VerifyError(GateError):
     """A model is malformed, or a pass changed what it must not change."""
 
 
+_MOST_SHOWN = 24  # names: all that a table of ours has, and not every module of a network
+
+
 def did_you_mean(name: str, known: Sequence[str]) -> str:
-    """A help line that shows names near ``name``, or all of ``known`` when none is near."""
+    """A help line that shows names near ``name``, or those that are ``known`` when none is near."""
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
     if near:
         return "did you mean " + " or ".join(near) + "?"
-    return "known: " + ", ".join(sorted(known))
+    more = len(known) - _MOST_SHOWN
+    shown = ", ".join(sorted(known)[:_MOST_SHOWN])
+    return f"known: {shown}" + (f" and {more} more" if more > 0 else "")
 
 
 def missing_extra(extra: str, module: str, purpose: str) -> MissingExtraError:
