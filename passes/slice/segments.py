@@ -85,13 +85,18 @@ def lay_out(model: ir.Model, *, cut: bool | Collection[Edge]) -> Layout:
             refused.append((first.name or "", found, module_path(first)))
             continue
         entries, exits, fixed = found
+        read = [at for at in _points(stream, [*exits, *joins]) if at[0] not in fixed]
+        aside = [(value, axis) for value, axis in read if axis != len(value.shape or ()) - 1]
+        if aside:
+            value, axis = aside[0]
+            reason = (
+                f"its channels are dim {axis} of {value.name}: only those of a last dim are turned"
+            )
+            refused.append((first.name or "", reason, module_path(value)))
+            continue
         at = joins if isinstance(cut, bool) else [join for join in joins if join in cut]
         edges += [*entries, *exits, *(at if cut else ())]
-        points += [
-            (value.name or "", axis)
-            for value, axis in _points(stream, [*exits, *joins])
-            if value not in fixed
-        ]
+        points += [(value.name or "", axis) for value, axis in read]
     order = {v.name: at for at, v in enumerate(v for n in model.graph for v in n.outputs)}
     points.sort(key=lambda point: order.get(point[0], -1))
     layout = _bind(model, sorted(set(edges)), points)

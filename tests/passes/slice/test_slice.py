@@ -404,6 +404,30 @@ def test_norms_that_were_not_folded_are_refused() -> None:
     assert entry.status == "refused" and "fold_norms first" in entry.reason
 
 
+def test_a_stream_whose_channels_are_not_last_is_refused() -> None:
+    """CoAtNet adds images, and turns them around for every norm."""
+    rng = np.random.default_rng(0)
+    shapes = {"k": (16, 3, 1, 1), "wi": (16, 32), "ko": (16, 32, 1, 1), "wh": (16, 10)}
+    drawn = {name: rng.normal(0, 0.3, shape).astype("f4") for name, shape in shapes.items()}
+    block = """
+        t{at} = Transpose<perm = [0, 2, 3, 1]>(s{at})  n{at} = RMSNormalization<axis = -1>(t{at}, ones)
+        i{at} = MatMul(n{at}, wi)  u{at} = Transpose<perm = [0, 3, 1, 2]>(i{at})
+        a{at} = Gelu(u{at})  o{at} = Conv(a{at}, ko)  s{next} = Add(s{at}, o{at})
+    """
+    blocks = [block.format(at=at, next=at + 1) for at in range(3)]
+    end = "t3 = Transpose<perm = [0, 2, 3, 1]>(s3) n3 = RMSNormalization<axis = -1>(t3, ones)"
+    model = typed(
+        " ".join(["s0 = Conv(x, k)", *blocks, end, "y = MatMul(n3, wh)"]),
+        "float[b,3,2,2] x",
+        "float y",
+        ones=np.ones(16, np.float32),
+        **drawn,
+    )
+    ctx = Context(calibration=[{"x": rng.normal(size=(8, 3, 2, 2)).astype("f4")}])
+    (entry,) = Slice(ratio=0.25).choose(model, ctx)
+    assert entry.status == "refused" and "only those of a last dim are turned" in entry.reason
+
+
 def test_a_model_without_a_residual_stream() -> None:
     model = typed("y = MatMul(x, wq)")
     (entry,) = Slice(ratio=0.25).choose(model, Context())
