@@ -4,7 +4,8 @@ A node is converted as a whole, its weights included, unless it needs float32's 
 
 * sums over many elements, exponentials, coordinates, angles, states that are fed back;
 * what makes indices, angles or scales, back to the integers or constants that it is made from;
-* a weight out of range: above 65504 in float16, or so small that float16 has few digits for it.
+* a weight out of range: above 65504 in float16, or so small that float16 has few digits for it;
+* a division by what such a small number keeps from 0: ``x / max(norm, 1e-12)``.
 
 Normalizations keep their statistics in float32 by themselves (``stash_type``), Attention its softmax
 (``softmax_precision``). What only moves data follows what it moves. A constant that stands for infinity
@@ -129,10 +130,13 @@ class _Surveyor:
         self._dtype = dtype
         self._exact = exact
         self._half: set[ir.Value] = set()  # made in half precision
+        self._guarded: dict[ir.Value, float] = {}  # kept from 0 by a small number, and by which
+        self._inverse: set[ir.Value] = set()  # of such a value; beyond the format
         self._extents: dict[ir.Value, Extent] = {}
 
     def judge(self, node: ir.Node) -> Verdict:
-        reason = _stays(node) or self._exact.get(node, "")
+        divides = self._divides(node)  # of every node, as it notes what becomes of a divisor
+        reason = _stays(node) or self._exact.get(node, "") or divides
         if reason:
             return Verdict(node, reason)
         inputs, outputs, missing = _positions(node, self._dtype)
@@ -141,16 +145,40 @@ class _Surveyor:
         read = [value for at in inputs if (value := node.inputs[at]) is not None]
         data = [value for value in read if not weights.is_weight(value)]
         if node.op_type in _MOVES and data and not self._half.intersection(data):
+            least = [self._guarded[value] for value in data if value in self._guarded]
+            self._guarded.update(dict.fromkeys(node.outputs, min(least)) if least else {})
+            self._inverse.update(node.outputs if self._inverse.intersection(data) else ())
             return Verdict(node, "moves values that are float32")
         extents = {v.name or "": self._extent(v) for v in read if weights.is_weight(v)}
         if node.op_type == "ConstantOfShape":
             extents[node.outputs[0].name or ""] = extent(fill(node))
         for name, found in extents.items():
             if reason := self._unfit(name, found):
+                if found.largest < SMALLEST[self._dtype]:
+                    self._guarded.update(dict.fromkeys(node.outputs, found.largest))
                 return Verdict(node, reason)
         self._half.update(node.outputs[at] for at in outputs)
         saturated = tuple(name for name, found in extents.items() if found.endless)
         return Verdict(node, "", inputs, outputs, saturated)
+
+    def _divides(self, node: ir.Node) -> str:
+        """Why a node between a guarded value and what is divided by it stays."""
+        op, read = node.op_type, [value for value in node.inputs if value is not None]
+        least = min((self._guarded[value] for value in read if value in self._guarded), default=1.0)
+        vanishes = not np.float64(least).astype(self._dtype.numpy())
+        explodes = least * LARGEST[self._dtype] < 1
+        if op == "Sqrt" and least < 1:
+            self._guarded[node.outputs[0]] = least**0.5
+            needed = vanishes
+        elif op == "Reciprocal" or (op == "Div" and weights.is_weight(read[0])):
+            self._inverse.update(node.outputs if explodes else ())
+            needed = explodes
+        elif op == "Div":
+            needed = vanishes and read[1] in self._guarded
+        else:
+            needed = op == "Mul" and not self._inverse.isdisjoint(read)
+        half = self._dtype.name.lower()
+        return f"only a number too small for {half} keeps the divisor from 0" if needed else ""
 
     def _extent(self, weight: ir.Value) -> Extent:
         if weight not in self._extents:

@@ -338,6 +338,24 @@ def test_an_epsilon_below_the_range_stays_with_its_reader() -> None:
     assert staying(zero) == {}, "zero is exact"
 
 
+@pytest.mark.parametrize(
+    "body",
+    [
+        "n = Clip (a, k) y = Div (x, n)",
+        "p = Add (a, k) e = Expand (p, shape) y = Div (x, e)",
+        "p = Add (a, k) n = Reciprocal (p) y = Mul (x, n)",
+        "p = Add (a, k) n = Sqrt (p) i = Div (one, n) y = Mul (i, x)",
+    ],
+)
+def test_a_division_that_a_number_below_the_range_guards_stays(body: str) -> None:
+    """Swin V2 divides keys by max(norm, 1e-12): those of padding are 0, and so is float16(1e-12)."""
+    shape = np.array([1, 1, 8])
+    before = settled("float[b,s,8] x", f"a = Abs (x) {body}", k=1e-12, one=1.0, shape=shape)
+    after, _ = check(before)
+    zeros = {"x": np.zeros((2, 3, 8), np.float32)}
+    assert not ort.run(after, zeros)["y"].any()  # and no NaN
+
+
 @BOTH
 def test_what_stands_for_infinity_becomes_the_largest_number(dtype: str) -> None:
     least = float(np.finfo(np.float32).min)
