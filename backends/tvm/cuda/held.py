@@ -51,6 +51,7 @@ __device__ __forceinline__ void prepare(
   follow();
 #pragma unroll
   for (int i = 0; i < kPieces; ++i) read(held[i], x, piece(i), piece(i) / kOwn);
+  if (kBeside && kAtOnce) launch();  // before, weights of the kernel behind would stand in front of x
 {_MEASURED if s.normed else ""}
 #pragma unroll
   for (int i = 0; i < kPieces; ++i) {{

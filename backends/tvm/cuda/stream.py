@@ -46,7 +46,8 @@ class Shape:
     many rows of ``inner`` elements (see :mod:`netlathe.backends.tvm.cuda.held`), ``normed`` before; as
     integers where the weight is of integers. 0: it comes along with the weight; ``pairs``: as a kernel in
     front has made it (see :mod:`netlathe.backends.tvm.cuda.pairs`). ``beside``: a block leaves half of a
-    multiprocessor to one of the kernel behind, which may begin when nearly all stages have been asked for.
+    multiprocessor to one of the kernel behind, which may begin when nearly all stages have been asked for,
+    or x that is kept, if all of them have room.
     """
 
     bits: int
@@ -98,13 +99,14 @@ class Shape:
     def brief(self, columns: int, inner: int) -> bool:
         """Whether a block does well with half of a multiprocessor: it has few stages, and little beside them.
 
-        Measured with one row of integers, and 8 and 16 rows of int8. Clusters take longer: sums that blocks
-        send each other stand behind weights of the kernel behind. So do 8 rows where two teams may have all
-        stages at once.
+        Measured with up to four rows of integers, and 8 and 16 rows of int8. Clusters take longer: sums that
+        blocks send each other stand behind weights of the kernel behind. So do 8 rows where two teams may
+        have all stages at once, and several rows of integers where not all have room beside x.
         """
         stages = -(-inner // self.deep)
         many = self.bits == 8 and not self.held and (self.tiles == 2 or stages > _SMALL)
-        rows = many or (self.held == 1 and not self.normed)
+        all_there = self.held > 1 and replace(self, beside=True).stages >= stages
+        rows = many or ((self.held == 1 or all_there) and not self.normed)
         whole = self.splits == 1 and columns <= CLUSTERS[1] * self.columns
         return self.bits < 16 and rows and whole and stages <= _BRIEF
 
@@ -199,9 +201,9 @@ class Shape:
         """Stages on their way at a time before the kernel in front has ended; 0: all there is room for.
 
         As many as keep memory busy: what is asked for beyond that only stands in front of x, of which
-        blocks with few stages, or several rows, have less time to wait.
+        blocks with few stages, or all of several rows, have less time to wait.
         """
-        few = self.held > 1 or self.share <= _SMALL * self.deep
+        few = (self.held > 1 and self.splits == 1) or self.share <= _SMALL * self.deep
         return 0 if not self.limbs else 2 if few else 3
 
     @property
@@ -323,6 +325,7 @@ constexpr int kSlice = {s.slice}, kSums = kStages * kStageBytes;
 constexpr int kR = {s.held}, kShare = {s.share}, kHeld = kSums + {s.sums_bytes};
 constexpr int kBarriers = kHeld + {s.held_bytes};
 constexpr bool kBeside = {str(s.beside).lower()};
+constexpr bool kAtOnce = kR > 0 && kShare <= kStages * kDeep;  // a tile's stages all have room
 constexpr bool kWhole = {str(s.held > 0 and s.share * s.splits == s.inner).lower()};  // K ends with a stage
 
 __device__ __forceinline__ uint32_t base(const void* shared) {{
@@ -478,7 +481,7 @@ __device__ __forceinline__ void produce(
   }}
   // It takes a microsecond to begin: by then the last stage has been asked for, and is not behind its own.
   const int late = max(count - 2, ahead - 1);
-  if (kBeside && late < ahead) launch();
+  if (kBeside && !kAtOnce && late < ahead) launch();  // else see `prepare`
   if (kR == 0) follow();
   for (int number = 0; number < ahead; ++number) inputs(number);
   for (int number = ahead; number < count; ++number) {{

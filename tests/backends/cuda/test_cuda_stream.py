@@ -61,6 +61,10 @@ def test_blocks_with_few_stages_leave_room_for_those_of_the_kernel_behind(bits: 
     for columns, inner, normed in ((11008, 4096, False), (4096, 11008, False), (4096, 4096, True)):
         shape = stream.chosen(bits, 1, columns, inner, group, False, 8, 1, normed)
         assert shape is not None and not shape.beside
+    several = stream.chosen(bits, 1, 4096, 4096, group, False, 8, 4)
+    # Those of int8 have more stages than find room beside x.
+    assert several is not None and several.beside == (bits == 4)
+    assert not several.beside or several.stages >= 4096 // several.deep
     for tiles in (1, 2):
         many = stream.chosen(bits, tiles, 4096, 4096, group, False, 8)
         assert many is not None and many.beside == (bits == 8)
