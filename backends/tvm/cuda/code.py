@@ -258,6 +258,14 @@ class GpuCode(Code):
         """A pointer to an element of a buffer."""
         return tirx.address_of(tirx.BufferLoad(buffer, [i64(at)]))
 
+    def given(self, value: Expr) -> Expr:
+        """A number that the host works out for the kernels behind, which would divide in every thread."""
+        if known(value) is not None:
+            return value
+        made = self.var("int64", "given")
+        self.emit(tirx.Bind(made, value))
+        return made
+
     def null(self) -> Expr:
         """A pointer to nothing."""
         return self.call("netlathe_null", _NULL, "handle")

@@ -19,7 +19,7 @@ _WIDE = {
 
 
 def source(dtype: str) -> str:
-    """What the two have in common: Scales, Queries and Results; queries are ``bf16`` or ``f16``."""
+    """What the two have in common: Scales, Words, Queries and Results; queries are ``bf16`` or ``f16``."""
     return f"""
 // Scales of the ring's tiles, which lie behind it: pieces of 16 bytes, the first of which may begin `skip`
 // scales before the tile does.
@@ -71,26 +71,38 @@ __device__ __forceinline__ void limbs(const float* value, float factor, uint32_t
   low = __byte_perm(__byte_perm(l[0], l[1], 0x40), __byte_perm(l[2], l[3], 0x40), 0x5410);
   high = __byte_perm(__byte_perm(h[0], h[1], 0x51), __byte_perm(h[2], h[3], 0x51), 0x5410);
 }}
+// What a thread has of queries, as they are in memory: zeros where there are no more `rows`.
+struct Words {{
+  uint2 of[kN][kSteps][2] = {{}};
+  __device__ __forceinline__ void load(const uint16_t* q, int rows) {{
+    const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+#pragma unroll
+    for (int n = 0; n < kN; ++n)
+#pragma unroll
+      for (int step = 0; step < kSteps; ++step)
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {{
+          const uint16_t* from = q + (n * 4 + g / 2) * kDepth + step * 32 + half * 16 + t * 4;
+          if (n * 4 + g / 2 < rows) of[n][step][half] = *reinterpret_cast<const uint2*>(from);
+        }}
+  }}
+}};
 struct Queries {{
   uint32_t x[kSteps][kN][2];
   float scale[kN];  // of the query the thread has scores of
-  __device__ __forceinline__ Queries(const uint16_t* q, int rows, float scale_) {{
-    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  __device__ __forceinline__ Queries(const Words& words, float scale_) {{
+    const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
 #pragma unroll
     for (int n = 0; n < kN; ++n) {{
-      const int row = n * 4 + g / 2;
       float value[kSteps][2][4], most = kLeast;
 #pragma unroll
       for (int step = 0; step < kSteps; ++step)
 #pragma unroll
         for (int half = 0; half < 2; ++half) {{
-          uint2 w = make_uint2(0, 0);
-          const uint16_t* from = q + row * kDepth + step * 32 + half * 16 + t * 4;
-          if (row < rows) w = *reinterpret_cast<const uint2*>(from);
-          const uint32_t words[2] = {{w.x, w.y}};
+          const uint2 pair = words.of[n][step][half];
 #pragma unroll
           for (int i = 0; i < 4; ++i) {{
-            value[step][half][i] = wide((uint16_t)(words[i / 2] >> (i % 2 * 16)));
+            value[step][half][i] = wide((uint16_t)((i < 2 ? pair.x : pair.y) >> (i % 2 * 16)));
             most = largest(most, fabsf(value[step][half][i]));
           }}
         }}

@@ -8,7 +8,7 @@ keys by queries, by an instruction of their own.
 
 
 def source(dtype: str) -> str:
-    """What the two have in common: Scales, Queries and Results; ``dtype`` is ``bf16`` or ``f16``."""
+    """What the two have in common: Scales, Words, Queries and Results; ``dtype`` is ``bf16`` or ``f16``."""
     return f"""
 struct Scales {{  // of which a cache of halves has none
   static constexpr int skip = 0;
@@ -22,10 +22,10 @@ __device__ __forceinline__ void multiply(float* d, const uint32_t* a, const uint
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }}
-struct Queries {{
-  uint32_t x[kSteps][kN][2];
-  float scale;
-  __device__ __forceinline__ Queries(const uint16_t* q, int rows, float scale_) : scale(scale_) {{
+// What a thread has of queries, as they are in memory: zeros where there are no more `rows`.
+struct Words {{
+  uint32_t of[kSteps][kN][2] = {{}};
+  __device__ __forceinline__ void load(const uint16_t* q, int rows) {{
     const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
 #pragma unroll
     for (int step = 0; step < kSteps; ++step)
@@ -34,9 +34,14 @@ struct Queries {{
 #pragma unroll
         for (int half = 0; half < 2; ++half) {{
           const uint16_t* from = q + (n * 8 + g) * kDepth + step * 16 + half * 8 + t * 2;
-          x[step][n][half] = n * 8 + g < rows ? *reinterpret_cast<const uint32_t*>(from) : 0;
+          if (n * 8 + g < rows) of[step][n][half] = *reinterpret_cast<const uint32_t*>(from);
         }}
   }}
+}};
+struct Queries {{
+  const Words& words;
+  float scale;
+  __device__ __forceinline__ Queries(const Words& words_, float scale_) : words(words_), scale(scale_) {{}}
   // Scores of a tile: of key g + 8 i.
   __device__ __forceinline__ void multiply_keys(Scores& s, uint32_t tile) const {{
     const int key = threadIdx.x % 16, piece = threadIdx.x % 32 / 16;
@@ -48,7 +53,7 @@ struct Queries {{
         uint32_t a[4];
         load(a, tile + m * 16 * kBytes + place(key, step * 2 + piece));
 #pragma unroll
-        for (int n = 0; n < kN; ++n) multiply(d[n], a, x[step][n]);
+        for (int n = 0; n < kN; ++n) multiply(d[n], a, words.of[step][n]);
       }}
 #pragma unroll
       for (int n = 0; n < kN; ++n)

@@ -7,6 +7,9 @@ values, the largest score, the sum of weights. Parts are added in the same order
 # Of a block that merges what blocks have left: threads, and columns that it merges. Many small blocks read
 # their share of the parts sooner than few large ones.
 THREADS, COLUMNS = 128, 32
+_TEAMS, _AT_ONCE = THREADS // 32, 4
+# Floats of shared memory. It lies beside the rings of blocks that decode: more of it lets those start later.
+SHARED = THREADS + 2 * _TEAMS
 
 
 def source(warps: int) -> str:
@@ -52,56 +55,52 @@ __device__ __forceinline__ float merged_warps(const float* row, int stride, int 
   }}
   return whole == 0.0f ? 0.0f : __fdividef(value, whole);
 }}
-// {COLUMNS} columns of a row, `block` of [heads of keys, rows, columns], as all its parts add up to them: the
-// result of thread i is that of column i. {THREADS // 8} parts are read at a time, by 8 threads each.
+// {COLUMNS} columns of a row, `block` of [heads of keys, rows, columns], as all its parts add up to them: a
+// thread's result is that of its lane's column. A warp reads every {_TEAMS}th part, {_AT_ONCE} at one time.
 __device__ __forceinline__ float merged(
     float* shared, const void* work, int64_t block, int64_t parts_, int64_t rows_) {{
-  constexpr int kAcross = kDepth / {COLUMNS}, kTeams = {THREADS // 8};
+  constexpr int kAcross = kDepth / {COLUMNS}, kTeams = {_TEAMS}, kAtOnce = {_AT_ONCE};
   const int parts = (int)parts_, rows = (int)rows_, row = (int)block / kAcross, stride = rows * kRow;
-  const int lane = threadIdx.x % 32, own = threadIdx.x / 8;
-  const int column = (int)block % kAcross * {COLUMNS} + threadIdx.x % 8 * 4;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int column = (int)block % kAcross * {COLUMNS} + lane;
   const float* from = static_cast<const float*>(work);
   from += (int64_t)(row / rows) * parts * stride + row % rows * kRow;
   let_go();
   wait_in_front();
-  float4 value = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-  float score = -INFINITY, top = -INFINITY, sum = 0.0f;
-  if (own < parts) {{
-    value = *reinterpret_cast<const float4*>(from + own * stride + column);
-    score = from[own * stride + kDepth];
-  }}
-  // Every warp finds the largest score and the sum of weights itself.
-  for (int i = lane; i < parts; i += 32) {{
-    const float2 rest = *reinterpret_cast<const float2*>(from + i * stride + kDepth);
-    const float most = fmaxf(top, rest.x);
-    sum = sum * shrunk(top, most) + rest.y * shrunk(rest.x, most), top = most;
-  }}
-  float most = top;
+  float top = -INFINITY, value = 0.0f, whole = 0.0f;
+  // One more beside what is there: its column, its largest score and its sum of weights.
+  auto add = [&](float other, float2 rest) {{
+    const float factor = shrunk(rest.x, top);
+    value += other * factor, whole += rest.y * factor;
+  }};
+  for (int i = warp; i < parts; i += kTeams * kAtOnce) {{
+    const float before = top;
+    float next[kAtOnce];
+    float2 rest[kAtOnce];
 #pragma unroll
-  for (int mask = 16; mask > 0; mask /= 2) most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, mask));
-  sum *= shrunk(top, most);
+    for (int j = 0; j < kAtOnce; ++j) {{
+      const float* part = from + (i + j * kTeams) * stride;
+      const bool is_there = i + j * kTeams < parts;
+      next[j] = is_there ? part[column] : 0.0f;
+      rest[j] = is_there ? *reinterpret_cast<const float2*>(part + kDepth) : make_float2(-INFINITY, 0.0f);
+    }}
 #pragma unroll
-  for (int mask = 16; mask > 0; mask /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, mask);
-  const float factor = shrunk(score, most);
-  value.x *= factor, value.y *= factor, value.z *= factor, value.w *= factor;
-  for (int i = own + kTeams; i < parts; i += kTeams) {{
-    const float4 next = *reinterpret_cast<const float4*>(from + i * stride + column);
-    const float other = shrunk(from[i * stride + kDepth], most);
-    value.x += next.x * other, value.y += next.y * other;
-    value.z += next.z * other, value.w += next.w * other;
-  }}
+    for (int j = 0; j < kAtOnce; ++j) top = fmaxf(top, rest[j].x);
+    const float shrink = shrunk(before, top);
+    value *= shrink, whole *= shrink;
 #pragma unroll
-  for (int mask = 8; mask < 32; mask *= 2) {{
-    value.x += __shfl_xor_sync(0xffffffffu, value.x, mask);
-    value.y += __shfl_xor_sync(0xffffffffu, value.y, mask);
-    value.z += __shfl_xor_sync(0xffffffffu, value.z, mask);
-    value.w += __shfl_xor_sync(0xffffffffu, value.w, mask);
+    for (int j = 0; j < kAtOnce; ++j) add(next[j], rest[j]);
   }}
-  if (lane < 8) reinterpret_cast<float4*>(shared)[threadIdx.x / 32 * 8 + lane] = value;
+  float2* tops = reinterpret_cast<float2*>(shared + {THREADS});
+  shared[threadIdx.x] = value;
+  if (lane == 0) tops[warp] = make_float2(top, whole);
   __syncthreads();
-  float total = 0.0f;
+  float2 rest[kTeams];
+  top = -INFINITY, value = 0.0f, whole = 0.0f;
 #pragma unroll
-  for (int i = 0; i < {THREADS // 32}; ++i) total += shared[i * {COLUMNS} + lane];
-  return sum == 0.0f ? 0.0f : __fdividef(total, sum);
+  for (int i = 0; i < kTeams; ++i) rest[i] = tops[i], top = fmaxf(top, rest[i].x);
+#pragma unroll
+  for (int i = 0; i < kTeams; ++i) add(shared[i * 32 + lane], rest[i]);
+  return whole == 0.0f ? 0.0f : __fdividef(value, whole);
 }}
 """

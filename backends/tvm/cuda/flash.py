@@ -157,6 +157,7 @@ class _Problem:
         parts = tirx.max(tirx.min(wanted, most), i64(1))
         size = self.pairs * parts * self.rows * i64(shape.partial)
         work = self.kernel.workspace(size, "float32")
+        parts = code.given(parts)  # so that blocks ask for their first keys sooner
         own = idiv(self.heads, self.spec.groups)  # heads of keys in a sequence
         grid = self.pairs * tiles * parts
         with code.launch(grid, decode.THREADS, least=1, waits=False) as (block, thread):
@@ -184,7 +185,7 @@ class _Problem:
             b, kv, member, i, left = (code.bind(item) for item in unflatten(block, sizes))
             head = code.bind(kv * groups + member)
             column = code.bind(left * i64(decode_merged.COLUMNS) + thread)
-            shared = code.address(code.alloc([count], "float32", scope="shared"))
+            shared = code.address(code.alloc([decode_merged.SHARED], "float32", scope="shared"))
             place = (self.pointer(work), block, parts, self.rows)
             value = code.bind(code.call(named("merged"), text, "float32", shared, *place))
             with code.when(thread < i64(decode_merged.COLUMNS)):

@@ -16,7 +16,7 @@ pytest.importorskip("tvm", reason="the tvm extra is not installed")
 
 from tvm import tirx
 
-from netlathe.backends.tvm.cuda import decode, flash
+from netlathe.backends.tvm.cuda import decode, decode_merged, flash
 from netlathe.backends.tvm.cuda.artifact import CudaArtifact
 from netlathe.backends.tvm.cuda.machine import ARCHITECTURES, gpu
 from netlathe.backends.tvm.kernel import SCHEDULE
@@ -344,6 +344,17 @@ def test_what_decoding_asks_for_ahead_fits(arch: str, bits: int, depth: int) -> 
         assert shape.slots >= 2 and shape.shared_bytes <= gpu((arch,)).shared_bytes
         # Copies are whole instructions of a warp, and a tile whole products.
         assert shape.keys * shape.bytes % 512 == 0 and shape.keys % (256 // bits) == 0
+
+
+@pytest.mark.parametrize("bits", [16, 8])
+@pytest.mark.parametrize("depth", decode.DEPTHS)
+def test_blocks_that_merge_leave_room_for_those_that_decode(bits: int, depth: int) -> None:
+    """As many as a multiprocessor can have, so that none keeps a block of the next call from starting."""
+    whole, reserved = 228 << 10, 1 << 10  # of a multiprocessor of sm_90, and for each block
+    merging = 2048 // decode_merged.THREADS * (4 * decode_merged.SHARED + reserved)
+    for products in (1, 2):
+        shape = decode.Shape(depth, bits, 16, products, decode.FAR)
+        assert shape.shared_bytes + reserved + merging <= whole
 
 
 # -- compiled -------------------------------------------------------------------------------------------
