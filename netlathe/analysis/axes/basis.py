@@ -240,6 +240,10 @@ class _Laws:
             raise Blocked(f"{value.name} is seen from outside", value.producer())
         if value.dtype is None or not value.dtype.is_floating_point():
             raise Blocked(f"{value.name} does not hold floats", value.producer())
+        maker = value.producer()
+        if maker is not None and all(law.relation.node is not maker for law in self.of[place]):
+            # a row that Unsqueeze adds and Concat puts beside others: sin and cos, stacked
+            raise Blocked(f"{maker.op_type} makes it of nothing that has it", maker)
 
 
 def _law(relation: Relation, letter: str) -> Law:

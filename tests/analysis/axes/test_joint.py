@@ -127,3 +127,18 @@ def test_factors_must_fit() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             scale_jointly(found, factors)
+
+
+def test_a_row_that_is_added_and_stacked_is_not_scaled() -> None:
+    """EdgeNeXt stacks sines and cosines: nothing takes in a factor of the row that they are put into."""
+    made = model(
+        "float[b,4,6,6] x",
+        "float y",
+        "a = Sin(x) c = Cos(x) p = Unsqueeze(a, last) q = Unsqueeze(c, last) s = Concat<axis=4>(p, q)"
+        " t = Transpose<perm=[0,1,4,2,3]>(s) h = Reshape(t, flat) y = Conv(h, w)",
+        last=np.array([4]),
+        flat=np.array([0, 8, 6, 6]),
+        w=matrix(3, 8, 1, 1),
+    )
+    found = joints(made, "h")
+    assert found and all(isinstance(each, str) for each in found)
