@@ -2,6 +2,9 @@
 
 AveragePool of int8 becomes QLinearAveragePool, which has no dilations: those of 1 go, as the default.
 
+Gathers that pick all positions of a dim become a Split, each with a new constant of one name, and the
+second of them is an error: they are written as Slice and Squeeze.
+
 It pulls a DequantizeLinear over a move, with a QuantizeLinear for every step. From opset 21 on,
 it states the type of the codes there twice, then has int8 become uint8 in one of the two places, and rejects
 its own graph. So where floats are moved, they are made as
@@ -31,8 +34,52 @@ def settle(model: ir.Model, opset: int) -> None:
         if node.op_type == "AveragePool" and not node.domain:
             if set(node.attributes.get_ints("dilations", ())) == {1}:
                 del node.attributes["dilations"]
+    for graph in model.graphs():
+        _split_picks(graph)
     if opset >= _FIRST_OPSET:
         _write_out(model)
+
+
+def _split_picks(graph: ir.Graph) -> None:
+    """Write Slice and Squeeze for Gathers that pick all positions of a dim, as of q, k and v in one."""
+    for value in [value for node in graph for value in node.outputs]:
+        picks = {at: reader for reader, _ in value.uses() if (at := _picked(reader)) is not None}
+        axes, places = {axis for axis, _ in picks}, sorted(place for _, place in picks)
+        if len(picks) < 2 or len(picks) != len(value.uses()) or len(axes) != 1:
+            continue
+        (axis,) = axes
+        # In float16 ONNX Runtime does not survive what comes of it: the error it has without is better.
+        if value.dtype != ir.DataType.FLOAT or value.shape is None:
+            continue
+        if value.shape[axis] != len(picks):
+            continue
+        taken = edit.names_in(graph)
+        along, one = np.array([axis]), np.array([1])
+        for place in places:
+            old = picks[axis, place].outputs[0]
+            numbers = [np.array([place]), np.array([place + 1]), along, one]
+            listed = [edit.constant(graph, n, f"{old.name}_slice", taken) for n in numbers]
+            part = edit.node(
+                "Slice",
+                [value, *listed],
+                name=edit.unique_name(graph, f"{old.name}_part", taken),
+                dtype=value.dtype,
+                shape=ir.Shape([1 if d == axis else n for d, n in enumerate(value.shape)]),
+            )
+            made = edit.node("Squeeze", [part.outputs[0], listed[2]])
+            edit.replace(picks[axis, place], [part, made], {old: made.outputs[0]}, "onnx")
+
+
+def _picked(node: ir.Node) -> tuple[int, int] | None:
+    """The axis and the one position that a Gather picks; None of anything else."""
+    if node.op_type != "Gather" or node.domain:
+        return None
+    data, index = node.inputs[0], edit.const_array(node.inputs[1])
+    if data is None or data.shape is None or index is None or index.ndim:
+        return None
+    axis = node.attributes.get_int("axis", 0) % len(data.shape)
+    size = data.shape[axis]
+    return (axis, int(index) % size) if isinstance(size, int) else None
 
 
 def _write_out(model: ir.Model) -> None:

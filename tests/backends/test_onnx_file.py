@@ -387,6 +387,28 @@ def test_swish_is_written_so_that_it_runs(tmp_path: Path) -> None:
     assert ops(OnnxFile().capture(tmp_path / MODEL_FILE).model)["Swish"] == 1  # raised again
 
 
+def test_all_positions_that_are_picked_one_by_one_run(tmp_path: Path) -> None:
+    """ONNX Runtime's optimizer makes two constants of one name where torchvision's ViT picks q, k and v."""
+    pick = "p{i} = Gather<axis = 1>({x}, one) q{i} = Gather<axis = 1>({x}, zero) d{i} = Sub(p{i}, q{i})"
+    first = pick.format(x="h", i=1)
+    again = "w = Concat<axis = 1>(d1, d1) v = Reshape(w, shape)"
+    made = settled(
+        model(
+            "float[b,2,4] x",
+            "float y",
+            f"h = Relu(x) {first} {again} {pick.format(x='v', i=2)} y = Neg(d2)",
+            one=np.array(1),
+            zero=np.array(0),
+            shape=np.array([-1, 2, 4]),
+        )
+    )
+    for opset in (17, 24):
+        folder = tmp_path / str(opset)
+        folder.mkdir()
+        compiled(made, opset=opset).save(folder)
+        assert "Gather" not in ops(ir.load(folder / MODEL_FILE))
+
+
 def test_an_average_of_codes_runs(tmp_path: Path) -> None:
     """ONNX Runtime makes QLinearAveragePool of it, with attributes that this has not."""
     made = settled(
