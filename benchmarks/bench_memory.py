@@ -91,7 +91,7 @@ def main() -> int:
         folder = Path(scratch) / "model"
         print(f"writing {arguments.layers} layers", flush=True)
         weights = write_model(folder, arguments.layers)
-        command = [sys.executable, "-m", "netlathe.cli", "compile", str(folder)]
+        command = [sys.executable, "-m", "netlathe", "compile", str(folder)]
         command += ["--passes", 'quantize(weights="int8")', "-o", str(Path(scratch) / "out")]
         subprocess.run(command, check=True)
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024

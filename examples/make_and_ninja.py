@@ -22,7 +22,7 @@ import onnx
 from onnx_model import write_network
 
 HERE = Path(__file__).parent / "make_and_ninja"
-NETLATHE = shlex.join([sys.executable, "-m", "netlathe.cli"])
+NETLATHE = shlex.join([sys.executable, "-m", "netlathe"])
 SOURCES = ("network.onnx", "network.data", "small.yaml", "data.npz")
 
 

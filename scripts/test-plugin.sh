@@ -12,4 +12,4 @@ cd "$place/source"
 PYTHONPATH="$place/site${PYTHONPATH:+:$PYTHONPATH}"
 export PYTHONPATH
 "$python" -m pytest -q -p no:cacheprovider tests
-"$python" -m netlathe.cli passes merge_products
+"$python" -m netlathe passes merge_products

@@ -140,7 +140,7 @@ def test_a_reader_that_leaves_is_no_success(model: Path) -> None:
     """`netlathe inspect ... | head -0`: the pipe is closed before anything is printed."""
     read, write = os.pipe()
     os.close(read)
-    words = [sys.executable, "-m", "netlathe.cli", "inspect", str(model), "--ir"]
+    words = [sys.executable, "-m", "netlathe", "inspect", str(model), "--ir"]
     done = subprocess.run(words, stdout=write, stderr=subprocess.PIPE, text=True)
     os.close(write)
     assert done.returncode == 141 and "Traceback" not in done.stderr

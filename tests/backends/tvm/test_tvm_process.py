@@ -139,7 +139,7 @@ def _started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[subproces
     )
     ir.save(model(), tmp_path / "model.onnx")
     words = ["compile", tmp_path / "model.onnx", "--passes", "", "--target", "tvm-x86"]
-    command = [sys.executable, "-m", "netlathe.cli", *words, "-o", tmp_path / "out"]
+    command = [sys.executable, "-m", "netlathe", *words, "-o", tmp_path / "out"]
     running = subprocess.Popen(
         command,
         stderr=subprocess.PIPE,

@@ -26,7 +26,7 @@ def test_two_processes_build_the_same_bytes_and_the_cache_has_them_too(tmp_path:
     for number, (name, more) in enumerate(runs.items()):
         out = tmp_path / name
         done = subprocess.run(
-            [sys.executable, "-m", "netlathe.cli", *words, *more, "-o", str(out)],
+            [sys.executable, "-m", "netlathe", *words, *more, "-o", str(out)],
             env={**os.environ, "PYTHONHASHSEED": str(number)},
             capture_output=True,
             text=True,

@@ -1,4 +1,4 @@
-"""``python -m netlathe.cli``: the command where its script is not on the path."""
+"""``python -m netlathe``: the command where its script is not on the path."""
 
 from __future__ import annotations
 
