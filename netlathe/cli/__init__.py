@@ -1,7 +1,8 @@
 """The command ``netlathe``.
 
-Exit codes: 0 done; 1 a gate failed; 2 bad input or usage; 70 a defect of NetLathe itself, shown with
-its traceback; 130, 143 and 141 when interrupted, terminated, or cut off from the reader of its output.
+Exit codes: 0 done; 1 a gate failed; 2 bad input or usage, or a pass that failed; 70 a defect of NetLathe
+itself, shown with its traceback; 130, 143 and 141 when interrupted, terminated, or cut off from the reader of
+its output.
 """
 
 from __future__ import annotations
