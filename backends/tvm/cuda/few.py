@@ -211,7 +211,8 @@ def _streamed(
         chunks = end // skinny.chunk(weight.bits)
         sizes_ = [i64(size) for size in (256, 4, chunks, across // 64)]
         strides = [i64(size) for size in (256, 1024, 1024 * chunks)]
-        box_ = (256, min(4, shape.columns // 16), shape.down, max(1, shape.columns // 64))
+        sixteens = shape.columns // shape.boxes // 16
+        box_ = (256, min(4, sixteens), shape.down, max(1, sixteens // 4))
         maps["weight"] = code.tensor_map(weight.values, sizes_, strides, box_, 4, swizzled=False)
     for role, buffer in (("scales", weight.scales), ("zeros", weight.zeros)):
         if buffer is not None and (weight.group or role == "zeros"):

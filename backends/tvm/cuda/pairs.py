@@ -1,4 +1,4 @@
-"""Device code for products of 5 to 16 rows with integer weights on sm_90a: x as pairs of bytes.
+"""Device code for products of up to 16 rows with integer weights on sm_90a: x as pairs of bytes.
 
 It is a part of :mod:`netlathe.backends.tvm.cuda.stream`; beside it,
 :mod:`netlathe.backends.tvm.cuda.halves` and :mod:`netlathe.backends.tvm.cuda.limbs` are the other ways to
@@ -18,6 +18,8 @@ of the rows, and 16 times their sums, which are what zero points are multiplied 
 A warpgroup takes two parts of a stage, each of 64 columns and one record. Of 4 bits it unpacks the second
 while the first is multiplied; more warpgroups, or unpacking ahead into the next stage, were slower. Of 8 bits
 these are all of the stage, and warpgroups take turns.
+
+Up to 8 rows take no longer by halves, which need no kernel in front (:func:`stream.chosen_pairs`).
 """
 
 from __future__ import annotations

@@ -1,12 +1,13 @@
 """Device code for products with few rows on sm_90a: weights stream through shared memory.
 
-One warp copies; one or two teams of eight multiply, taking turns with the stages. A cluster of ``splits``
-blocks makes ``columns`` columns of the result, its blocks sharing K stage by stage; each adds up a slice of
-the columns from what all of them send it. A block walks over tiles and its copies run ahead through them, so
-that some 100 to 200 KB are there, or on their way, at every multiprocessor. Weights wait for nothing: their
-first stages are asked for before the kernel in front of this one has ended (griddepcontrol); only what it may
-have written is waited for. Blocks with few stages take half of a multiprocessor, so that those of the kernel
-behind begin beside them, and memory does not stand still while one kernel ends and the next begins.
+One warp copies; one or two teams of eight multiply, taking turns with the stages, or one of twelve. A cluster
+of ``splits`` blocks makes ``columns`` columns of the result, its blocks sharing K stage by stage; each adds
+up a slice of the columns from what all of them send it. A block walks over tiles and its copies run ahead
+through them, so that some 100 to 200 KB are there, or on their way, at every multiprocessor. Weights wait for
+nothing: their first stages are asked for before the kernel in front of this one has ended (griddepcontrol);
+only what it may have written is waited for, and no more of them stand in front of that than keep memory busy.
+Blocks with few stages take half of a multiprocessor, so that those of the kernel behind begin beside them,
+and memory does not stand still while one kernel ends and the next begins.
 
 The weight is the left operand of mma.m16n8k16 (PTX ISA 8.5, section 9.7.13.4.8), the rows of x are the 8
 columns of the right one. The order of K inside a product is free as long as both operands agree, so that a
@@ -25,11 +26,10 @@ from dataclasses import dataclass, replace
 
 from netlathe.backends.tvm.cuda import halves, held, limbs, pairs, skinny
 
-WARPS = 8  # of a team
 # Clusters of so many blocks, one to a multiprocessor, that are on an H200 at once: its parts of 16 or 18
 # multiprocessors leave some over. More than these would wait for the first ones to end.
 CLUSTERS = {1: 132, 2: 66, 4: 30, 8: 15}
-_WEIGHTS = 16 << 10  # bytes of the weight in a stage: 2 KB for every warp
+_PIECE = 2 << 10  # bytes of the weight in a stage for every warp
 _SHARED = 225 << 10  # of a block, below the 227 KB there are
 _HALF = 112 << 10  # of one that leaves room for another
 _STAGES_OF_NIBBLES = 10  # at most: more were no faster
@@ -39,15 +39,16 @@ _BRIEF = 8  # stages of a block that is beside others
 
 @dataclass(frozen=True)
 class Shape:
-    """A tile of ``columns`` columns (32 to 256) and 8 * ``tiles`` rows; ``splits`` blocks share its K.
+    """A tile of ``columns`` columns and 8 * ``tiles`` rows; ``splits`` blocks share its K.
 
-    ``group`` rows of K share a scale, 0: one for each column or none. Zero points are given where ``zeros``
-    says so, else ``zero`` of 4 bits stands for zero. ``held``: x is kept in shared memory, for at most so
-    many rows of ``inner`` elements (see :mod:`netlathe.backends.tvm.cuda.held`), ``normed`` before; as
-    integers where the weight is of integers. 0: it comes along with the weight; ``pairs``: as a kernel in
-    front has made it (see :mod:`netlathe.backends.tvm.cuda.pairs`). ``beside``: a block leaves half of a
-    multiprocessor to one of the kernel behind, which may begin when nearly all stages have been asked for,
-    or x that is kept, if all of them have room.
+    There are tiles of 32, 64, 96, 128 and 256 columns. ``group`` rows of K share a scale, 0: one for each
+    column or none. Zero points are given where ``zeros`` says so, else ``zero`` of 4 bits stands for zero.
+    ``held``: x is kept in shared memory, for at most so many rows of ``inner`` elements (see
+    :mod:`netlathe.backends.tvm.cuda.held`), ``normed`` before; as integers where the weight is of integers.
+    0: it comes along with the weight; ``pairs``: as a kernel in front has made it (see
+    :mod:`netlathe.backends.tvm.cuda.pairs`). ``beside``: a block leaves half of a multiprocessor to one of
+    the kernel behind, which may begin when nearly all stages have been asked for, or x that is kept, if all
+    of them have room.
     """
 
     bits: int
@@ -88,7 +89,7 @@ class Shape:
     @property
     def held_bytes(self) -> int:
         """Of x, and what each warp has of its sums of squares."""
-        return self.kept_bytes + (4 * WARPS * self.teams * self.held if self.normed else 0)
+        return self.kept_bytes + (4 * self.warps * self.teams * self.held if self.normed else 0)
 
     @property
     def able(self) -> bool:
@@ -99,16 +100,34 @@ class Shape:
     def brief(self, columns: int, inner: int) -> bool:
         """Whether a block does well with half of a multiprocessor: it has few stages, and little beside them.
 
-        Measured with up to four rows of integers, and 8 and 16 rows of int8. Clusters take longer: sums that
-        blocks send each other stand behind weights of the kernel behind. So do 8 rows where two teams may
-        have all stages at once, and several rows of integers where not all have room beside x.
+        Measured with up to four rows of integers, and 8 and 16 rows. Clusters take longer: sums that blocks
+        send each other stand behind weights of the kernel behind. So do several rows of integers where not
+        all stages have room beside x; and more rows where all are there at once otherwise, where half of a
+        multiprocessor has to be filled more than three times, and where its registers are too few.
         """
-        stages = -(-inner // self.deep)
-        many = self.bits == 8 and not self.held and (self.tiles == 2 or stages > _SMALL)
-        all_there = self.held > 1 and replace(self, beside=True).stages >= stages
-        rows = many or ((self.held == 1 or all_there) and not self.normed)
+        stages, ring = -(-inner // self.deep), replace(self, beside=True).stages
+        if self.held:
+            few = (self.held == 1 or ring >= stages) and not self.normed
+        else:
+            registers = self.warps == 8 and (self.bits == 8 or self.tiles == 1)
+            few = registers and 1 < ring < stages <= 3 * ring
         whole = self.splits == 1 and columns <= CLUSTERS[1] * self.columns
-        return self.bits < 16 and rows and whole and stages <= _BRIEF
+        return self.bits < 16 and few and whole and stages <= _BRIEF
+
+    @property
+    def warps(self) -> int:
+        """Of a team: each has 32 columns of a stage, and as much of K as the others."""
+        return 12 if self.columns % 3 == 0 else 8
+
+    @property
+    def stage_weights(self) -> int:
+        """Bytes of the weight in a stage."""
+        return _PIECE * self.warps
+
+    @property
+    def boxes(self) -> int:
+        """Copies for them: packed columns are taken by 64, by multiples of these, or by 32."""
+        return self.columns // 32 if self.bits < 16 and self.columns % 64 else 1
 
     @property
     def stage_rows(self) -> int:
@@ -121,7 +140,7 @@ class Shape:
     def teams(self) -> int:
         """Two where a thread keeps few registers, as unpacking takes time, and stages have room."""
         large = self.pairs or (self.beside and not self.held)
-        return 2 if self.tiles == 1 and not large else 1
+        return 2 if self.tiles == 1 and self.warps == 8 and not large else 1
 
     @property
     def turns(self) -> int:
@@ -131,7 +150,7 @@ class Shape:
     @property
     def multiplying(self) -> int:
         """Threads of the teams."""
-        return 32 * WARPS * self.teams
+        return 32 * self.warps * self.teams
 
     @property
     def threads(self) -> int:
@@ -141,12 +160,12 @@ class Shape:
     @property
     def deep(self) -> int:
         """What a stage has of K."""
-        return _WEIGHTS * 8 // self.bits // self.columns
+        return self.stage_weights * 8 // self.bits // self.columns
 
     @property
     def down(self) -> int:
         """Warps that share K in a stage: each has one chunk of it."""
-        return WARPS * 32 // self.columns
+        return self.warps * 32 // self.columns
 
     @property
     def groups(self) -> int:
@@ -168,7 +187,7 @@ class Shape:
     @property
     def stage_bytes(self) -> int:
         """Weights, rows of x, scales and zero points; swizzled rows start at multiples of 1024."""
-        return -(-(_WEIGHTS + self.stage_rows + 2 * self.scale_bytes) // 1024) * 1024
+        return -(-(self.stage_weights + self.stage_rows + 2 * self.scale_bytes) // 1024) * 1024
 
     @property
     def parts(self) -> int:
@@ -197,6 +216,21 @@ class Shape:
         return count // self.turns * self.turns
 
     @property
+    def ahead(self) -> int:
+        """Stages of weights that are asked for before x, if it comes along with them.
+
+        x stands behind all of these, and multiplying behind x: the longer that takes, the fewer they are, as
+        measured. What is beside other blocks has few stages; one of them is left for x to overtake.
+        """
+        if self.held or self.bits == 16:
+            return self.stages
+        if self.beside:
+            return max(1, self.stages - 1)
+        if self.pairs:
+            return self.stages * 2 // 3
+        return max(1, self.stages * self.bits // (8 + 4 * self.tiles))
+
+    @property
     def pace(self) -> int:
         """Stages on their way at a time before the kernel in front has ended; 0: all there is room for.
 
@@ -218,21 +252,39 @@ class Shape:
         return self.columns // self.splits
 
 
-# What a stage costs in narrow tiles, by bits of the weight, where one in wide tiles costs 1: it has twice
-# the rows of x. And what sharing K between twice as many blocks costs a tile. Fitted to an H200.
-_NARROW = {16: 1.05, 8: 1.1, 4: 1.4}
-_SHARING = 8.0
-# The same where several rows become integers, and how many elements do in the time of a stage.
+# Costs are in the time of 16 KB of weights, fitted to an H200. What bytes of x cost, of what those of weights
+# do, and what sharing K between twice as many blocks costs a tile, by bits of the weight.
+_UNIT = 16 << 10
+_OF_X = 0.1
+_SHARING = {16: 9.0, 8: 8.0, 4: 8.0}
+# The same where several rows become integers, and how many elements do in that time.
 _SHARING_INTEGERS = 2.0
 _INTEGERS = 8192
-# Pairs: what bytes of x cost, of what those of weights do; stages that a tile of over 64 columns costs; and
-# from how many of the most loaded block on the kernel in front, which takes 1.4 microseconds, is worth it.
-_OF_X = 0.14
-_WIDE = 3.5
-_WORTH = 16
+# Pairs: what weights of 8 and 4 bits cost, the kernel in front, and more where a tile has over 64 columns.
+_OF_PAIRS = {8: 0.9, 4: 0.75}
+_FRONT = 3.0
+_WIDE = {8: 0.0, 4: 2.0}
 # One row times 4 bits: a kernel whose blocks have up to so many stages each takes no longer for some having
 # fewer tiles than others, since the one behind begins where they are done.
 _SHORT = 16
+
+
+def _cost(shape: Shape, columns: int, inner: int) -> float:
+    """Of the most loaded block."""
+    s = shape
+    across = -(-columns // s.columns)
+    rounds = -(-across // CLUSTERS[s.splits])
+    stages = -(-inner // s.deep) / s.splits
+    tile = stages * (s.stage_weights + _OF_X * s.stage_rows) / _UNIT
+    if s.pairs:
+        more = _WIDE[s.bits] if s.columns > 64 else 0.0
+        return _OF_PAIRS[s.bits] * rounds * tile + _FRONT + more
+    before, sharing, least = 0.0, _SHARING[s.bits], 0
+    if s.held > 1 and s.bits < 16:
+        before, sharing = s.held * s.share / _INTEGERS, _SHARING_INTEGERS
+    if s.held == 1 and s.bits == 4 and across > CLUSTERS[s.splits]:
+        least = _SHORT
+    return max(before + rounds * (tile + sharing * (s.splits.bit_length() - 1)), least)
 
 
 def chosen(
@@ -250,29 +302,14 @@ def chosen(
 
     None where groups of K do not fit stages, or keeping ``held`` rows of x would take a block too long.
     """
-
-    def cost(shape: Shape) -> float:
-        across = -(-columns // shape.columns)
-        rounds = -(-across // CLUSTERS[shape.splits])
-        stages = -(-inner // shape.deep) / shape.splits
-        each = _NARROW[bits] if shape.columns == 32 and not held else 1.0
-        if held > 1 and bits < 16:
-            before, sharing = held * shape.share / _INTEGERS, _SHARING_INTEGERS
-        else:
-            before, sharing = 0.0, _SHARING
-        least = _SHORT if bits == 4 and held == 1 and across > CLUSTERS[shape.splits] else 0
-        return max(
-            before + rounds * (stages * each + sharing * (shape.splits.bit_length() - 1)), least
-        )
-
     shapes = [
         Shape(bits, tiles, across, splits, group, zeros, zero, held, inner if held else 0, normed)
-        for across in (64, 32)
+        for across in ((64, 32) if held else (128, 96, 64, 32))
         # More blocks that share K of several rows are slower.
         for splits in ((1, 2, 4, 8) if held <= 1 else (1, 2))
     ]
     able = [s for s in shapes if s.fits and -(-inner // s.deep) >= s.splits and s.able]
-    best = min(able, key=cost, default=None)
+    best = min(able, key=lambda shape: _cost(shape, columns, inner), default=None)
     if best is None or not best.brief(columns, inner):
         return best
     return replace(best, beside=True)
@@ -281,31 +318,20 @@ def chosen(
 def chosen_pairs(
     bits: int, tiles: int, columns: int, inner: int, group: int, zeros: bool, zero: int
 ) -> Shape | None:
-    """The same with integers where a kernel in front makes x bytes; None where that takes too long.
+    """The same with integers where a kernel in front makes x bytes; None where :func:`chosen` is faster.
 
-    Clusters were slower in all cases, so that there must be tiles for nearly all multiprocessors. 8 bits are
-    unpacked in less time: only more than 8 rows gain, and those where no block has a second tile.
+    It is with up to 8 rows. Clusters were slower in all cases. 8 bits are unpacked in less time: they gain
+    only where no block has a second tile.
     """
-    if bits == 8 and tiles == 1:
+    if tiles == 1 or group % pairs.DEEP:
         return None
-
-    def stages(shape: Shape) -> int:
-        return -(-columns // shape.columns // CLUSTERS[1]) * -(-inner // shape.deep)
-
-    def cost(shape: Shape) -> float:
-        each = 1 + _OF_X * shape.stage_rows / _WEIGHTS
-        return stages(shape) * each + (_WIDE if shape.columns > 64 else 0)
-
     wide = (256, 128, 64) if bits == 4 else (128, 64)
     shapes = [Shape(bits, tiles, across, 1, group, zeros, zero, pairs=True) for across in wide]
-    whole = not group or group % pairs.DEEP == 0
-    able = [
-        s for s in shapes if whole and s.fits and (bits == 4 or columns <= s.columns * CLUSTERS[1])
-    ]
-    best = min(able, key=cost, default=None)
-    if best is None or stages(best) < _WORTH or -(-columns // 64) < 0.9 * CLUSTERS[1]:
-        return None
-    return best
+    shapes = [s for s in shapes if s.fits and (bits == 4 or columns <= s.columns * CLUSTERS[1])]
+    if (other := chosen(bits, tiles, columns, inner, group, zeros, zero)) is not None:
+        shapes.append(other)
+    best = min(shapes, key=lambda shape: _cost(shape, columns, inner), default=None)
+    return best if best is not None and best.pairs else None
 
 
 def source(shape: Shape, dtype: str) -> str:
@@ -319,8 +345,9 @@ using namespace netlathe_skinny_{dtype};
 constexpr int kBits = {s.bits}, kTiles = {s.tiles}, kColumns = {s.columns};
 constexpr int kSplits = {s.splits}, kGroup = {s.group};
 constexpr int kChunk = 512 / kBits, kAcross = kColumns / 32, kDown = {s.down}, kDeep = {s.deep};
-constexpr int kStages = {s.stages}, kPace = {s.pace}, kStageBytes = {s.stage_bytes}, kGroups = {s.groups};
-constexpr int kRows = {_WEIGHTS}, kScales = kRows + {s.stage_rows}, kZeros = kScales + {s.scale_bytes};
+constexpr int kStages = {s.stages}, kAhead = {s.ahead}, kPace = {s.pace}, kStageBytes = {s.stage_bytes};
+constexpr int kBoxes = {s.boxes}, kGroups = {s.groups};
+constexpr int kRows = {s.stage_weights}, kScales = kRows + {s.stage_rows}, kZeros = kScales + {s.scale_bytes};
 constexpr int kSlice = {s.slice}, kSums = kStages * kStageBytes;
 constexpr int kR = {s.held}, kShare = {s.share}, kHeld = kSums + {s.sums_bytes};
 constexpr int kBarriers = kHeld + {s.held_bytes};
@@ -386,9 +413,9 @@ __device__ __forceinline__ void start(uint8_t* shared, int summing) {{
   if (threadIdx.x == 0) {{
     for (int stage = 0; stage < kStages; ++stage) {{
       set(full(at, stage), 1);
-      set(empty(at, stage), {pairs.readers(s) if s.pairs else WARPS});
+      set(empty(at, stage), {pairs.readers(s) if s.pairs else s.warps});
     }}
-    set(ready(at), {WARPS * s.teams} * kSplits);
+    set(ready(at), {s.warps * s.teams} * kSplits);
     set(taken(at), summing * kSplits);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }}
@@ -461,7 +488,9 @@ __device__ __forceinline__ void produce(
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;"
                  ::"r"(barrier), "r"(kScales + kConstants) : "memory");
     if (kBits == 16) copy_rows(to, map_weight, barrier, left, k, once);
-    else copy_packed(to, map_weight, barrier, left, k / kChunk, once);
+    else
+      for (int box = 0; box < kBoxes; ++box)
+        copy_packed(to + box * (kRows / kBoxes), map_weight, barrier, left + box * 32, k / kChunk, once);
     const int group = kGroup ? k / (kGroup ? kGroup : 1) : 0;
     if (kGroup) copy(to + kScales, map_scales, barrier, left, group, once);
     if ({int(s.zeros)}) copy(to + kZeros, map_zeros, barrier, left, group, once);
@@ -474,20 +503,22 @@ __device__ __forceinline__ void produce(
     const uint32_t to = at + slot * kStageBytes + kRows, barrier = full(at, slot);
     {"copy_records(to, x, barrier, k, often)" if s.pairs else "copy_rows(to, x, barrier, 0, k, often)"};
   }};
-  const int ahead = min(count, kStages);
+  const int ahead = min(count, kAhead);
+  // It takes a microsecond to begin: by then the last stage has been asked for, and is not behind its own.
+  const int late = max(count - 2, min(count, kStages) - 1);
+  auto ask = [&](int number) {{
+    constants(number);
+    if (kBeside && !kAtOnce && number == late) launch();  // else see `prepare`
+  }};
   for (int number = 0; number < ahead; ++number) {{
     if (kPace > 0 && number >= kPace) wait(full(at, number - kPace), 0);
-    constants(number);
+    ask(number);
   }}
-  // It takes a microsecond to begin: by then the last stage has been asked for, and is not behind its own.
-  const int late = max(count - 2, ahead - 1);
-  if (kBeside && !kAtOnce && late < ahead) launch();  // else see `prepare`
   if (kR == 0) follow();
   for (int number = 0; number < ahead; ++number) inputs(number);
   for (int number = ahead; number < count; ++number) {{
-    wait(empty(at, number % kStages), ((number / kStages) & 1) ^ 1);
-    constants(number);
-    if (kBeside && number == late) launch();
+    wait(empty(at, number % kStages), ((number / kStages) & 1) ^ 1);  // at first they are
+    ask(number);
     inputs(number);
   }}
 }}
@@ -501,7 +532,7 @@ __device__ __forceinline__ int dealt(int g) {{ return g / 2 + g % 2 * 4; }}
 
 // Where a stage has the 16 bytes of a column that the thread of a quad has, of packed weights; and the scale.
 __device__ __forceinline__ int packed_place(int across, int down, int half, int lane) {{
-  constexpr int kOf64 = kColumns < 64 ? kColumns / 16 : 4;
+  constexpr int kOf64 = kColumns % 64 == 0 ? 4 : 2;  // sixteens side by side
   const int place = (across * 2 / kOf64 * kDown + down) * kOf64 + across * 2 % kOf64;
   return place * 1024 + (lane ^ lane / 8) * 16 + half * 512;
 }}
@@ -517,7 +548,7 @@ __device__ __forceinline__ float scale_at(const uint8_t* at, int column, int dow
 }}
 // The number of the warp among those that finish a tile, which take turns, if it is below `summing`.
 __device__ __forceinline__ int turn(int tile_number, int summing) {{
-  constexpr int kWarps = {WARPS * s.teams};
+  constexpr int kWarps = {s.warps * s.teams};
   return (threadIdx.x / 32 + kWarps - tile_number * summing % kWarps) % kWarps;
 }}
 // The warp has sent its sums; those that finish the tile wait for all of them.
@@ -543,7 +574,7 @@ __device__ __forceinline__ float added(uint32_t at, int stride) {{
   return (values[0] + values[1]) + (values[2] + values[3]);
 }}
 {_multiplied(s, dtype)}
-{held.source(s, dtype, WARPS) if s.held else ""}
+{held.source(s, dtype, s.warps) if s.held else ""}
 // The slice has been read: others may send the next.
 __device__ __forceinline__ void release(uint8_t* shared) {{ tell_all(taken(base(shared))); }}
 }}  // namespace
@@ -554,7 +585,7 @@ __device__ __forceinline__ void release(uint8_t* shared) {{ tell_all(taken(base(
 def _multiplied(s: Shape, dtype: str) -> str:
     if s.pairs:
         return pairs.source(s)
-    return limbs.source(s, dtype, WARPS) if s.limbs else halves.source(s, WARPS)
+    return limbs.source(s, dtype, s.warps) if s.limbs else halves.source(s, s.warps)
 
 
 def _stem(shape: Shape, dtype: str) -> str:

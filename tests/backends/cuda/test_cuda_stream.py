@@ -2,12 +2,30 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
+pytest.importorskip("tvm", reason="the tvm extra is not installed")
+
 from netlathe.backends.tvm.cuda import ampere, held, hopper, limbs, stream
-from netlathe.backends.tvm.cuda.machine import ARCHITECTURES
+from netlathe.backends.tvm.cuda.machine import ARCHITECTURES, gpu
+from tests.backends.cuda import test_cuda_run
 
 SIZES = (1024, 4096, 8192, 11008, 28672)
+# Inner, columns and group, with ends inside of stages and tiles; columns of a tile, blocks that share its K,
+# and whether a block leaves room for others.
+RAGGED = [
+    ("half", 1152, 391, 0, 96, 2, False),
+    ("half", 2112, 391, 0, 128, 1, False),
+    ("int8", 4160, 391, 0, 96, 1, False),
+    ("int8", 1152, 4228, 128, 96, 2, False),
+    ("int8", 1152, 4228, 128, 32, 1, True),
+    ("int8", 2112, 391, 0, 128, 1, False),
+    ("int4", 2112, 391, 0, 96, 1, False),
+    ("uint4", 1536, 700, 256, 96, 2, False),
+    ("uint4", 2112, 391, 0, 128, 1, False),
+    ("uint4", 3200, 4228, 128, 32, 1, True),
+]
 
 
 @pytest.mark.parametrize("bits", [16, 8, 4])
@@ -20,7 +38,7 @@ def test_shapes(bits: int, tiles: int, group: int) -> None:
             assert shape is not None
             assert shape.shared_bytes <= 227 << 10
             assert shape.stages >= (2 if shape.beside else 4) and shape.stages % shape.teams == 0
-            assert shape.deep * shape.columns * bits == 16384 * 8
+            assert shape.deep * shape.columns * bits == shape.stage_weights * 8
             assert not group or max(shape.deep, group) % min(shape.deep, group) == 0
             assert shape.deep % 64 == 0  # whole swizzled rows
             assert -(-inner // shape.deep) >= shape.splits  # every block has a stage
@@ -65,11 +83,33 @@ def test_blocks_with_few_stages_leave_room_for_those_of_the_kernel_behind(bits: 
     # Those of int8 have more stages than find room beside x.
     assert several is not None and several.beside == (bits == 4)
     assert not several.beside or several.stages >= 4096 // several.deep
-    for tiles in (1, 2):
-        many = stream.chosen(bits, tiles, 4096, 4096, group, False, 8)
-        assert many is not None and many.beside == (bits == 8)
-        few = stream.chosen(bits, tiles, 4096, 2048, group, False, 8)
-        assert few is not None and few.beside == (bits == 8 and tiles == 2)
+    # Several rows: where the ring that there is room for is filled more than once, and up to three times.
+    for inner, rows in ((4096, (8,)), (2048, (16,) if bits == 8 else ()), (11008, ())):
+        for tiles in (1, 2):
+            many = stream.chosen(bits, tiles, 4096, inner, group, False, 8)
+            assert many is not None and many.beside == (8 * tiles in rows)
+
+
+@pytest.mark.parametrize("tiles", [1, 2])
+@pytest.mark.parametrize("columns", [32, 64, 96, 128])
+def test_x_stands_behind_fewer_stages_the_longer_they_take(tiles: int, columns: int) -> None:
+    ahead = {}
+    for bits in (16, 8, 4):
+        shape = stream.Shape(bits, tiles, columns, 1)
+        assert 1 <= shape.ahead <= shape.stages and shape.shared_bytes <= 227 << 10
+        ahead[bits] = shape.ahead / shape.stages
+    assert ahead[16] == 1 > ahead[8] > ahead[4]
+    kept = stream.Shape(8, 1, columns, 1, held=4, inner=4096)
+    assert kept.ahead == kept.stages, "these have a pace"
+
+
+@pytest.mark.parametrize("bits", [16, 8, 4])
+@pytest.mark.parametrize("columns", [32, 64, 96, 128, 256])
+def test_warps_of_a_team_have_equal_parts_of_a_stage(bits: int, columns: int) -> None:
+    shape = stream.Shape(bits, 2, columns, 1)
+    assert shape.warps * 32 == columns * shape.down
+    assert shape.deep == shape.down * 512 // bits
+    assert columns % (32 * shape.boxes) == 0
 
 
 def test_one_row_of_a_small_weight_goes_by_wide_tiles_though_they_are_uneven() -> None:
@@ -79,6 +119,18 @@ def test_one_row_of_a_small_weight_goes_by_wide_tiles_though_they_are_uneven() -
 
 def test_groups_that_no_stage_ends_with_are_left_to_other_kernels() -> None:
     assert stream.chosen(8, 1, 4096, 4032, 192, False, 0) is None
+
+
+def test_tiles_are_as_wide_as_occupies_all_multiprocessors() -> None:
+    """344 tiles of 32 columns would be three for some and two for others, and read x so often."""
+    for bits, tiles in ((16, 1), (16, 2), (8, 1), (8, 2), (4, 1), (4, 2)):
+        group = 128 if bits == 4 else 0
+        widths = {
+            n: shape.columns
+            for n in (4096, 8192, 11008, 14336)
+            if (shape := stream.chosen(bits, tiles, n, 4096, group, False, 8)) is not None
+        }
+        assert widths == {4096: 32, 8192: 64, 11008: 96, 14336: 128}
 
 
 def test_few_columns_share_k() -> None:
@@ -92,3 +144,42 @@ def test_few_columns_share_k() -> None:
 def test_tiles_of_many_rows_fit_too(columns: int) -> None:
     assert hopper.Shape(columns).shared_bytes <= ARCHITECTURES["sm_90a"][1]
     assert ampere.SHARED_BYTES <= min(room for _, room in ARCHITECTURES.values())
+
+
+@pytest.mark.skipif(not test_cuda_run.HERE, reason="no GPU that there are kernels for")
+@pytest.mark.parametrize("half", ["bfloat16", "float16"])
+@pytest.mark.parametrize(
+    ("kind", "inner", "columns", "group", "across", "splits", "beside"), RAGGED
+)
+def test_product(
+    monkeypatch: pytest.MonkeyPatch,
+    half: str,
+    kind: str,
+    inner: int,
+    columns: int,
+    group: int,
+    across: int,
+    splits: int,
+    beside: bool,
+) -> None:
+    def made(
+        bits: int, tiles: int, _: int, inner: int, group: int, zeros: bool, zero: int, *held: object
+    ) -> stream.Shape | None:
+        if held:
+            return None
+        return stream.Shape(bits, tiles, across, splits, group, zeros, zero, beside=beside)
+
+    monkeypatch.setattr(stream, "chosen", made)
+    monkeypatch.setattr(stream, "chosen_pairs", lambda *_: None)
+    kind = half if kind == "half" else kind
+    model, weight = test_cuda_run.linear(half, kind, inner, columns, group)
+    program = test_cuda_run.OnGpu(model, gpu([test_cuda_run.HERE[-1]]))
+    bias = next(v for v in model.graph.initializers.values() if v.name == "bias").const_value
+    assert bias is not None
+    rng = np.random.default_rng(1)
+    for rows in (1, 5, 8, 9, 16):
+        x = (rng.standard_normal((rows, inner)) + 1).astype(test_cuda_run.HALVES[half])
+        wanted = x.astype(np.float64) @ weight + bias.numpy().astype(np.float64)
+        found = program.run({"x": x})["y"].astype(np.float64)
+        error = np.linalg.norm(found - wanted) / np.linalg.norm(wanted)
+        assert error < test_cuda_run.BOUNDS[half], (rows, error)
