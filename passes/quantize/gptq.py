@@ -98,7 +98,9 @@ class Inputs:
         h = self.moment
         self._order: torch.Tensor | None = None
         if act_order:
-            self._order = torch.argsort(torch.diagonal(second_moment), descending=True, stable=True)
+            # Taps of a padded window may be fed the same: their order must not be that of rounded sums.
+            fed = torch.diagonal(second_moment).float()
+            self._order = torch.argsort(fed, descending=True, stable=True)
             h = h[self._order][:, self._order]
         self._upper, self.damping = factor(h, damping)
 

@@ -84,6 +84,17 @@ def losses(
     return tuple(gptq.error(w, decode(c, *wide, scheme), h) for c in (codes, nearest))  # type: ignore[return-value]
 
 
+def test_columns_that_are_fed_the_same_come_in_one_order_however_sums_are_rounded() -> None:
+    w, h, s, z = problem(48, 32, 8)
+    np.fill_diagonal(h, h.trace() / len(h) * 2)  # as of the taps of a padded convolution
+    ulps = np.random.default_rng(1).integers(-2, 3, len(h)) * np.spacing(h[0, 0])
+    codes = [
+        gptq.solve(w, each, s, z, Scheme(weights="int4"), damping=0.01, act_order=True, sweeps=0)
+        for each in (h, h + np.diag(ulps))
+    ]
+    assert np.array_equal(codes[0].codes, codes[1].codes)
+
+
 def test_less_is_lost_than_by_rounding_and_each_sweep_loses_no_more() -> None:
     w, h, s, z = problem(24, 128, 32, seed=3)
     scheme = Scheme(weights="int4")
