@@ -81,7 +81,10 @@ class Shape:
 
     @property
     def peeked(self) -> int:
-        """Tiles that are read before that although they may change: those that there is time for."""
+        """Tiles that are read before that although they may change: those that there is time for.
+
+        The first warp of a block reads none: it waits, and tells the others.
+        """
         return min(self.slots, -(-_PEEKED // (self.keys * self.bytes))) if self.ahead == FAR else 0
 
     @property

@@ -102,8 +102,8 @@ def kernels(
         shape = None
         if code.has_wgmma and inner % 64 == 0:  # whole swizzled rows
             facts = weight.facts(inner)
-            if weight.bits < 16:
-                shape = stream.chosen_pairs(weight.bits, tiles, columns, *facts)
+            if weight.bits < 16 and tiles == pairs.TILES:
+                shape = stream.chosen_pairs(weight.bits, columns, *facts)
             shape = shape or stream.chosen(weight.bits, tiles, columns, *facts)
 
         def launched() -> None:
@@ -300,8 +300,8 @@ def _recorded(
     rows, inner, _ = sizes
     text = stream.source(shape, dtype)
     count = -(-weight.padded(inner) // shape.deep) * (shape.deep // pairs.DEEP)
-    made = code.kernel.workspace(i64(count * pairs.record(shape.tiles)), "uint8")
-    with code.launch(i64(count), pairs.threads(shape.tiles)) as (block, _):
+    made = code.kernel.workspace(i64(count * pairs.RECORD), "uint8")
+    with code.launch(i64(count), pairs.THREADS) as (block, _):
         numbers = [cast(item, "int32") for item in (block, rows, i64(inner))]
         front = stream.name(shape, dtype, "front")
         code.run(front, text, code.address(a), code.address(made), *numbers)

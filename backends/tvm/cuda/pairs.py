@@ -1,4 +1,4 @@
-"""Device code for products of up to 16 rows with integer weights on sm_90a: x as pairs of bytes.
+"""Device code for products of 9 to 16 rows with integer weights on sm_90a: x as pairs of bytes.
 
 It is a part of :mod:`netlathe.backends.tvm.cuda.stream`; beside it,
 :mod:`netlathe.backends.tvm.cuda.halves` and :mod:`netlathe.backends.tvm.cuda.limbs` are the other ways to
@@ -32,16 +32,11 @@ if TYPE_CHECKING:
     from netlathe.backends.tvm.cuda.stream import Shape
 
 DEEP = 128  # elements of K in a record
-
-
-def record(tiles: int) -> int:
-    """Its bytes: two for each element, and two floats for each row; copies start at 128."""
-    return 16 * tiles * DEEP + 128
-
-
-def threads(tiles: int) -> int:
-    """Of a block of the kernel in front, which makes one record: one for 8 elements of a row."""
-    return tiles * DEEP
+TILES = 2  # of 8 rows; one tile takes no longer by halves
+# Bytes of a record: two for each element, and two floats for each row; copies start at 128. And threads of a
+# block of the kernel in front, which makes one: one for 8 elements of a row.
+RECORD = 16 * TILES * DEEP + 128
+THREADS = TILES * DEEP
 
 
 def sharing(s: Shape) -> int:
@@ -62,7 +57,7 @@ def readers(s: Shape) -> int:
 def records(s: Shape) -> str:
     """How they are copied: those of a stage."""
     return f"""
-constexpr int kRecord = {record(s.tiles)}, kCore = {256 * s.tiles}, kFloats = kRecord - 128;
+constexpr int kRecord = {RECORD}, kCore = {256 * TILES}, kFloats = kRecord - 128;
 __device__ __forceinline__ void copy_records(
     uint32_t to, const void* from, uint32_t barrier, int k, uint64_t policy) {{
   asm volatile(
@@ -129,7 +124,7 @@ __device__ __forceinline__ void front(const void* x_, void* to_, int number, int
 
 def _multiply(s: Shape, name: str, how: str, adds: str) -> str:
     """The weight is four registers, or, of 8 bits, one: where it lies, as descriptors begin."""
-    width, eight = 16 * s.tiles, s.bits == 8
+    width, eight = 16 * TILES, s.bits == 8
     count, words = width // 2, 1 if eight else 4
     sums = ", ".join(f"%{i}" for i in range(count))
     outputs = ", ".join(f'"{how}r"(d[{i}])' for i in range(count))
@@ -158,9 +153,9 @@ def _back(s: Shape) -> str:
         across = {64: "0", 128: "group", 256: "group + i % 2 * 2"}[s.columns]
         number = {64: "group + 2 * i", 128: "i", 256: "0"}[s.columns]
         first = "0"
-    outputs = ", ".join(f'"+r"(d[{i}])' for i in range(8 * s.tiles))
+    outputs = ", ".join(f'"+r"(d[{i}])' for i in range(8 * TILES))
     wide = s.columns == (128 if eight else 256)  # a warpgroup has two times 64 columns
-    width = 16 * s.tiles
+    width = 16 * TILES
     # Records, and bytes of weights, from one part of a warpgroup to the next.
     step = 0 if wide else 2 if s.columns == 64 and not eight else 1
     apart = 4096 if s.columns == 128 and not eight else 8192
@@ -169,7 +164,7 @@ def _back(s: Shape) -> str:
     return f"""
 constexpr int kWide = {1 + wide}, kSharing = {sharing(s)};
 // What a warpgroup has of the sums.
-constexpr int kLine = (kSlice + {halves.SPARE}) * 4, kPart = {8 * s.tiles} * kLine;
+constexpr int kLine = (kSlice + {halves.SPARE}) * 4, kPart = {8 * TILES} * kLine;
 constexpr bool kOffset = {str(not eight and (s.zeros or s.zero != 8)).lower()};
 {_multiply(s, "first", "=", "0")}
 {_multiply(s, "more", "+", "1")}
@@ -179,7 +174,7 @@ constexpr bool kOffset = {str(not eight and (s.zeros or s.zero != 8)).lower()};
 struct Part {{
   int sums[{width // 2}];
   float scale[2], offset[2];
-  float2 rows[{s.tiles}], totals[{s.tiles}];
+  float2 rows[{TILES}], totals[{TILES}];
 }};
 // What a thread reads of a stage, and where products read x.
 struct Places {{
@@ -205,7 +200,7 @@ __device__ __forceinline__ void begin(
     if (kOffset) part.offset[half] = {zero};
   }}
 #pragma unroll
-  for (int tile = 0; tile < {s.tiles}; ++tile) {{
+  for (int tile = 0; tile < {TILES}; ++tile) {{
     const uint32_t rows = stage + from.rows + {step} * i * kRecord + tile * 32;
     part.rows[tile] = floats_at(rows);
     if (kOffset) part.totals[tile] = floats_at(rows + 64);
@@ -221,7 +216,7 @@ template <int kLeft> __device__ __forceinline__ void landed(Part& part) {{
 }}
 __device__ __forceinline__ void add(const Part& part, float* total) {{
 #pragma unroll
-  for (int tile = 0; tile < {s.tiles}; ++tile)
+  for (int tile = 0; tile < {TILES}; ++tile)
 #pragma unroll
     for (int j = 0; j < 4; ++j) {{
       float value = (float)(part.sums[tile * 8 + j] * 256 + part.sums[tile * 8 + 4 + j]);
@@ -247,7 +242,7 @@ __device__ __forceinline__ void consume(uint8_t* shared, int tile_number, int en
     from.x = kRows + ({number}) * kRecord;
   }}
   from.rows = from.x + kFloats + q * 8;
-  float total[kWide][{4 * s.tiles}] = {{}};
+  float total[kWide][{4 * TILES}] = {{}};
   uint32_t a[2][4][4];
   Part part[2];
   for (int step = {first}; step < each; step += {turns(s)}) {{
@@ -274,7 +269,7 @@ __device__ __forceinline__ void consume(uint8_t* shared, int tile_number, int en
       const int place = number * kPart + q * kLine + column % kSlice * 4;
       const uint32_t to = at_block(at + kSums + place, column / kSlice);
 #pragma unroll
-      for (int j = 0; j < {2 * s.tiles}; ++j)
+      for (int j = 0; j < {2 * TILES}; ++j)
         asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(to + (j / 2 * 8 + j % 2 * 4) * kLine),
                      "f"(total[i][j / 2 * 4 + half * 2 + j % 2]) : "memory");
     }}

@@ -102,8 +102,8 @@ class Shape:
 
         Measured with up to four rows of integers, and 8 and 16 rows. Clusters take longer: sums that blocks
         send each other stand behind weights of the kernel behind. So do several rows of integers where not
-        all stages have room beside x; and more rows where all are there at once otherwise, where half of a
-        multiprocessor has to be filled more than three times, and where its registers are too few.
+        all stages have room beside x; and more rows where half of a multiprocessor has room for all stages or
+        for one, where it has to be filled more than three times, and where its registers are too few.
         """
         stages, ring = -(-inner // self.deep), replace(self, beside=True).stages
         if self.held:
@@ -133,7 +133,7 @@ class Shape:
     def stage_rows(self) -> int:
         """Bytes of x in a stage."""
         if self.pairs:
-            return self.deep // pairs.DEEP * pairs.record(self.tiles)
+            return self.deep // pairs.DEEP * pairs.RECORD
         return 0 if self.held else 16 * self.tiles * self.deep
 
     @property
@@ -316,15 +316,16 @@ def chosen(
 
 
 def chosen_pairs(
-    bits: int, tiles: int, columns: int, inner: int, group: int, zeros: bool, zero: int
+    bits: int, columns: int, inner: int, group: int, zeros: bool, zero: int
 ) -> Shape | None:
     """The same with integers where a kernel in front makes x bytes; None where :func:`chosen` is faster.
 
-    It is with up to 8 rows. Clusters were slower in all cases. 8 bits are unpacked in less time: they gain
-    only where no block has a second tile.
+    Clusters were slower in all cases. 8 bits are unpacked in less time: they gain only where no block has a
+    second tile.
     """
-    if tiles == 1 or group % pairs.DEEP:
+    if group % pairs.DEEP:
         return None
+    tiles = pairs.TILES
     wide = (256, 128, 64) if bits == 4 else (128, 64)
     shapes = [Shape(bits, tiles, across, 1, group, zeros, zero, pairs=True) for across in wide]
     shapes = [s for s in shapes if s.fits and (bits == 4 or columns <= s.columns * CLUSTERS[1])]

@@ -1,4 +1,4 @@
-"""Products of 5 to 16 rows with integer weights, x as pairs of bytes: cut, compiled, and on a GPU."""
+"""Products of 9 to 16 rows with integer weights, x as pairs of bytes: cut, compiled, and on a GPU."""
 
 from __future__ import annotations
 
@@ -31,45 +31,51 @@ RAGGED = [
 def test_shapes(group: int) -> None:
     for columns in (8192, 14336, 28672, 128256):
         for inner in (8192, 11264, 28672):
-            shape = stream.chosen_pairs(4, 2, columns, inner, group, True, 8)
+            shape = stream.chosen_pairs(4, columns, inner, group, True, 8)
             assert shape is not None and shape.pairs and shape.teams == 1 and shape.splits == 1
             assert shape.shared_bytes <= ARCHITECTURES["sm_90a"][1] and shape.stages >= 4
-            assert shape.stage_rows == shape.deep // pairs.DEEP * pairs.record(2)
+            assert shape.stage_rows == shape.deep // pairs.DEEP * pairs.RECORD
             assert not group or max(shape.deep, group) % min(shape.deep, group) == 0
 
 
-def test_few_rows_and_small_weights_and_those_of_few_columns_go_by_halves() -> None:
-    assert stream.chosen_pairs(4, 1, 8192, 8192, 128, False, 8) is None
-    assert stream.chosen_pairs(4, 2, 4096, 28672, 128, False, 8) is None
-    assert stream.chosen_pairs(4, 2, 8192, 2048, 128, False, 8) is None
-    wide, narrow = (stream.chosen_pairs(4, 2, n, 8192, 128, False, 8) for n in (28672, 8192))
+def test_small_weights_and_those_of_few_columns_go_by_halves() -> None:
+    assert stream.chosen_pairs(4, 4096, 28672, 128, False, 8) is None
+    assert stream.chosen_pairs(4, 8192, 2048, 128, False, 8) is None
+    wide, narrow = (stream.chosen_pairs(4, n, 8192, 128, False, 8) for n in (28672, 8192))
     assert wide is not None and narrow is not None and (wide.columns, narrow.columns) == (256, 64)
 
 
 def test_bytes_go_by_pairs_where_each_block_has_a_tile() -> None:
     shapes = {
-        n: stream.chosen_pairs(8, 2, n, 8192, 0, False, 8)
-        for n in (4096, 8192, 11008, 14336, 28672)
+        n: stream.chosen_pairs(8, n, 8192, 0, False, 8) for n in (4096, 8192, 11008, 14336, 28672)
     }
     found = {n: None if shape is None else shape.columns for n, shape in shapes.items()}
     # 11008 columns are 115 tiles of 96 by halves, and were 86 of 128 here.
     assert found == {4096: None, 8192: 64, 11008: None, 14336: 128, 28672: None}
-    assert stream.chosen_pairs(8, 1, 8192, 8192, 0, False, 8) is None
-    assert stream.chosen_pairs(8, 2, 8192, 8192, 64, False, 8) is None, "two groups in a record"
+    assert stream.chosen_pairs(8, 8192, 8192, 64, False, 8) is None, "two groups in a record"
     for shape in shapes.values():
         assert shape is None or (shape.deep % pairs.DEEP == 0 and shape.stages >= 4)
         assert shape is None or shape.stages % pairs.turns(shape) == 0, "a stage is one warpgroup's"
 
 
 @pytest.mark.skipif(not test_cuda_compile._has_nvcc(), reason="nvcc is not installed")
-@pytest.mark.parametrize(  # tiles of 64 and 256, and of 64 and 128
-    ("kind", "columns"), [("int4", 8192), ("int4", 28672), ("int8", 8192), ("int8", 14336)]
+@pytest.mark.parametrize(  # tiles of 64 and 256, and of 64 and 128; by halves of 96, and blocks beside others
+    ("kind", "columns", "inner"),
+    [
+        ("int4", 8192, 8192),
+        ("int4", 28672, 8192),
+        ("int8", 8192, 8192),
+        ("int8", 14336, 8192),
+        ("int4", 11008, 4096),
+        ("int4", 4096, 4096),
+        ("int8", 4096, 2048),
+    ],
 )
-def test_nothing_spills(kind: str, columns: int) -> None:
+def test_nothing_spills(kind: str, columns: int, inner: int) -> None:
     model = ir.from_onnx_text(
         f"""
         <ir_version: 12, opset_import: ["" : 25]>
-        g (bfloat16[n, 8192] x, {kind}[8192, {columns}] q, bfloat16[64, {columns}] s)
+        g (bfloat16[n, {inner}] x, {kind}[{inner}, {columns}] q, bfloat16[{inner // 128}, {columns}] s)
             => (bfloat16[n, {columns}] y)
         {{
             d = DequantizeLinear <axis = 0, block_size = 128> (q, s)
@@ -99,10 +105,8 @@ def test_product(
     group: int,
     across: int,
 ) -> None:
-    def made(
-        bits: int, tiles: int, _: int, inner: int, group: int, zeros: bool, zero: int
-    ) -> stream.Shape:
-        return stream.Shape(bits, tiles, across, 1, group, zeros, zero, pairs=True)
+    def made(bits: int, _: int, inner: int, group: int, zeros: bool, zero: int) -> stream.Shape:
+        return stream.Shape(bits, pairs.TILES, across, 1, group, zeros, zero, pairs=True)
 
     monkeypatch.setattr(stream, "chosen_pairs", made)
     model, weight = test_cuda_run.linear(half, kind, inner, columns, group)
@@ -110,7 +114,7 @@ def test_product(
     bias = next(v for v in model.graph.initializers.values() if v.name == "bias").const_value
     assert bias is not None
     rng = np.random.default_rng(1)
-    for rows in (5, 8, 9, 16):
+    for rows in (9, 13, 16):
         x = (rng.standard_normal((rows, inner)) + 1).astype(test_cuda_run.HALVES[half])
         wanted = x.astype(np.float64) @ weight + bias.numpy().astype(np.float64)
         found = program.run({"x": x})["y"].astype(np.float64)

@@ -25,6 +25,8 @@ RAGGED = [
     ("uint4", 1536, 700, 256, 96, 2, False),
     ("uint4", 2112, 391, 0, 128, 1, False),
     ("uint4", 3200, 4228, 128, 32, 1, True),
+    ("half", 1152, 6532, 0, 96, 2, False),  # more tiles than blocks, or clusters
+    ("int4", 2112, 12772, 0, 96, 1, False),
 ]
 
 
