@@ -306,9 +306,8 @@ class OnnxArtifact(Artifact):
             if _rounds_activations(self._source):
                 results |= _turned(self._source, file, way, actual, expected, feeds)
             else:
-                same = (
-                    () if optimize else alike
-                )  # its optimizer puts other operators in their place
+                # Its optimizer puts other operators in their place.
+                same = () if optimize else alike
                 found = compare(
                     self._source, actual, expected, feeds, optimize=optimize, alike=same
                 )

@@ -381,7 +381,8 @@ def _settle_attention(program: torch.export.ExportedProgram) -> None:
     """Bring attention into the form that the exporter knows: four dims, and as many keys as queries.
 
     torch takes any leading dims (the windows of Twins and Hiera), and broadcasts keys and values over them as
-    in any product (the heads of MobileNetV4). What is in another form still, the exporter refuses.
+    in any product (the heads of MobileNetV4). What is in another form still, with a mask beside other than
+    four dims, or two dynamic ones among them, the exporter refuses.
     """
     for node in list(program.graph.nodes):
         if node.target is not torch.ops.aten.scaled_dot_product_attention.default:
@@ -410,9 +411,11 @@ def _spread_shared(node: torch.fx.Node) -> None:
 
 def _can_fold(node: torch.fx.Node) -> bool:
     """Whether attention has no mask, and four dims where those before the heads are one."""
-    ranks = {len(value.meta["val"].shape) for value in _operands(node)}
+    shapes = [value.meta["val"].shape for value in _operands(node)]
+    ranks = {len(shape) for shape in shapes}
+    alike = len({tuple(map(str, shape[:-3])) for shape in shapes}) == 1
     static = all(isinstance(size, int) for size in node.meta["val"].shape[1:-3])
-    return len(node.args) == 3 and len(ranks) == 1 and ranks != {4} and static
+    return len(node.args) == 3 and len(ranks) == 1 and ranks != {4} and alike and static
 
 
 def _fold_leading(node: torch.fx.Node) -> torch.fx.Node:

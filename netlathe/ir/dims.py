@@ -270,10 +270,10 @@ def add(a: Dim, b: Dim) -> Dim:
 
 
 def subtract(a: Dim, b: Dim) -> Dim:
-    """a - b; of b = max(c, d) it is min(a - c, a - d), in which terms may cancel."""
+    """a - b; of b = max(c, d), unless a has that, it is min(a - c, a - d), in which terms may cancel."""
     if isinstance(a, int) and isinstance(b, int):
         return a - b
-    if isinstance(b, sympy.Max | sympy.Min):
+    if isinstance(b, sympy.Max | sympy.Min) and not (isinstance(a, sympy.Expr) and a.has(b)):
         choose = smallest if isinstance(b, sympy.Max) else largest
         return reduce(choose, [subtract(a, simplify(each)) for each in b.args])
     return None if a is None or b is None else simplify(sympy.expand(a - b))

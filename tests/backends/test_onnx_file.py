@@ -535,6 +535,24 @@ def test_roundings_that_onnx_runtime_leaves_out_are_no_false_alarm(tmp_path: Pat
     assert 2**-6 < report["error_optimizations_off"] <= report["bound_optimizations_off"] < 1
 
 
+def test_a_layer_that_is_missing_is_no_rounding_in_float16() -> None:
+    """However far roundings of every value move the output, what is allowed for them is less than a layer."""
+    text, half, layers = "", {"g": np.ones(32, np.float16)}, 24
+    for i in range(layers):
+        text += f"n{i} = RMSNormalization<axis = -1>(x{i}, g)  h{i} = MatMul(n{i}, a{i})  "
+        text += f"r{i} = Relu(h{i})  m{i} = MatMul(r{i}, b{i})  x{i + 1} = Add(x{i}, m{i})  "
+        for number, name in enumerate("ab"):
+            half[f"{name}{i}"] = (matrix(32, 32, seed=2 * i + number) / 5).astype(np.float16)
+    whole = settled(model("float16[b,32] x0", f"float16[b,32] x{layers}", text, **half))
+    half[f"b{layers - 1}"] *= np.float16(0)
+    without = settled(model("float16[b,32] x0", f"float16[b,32] x{layers}", text, **half))
+    feeds = {"x0": matrix(4, 32, seed=99).astype(np.float16)}
+    expected = ort.run(whole, feeds)
+    for wrong in (ort.run(without, feeds), {name: 0 * y for name, y in expected.items()}):
+        found = onnx_file.compare(whole, wrong, expected, feeds, optimize=True)
+        assert found.error > found.bound
+
+
 def test_a_file_that_the_checker_refuses_is_caught(tmp_path: Path) -> None:
     """Planted: an output that claims another width."""
     artifact = compiled(block())

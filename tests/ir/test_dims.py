@@ -23,3 +23,12 @@ def test_the_last_positions_of_a_table_beside_a_sequence_are_as_many(positions: 
     s = dims.symbol("sequence")
     start = dims.largest(0, dims.subtract(positions, s))
     assert dims.broadcast([(s,), (dims.subtract(positions, start),)]).shape == (s,)
+
+
+@pytest.mark.parametrize("choose", [dims.largest, dims.smallest])
+def test_a_choice_less_itself_is_gone(choose: Any) -> None:
+    s = dims.symbol("sequence")
+    chosen = choose(64, s)
+    assert dims.subtract(chosen, chosen) == 0
+    assert dims.subtract(dims.add(chosen, 7), chosen) == 7
+    assert dims.subtract(dims.product((2, chosen)), chosen) == chosen

@@ -255,3 +255,16 @@ def test_an_ill_conditioned_model_is_no_false_alarm(factor: float, passes: bool)
     else:
         with pytest.raises(VerifyError, match="output 'y' of the artifact is off"):
             judge.compare(model, feeds, found)
+
+
+def test_where_rounding_overflows_nothing_more_is_allowed() -> None:
+    """Exp of the largest number that it has a result for: an ulp more is infinity."""
+    model = normal_model(
+        """<ir_version: 10, opset_import: ["" : 25]>
+        top (float[b, 4] x, float t) => (float[b, 4] y) { a = Abs(x)  e = Exp(a)  y = Mul(e, t) }""",
+        t=np.asarray(1.0000001, np.float32),
+    )
+    feeds = {"x": np.full((2, 4), 88.72283, np.float32)}
+    for wrong in (np.nan, 0.0):
+        with pytest.raises(VerifyError, match="output 'y' of the artifact is off"):
+            judge.compare(model, feeds, {"y": np.full((2, 4), wrong, np.float32)})
