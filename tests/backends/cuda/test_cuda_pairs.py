@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 import onnx_ir as ir
 import pytest
 
@@ -109,14 +108,4 @@ def test_product(
         return stream.Shape(bits, pairs.TILES, across, 1, group, zeros, zero, pairs=True)
 
     monkeypatch.setattr(stream, "chosen_pairs", made)
-    model, weight = test_cuda_run.linear(half, kind, inner, columns, group)
-    program = test_cuda_run.OnGpu(model, gpu([test_cuda_run.HERE[-1]]))
-    bias = next(v for v in model.graph.initializers.values() if v.name == "bias").const_value
-    assert bias is not None
-    rng = np.random.default_rng(1)
-    for rows in (9, 13, 16):
-        x = (rng.standard_normal((rows, inner)) + 1).astype(test_cuda_run.HALVES[half])
-        wanted = x.astype(np.float64) @ weight + bias.numpy().astype(np.float64)
-        found = program.run({"x": x})["y"].astype(np.float64)
-        error = np.linalg.norm(found - wanted) / np.linalg.norm(wanted)
-        assert error < test_cuda_run.BOUNDS[half], (rows, error)
+    test_cuda_run.check_rows(half, kind, inner, columns, group, (9, 13, 16))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -172,6 +173,23 @@ def test_product(
         wanted = x.astype(np.float64) @ weight + offset
         assert found.shape == wanted.shape
         error = np.linalg.norm(found - wanted) / max(1.0, float(np.linalg.norm(wanted)))
+        assert error < BOUNDS[half], (rows, error)
+
+
+def check_rows(
+    half: str, kind: str, inner: int, columns: int, group: int, numbers: Sequence[int]
+) -> None:
+    """Products of so many rows, of numbers around 1, against float64."""
+    model, weight = linear(half, half if kind == "half" else kind, inner, columns, group)
+    program = OnGpu(model, gpu([HERE[-1]]))
+    bias = next(v for v in model.graph.initializers.values() if v.name == "bias").const_value
+    assert bias is not None
+    rng = np.random.default_rng(1)
+    for rows in numbers:
+        x = (rng.standard_normal((rows, inner)) + 1).astype(HALVES[half])
+        wanted = x.astype(np.float64) @ weight + bias.numpy().astype(np.float64)
+        found = program.run({"x": x})["y"].astype(np.float64)
+        error = np.linalg.norm(found - wanted) / np.linalg.norm(wanted)
         assert error < BOUNDS[half], (rows, error)
 
 

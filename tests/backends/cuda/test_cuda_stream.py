@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 
 pytest.importorskip("tvm", reason="the tvm extra is not installed")
 
 from netlathe.backends.tvm.cuda import ampere, held, hopper, limbs, stream
-from netlathe.backends.tvm.cuda.machine import ARCHITECTURES, gpu
+from netlathe.backends.tvm.cuda.machine import ARCHITECTURES
 from tests.backends.cuda import test_cuda_run
 
 SIZES = (1024, 4096, 8192, 11008, 28672)
@@ -173,15 +172,4 @@ def test_product(
 
     monkeypatch.setattr(stream, "chosen", made)
     monkeypatch.setattr(stream, "chosen_pairs", lambda *_: None)
-    kind = half if kind == "half" else kind
-    model, weight = test_cuda_run.linear(half, kind, inner, columns, group)
-    program = test_cuda_run.OnGpu(model, gpu([test_cuda_run.HERE[-1]]))
-    bias = next(v for v in model.graph.initializers.values() if v.name == "bias").const_value
-    assert bias is not None
-    rng = np.random.default_rng(1)
-    for rows in (1, 5, 8, 9, 16):
-        x = (rng.standard_normal((rows, inner)) + 1).astype(test_cuda_run.HALVES[half])
-        wanted = x.astype(np.float64) @ weight + bias.numpy().astype(np.float64)
-        found = program.run({"x": x})["y"].astype(np.float64)
-        error = np.linalg.norm(found - wanted) / np.linalg.norm(wanted)
-        assert error < test_cuda_run.BOUNDS[half], (rows, error)
+    test_cuda_run.check_rows(half, kind, inner, columns, group, (1, 5, 8, 9, 16))
