@@ -45,7 +45,9 @@ _HALF_ULPS = 16
 # Where one rounding error in every value that is computed in another way moves an output that far, so may
 # a pass with several.
 ROUNDINGS = 8.0
-MOST_MOVED = 0.5  # largest error over RMS: in half precision a usual model of 24 layers moves by that
+# By no more of an output's RMS may an error be explained: in half precision ROUNDINGS move a usual model of 24
+# layers further, and less than one of the layers makes of it.
+MOST_MOVED = 0.5
 _PLAIN = (
     int,
     float,
