@@ -49,7 +49,7 @@ def _split_picks(graph: ir.Graph) -> None:
             continue
         (axis,) = axes
         # In float16 ONNX Runtime does not survive what comes of it: the error it has without is better.
-        if value.dtype != ir.DataType.FLOAT or value.shape is None:
+        if value.dtype not in (ir.DataType.FLOAT, ir.DataType.DOUBLE) or value.shape is None:
             continue
         if value.shape[axis] != len(picks):
             continue
