@@ -168,7 +168,7 @@ class Builder:
         """A small constant, shared between equal uses in the same graph."""
         data = np.asarray(array)
         # Rounded once, to the type it is used in: float64 0.1 -> float32 0.1.
-        data = np.ascontiguousarray(data.astype(dtype.numpy()))
+        data = np.asarray(data.astype(dtype.numpy()), order="C")
         key = (id(self.graph), dtype.name, data.shape, data.tobytes())
         found = self.shared.constants.get(key)
         if found is None or found.graph is None:  # its readers went, and it with them

@@ -45,7 +45,7 @@ class Builder:
 
     def constant(self, array: npt.NDArray[Any], name: str) -> ir.Value:
         """A new initializer; ``name`` is made unique when it enters the graph."""
-        tensor = ir.tensor(np.ascontiguousarray(array))
+        tensor = ir.tensor(np.asarray(array, order="C"))
         value = ir.Value(
             name=name,
             type=ir.TensorType(tensor.dtype),

@@ -235,3 +235,17 @@ def test_whole_models(name: str) -> None:
         opsets.lower(lowered, target)
         for output, actual in ort.run(lowered, feeds).items():
             assert relative_error(actual, expected[output]) <= 1e-5, (target, output)
+
+
+def test_a_scalar_stays_one() -> None:
+    """What an operator is rewritten with has no dims of its own, either."""
+    model = ir.from_onnx_text("""
+        <ir_version: 10, opset_import: ["" : 25]>
+        g (float x) => (float y) { y = Gelu(x) }
+    """)
+    lowered = model.clone()
+    opsets.lower(lowered, 17)
+    feeds = {"x": np.array(0.7, np.float32)}
+    (expected,), (actual,) = ort.run(model, feeds).values(), ort.run(lowered, feeds).values()
+    assert actual.shape == expected.shape == ()
+    assert relative_error(actual, expected) <= 1e-5
