@@ -41,8 +41,10 @@ class OnnxFile(Frontend):
 
     @classmethod
     def accepts(cls, source: Any) -> bool:
-        """A path that is not a directory; whether it is ONNX is for :meth:`capture` to say."""
-        return isinstance(source, str | Path) and not Path(source).is_dir()
+        """A path of no directory, and no program of torch's; whether it is ONNX :meth:`capture` says."""
+        if not isinstance(source, str | Path):
+            return False
+        return not Path(source).is_dir() and Path(source).suffix != ".pt2"
 
     def sources(self, source: str | Path) -> Mapping[str, Path]:
         """The file and its external data.
@@ -180,7 +182,8 @@ def _not_onnx(path: Path) -> InputError:
             "onnx.not_onnx",
             "not an ONNX model file",
             at=str(path),
-            help="give an .onnx file, or a Hugging Face directory with config.json and safetensors",
+            help="give an .onnx file, a .pt2 file that torch.export.save wrote, or a Hugging Face directory"
+            " with config.json and safetensors",
         )
     )
 

@@ -6,6 +6,7 @@ Capture is `torch.export` (non-strict), then `torch.onnx.export` at opset 25 wit
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 import logging
 import re
@@ -18,6 +19,8 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 import torch
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from netlathe.diagnostics import CaptureError, Diagnostic, InputError
 from netlathe.frontends.exporter_metadata import condense
@@ -44,10 +47,10 @@ class Exported:
     """A raw export: names and dims are final, operators and constants are the exporter's.
 
     ``example`` are the example inputs by graph input name. ``run`` calls the original module on
-    feeds; ``disturbed`` does the same while every leaf module's output carries a rounding error,
-    which shows how far rounding alone can move the result. ``intermediates`` interprets the program
-    that the graph was translated from: its node names are the names of the graph's values, which is
-    what bisection goes by.
+    feeds; ``disturbed`` does the same while every leaf module's output, or every operator's, carries
+    a rounding error, which shows how far rounding alone can move the result. ``intermediates``
+    interprets the program that the graph was translated from: its node names are the names of the
+    graph's values, which is what bisection goes by.
     """
 
     model: ir.Model
@@ -182,6 +185,43 @@ def export(
         table = named_dims(names, tensors, dynamic)
         refuse_singletons(table, tensors)
 
+    outputs = _outputs(flat, tensors, what)
+    with in_eval(flat), listening() as noise:
+        program = _export_program(flat, tensors, table, what, entries, noise)
+    reason = f"captured with torch {torch.__version__}, opset {OPSET}, non-strict"
+    entries.append(
+        Entry("torch.export", "applied", reason, detail={"messages": sorted(set(noise))})
+    )
+    return _graph_of(program, flat, names, tensors, outputs, table, entries, what)
+
+
+def translate(
+    program: torch.export.ExportedProgram,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    *,
+    what: str,
+) -> Exported:
+    """The ONNX graph (opset 25, not optimised) of a program that was exported before.
+
+    Its dynamic dims stay so. ``program`` is left as it was, and its weights are bound, not copied.
+
+    Raises:
+        InputError: the example inputs do not fit the program, or it was exported to be trained.
+        CaptureError: the exporter cannot express the program.
+    """
+    module = program.module(check_guards=False)
+    named, spec = bind_arguments(module, args, kwargs)
+    names = [n for n, leaf in named if isinstance(leaf, torch.Tensor)]
+    tensors = [leaf for _, leaf in named if isinstance(leaf, torch.Tensor)]
+    flat = FlatModule(module, spec, [leaf for _, leaf in named], "")
+    outputs = _outputs(flat, tensors, what)
+    entries = [Entry("torch.export", "applied", f"a program of before, opset {OPSET}")]
+    return _graph_of(_copy(program), flat, names, tensors, outputs, None, entries, what)
+
+
+def _outputs(flat: FlatModule, tensors: Sequence[torch.Tensor], what: str) -> tuple[str, ...]:
+    """The names of what the module gives on the example inputs."""
     with in_eval(flat):
         try:
             flat(*tensors)
@@ -193,28 +233,32 @@ def export(
                     help="capture needs inputs that the module itself accepts",
                 )
             ) from error
-        outputs = flat.output_names
-        if not outputs:
-            raise CaptureError(Diagnostic("torch.outputs", f"{what} returns no tensors"))
-        with listening() as noise:
-            program = _export_program(flat, tensors, table, what, entries, noise)
-            _settle_attention(program)
-            translated = _translate(program, flat, what, noise)
+    if not flat.output_names:
+        raise CaptureError(Diagnostic("torch.outputs", f"{what} returns no tensors"))
+    return flat.output_names
+
+
+def _graph_of(
+    program: torch.export.ExportedProgram,
+    flat: FlatModule,
+    names: Sequence[str],
+    tensors: Sequence[torch.Tensor],
+    outputs: Sequence[str],
+    table: Sequence[Mapping[int, str]] | None,
+    entries: list[Entry],
+    what: str,
+) -> Exported:
+    """The graph of ``program``, which is edited, with the names that ``flat`` knows."""
+    with in_eval(flat), listening() as noise:
+        _settle_attention(program)
+        translated = _translate(program, flat, what, noise)
     model = translated.model
-    entries.append(
-        Entry(
-            "torch.export",
-            "applied",
-            f"captured with torch {torch.__version__}, opset {OPSET}, non-strict",
-            detail={"messages": sorted(set(noise))},
-        )
-    )
     condense(model, flat.strip)
     name_values(model, flat, names, outputs)
     sizes, bounds = name_dims(model, program, tensors, names, table, entries)
 
     def tensors_of(feeds: Feeds) -> list[torch.Tensor]:
-        return [torch.from_numpy(np.ascontiguousarray(feeds[n])) for n in names]
+        return [torch.from_numpy(np.asarray(feeds[n], order="C")) for n in names]
 
     def run(feeds: Feeds) -> Arrays:
         with in_eval(flat):
@@ -222,21 +266,8 @@ def export(
         return {n: t.detach().numpy() for n, t in zip(outputs, got, strict=True)}
 
     def disturbed(feeds: Feeds) -> Arrays:
-        rng = torch.Generator().manual_seed(0)
-
-        def round_off(module: torch.nn.Module, _inputs: Any, output: Any) -> Any:
-            if not torch.is_tensor(output) or not output.is_floating_point():
-                return output
-            noise = torch.rand(output.shape, generator=rng) * 2 - 1
-            return output * (1 + torch.finfo(output.dtype).eps * noise)
-
-        leaves = [m for m in flat.modules() if next(m.children(), None) is None]
-        handles = [m.register_forward_hook(round_off) for m in leaves]
-        try:
+        with _rounding_errors(flat):
             return run(feeds)
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def intermediates(feeds: Feeds) -> Arrays:
         decomposed = translated.exported_program
@@ -252,6 +283,59 @@ def export(
         disturbed=disturbed,
         intermediates=intermediates,
         entries=entries,
+    )
+
+
+@contextlib.contextmanager
+def _rounding_errors(flat: FlatModule) -> Iterator[None]:
+    """While this is open, what every leaf module gives carries a rounding error.
+
+    A graph module calls no modules: there it is what every operator gives.
+    """
+    rng = torch.Generator().manual_seed(0)
+
+    def round_off(value: Any) -> Any:
+        if not torch.is_tensor(value) or not value.is_floating_point():
+            return value
+        noise = torch.rand(value.shape, generator=rng) * 2 - 1
+        return value * (1 + torch.finfo(value.dtype).eps * noise)
+
+    class OfOperators(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            made = func(*args, **(kwargs or {}))
+            aliased = func.is_view or func._schema.is_mutable  # another tensor would break the tie
+            return made if aliased else pytree.tree_map(round_off, made)
+
+    if any(isinstance(m, torch.fx.GraphModule) for m in flat.modules()):
+        with OfOperators():  # type: ignore[no-untyped-call]  # torch's
+            yield
+        return
+    leaves = [m for m in flat.modules() if next(m.children(), None) is None]
+    handles = [m.register_forward_hook(lambda _m, _x, made: round_off(made)) for m in leaves]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _copy(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
+    """The same program over the same weights, with a graph of its own that may be edited."""
+    graph = copy.deepcopy(program.graph)
+    for ours, theirs in zip(graph.nodes, program.graph.nodes, strict=True):
+        ours.name = theirs.name  # a copy renames what Python has a meaning for, such as `input`
+    return torch.export.ExportedProgram(
+        root=program.graph_module,
+        graph=graph,
+        graph_signature=copy.deepcopy(program.graph_signature),
+        state_dict=program.state_dict,
+        range_constraints=program.range_constraints,
+        module_call_graph=program.module_call_graph,
+        example_inputs=program.example_inputs,
+        constants=program.constants,
+        verifiers=program.verifiers,
     )
 
 

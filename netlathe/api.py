@@ -20,9 +20,11 @@ from netlathe.pipeline.step import Step
 def capture(source: Any, *, cache_dir: str | Path | None = None, **settings: Any) -> Captured:
     """Bring a model into the IR and compare it there with the original.
 
-    ``source`` is the path of an ONNX file or of a local Hugging Face directory, an ``nn.Module`` or
-    a ``torch.fx.GraphModule``. Settings are its frontend's: ``args``, ``kwargs`` and ``dynamic`` for
-    modules, ``cache=True`` for a causal language model with its KV cache. ``cache_dir`` is a folder where
+    ``source`` is the path of an ONNX file, of a ``.pt2`` file or of a local Hugging Face directory, an
+    ``nn.Module``, a ``torch.fx.GraphModule`` or an ``ExportedProgram``. torch unpickles parts of a
+    ``.pt2`` file: give only one that you trust. Settings are its frontend's: ``args``, ``kwargs`` and
+    ``dynamic`` for modules, ``args`` and ``kwargs`` for programs without example inputs, ``cache=True``
+    for a causal language model with its KV cache. ``cache_dir`` is a folder where
     captured files and directories are kept and found again, such as :func:`user_cache_dir`.
 
     Raises:

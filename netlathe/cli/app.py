@@ -38,8 +38,9 @@ def app() -> None:
     netlathe bench MODEL DIR                       what that gained
     netlathe bisect MODEL --passes "..."           which layers cost most quality
 
-    MODEL is an ONNX file, a local Hugging Face directory (config.json and safetensors), or a folder
-    that `netlathe compile` wrote.
+    MODEL is an ONNX file, a .pt2 file that torch.export.save wrote (torch unpickles parts of it: only
+    one that you trust), a local Hugging Face directory (config.json and safetensors), or a folder that
+    `netlathe compile` wrote.
 
     \b
     Exit codes: 0 done, 1 a gate failed, 2 bad input or usage, 70 a defect of NetLathe.

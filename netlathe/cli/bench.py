@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from netlathe.cli import options, render
-from netlathe.cli.request import capture, compiled_for
+from netlathe.cli.request import capture, compiled_for, onnx_of
 from netlathe.diagnostics import Diagnostic, InputError
 
 if TYPE_CHECKING:
@@ -320,12 +320,12 @@ def _in_onnx_runtime(captured: Captured, threads: int) -> _Entrant:
 
 
 def _runner(captured: Captured, feeds: Feeds, threads: int) -> Callable[[], object]:
-    """A function that runs the model once: a file as it lies on disk, anything else as captured."""
+    """A function that runs the model once: an ONNX file as it lies on disk, anything else as captured."""
     from netlathe.backends import onnx_file
     from netlathe.execute import ort
 
-    file = Path(captured.source)
-    if file.is_file():
+    file = onnx_of(captured)
+    if file is not None:
         session = onnx_file.open_file(file, optimize=True, exact=False, threads=threads)
         return lambda: session.run(None, feeds)
     whole = ort.Session(captured.model, optimize=True, threads=threads, max_bytes=1 << 62)

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from netlathe.cli.request import onnx_of
 from netlathe.diagnostics import Diagnostic, InputError
 
 if TYPE_CHECKING:
@@ -65,6 +66,6 @@ def sources(captured: Captured, *more: Path | None) -> set[Path]:
     found = set(manifest.source_files(captured))
     if path.is_dir():
         found.update(path.glob("*.safetensors.index.json"))
-    else:  # weights that were folded away are no longer in the graph
-        found |= {path, *weights.files(ir.load(path))}
+    elif (file := onnx_of(captured)) is not None:  # weights folded away are no longer in the graph
+        found |= {file, *weights.files(ir.load(file))}
     return found | {file for file in more if file is not None}

@@ -15,7 +15,7 @@ _PATH = click.Path(path_type=Path)
 
 
 def model(name: str = "model") -> Decorator:
-    """MODEL: an ONNX file, a local Hugging Face directory, or a folder that `compile` wrote."""
+    """MODEL: an ONNX or .pt2 file, a local Hugging Face directory, or a folder that `compile` wrote."""
     return click.argument(name, metavar=name.upper(), type=_PATH)
 
 

@@ -107,6 +107,11 @@ def capture(
     return dataclasses.replace(captured, dynamic={**captured.dynamic, **(dims or {})})
 
 
+def onnx_of(captured: Captured) -> Path | None:
+    """The ONNX file that was captured, to be looked at as it lies on disk; None for any other source."""
+    return Path(captured.source) if captured.frontend == "onnx_file" else None
+
+
 @dataclass(frozen=True)
 class Request:
     """The passes and what they run with; from the command line, else the recipe, else defaults."""

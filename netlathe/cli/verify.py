@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from netlathe.cli import options, render
-from netlathe.cli.request import capture
+from netlathe.cli.request import capture, onnx_of
 from netlathe.diagnostics import Diagnostic, GateError, LowerError
 
 if TYPE_CHECKING:
@@ -100,8 +100,8 @@ def _sound(captured: Captured) -> Iterator[Gate]:
     problems = tuple(verifier.verify(captured.model))
     detail = f"{sum(1 for _ in captured.model.graph.all_nodes())} nodes"
     yield Gate("structure, types and shapes", not problems, detail, problems)
-    file = Path(captured.source)
-    if file.is_file():
+    file = onnx_of(captured)
+    if file is not None:
         try:
             onnx_file.check_format(file)
         except LowerError as error:
@@ -116,13 +116,13 @@ def _runs(captured: Captured) -> Iterator[Gate]:
     from netlathe.execute import ort
     from netlathe.execute.compare import inputs_of
 
-    file = Path(captured.source)
+    file = onnx_of(captured)
     feeds = inputs_of(captured.model, captured.sample(captured.dynamic, 0))
     expected = ort.run(captured.model, feeds)
     for optimize in (False, True):
         name = f"ONNX Runtime, optimizations {'on' if optimize else 'off'}"
         try:
-            if file.is_file():
+            if file is not None:
                 actual = onnx_file.run_file(file, feeds, optimize=optimize)
             else:
                 actual = ort.run(captured.model, feeds, optimize=optimize)

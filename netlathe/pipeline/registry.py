@@ -98,8 +98,8 @@ def find_frontend(source: Any) -> type[Frontend]:
         Diagnostic(
             "frontend.none",
             f"no frontend takes {shown}",
-            help=f"there are {', '.join(_FRONTENDS.entries())}: give an ONNX file, a local Hugging"
-            " Face directory, an nn.Module or a torch.fx.GraphModule",
+            help=f"there are {', '.join(_FRONTENDS.entries())}: give an ONNX file, a .pt2 file,"
+            " a local Hugging Face directory, an nn.Module, a torch.fx.GraphModule or an ExportedProgram",
         )
     )
 

@@ -13,6 +13,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+import torch
 
 from netlathe.cli import depfile
 from netlathe.diagnostics import InputError
@@ -242,3 +243,26 @@ def test_an_impossible_depfile_is_refused_before_the_work(
 
 def test_weights_of_the_test_network_are_not_degenerate() -> None:
     assert len({tensor.SerializeToString() for tensor in network().graph.initializer}) == 9
+
+
+def test_a_program_of_torch_is_a_model_too(run: Run, tmp_path: Path) -> None:
+    """Every command takes a .pt2 file; what is said of files on disk is of ONNX files alone."""
+    program, out, deps = tmp_path / "net.pt2", tmp_path / "out", tmp_path / "out.d"
+    module = torch.nn.Sequential(torch.nn.Linear(32, 64), torch.nn.ReLU(), torch.nn.Linear(64, 8))
+    dims = ({0: torch.export.Dim("batch")},)
+    saved = torch.export.export(module.eval(), (torch.ones(4, 32),), dynamic_shapes=dims)
+    torch.export.save(saved, program)
+    passes = 'quantize(weights="int8")'
+    done = run("compile", program, "--passes", passes, "-o", out, "--depfile", deps)
+    assert (done.code, "1 applied" in done.out) == (0, True), done.err
+    assert str(program) in deps.read_text().split()
+    source = json.loads((out / "manifest.json").read_text())["compilation"]["source"]
+    assert (source["frontend"], list(source["files"])) == ("torch_program", ["net.pt2"])
+    done = run("verify", program, "--against", program)
+    assert done.code == 0 and "ONNX checker" not in done.out
+    done = run("bench", program, out, "--rounds", 3)
+    assert done.code == 0 and str(program) in done.out
+    program.write_bytes(program.read_bytes()[:-400])
+    done = run("compile", program, "--passes", passes, "-o", out, "--overwrite")
+    assert done.code == 2 and "torch.program" in done.err and str(program) in done.err
+    assert (out / "model.onnx").is_file()

@@ -1,0 +1,145 @@
+"""Captures a program that `torch.export` has made: the object, or the file that it was saved to.
+
+    captured = TorchProgram().capture("model.pt2")
+
+Nothing is traced again, so nodes keep the modules that they come from, and dims that were dynamic stay so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+
+from netlathe.diagnostics import Diagnostic, InputError
+from netlathe.frontends.finite import check_finite
+from netlathe.frontends.torch_export import listening, translate
+from netlathe.frontends.torch_module import finish_export
+from netlathe.pipeline.interfaces import Captured, Frontend
+
+SUFFIX = ".pt2"
+
+# Operators that do something else in training, and which of their arguments says so.
+_TRAINING = {
+    torch.ops.aten.dropout.default: 2,
+    torch.ops.aten.dropout_.default: 2,
+    torch.ops.aten.feature_dropout.default: 2,
+    torch.ops.aten.batch_norm.default: 5,
+}
+
+
+class TorchProgram(Frontend):
+    """An ``ExportedProgram``, or a ``.pt2`` file that ``torch.export.save`` wrote.
+
+    ``args`` and ``kwargs`` are example inputs in place of those that the program brings along. Graph
+    inputs and outputs are named as :class:`TorchModule`'s, dynamic dims after the inputs that have them
+    (``batch``, ``input_ids_dim1``), as a program has no names for them. torch unpickles parts of such a
+    file: give only files from a source that you trust.
+    """
+
+    name: ClassVar[str] = "torch_program"
+
+    def __init__(self, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> None:
+        self.args = tuple(args)
+        self.kwargs = dict(kwargs or {})
+
+    @classmethod
+    def accepts(cls, source: Any) -> bool:
+        """An ``ExportedProgram``, or a path with the suffix ``.pt2``."""
+        if isinstance(source, str | Path):
+            return Path(source).suffix == SUFFIX
+        return isinstance(source, torch.export.ExportedProgram)
+
+    def sources(self, source: Any) -> Mapping[str, Path] | None:
+        """The file, if it is one.
+
+        Raises:
+            InputError: there is no such file.
+        """
+        return {Path(source).name: _existing(source)} if isinstance(source, str | Path) else None
+
+    def capture(self, source: str | Path | torch.export.ExportedProgram) -> Captured:
+        """Capture ``source``.
+
+        Raises:
+            InputError: the file cannot be read, the program was exported to be trained or for another device,
+                a weight is not finite, or there are no example inputs that fit.
+            CaptureError: the program cannot be expressed, or the graph is not the same function.
+        """
+        program = source if isinstance(source, torch.export.ExportedProgram) else _load(source)
+        what = "the program" if program is source else str(source)
+        args, kwargs = self.args, self.kwargs
+        if not args and not kwargs:
+            if program.example_inputs is None:
+                raise InputError(
+                    Diagnostic(
+                        "torch.example",
+                        f"{what} brings no example inputs along",
+                        help="give args=(...) and kwargs={...} as you would call it",
+                    )
+                )
+            args, kwargs = program.example_inputs
+        _check_use(program, what)
+        check_finite(
+            (
+                (name, tensor.detach().numpy())
+                for name, tensor in program.state_dict.items()
+                if tensor.dtype in (torch.float32, torch.float64, torch.float16)
+            ),
+            what,
+        )
+        return finish_export(
+            translate(program, args, kwargs, what=what), source=what, frontend=self.name
+        )
+
+
+def _existing(source: str | Path) -> Path:
+    path = Path(source)
+    if not path.is_file():
+        raise InputError(Diagnostic("torch.missing", "there is no such file", at=str(path)))
+    return path
+
+
+def _load(source: str | Path) -> torch.export.ExportedProgram:
+    path = _existing(source)
+    with listening() as noise:
+        try:
+            return torch.export.load(path)
+        except Exception as error:  # a deserializer meets whatever a file holds
+            failure = error
+    raise InputError(
+        Diagnostic(
+            "torch.program",
+            f"torch {torch.__version__} cannot load it: {type(failure).__name__}: {failure}",
+            at=str(path),
+            notes=tuple(f"torch: {line}" for line in noise[-2:]),
+            help="give a file that torch.export.save wrote, with this release of torch if it may be",
+        )
+    ) from failure
+
+
+def _check_use(program: torch.export.ExportedProgram, what: str) -> None:
+    """Refuse a program that is made for training, or for another device than the CPU."""
+    for name, tensor in (*program.state_dict.items(), *program.constants.items()):
+        if torch.is_tensor(tensor) and tensor.device.type != "cpu":
+            raise InputError(
+                Diagnostic(
+                    "torch.device",
+                    f"{name!r} of {what} lies on {tensor.device}",
+                    help="export the module on the CPU, or move the program with"
+                    " torch.export.passes.move_to_device_pass",
+                )
+            )
+    for node in program.graph.nodes:
+        place = _TRAINING.get(node.target)
+        if place is not None and len(node.args) > place and node.args[place] is True:
+            raise InputError(
+                Diagnostic(
+                    "torch.training",
+                    f"{what} was exported in training mode",
+                    at=f"{node.name} = {node.target}",
+                    help="call the module's eval() before torch.export.export",
+                )
+            )
