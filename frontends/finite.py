@@ -22,10 +22,11 @@ def check_finite(
     what: str,
     *,
     allow: frozenset[str] = frozenset(),
+    bounds: frozenset[str] = frozenset(),
 ) -> None:
     """Look at every float weight once, a chunk at a time, in as many threads as may compute.
 
-    ``allow`` names tensors that may hold -inf, as masks do.
+    ``allow`` names tensors that may hold -inf, as masks do, ``bounds`` those that may hold either infinity.
 
     Raises:
         InputError: with one diagnostic per tensor that holds NaN or infinity.
@@ -36,7 +37,7 @@ def check_finite(
             f"weight {name!r} of {what} holds {problem}",
             help="the checkpoint is damaged or training diverged: use an earlier one",
         )
-        for name, problem in _problems(weights, allow)
+        for name, problem in _problems(weights, allow, bounds)
         if problem
     ]
     if wrong:
@@ -44,14 +45,15 @@ def check_finite(
 
 
 def _problems(
-    weights: Iterable[tuple[str, npt.NDArray[Any]]], allow: frozenset[str]
+    weights: Iterable[tuple[str, npt.NDArray[Any]]], allow: frozenset[str], bounds: frozenset[str]
 ) -> Iterator[tuple[str, str]]:
     """What is wrong with each, in order; no more weights are held than threads."""
     threads = default_threads()
     waiting: deque[tuple[str, Future[str]]] = deque()
     with ThreadPoolExecutor(threads, "finite") as pool:
         for name, array in weights:
-            waiting.append((name, pool.submit(_problem, array, minus_inf=name in allow)))
+            infinite = (np.inf, -np.inf) if name in bounds else (-np.inf,) if name in allow else ()
+            waiting.append((name, pool.submit(_problem, array, infinite)))
             del array  # a map of a file: it goes when it has been looked at
             if len(waiting) > threads:
                 first, problem = waiting.popleft()
@@ -60,7 +62,7 @@ def _problems(
             yield name, problem.result()
 
 
-def _problem(array: npt.NDArray[Any], *, minus_inf: bool) -> str:
+def _problem(array: npt.NDArray[Any], infinite: tuple[float, ...]) -> str:
     """What is wrong with the first offending element, or the empty string."""
     if not (np.issubdtype(array.dtype, np.floating) or array.dtype == ml_dtypes.bfloat16):
         return ""
@@ -68,8 +70,8 @@ def _problem(array: npt.NDArray[Any], *, minus_inf: bool) -> str:
     for start in range(0, flat.size, CHUNK):
         chunk = flat[start : start + CHUNK]
         finite = np.isfinite(chunk)
-        if minus_inf:
-            finite |= np.isneginf(chunk)
+        for allowed in infinite:
+            finite |= chunk == allowed
         if not finite.all():
             first = int(np.argmin(finite))
             index = tuple(int(i) for i in np.unravel_index(start + first, array.shape))

@@ -68,7 +68,8 @@ class OnnxFile(Frontend):
         path = Path(source)
         proto = read_proto(path)
         original, model = _to_ir(proto, path), _to_ir(proto, path)  # both over the same weights
-        check_finite(_floats(original), str(path), allow=_masks(original))
+        floats = _floats(original)
+        check_finite(floats, str(path), allow=_masks(original), bounds=_bounds(original))
         weights.give_back(original)
         entries = _settle_inputs(model)
         _settle_inputs(original)
@@ -343,9 +344,21 @@ def _floats(model: ir.Model) -> Iterator[tuple[str, npt.NDArray[Any]]]:
 
 def _masks(model: ir.Model) -> frozenset[str]:
     """Initializers that only elementwise operators read: masks, which may hold -inf."""
-    elementwise = {"Add", "Where", "Expand", "Slice", "Concat", "Min", "Max", "Cast", "Unsqueeze"}
-    return frozenset(
-        name
-        for name, value in model.graph.initializers.items()
-        if all(use.node.op_type in elementwise for use in value.uses())
-    )
+    return frozenset(_read_only_by(model, _ELEMENTWISE | _COMPARING))
+
+
+def _bounds(model: ir.Model) -> frozenset[str]:
+    """Initializers that are only compared with: bounds, of which infinity is one that never binds."""
+    return frozenset(_read_only_by(model, _COMPARING))
+
+
+_COMPARING = frozenset(
+    {"Clip", "Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Max", "Min", "Where"}
+)
+_ELEMENTWISE = frozenset({"Add", "Expand", "Slice", "Concat", "Cast", "Unsqueeze"})
+
+
+def _read_only_by(model: ir.Model, op_types: frozenset[str]) -> Iterator[str]:
+    for name, value in model.graph.initializers.items():
+        if all(use.node.op_type in op_types for use in value.uses()):
+            yield name

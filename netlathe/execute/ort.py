@@ -488,7 +488,30 @@ def _runnable(node: ir.Node, rounded: Collection[ir.DataType]) -> list[onnx.Node
         known = None not in dtypes or ir.DataType.BFLOAT16 in dtypes
         if known and not dtypes.isdisjoint(rounded):
             return _in_float32(node, rounded)
-    return _spelled(ir.serde.serialize_node(node))
+    return _spelled(_serialized(node))
+
+
+def _serialized(node: ir.Node) -> onnx.NodeProto:
+    """The node with all that its subgraphs hold: a session has no folder to find mapped weights in."""
+    proto = ir.serde.serialize_node(node)
+    for attribute in proto.attribute:
+        if attribute.type != onnx.AttributeProto.GRAPH:
+            continue
+        inner = node.attributes[attribute.name].as_graph()
+        for told in attribute.g.initializer:
+            tensor = inner.initializers[told.name].const_value
+            if told.data_location == onnx.TensorProto.EXTERNAL and tensor is not None:
+                told.ClearField("external_data")
+                told.ClearField("data_location")
+                told.raw_data = tensor.tobytes()
+        if any(_holds_graphs(made) for made in inner):
+            del attribute.g.node[:]
+            attribute.g.node.extend(_serialized(made) for made in inner)
+    return proto
+
+
+def _holds_graphs(node: ir.Node) -> bool:
+    return any(attr.type == ir.AttributeType.GRAPH for attr in node.attributes.values())
 
 
 def _spelled(node: onnx.NodeProto) -> list[onnx.NodeProto]:
@@ -515,7 +538,7 @@ def _spelled(node: onnx.NodeProto) -> list[onnx.NodeProto]:
 
 def _in_float32(node: ir.Node, rounded: Collection[ir.DataType]) -> list[onnx.NodeProto]:
     """A node in half precision as float32 arithmetic on widened inputs, its results rounded."""
-    proto = ir.serde.serialize_node(node)
+    proto = _serialized(node)
     before, after = [], []
     for position, value in enumerate(node.inputs):
         if value is not None and value.dtype in rounded:

@@ -300,3 +300,27 @@ def test_optimizations_are_off_unless_asked_for() -> None:
         session.run({"x": np.ones(2, np.float32)})
         assert session._kept is not None
         assert session._kept.session.get_session_options().graph_optimization_level == level
+
+
+def test_mapped_weights_of_a_subgraph_run(tmp_path: Path) -> None:
+    """A session knows no folder, and a captured model of the cache names its file by the whole path."""
+    branch = "{ z = MatMul(x, w) }"
+    model = text.model(
+        "g (float[b, 8] x, bool c) => (float[b, 8] y) {"
+        f" y = If(c) <then_branch = inner () => (float[b, 8] z) {branch},"
+        " else_branch = other () => (float[b, 8] u) { u = Relu(x) }> }"
+    )
+    choice = next(node for node in model.graph if node.op_type == "If")
+    inner = choice.attributes["then_branch"].as_graph()
+    array = text.normal(8, 8, seed=1)
+    file = tmp_path / "weights"
+    file.write_bytes(array.tobytes())
+    weight = ir.Value(name="w", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape([8, 8]))
+    weight.const_value = ir.ExternalTensor(
+        str(file), 0, array.nbytes, ir.DataType.FLOAT, shape=ir.Shape([8, 8]), name="w"
+    )
+    inner.initializers["w"] = weight
+    product = inner[0]
+    product.replace_input_with(1, weight)
+    feeds = {"x": text.normal(3, 8, seed=2), "c": np.array(True)}
+    np.testing.assert_allclose(ort.run(model, feeds)["y"], feeds["x"] @ array, atol=1e-5)

@@ -367,3 +367,22 @@ def test_anonymous_dims_and_weights_among_the_inputs(tmp_path: Path) -> None:
     assert [v.name for v in captured.model.graph.inputs] == ["x"]
     assert set(captured.dynamic) == {"x_dim0"}
     assert any(e.candidate == "w0" for e in captured.entries)
+
+
+@pytest.mark.parametrize("op", ["Clip", "Add"])
+def test_infinity_is_a_bound_and_no_weight(op: str, tmp_path: Path) -> None:
+    model = tower()
+    model.graph.node[1].CopyFrom(helper.make_node(op, ["a", "bound"], ["b"]))
+    model.graph.initializer.append(numpy_helper.from_array(np.array(np.inf, np.float32), "bound"))
+    path = write(model, tmp_path)
+    if op == "Add":
+        with pytest.raises(InputError, match="'bound' of .* holds inf"):
+            OnnxFile().capture(path)
+        return
+    model.graph.node[1].input[:] = ["a", "floor", "bound"]
+    model.graph.initializer.append(numpy_helper.from_array(np.array(0, np.float32), "floor"))
+    captured = OnnxFile().capture(write(model, tmp_path))
+    feeds = dict(captured.sample({"batch": 3}, 0))
+    np.testing.assert_allclose(
+        ort.run(captured.model, feeds)["y"], reference(path, feeds)[0], atol=1e-6
+    )

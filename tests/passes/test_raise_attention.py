@@ -62,6 +62,21 @@ def test_eager(inputs: str, scores: str, scale: float | None, mask: list[str] | 
         assert [str(d) for d in held.shape] == mask
 
 
+def test_rows_without_a_key_stay_even_under_a_fill() -> None:
+    """-1e9 leaves digits of a score of hundreds, and the softmax of a row that keeps no key shows them."""
+    model = graph(
+        f"{QKV}, bool[b,1,s,t] c", f"{SCORES} l = Where(c, z, low) {OUT}", low=-1e9, **NUMBERS
+    )
+    after, entries = raised(model)
+    assert ops(after)["Attention"] == 1, entries
+    fed = feeds(model, SIZES[0], seed=0)
+    fed["q"] *= 1000
+    fed["c"][0, 0, 1] = False
+    (before,), (now,) = run(model, fed), run(after, fed)
+    assert_close(before[0, :, 1], fed["v"][0].mean(1))
+    assert_close(now, before)
+
+
 GUARDED = "p = Softmax<axis=-1>(l) empty = IsNaN(p) g = Where(empty, zero, p) y = MatMul(g, v)"
 
 
