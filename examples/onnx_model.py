@@ -1,7 +1,7 @@
 """Compile a plain ONNX file: no PyTorch is needed, in or out.
 
     python examples/onnx_model.py                # writes a small network of opset 13 first
-    python examples/onnx_model.py model.onnx     # any ONNX file of opset 13 to 25
+    python examples/onnx_model.py model.onnx     # any ONNX file of opset 7 to 25
 
 Does what `netlathe compile model.onnx --passes "..." -o DIR` does, in Python: look at the plan, which
 touches nothing, compile, and write for an older opset than the newest.

@@ -25,6 +25,8 @@ from netlathe.pipeline.ledger import Entry
 from netlathe.pipeline.pass_ import Feeds
 
 TOLERANCE = 1e-5  # of the output's RMS, float32
+_DOUBLINGS = 10  # of 16: up to 16384
+_LARGEST_INPUTS = 1 << 22  # elements of all inputs, beyond which sizes are not doubled again
 ROUNDING_SLACK = 8.0  # a graph has several rounding errors where `disturbed` makes one
 
 Arrays = dict[str, npt.NDArray[Any]]
@@ -56,16 +58,19 @@ def check_same(
     sample: Sample,
     *,
     what: str,
-) -> Entry:
+) -> tuple[Entry, dict[str, int]]:
     """Compare at two sizes or more, a batch above 1 among them; the entry tells the largest errors.
+
+    Also returned are sizes of the dynamic dims at which the original runs: ``dynamic``, or larger ones.
 
     Raises:
         CaptureError: an output differs, or the original cannot be run at a second size.
     """
     worst: dict[str, float] = {}
     trials = list(_trials(original, dynamic, sample, what))
-    results = ort.run_each(model, [feeds for feeds, _, _ in trials])
-    for (feeds, expected, label), actual in zip(trials, results, strict=True):
+    results = ort.run_each(model, [trial.feeds for trial in trials])
+    for trial, actual in zip(trials, results, strict=True):
+        feeds, expected, label = trial.feeds, trial.expected, trial.label
         errors = {name: relative_error(actual[name], expected[name]) for name in expected}
         worst[label] = max(errors.values(), default=0.0)
         wrong = {name: e for name, e in errors.items() if not e <= TOLERANCE}
@@ -78,45 +83,94 @@ def check_same(
             }
         if wrong:
             raise CaptureError(_difference(model, original, feeds, wrong, what, label))
-    return Entry(
+    entry = Entry(
         "capture",
         "applied",
         f"equal to the original at {len(worst)} sizes (largest difference {max(worst.values()):.1e}"
         " of the output's RMS)",
         detail={"relative_error": worst},
     )
+    asked = original.example is None and not original.sizes
+    return entry, {**dynamic, **(trials[0].sizes if asked else {})}
+
+
+@dataclass(frozen=True)
+class _Trial:
+    feeds: Feeds
+    expected: Arrays  # what the original makes of them
+    sizes: Mapping[str, int]
+
+    @property
+    def label(self) -> str:
+        """What names the trial in messages."""
+        return ", ".join(f"{k}={v}" for k, v in self.sizes.items()) or "fixed shapes"
+
+
+class _ExampleTrial(_Trial):
+    label = "the example inputs"
 
 
 def _trials(
     original: Original, dynamic: Mapping[str, int], sample: Sample, what: str
-) -> Iterator[tuple[Feeds, Arrays, str]]:
-    """Feeds, what the original makes of them, and a label that names the sizes."""
+) -> Iterator[_Trial]:
+    """What the model is compared at."""
     if original.example is not None:
-        yield original.example, original.run(original.example), "the example inputs"
+        yield _ExampleTrial(original.example, original.run(original.example), {})
     choices = list(original.sizes)
-    if not choices:
-        first = {} if original.example is not None else dict(dynamic)
-        choices = [c for c in (first,) if c]
-        if dynamic:
-            choices.append(_other_sizes(dynamic, original.bounds, lambda n: n + n // 2 + 1))
-        elif original.example is None:
-            choices = [{}]
-    for seed, sizes in enumerate(choices):
-        feeds = sample(sizes, seed)
-        label = ", ".join(f"{k}={v}" for k, v in sizes.items()) or "fixed shapes"
+    if choices or not dynamic:
+        if original.example is None:
+            choices = choices or [{}]
+        for seed, sizes in enumerate(choices):
+            yield _trial(original, sizes, dynamic, sample, seed, what)
+        return
+    first = dynamic
+    if original.example is None:
+        trial = _trial(original, dynamic, dynamic, sample, 0, what)
+        first = trial.sizes
+        yield trial
+    other = _other_sizes(first, original.bounds, lambda n: n + n // 2 + 1)
+    yield _trial(original, other, first, sample, 0 if original.example is not None else 1, what)
+
+
+def _trial(
+    original: Original,
+    sizes: Mapping[str, int],
+    base: Mapping[str, int],
+    sample: Sample,
+    seed: int,
+    what: str,
+) -> _Trial:
+    """The original at ``sizes``, or where it does not run there, at 2, 4, 8, ... times ``base``.
+
+    A dim may have to stay even, be a multiple of a patch, or hold a window of an audio signal.
+    """
+    first: tuple[str, Exception] | None = None
+    for tried in (sizes, *_doublings(base, original.bounds)):
+        feeds = sample(tried, seed)
         try:
-            expected = original.run(feeds)
+            return _Trial(feeds, original.run(feeds), dict(tried))
         except Exception as error:
-            doubled = _other_sizes(dynamic, original.bounds, lambda n: 2 * n)
-            if doubled == dict(sizes):
-                raise _cannot_run(what, label, error) from error
-            feeds = sample(doubled, seed)  # a dim may have to stay even, or a multiple of the patch
-            label = ", ".join(f"{k}={v}" for k, v in doubled.items())
-            try:
-                expected = original.run(feeds)
-            except Exception as second:
-                raise _cannot_run(what, label, second) from second
-        yield feeds, expected, label
+            label = ", ".join(f"{k}={v}" for k, v in tried.items()) or "fixed shapes"
+            first = first or (label, error)
+        if sum(array.size for array in feeds.values()) > _LARGEST_INPUTS:
+            break
+    assert first is not None  # `sizes` were tried
+    raise _cannot_run(what, *first) from first[1]
+
+
+def _doublings(
+    base: Mapping[str, int], bounds: Mapping[str, tuple[int, int]]
+) -> Iterator[dict[str, int]]:
+    """``base`` doubled, then only what is no batch of it doubled on, as far as anything grows."""
+    sizes = dict(base)
+    for _ in range(_DOUBLINGS):
+        grown = _other_sizes(sizes, bounds, lambda n: 2 * n)
+        if sizes != base:
+            grown.update({name: size for name, size in sizes.items() if "batch" in name})
+        if grown == sizes:
+            return
+        yield grown
+        sizes = grown
 
 
 def _cannot_run(what: str, label: str, error: Exception) -> CaptureError:
@@ -124,7 +178,7 @@ def _cannot_run(what: str, label: str, error: Exception) -> CaptureError:
         Diagnostic(
             "capture.sizes",
             f"{what} itself fails at {label}: {type(error).__name__}: {error}",
-            notes=("a capture is compared with the original at a second size",),
+            notes=("a capture is compared with the original at two sizes; larger ones fail, too",),
             help="declare only dims dynamic that the model accepts at other sizes",
         )
     )

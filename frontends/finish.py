@@ -45,7 +45,12 @@ def finish(
     def sample(sizes: Mapping[str, int], seed: int) -> Feeds:
         return samples.synthesize(model, {**dynamic, **sizes}, seed)
 
-    ledger.append(check_same(model, original, dynamic, sample, what=source))
+    entry, sizes = check_same(model, original, dynamic, sample, what=source)
+    ledger.append(entry)
+    if changed := {name: size for name, size in sizes.items() if size != dynamic[name]}:
+        named = ", ".join(f"{name}={size}" for name, size in changed.items())
+        ledger.append(Entry("sizes", "applied", f"it runs at {named}, but not at smaller ones"))
+    dynamic = sizes
     return Captured(
         model=model,
         source=source,

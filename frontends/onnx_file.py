@@ -1,4 +1,4 @@
-"""Reads an ONNX file of opset 13 to 25, its external data mapped, and brings it to the IR's opset.
+"""Reads an ONNX file of opset 7 to 25, its external data mapped, and brings it to the IR's opset.
 
 Nothing outside the file's own folder is ever read: a model file is data from someone else.
 
@@ -26,7 +26,8 @@ from netlathe.frontends.exporter_metadata import condense
 from netlathe.frontends.finish import finish
 from netlathe.frontends.finite import check_finite
 from netlathe.frontends.onnx_opset import NEWEST, raise_opset
-from netlathe.ir import weights
+from netlathe.ir import normal, weights
+from netlathe.pipeline import verification
 from netlathe.pipeline.interfaces import Captured, Frontend
 from netlathe.pipeline.ledger import Entry
 from netlathe.pipeline.pass_ import Feeds
@@ -67,19 +68,12 @@ class OnnxFile(Frontend):
         """
         path = Path(source)
         proto = read_proto(path)
-        original, model = _to_ir(proto, path), _to_ir(proto, path)  # both over the same weights
+        original = _to_ir(proto, path)
         floats = _floats(original)
         check_finite(floats, str(path), allow=_masks(original), bounds=_bounds(original))
         weights.give_back(original)
-        entries = _settle_inputs(model)
         _settle_inputs(original)
-        version = raise_opset(model)
-        if version != NEWEST:
-            entries.append(Entry("opset", "applied", f"raised from {version} to {NEWEST}"))
-        if model.functions:
-            names = ", ".join(sorted({f.name for f in model.functions.values()}))
-            common_passes.InlinePass()(model)
-            entries.append(Entry("functions", "applied", f"inlined {names}"))
+        model, entries = _in_newest(proto, path)  # over the same weights
         condense(model)
 
         def run(feeds: Feeds) -> dict[str, npt.NDArray[Any]]:
@@ -94,9 +88,14 @@ class OnnxFile(Frontend):
             ]
             return ort.run(original, feeds, names)
 
+        def disturbed(feeds: Feeds) -> dict[str, npt.NDArray[Any]]:
+            typed, _ = _in_newest(proto, path)
+            normal.normalize(typed)
+            return verification.disturbed_outputs(typed, feeds)
+
         return finish(
             model,
-            Original(run=run, intermediates=intermediates),
+            Original(run=run, intermediates=intermediates, disturbed=disturbed),
             source=str(path),
             frontend=self.name,
             dynamic=samples.dynamic_dims(model),
@@ -159,6 +158,21 @@ def read_proto(path: Path) -> onnx.ModelProto:
     _check_structure(proto, path)
     _check_external(proto, path)
     return proto
+
+
+def _in_newest(proto: onnx.ModelProto, path: Path) -> tuple[ir.Model, list[Entry]]:
+    """The model at the IR's opset, without functions, and what was done for it."""
+    model = _to_ir(proto, path)
+    entries = _settle_inputs(model)
+    _tell_ranks(model, proto)
+    version = raise_opset(model)
+    if version != NEWEST:
+        entries.append(Entry("opset", "applied", f"raised from {version} to {NEWEST}"))
+    if model.functions:
+        names = ", ".join(sorted({f.name for f in model.functions.values()}))
+        common_passes.InlinePass()(model)
+        entries.append(Entry("functions", "applied", f"inlined {names}"))
+    return model, entries
 
 
 def _to_ir(proto: onnx.ModelProto, path: Path) -> ir.Model:
@@ -327,12 +341,40 @@ def _settle_inputs(model: ir.Model) -> list[Entry]:
                     help="export the model with shapes; dims may be symbolic",
                 )
             )
-        dims = [
-            dim if isinstance(dim, int) or dim.value is not None else f"{value.name}_dim{axis}"
-            for axis, dim in enumerate(value.shape)
-        ]
-        value.shape = ir.Shape(dims)
+        named = [_dim(dim, f"{value.name}_dim{axis}") for axis, dim in enumerate(value.shape)]
+        value.shape = ir.Shape(named)
+    inside = [value for node in graph.all_nodes() for value in node.outputs]
+    for value in [*inside, *graph.outputs]:
+        if value.shape is not None and not value.is_graph_input():
+            value.shape = ir.Shape([_dim(dim, None) for dim in value.shape])
     return entries
+
+
+def _dim(dim: int | ir.SymbolicDim, unknown: str | None) -> int | str | None:
+    """``dim``, or ``unknown`` where it tells nothing: -1, or a name such as "?" (Paddle's exporter)."""
+    if isinstance(dim, int):
+        return dim if dim >= 0 else unknown
+    readable = dim.value is not None and any(map(str.isalnum, dim.value))
+    return dim.value if readable else unknown
+
+
+def _tell_ranks(model: ir.Model, proto: onnx.ModelProto) -> None:
+    """Shapes of what a Softmax before opset 13 reads: it took all dims from one on together."""
+    read = {
+        node.inputs[0].name: node.inputs[0]
+        for node in model.graph
+        if node.op_type in ("Softmax", "LogSoftmax", "Hardmax")
+        and node.inputs[0] is not None
+        and node.inputs[0].shape is None
+    }
+    if not read or model.opset_imports.get("", NEWEST) >= 13:
+        return
+    for told in onnx.shape_inference.infer_shapes(proto).graph.value_info:
+        if told.name in read and told.type.tensor_type.HasField("shape"):
+            dims = told.type.tensor_type.shape.dim
+            read[told.name].shape = ir.Shape(
+                [dim.dim_value if dim.HasField("dim_value") else None for dim in dims]
+            )
 
 
 def _floats(model: ir.Model) -> Iterator[tuple[str, npt.NDArray[Any]]]:

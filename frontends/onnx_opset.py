@@ -1,4 +1,4 @@
-"""Raises a model's default-domain opset from 13 or later to 25, in place.
+"""Raises a model's default-domain opset from 7 or later to 25, in place.
 
 Between these versions few operators changed what an existing node means; the table below has them
 all, and a test reads every schema of the `onnx` package to see that none is missing. Working in
@@ -7,15 +7,17 @@ place keeps names, metadata and functions, and never serialises weights, so size
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 
 from netlathe.diagnostics import Diagnostic, InputError
 
-OLDEST = 13
+OLDEST = 7
 NEWEST = 25
 
 Adapter = Callable[[ir.Node, "Scope"], None]
@@ -23,20 +25,26 @@ Adapter = Callable[[ir.Node, "Scope"], None]
 
 @dataclass
 class Scope:
-    """Where an adapted node lives: makes int64 constants beside it."""
+    """Where an adapted node lives: makes constants and other nodes in front of it."""
 
     graph: ir.Graph | ir.Function
 
     def ints(self, before: ir.Node, values: list[int], stem: str) -> ir.Value:
         """An int64 [len(values)] constant, made by a Constant node in front of ``before``."""
-        node = ir.node(
-            "Constant",
-            [],
-            attributes={"value": ir.tensor(np.asarray(values, dtype=np.int64))},
-        )
+        return self.constant(before, np.asarray(values, dtype=np.int64), stem)
+
+    def constant(self, before: ir.Node, array: npt.NDArray[Any], stem: str) -> ir.Value:
+        """The array, made by a Constant node in front of ``before``."""
+        made = self.op(before, "Constant", [], stem, value=ir.tensor(array))
+        made.dtype, made.shape = ir.DataType.from_numpy(array.dtype), ir.Shape(array.shape)
+        return made
+
+    def op(
+        self, before: ir.Node, op: str, inputs: Sequence[ir.Value | None], stem: str, **attrs: Any
+    ) -> ir.Value:
+        """The output of a new node in front of ``before``."""
+        node = ir.node(op, inputs, attributes=attrs)
         node.outputs[0].name = f"{before.outputs[0].name}_{stem}"
-        node.outputs[0].dtype = ir.DataType.INT64
-        node.outputs[0].shape = ir.Shape([len(values)])
         self.graph.insert_before(before, node)
         return node.outputs[0]
 
@@ -45,7 +53,7 @@ def raise_opset(model: ir.Model) -> int:
     """Bring ``model`` to opset 25; returns the version it had.
 
     Raises:
-        InputError: the version is outside 13..25, or a node has no equal form in 25.
+        InputError: the version is outside 7..25, or a node has no equal form in 25.
     """
     version = model.opset_imports.get("")
     if version is None:
@@ -60,7 +68,7 @@ def raise_opset(model: ir.Model) -> int:
             Diagnostic(
                 "onnx.opset",
                 f"the model is of opset {version}; {OLDEST} to {NEWEST} can be read",
-                help="export it again at opset 17 or later"
+                help="export it again, at opset 17 or later"
                 if older
                 else "upgrade NetLathe, or export at an earlier opset",
             )
@@ -82,22 +90,138 @@ def _raise(graph: ir.Graph | ir.Function, version: int) -> None:
         if node.domain not in ("", "ai.onnx"):
             continue
         node.version = None  # the model's import says it
-        since_adapter = _ADAPTERS.get(node.op_type)
-        if since_adapter is not None and version < since_adapter[0]:
-            owner = node.graph
-            assert owner is not None  # it came out of the graph's own traversal
-            since_adapter[1](node, Scope(owner))
+        owner = node.graph
+        assert owner is not None  # it came out of the graph's own traversal
+        for since, adapt in _ADAPTERS.get(node.op_type, ()):
+            if version < since:
+                adapt(node, Scope(owner))
 
 
 # -- the operators that changed -------------------------------------------------------------------
 
 
-def _axes_become_input(node: ir.Node, scope: Scope) -> None:
-    """Reduce* before 18: the `axes` attribute is the second input now."""
-    axes = node.attributes.pop("axes", None)
-    if axes is not None:
-        node.resize_inputs(2)
-        node.replace_input_with(1, scope.ints(node, list(axes.as_ints()), "axes"))
+def _become_inputs(*names: str) -> Adapter:
+    """The attributes ``names``, lists of integers or one, are the inputs behind the first now."""
+
+    def adapt(node: ir.Node, scope: Scope) -> None:
+        for position, name in enumerate(names, 1):
+            attribute = node.attributes.pop(name, None)
+            if attribute is not None:
+                one = attribute.type == ir.AttributeType.INT
+                values = [attribute.as_int()] if one else list(attribute.as_ints())
+                _set_input(node, position, scope.ints(node, values, name))
+
+    return adapt
+
+
+def _set_input(node: ir.Node, position: int, value: ir.Value | None) -> None:
+    if position >= len(node.inputs):
+        node.resize_inputs(position + 1)
+    node.replace_input_with(position, value)
+
+
+def _float_inputs(**names: int) -> Adapter:
+    """The attributes ``names``, one number each, are inputs now, at these positions."""
+
+    def adapt(node: ir.Node, scope: Scope) -> None:
+        dtype = (node.inputs[0].dtype if node.inputs[0] is not None else None) or ir.DataType.FLOAT
+        for name, position in names.items():
+            attribute = node.attributes.pop(name, None)
+            if attribute is not None:
+                number = np.asarray(attribute.as_float(), np.float32).astype(dtype.numpy())
+                _set_input(node, position, scope.constant(node, number, name))
+
+    return adapt
+
+
+def _forget(name: str, must_be: int | None = None) -> Adapter:
+    """The attribute ``name`` went; where it is not ``must_be``, nothing in 25 is equal."""
+
+    def adapt(node: ir.Node, scope: Scope) -> None:
+        attribute = node.attributes.pop(name, None)
+        if attribute is not None and must_be is not None and attribute.as_int() != must_be:
+            raise _no_equal(node, f"{node.op_type} with {name}={attribute.as_int()}")
+
+    return adapt
+
+
+def _becomes(op_type: str) -> Adapter:
+    """The operator has another name now."""
+
+    def adapt(node: ir.Node, scope: Scope) -> None:
+        node.op_type = op_type
+
+    return adapt
+
+
+def _no_equal(node: ir.Node, what: str) -> InputError:
+    return InputError(
+        Diagnostic(
+            "onnx.opset",
+            f"{what} has no equal in opset {NEWEST}",
+            at=str(node.name or node.outputs[0].name),
+            help="export the model again, at opset 17 or later",
+        )
+    )
+
+
+def _batched_scan(node: ir.Node, scope: Scope) -> None:
+    """Scan before 9 had a batch dim in all that it scans."""
+    raise _no_equal(node, "Scan of opset 8")
+
+
+def _softmax_of_rows(node: ir.Node, scope: Scope) -> None:
+    """Softmax and the like before 13 take all dims from ``axis`` (default 1) on as one."""
+    x = node.inputs[0]
+    attribute = node.attributes.pop("axis", None)
+    axis = attribute.as_int() if attribute is not None else 1
+    if x is not None and x.shape is not None:
+        axis += len(x.shape) if axis < 0 else 0
+        if all(dim == 1 for dim in x.shape[axis + 1 :]):
+            node.attributes["axis"] = ir.AttrInt64("axis", axis)
+            return
+    rows = scope.op(node, "Flatten", [x], "rows", axis=axis)
+    result = scope.op(node, node.op_type, [rows], "of_rows", axis=-1)
+    shape = scope.op(node, "Shape", [x], "shape")
+    node.op_type = "Reshape"
+    _set_input(node, 0, result)
+    _set_input(node, 1, shape)
+
+
+def _upsample_scales(node: ir.Node, scope: Scope) -> None:
+    """Upsample before 9: the `scales` attribute is the second input now."""
+    scales = np.asarray(node.attributes.pop("scales").as_floats(), np.float32)
+    _set_input(node, 1, scope.constant(node, scales, "scales"))
+
+
+def _resize_by_corner(node: ir.Node, scope: Scope) -> None:
+    """Upsample, and Resize before 11, count from the corner; only their scales are given."""
+    scales = node.inputs[1]
+    _set_input(node, 2, scales)
+    _set_input(node, 1, None)
+    literal = None if scales is None else ir.convenience.get_const_tensor(scales)
+    # ONNX Runtime rounds up where it makes smaller; the standard does not say.
+    smaller = literal is not None and bool((literal.numpy() < 1).any())
+    mode = node.attributes.get("mode")
+    if mode is not None and mode.as_string() == "bilinear":
+        node.attributes["mode"] = ir.AttrString("mode", "linear")
+    for name, value in (
+        ("coordinate_transformation_mode", "asymmetric"),
+        ("nearest_mode", "ceil" if smaller else "floor"),
+    ):
+        node.attributes[name] = ir.AttrString(name, value)
+
+
+def _resize_without_empty(node: ir.Node, scope: Scope) -> None:
+    """Resize before 13 had to be given a region and scales, empty where they do not count."""
+    mode = node.attributes.get("coordinate_transformation_mode")
+    text = mode.as_string() if mode is not None else ""
+    if text == "tf_half_pixel_for_nn":
+        raise _no_equal(node, f"Resize with coordinates by {text}")
+    if len(node.inputs) > 3 and node.inputs[3] is not None:
+        node.replace_input_with(2, None)
+    if text != "tf_crop_and_resize" and len(node.inputs) > 1:
+        node.replace_input_with(1, None)
 
 
 def _split_counts(node: ir.Node, scope: Scope) -> None:
@@ -173,13 +297,24 @@ _REDUCTIONS = (
     *("ReduceL1", "ReduceL2", "ReduceLogSum", "ReduceLogSumExp", "ReduceMax"),
     *("ReduceMean", "ReduceMin", "ReduceProd", "ReduceSumSquare"),
 )
-# operator -> (the opset that changed it, what makes an older node say the same in it)
-_ADAPTERS: Mapping[str, tuple[int, Adapter]] = {
-    **{name: (18, _axes_become_input) for name in _REDUCTIONS},
-    "BatchNormalization": (14, _inference_batch_norm),
-    "DFT": (20, _dft_axis),
-    "GridSample": (20, _grid_sample_modes),
-    "GroupNormalization": (21, _group_norm_scales),
-    "RoiAlign": (16, _old_roi_align),
-    "Split": (18, _split_counts),
+# operator -> by age: the opset that changed it, and what makes an older node say the same in it
+_ADAPTERS: Mapping[str, tuple[tuple[int, Adapter], ...]] = {
+    **{name: ((18, _become_inputs("axes")),) for name in _REDUCTIONS},
+    **{name: ((13, _become_inputs("axes")),) for name in ("ReduceSum", "Squeeze", "Unsqueeze")},
+    **{name: ((13, _softmax_of_rows),) for name in ("Hardmax", "LogSoftmax", "Softmax")},
+    "BatchNormalization": ((9, _forget("spatial", 1)), (14, _inference_batch_norm)),
+    "Clip": ((11, _float_inputs(min=1, max=2)),),
+    "DFT": ((20, _dft_axis),),
+    "Dropout": ((12, _forget("ratio")),),  # it drops in training only
+    "GridSample": ((20, _grid_sample_modes),),
+    "GroupNormalization": ((21, _group_norm_scales),),
+    "Pad": ((11, _become_inputs("pads")), (11, _float_inputs(value=2))),
+    "Resize": ((11, _resize_by_corner), (13, _resize_without_empty)),
+    "RoiAlign": ((16, _old_roi_align),),
+    "Scan": ((9, _batched_scan),),
+    "Scatter": ((11, _becomes("ScatterElements")),),
+    "Slice": ((10, _become_inputs("starts", "ends", "axes")),),
+    "Split": ((13, _become_inputs("split")), (18, _split_counts)),
+    "TopK": ((10, _become_inputs("k")),),
+    "Upsample": ((9, _upsample_scales), (10, _resize_by_corner), (10, _becomes("Resize"))),
 }

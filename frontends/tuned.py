@@ -58,15 +58,9 @@ def with_weights(compiled: Compiled, tuned: nn.Module | State) -> Compiled:
     def sample(sizes: Mapping[str, int], seed: int) -> Feeds:
         return fitting(source.sample(sizes, seed))
 
-    entries.append(
-        check_same(
-            model,
-            _original(compiled.model, model, state),
-            source.dynamic,
-            sample,
-            what="the tuned module",
-        )
-    )
+    original = _original(compiled.model, model, state)
+    entry, _ = check_same(model, original, source.dynamic, sample, what="the tuned module")
+    entries.append(entry)
     tokenize = source.tokenize
     captured = Captured(
         model,

@@ -65,6 +65,7 @@ _MOVES = frozenset(
     "Cast Concat Expand Flatten Gather GatherElements GatherND Identity Pad Reshape Slice Split"
     " Squeeze Tile Transpose Unsqueeze Where".split()
 )
+_JOINS = frozenset({"Concat", "Where"})  # those of several values
 
 
 @dataclass(frozen=True)
@@ -296,16 +297,38 @@ def bounds(
 
     Where an error is more than rounding explains in a usual model, which is ``bound``, it is asked how far
     this one moves by rounding, and ``slack`` times that is allowed: an ill-conditioned model is not wrong.
-    No more than ``MOST_MOVED`` is, by which a layer that is missing would be told.
+    No more than ``MOST_MOVED`` is, by which a layer that is missing would be told; but a Sigmoid that ends
+    the model may always be off by its last bits.
     """
     if all(error <= bound for error in errors.values()):
         return dict.fromkeys(errors, bound)
     moved = moved_by_rounding(model, {name: expected[name] for name in errors}, feeds, alike)
     allowed = {name: slack * moved[name] for name in errors}
+    bits = _last_bits_of_sigmoids(model, expected)
     return {
-        name: max(bound, min(far, MOST_MOVED) if np.isfinite(far) else 0.0)
+        name: max(bound, min(far, MOST_MOVED) if np.isfinite(far) else 0.0, bits.get(name, 0.0))
         for name, far in allowed.items()
     }
+
+
+def _last_bits_of_sigmoids(
+    model: ir.Model, outputs: Mapping[str, npt.NDArray[Any]]
+) -> dict[str, float]:
+    """Two ulps of 1 as a share of the RMS of each output that is a Sigmoid's.
+
+    Kernels add 1/2 to an odd function, so that all results have the last bit of 1, those near 0 too: an
+    output that says "no" everywhere is off by several times its RMS.
+    """
+    shares: dict[str, float] = {}
+    for value in model.graph.outputs:
+        node, name = value.producer(), value.name or ""
+        while node is not None and node.op_type in _MOVES and node.op_type not in _JOINS:
+            source = node.inputs[0]
+            node = source.producer() if source is not None else None
+        if node is not None and node.op_type == "Sigmoid" and name in outputs:
+            rms = float(np.sqrt(np.mean(np.square(outputs[name], dtype=np.float64))))
+            shares[name] = 2.0**-22 / rms if rms else float("inf")
+    return shares
 
 
 def moved_by_rounding(

@@ -20,6 +20,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 import onnxruntime
 
+from netlathe.execute import samples
 from netlathe.ir.edit import const_array
 from netlathe.passes.normalize.match import NoMatch
 from netlathe.passes.normalize.rewrite import Trial
@@ -151,18 +152,16 @@ class _Region:
         self, sizes: Sequence[int], rng: np.random.Generator, trial: Trial
     ) -> dict[str, npt.NDArray[Any]]:
         """Random data for the inputs with the dynamic dims at ``sizes``, by position."""
-        symbols = sorted({name for v in self.inputs for name in _shape(v).free_symbols()})
+        symbols = sorted({n for v in self.inputs if _shape(v) for n in samples.free_dims(v)})
         if len(symbols) > len(sizes):
             raise NoMatch(f"depends on {len(symbols)} dynamic dims, too many to try")
         bound = dict(zip(symbols, sizes, strict=False))
         feeds: dict[str, npt.NDArray[Any]] = {}
         for i, value in enumerate(self.inputs):
-            shape = [
-                d.evaluate(bound) if isinstance(d, ir.SymbolicDim) else d for d in _shape(value)
-            ]
-            if not all(isinstance(d, int) and d > 0 for d in shape):
+            shape = samples.shape_of(value, bound)
+            if not all(dim > 0 for dim in shape):
                 raise NoMatch(f"{value.name} has the shape {value.shape}, which cannot be tried")
-            feeds[f"i{i}"] = _random(value, [int(str(d)) for d in shape], rng, trial)
+            feeds[f"i{i}"] = _random(value, shape, rng, trial)
         return feeds
 
 

@@ -7,8 +7,9 @@
     where(isnan(p), 0, p)              around the softmax p: rows without a key, which Attention makes 0
 
 A ``where`` with a fill becomes ``scores + where(c, 0, fill)``: the same for a fill that swallows any score,
-so that one that swallows usual ones is made larger (and for -inf in every row that keeps a key; the others are NaN before). Attention over ``[n,s,d]`` whose
-operands were merged from ``[b,h,s,d]`` is raised on those; other three-dim attention becomes one head.
+so that one that swallows usual ones becomes such a one (and for -inf in every row that keeps a key; the
+others are NaN before). Attention over ``[n,s,d]`` whose operands were merged from ``[b,h,s,d]`` is raised
+on those; other three-dim attention becomes one head.
 """
 
 from __future__ import annotations
@@ -40,7 +41,8 @@ from netlathe.passes.normalize.rewrite import (
 )
 
 _SWALLOWS = -1e9  # float32 steps by 64 there: adding any usual score leaves a fill as it is
-_FAR = -(2.0**100)  # steps by 2**77: any score leaves it as it is, and rows that keep no key stay even
+# Steps by 2**77: any score leaves it as it is, and rows that keep no key stay even.
+_FAR = -(2.0**100)
 _BETWEEN = ("Cast", "Reshape")  # what may stand between the softmax and the product with v
 _BEFORE = ("Add", "Mul", "Div", "Where", "Tanh", "Cast", "Reshape")
 _HOPS = 12

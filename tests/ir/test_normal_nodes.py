@@ -41,7 +41,7 @@ def _load(case: TestCase, literal: bool) -> tuple[ir.Model, dict[str, np.ndarray
     assert case.model is not None and case.data_sets is not None
     proto = onnx.ModelProto.FromString(case.model.SerializeToString())
     version = next((o.version for o in proto.opset_import if o.domain in ("", "ai.onnx")), 0)
-    if not OLDEST <= version <= NEWEST:
+    if not OLDEST <= version <= NEWEST or case.name == "test_scan_sum":  # Scan of opset 8
         return None
     feeds: dict[str, np.ndarray] = {}
     for number, (value, data) in enumerate(

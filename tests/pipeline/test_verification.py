@@ -30,6 +30,7 @@ from netlathe.pipeline.run import run
 from netlathe.pipeline.verification import (
     Bench,
     _disturbed,
+    bounds,
     computed_alike,
     moved_by_rounding,
     shared_names,
@@ -181,6 +182,18 @@ def test_what_both_models_compute_alike_is_not_disturbed() -> None:
     assert moved_by_rounding(made, outputs, feeds, alike)["y"] < 1e-6
     with pytest.raises(VerifyError, match=r"verify\.differs"):
         run(captured, [Wrong()], Context())
+
+
+@pytest.mark.parametrize(
+    ("last", "allowed"), [("Sigmoid", 2**-22 / 1e-8), ("Relu", 1e-5), ("Tanh", 1e-5)]
+)
+def test_a_sigmoid_that_ends_a_model_has_the_digits_of_one(last: str, allowed: float) -> None:
+    """Detectors that see nothing say 1e-8 everywhere, and two kernels differ by 1e-7 there."""
+    made = model("float[b,8] x", "float[b,8] y", f"s = {last}(x) y = Reshape(s, n)", n=[-1, 8])
+    feeds = {"x": np.full((2, 8), -20, np.float32)}
+    expected = {"y": np.full((2, 8), 1e-8, np.float32)}
+    found = bounds(made, {"y": 10.0}, expected, feeds, 1e-5, slack=0.0)
+    assert found["y"] == pytest.approx(allowed)
 
 
 def test_values_are_computed_alike_whatever_their_names() -> None:
