@@ -102,7 +102,7 @@ class Shape:
 
     @property
     def partial(self) -> int:
-        """Floats of one row of a part: results, the largest score, the sum of weights, two to align it."""
+        """Floats of one row of a part: results, the largest score, the sum of weights, two zeros."""
         return self.depth + 4
 
     @property

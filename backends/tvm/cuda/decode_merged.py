@@ -1,7 +1,10 @@
 """Device code that merges the parts of decoding: those of a block's warps, and those of blocks.
 
 It is a part of :mod:`netlathe.backends.tvm.cuda.decode`. A part of a row is kRow floats: sums of weighted
-values, the largest score, the sum of weights. Parts are added in the same order each time.
+values, the largest score, the sum of weights, two zeros. Parts are added in the same order each time.
+
+Zeros are there so that parts leave no gap. The level-2 cache keeps 32 bytes at a time, and of those that are
+not wholly written it reads the rest from memory when the merging kernel asks for them.
 """
 
 # Of a block that merges what blocks have left: threads, and columns that it merges. Many small blocks read
@@ -19,7 +22,8 @@ def source(warps: int) -> str:
 __device__ __forceinline__ float shrunk(float score, float top) {{
   return power(score - (top == -INFINITY ? 0.0f : top));
 }}
-// Two columns of a row as the block's warps add up to them, whose parts are `stride` floats apart.
+// Two columns of a row as the block's warps add up to them, whose parts are `stride` floats apart. Nothing of
+// the row is left out.
 __device__ __forceinline__ void merge_warps(const float* row, int stride, int column, float* to) {{
   float2 part[{warps}], rest[{warps}];
 #pragma unroll
@@ -37,7 +41,8 @@ __device__ __forceinline__ void merge_warps(const float* row, int stride, int co
     value.x += part[i].x * factor, value.y += part[i].y * factor, whole += rest[i].y * factor;
   }}
   *reinterpret_cast<float2*>(to + column) = value;
-  if (column == 0) *reinterpret_cast<float2*>(to + kDepth) = make_float2(top, whole);
+  static_assert(kRow == kDepth + 4);
+  if (column == 0) *reinterpret_cast<float4*>(to + kDepth) = make_float4(top, whole, 0.0f, 0.0f);
 }}
 // The result in one column, where there is no part but theirs.
 __device__ __forceinline__ float merged_warps(const float* row, int stride, int column) {{
