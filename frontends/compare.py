@@ -23,11 +23,12 @@ from netlathe.ir.printing import show_node
 from netlathe.ir.provenance import module_path
 from netlathe.pipeline.ledger import Entry
 from netlathe.pipeline.pass_ import Feeds
+from netlathe.pipeline.verification import MOST_MOVED
 
 TOLERANCE = 1e-5  # of the output's RMS, float32
 _DOUBLINGS = 10  # of 16: up to 16384
 _LARGEST_INPUTS = 1 << 22  # elements of all inputs, beyond which sizes are not doubled again
-ROUNDING_SLACK = 8.0  # a graph has several rounding errors where `disturbed` makes one
+ROUNDING_SLACK = 8.0  # a graph has several rounding errors where `moved` makes one
 
 Arrays = dict[str, npt.NDArray[Any]]
 Sample = Callable[[Mapping[str, int], int], Feeds]
@@ -37,15 +38,15 @@ Sample = Callable[[Mapping[str, int], int], Feeds]
 class Original:
     """The model that a capture must equal.
 
-    ``run`` gives its outputs; ``disturbed`` the same with rounding errors strewn in, where the
-    source can do that; ``intermediates`` every value it can observe, by names shared with the
-    captured graph. ``example`` are feeds the user gave. ``bounds`` limits dynamic dims: name ->
-    (low, high).
+    ``run`` gives its outputs; ``moved`` says how far each moves, of its RMS, with rounding errors strewn
+    in, where the source can do that (it compares the source with itself, so that nothing that a capture
+    does counts); ``intermediates`` every value it can observe, by names shared with the captured graph.
+    ``example`` are feeds the user gave. ``bounds`` limits dynamic dims: name -> (low, high).
     """
 
     run: Callable[[Feeds], Arrays]
     intermediates: Callable[[Feeds], Arrays]
-    disturbed: Callable[[Feeds], Arrays] | None = None
+    moved: Callable[[Feeds], Mapping[str, float]] | None = None
     example: Feeds | None = None
     bounds: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     sizes: Sequence[Mapping[str, int]] = ()  # sizes to compare at; empty: chosen from the defaults
@@ -74,24 +75,25 @@ def check_same(
         errors = {name: relative_error(actual[name], expected[name]) for name in expected}
         worst[label] = max(errors.values(), default=0.0)
         wrong = {name: e for name, e in errors.items() if not e <= TOLERANCE}
-        if wrong and original.disturbed is not None:
-            noisy = original.disturbed(feeds)
-            wrong = {
-                name: e
-                for name, e in wrong.items()
-                if not e <= ROUNDING_SLACK * relative_error(noisy[name], expected[name])
-            }
+        if wrong and original.moved is not None:
+            moved = original.moved(feeds)
+            wrong = {name: e for name, e in wrong.items() if not e <= _allowed(moved[name])}
         if wrong:
             raise CaptureError(_difference(model, original, feeds, wrong, what, label))
     entry = Entry(
         "capture",
         "applied",
-        f"equal to the original at {len(worst)} sizes (largest difference {max(worst.values()):.1e}"
-        " of the output's RMS)",
+        f"equal to the original at {len(worst)} size{'s' if len(worst) != 1 else ''} (largest difference"
+        f" {max(worst.values()):.1e} of the output's RMS)",
         detail={"relative_error": worst},
     )
     asked = original.example is None and not original.sizes
     return entry, {**dynamic, **(trials[0].sizes if asked else {})}
+
+
+def _allowed(moved: float) -> float:
+    """What an output may be off by that moves so far by rounding; nothing where there is no telling."""
+    return min(ROUNDING_SLACK * moved, MOST_MOVED) if np.isfinite(moved) else 0.0
 
 
 @dataclass(frozen=True)

@@ -545,7 +545,7 @@ def _original(exported: Exported, loaded: _Loaded, task: Task) -> Original:
 
     return Original(
         run=filled(exported.run),
-        disturbed=filled(exported.disturbed),
+        moved=filled(exported.moved),
         intermediates=intermediates,
         bounds=exported.bounds,
         sizes=task.sizes,

@@ -88,14 +88,14 @@ class OnnxFile(Frontend):
             ]
             return ort.run(original, feeds, names)
 
-        def disturbed(feeds: Feeds) -> dict[str, npt.NDArray[Any]]:
+        def moved(feeds: Feeds) -> dict[str, float]:
             typed, _ = _in_newest(proto, path)
             normal.normalize(typed)
-            return verification.disturbed_outputs(typed, feeds)
+            return verification.moved_by_rounding(typed, ort.run(typed, feeds), feeds)
 
         return finish(
             model,
-            Original(run=run, intermediates=intermediates, disturbed=disturbed),
+            Original(run=run, intermediates=intermediates, moved=moved),
             source=str(path),
             frontend=self.name,
             dynamic=samples.dynamic_dims(model),

@@ -23,6 +23,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from netlathe.diagnostics import CaptureError, Diagnostic, InputError
+from netlathe.execute.compare import relative_error
 from netlathe.frontends.exporter_metadata import condense
 from netlathe.frontends.torch_signature import (
     DynamicDims,
@@ -47,10 +48,10 @@ class Exported:
     """A raw export: names and dims are final, operators and constants are the exporter's.
 
     ``example`` are the example inputs by graph input name. ``run`` calls the original module on
-    feeds; ``disturbed`` does the same while every leaf module's output, or every operator's, carries
-    a rounding error, which shows how far rounding alone can move the result. ``intermediates``
-    interprets the program that the graph was translated from: its node names are the names of the
-    graph's values, which is what bisection goes by.
+    feeds; ``moved`` says how far its outputs move, of their RMS, when what every leaf module gives, or
+    every operator, carries a rounding error. ``intermediates`` interprets the program that the graph
+    was translated from: its node names are the names of the graph's values, which is what bisection
+    goes by.
     """
 
     model: ir.Model
@@ -58,7 +59,7 @@ class Exported:
     dynamic: dict[str, int]  # name of the dim -> size in the example
     bounds: dict[str, tuple[int, int]]  # name of the dim -> sizes the export allows
     run: Callable[[Feeds], Arrays]
-    disturbed: Callable[[Feeds], Arrays]
+    moved: Callable[[Feeds], dict[str, float]]
     intermediates: Callable[[Feeds], Arrays]
     entries: list[Entry] = field(default_factory=list)
 
@@ -265,9 +266,11 @@ def _graph_of(
             got = flat(*tensors_of(feeds))
         return {n: t.detach().numpy() for n, t in zip(outputs, got, strict=True)}
 
-    def disturbed(feeds: Feeds) -> Arrays:
+    def moved(feeds: Feeds) -> dict[str, float]:
+        exact = run(feeds)
         with _rounding_errors(flat):
-            return run(feeds)
+            rounded = run(feeds)
+        return {name: relative_error(rounded[name], array) for name, array in exact.items()}
 
     def intermediates(feeds: Feeds) -> Arrays:
         decomposed = translated.exported_program
@@ -280,7 +283,7 @@ def _graph_of(
         dynamic=sizes,
         bounds=bounds,
         run=run,
-        disturbed=disturbed,
+        moved=moved,
         intermediates=intermediates,
         entries=entries,
     )

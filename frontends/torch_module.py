@@ -72,7 +72,7 @@ def finish_export(exported: Exported, *, source: str, frontend: str, **extra: An
     """The common tail for everything that came through `torch.export`."""
     original = Original(
         run=exported.run,
-        disturbed=exported.disturbed,
+        moved=exported.moved,
         intermediates=exported.intermediates,
         example=exported.example,
         bounds=exported.bounds,

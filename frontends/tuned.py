@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from netlathe.diagnostics import Diagnostic, InputError, VerifyError, did_you_mean
-from netlathe.execute.compare import inputs_of
+from netlathe.execute.compare import inputs_of, relative_error
 from netlathe.execute.executor import Executor
 from netlathe.execute.fx import to_fx, weights_of
 from netlathe.execute.torch_ops import storage
@@ -214,11 +214,11 @@ def _original(before: ir.Model, model: ir.Model, state: State) -> Original:
         made = Executor(model).run(feeds, wanted)
         return {name: storage.to_numpy(tensor, types[name]) for name, tensor in made.items()}
 
-    return Original(
-        run=lambda feeds: call(module, feeds),
-        disturbed=lambda feeds: call(_Disturbed(module).run, feeds),
-        intermediates=inner,
-    )
+    def moved(feeds: Feeds) -> dict[str, float]:
+        exact, rounded = call(module, feeds), call(_Disturbed(module).run, feeds)
+        return {name: relative_error(rounded[name], array) for name, array in exact.items()}
+
+    return Original(run=lambda feeds: call(module, feeds), moved=moved, intermediates=inner)
 
 
 class _Disturbed(torch.fx.Interpreter):

@@ -61,6 +61,23 @@ def reference(path: Path, feeds: dict[str, Any]) -> list[Any]:
     return results
 
 
+def test_a_mistake_in_raising_is_not_taken_for_rounding(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """How far rounding moves a model is told from the model alone, whatever raising has made of it."""
+
+    def wrong(model: ir.Model) -> int:
+        version = raise_opset(model)
+        for node in model.graph:
+            if node.op_type == "Relu":
+                node.op_type = "Abs"
+        return version
+
+    monkeypatch.setattr("netlathe.frontends.onnx_file.raise_opset", wrong)
+    with pytest.raises(CaptureError, match="differs from the original"):
+        OnnxFile().capture(write(tower(17), tmp_path))
+
+
 @pytest.mark.parametrize("external", [False, True])
 @pytest.mark.parametrize("opset", [13, 17, 21, 25])
 def test_a_file_comes_in_as_the_same_function(opset: int, external: bool, tmp_path: Path) -> None:
