@@ -4,6 +4,7 @@ A node is converted as a whole, its weights included, unless it needs float32's 
 
 * sums over many elements, exponentials, coordinates, angles, states that are fed back;
 * what makes indices, angles or scales, back to the integers or constants that it is made from;
+* squares, and arithmetic on nothing but what stays in float32: statistics, sums of integer products;
 * a weight out of range: above 65504 in float16, or so small that float16 has few digits for it;
 * a division by what such a small number keeps from 0: ``x / max(norm, 1e-12)``.
 
@@ -14,7 +15,7 @@ Normalizations keep their statistics in float32 by themselves (``stash_type``), 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -68,6 +69,8 @@ _MOVES = frozenset(
     | {"ScatterElements", "ScatterND", "Slice", "SpaceToDepth", "Split", "Squeeze"}
     | {"TensorScatter", "Tile", "Transpose", "Trilu", "Unsqueeze", "Where"}
 )
+# What a sum of integer products is made by, before it is Cast.
+_INTEGER_SUMS = frozenset({"ConvInteger", "MatMulInteger"})
 # Looked through, backwards, from an index or an angle to what it is made from.
 _ARITHMETIC = frozenset(
     {"Abs", "Add", "Ceil", "Clip", "Cos", "Div", "Exp", "Floor", "Log", "Max", "Mean", "Min", "Mod"}
@@ -125,6 +128,19 @@ def survey(
             yield surveyor.judge(node)
 
 
+# How far from 0 a result is, by how far its operands are from it; 0 where nothing is known. What is
+# added to a number that keeps it from 0 is taken for positive: that is what such a number is there for.
+_CARRIES: Mapping[str, Callable[[Sequence[float]], float]] = {
+    **dict.fromkeys(("Abs", "Identity", "ReduceMax", "ReduceMean", "ReduceSum"), lambda f: f[0]),
+    "Add": lambda f: max(f),
+    "Div": lambda f: f[0] / f[1] if f[1] else 0.0,
+    "Mul": lambda f: f[0] * f[1],
+    "Pow": lambda f: f[0] ** f[1] if f[1] else 0.0,
+    "Sqrt": lambda f: f[0] ** 0.5,
+    "Sum": lambda f: max(f),
+}
+
+
 class _Surveyor:
     def __init__(self, dtype: ir.DataType, exact: Mapping[ir.Node, str]) -> None:
         self._dtype = dtype
@@ -132,9 +148,16 @@ class _Surveyor:
         self._half: set[ir.Value] = set()  # made in half precision
         self._guarded: dict[ir.Value, float] = {}  # kept from 0 by a small number, and by which
         self._inverse: set[ir.Value] = set()  # of such a value; beyond the format
+        self._single: set[ir.Value] = set()  # made in float32, as their makers stay
         self._extents: dict[ir.Value, Extent] = {}
 
     def judge(self, node: ir.Node) -> Verdict:
+        verdict = self._judge(node)
+        if verdict.reason and _is_single(node, self._single):
+            self._single.update(node.outputs)
+        return verdict
+
+    def _judge(self, node: ir.Node) -> Verdict:
         divides = self._divides(node)  # of every node, as it notes what becomes of a divisor
         reason = _stays(node) or self._exact.get(node, "") or divides
         if reason:
@@ -157,6 +180,9 @@ class _Surveyor:
                 if found.largest < SMALLEST[self._dtype]:
                     self._guarded.update(dict.fromkeys(node.outputs, found.largest))
                 return Verdict(node, reason)
+        endless = any(found.endless for found in extents.values())
+        if node.op_type in _ARITHMETIC and data and self._single.issuperset(data) and not endless:
+            return Verdict(node, "reads nothing but what stays in float32")
         self._half.update(node.outputs[at] for at in outputs)
         saturated = tuple(name for name, found in extents.items() if found.endless)
         return Verdict(node, "", inputs, outputs, saturated)
@@ -167,18 +193,30 @@ class _Surveyor:
         least = min((self._guarded[value] for value in read if value in self._guarded), default=1.0)
         vanishes = not np.float64(least).astype(self._dtype.numpy())
         explodes = least * LARGEST[self._dtype] < 1
-        if op == "Sqrt" and least < 1:
-            self._guarded[node.outputs[0]] = least**0.5
-            needed = vanishes
-        elif op == "Reciprocal" or (op == "Div" and weights.is_weight(read[0])):
+        if op == "Pow" and least < 1 and _falls(read[1]):
+            op, explodes = "Reciprocal", self._left(node) * LARGEST[self._dtype] < 1
+        if op == "Reciprocal" or (op == "Div" and weights.is_weight(read[0])):
             self._inverse.update(node.outputs if explodes else ())
             needed = explodes
-        elif op == "Div":
-            needed = vanishes and read[1] in self._guarded
+        elif op == "Div" and read[1] in self._guarded:
+            needed = vanishes
+        elif least < 1 and op in _CARRIES and (left := self._left(node)):
+            self._guarded[node.outputs[0]] = left
+            needed = not np.float64(left).astype(self._dtype.numpy())
         else:
             needed = op == "Mul" and not self._inverse.isdisjoint(read)
         half = self._dtype.name.lower()
         return f"only a number too small for {half} keeps the divisor from 0" if needed else ""
+
+    def _left(self, node: ir.Node) -> float:
+        """The least that the result of ``node`` is, as an operand is kept from 0; 0 where that ends here."""
+        read = [value for value in node.inputs if value is not None]
+        factors = [self._guarded.get(value, 0.0) for value in read]
+        for at, value in enumerate(read):
+            if weights.is_weight(value):
+                magnitudes = np.abs(weights.array(value).astype(np.float64))
+                factors[at] = float(magnitudes.min(initial=np.inf))
+        return float(_CARRIES[node.op_type](factors))
 
     def _extent(self, weight: ir.Value) -> Extent:
         if weight not in self._extents:
@@ -244,10 +282,34 @@ def _stays(node: ir.Node) -> str:
         return f"the bodies of {node.op_type} stay in float32"
     if node.op_type in _STAYS:
         return _STAYS[node.op_type]
+    if node.op_type == "Mul" and node.inputs[0] is node.inputs[1]:
+        return _EXPONENTIALS
     stash = node.attributes.get("stash_type")
     if stash is not None and stash.as_int() != FLOAT.value:
         return "its statistics are not in float32"
     return ""
+
+
+def _falls(exponent: ir.Value) -> bool:
+    return weights.is_weight(exponent) and bool((weights.array(exponent) < 0).any())
+
+
+def _is_single(node: ir.Node, single: Collection[ir.Value]) -> bool:
+    """Whether what ``node`` makes in float32 is needed there, and not only as it came so.
+
+    Masks are Cast from integers, and filled with infinity behind it: that belongs in half precision.
+    """
+    read = [value for value in node.inputs if value is not None]
+    if node.op_type in _MOVES:
+        return any(value in single for value in read)
+    return node.op_type != "Cast" or _sums_integers(read[0])
+
+
+def _sums_integers(value: ir.Value) -> bool:
+    maker = value.producer()
+    if maker is None or maker.op_type not in _INTEGER_SUMS | {"Add"}:
+        return False
+    return maker.op_type != "Add" or any(v is not None and _sums_integers(v) for v in maker.inputs)
 
 
 def _positions(node: ir.Node, dtype: ir.DataType) -> tuple[tuple[int, ...], tuple[int, ...], str]:

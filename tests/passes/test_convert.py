@@ -345,15 +345,65 @@ def test_an_epsilon_below_the_range_stays_with_its_reader() -> None:
         "p = Add (a, k) e = Expand (p, shape) y = Div (x, e)",
         "p = Add (a, k) n = Reciprocal (p) y = Mul (x, n)",
         "p = Add (a, k) n = Sqrt (p) i = Div (one, n) y = Mul (i, x)",
+        "p = Max (a, k) h = Mul (p, tenth) y = Div (x, h)",
+        "p = Max (a, k) h = Mul (p, p) y = Div (x, h)",
+        "p = Max (a, k) h = Pow (p, tenth) r = Pow (h, ten) y = Div (x, r)",
+        "p = Max (a, k) h = Pow (p, neg) y = Mul (x, h)",
+        "p = Max (a, k) h = Add (p, a) y = Div (x, h)",
+        "p = Max (a, k) h = Div (p, ten) n = Abs (h) y = Div (x, n)",
+        "p = Max (a, k) h = ReduceMean (p, last) y = Div (x, h)",
     ],
 )
 def test_a_division_that_a_number_below_the_range_guards_stays(body: str) -> None:
     """Swin V2 divides keys by max(norm, 1e-12): those of padding are 0, and so is float16(1e-12)."""
-    shape = np.array([1, 1, 8])
-    before = settled("float[b,s,8] x", f"a = Abs (x) {body}", k=1e-12, one=1.0, shape=shape)
+    numbers: dict[str, Any] = dict(
+        k=1e-12, one=1.0, ten=10.0, tenth=0.1, neg=-0.5, shape=np.array([1, 1, 8]), last=[-1]
+    )
+    before = settled("float[b,s,8] x", f"a = Abs (x) {body}", **numbers)
     after, _ = check(before)
     zeros = {"x": np.zeros((2, 3, 8), np.float32)}
     assert not ort.run(after, zeros)["y"].any()  # and no NaN
+
+
+def test_sums_of_integers_stay_until_they_are_scaled() -> None:
+    """They reach 2^31, and the scales of activations by which they are made small are small."""
+    body = (
+        "q, s, z = DynamicQuantizeLinear (x) m = MatMulInteger (q, w, z) c = Cast <to=1> (m)"
+        " f = Mul (s, k) r = Mul (c, f) a = Add (r, bias) y = MatMul (a, v)"
+    )
+    w = np.full((8, 8), 127, np.int8)
+    before = settled("float[b,s,8] x", body, w=w, k=1e-4, bias=matrix(8), v=matrix(8, 4))
+    kept = staying(before)
+    assert {"Mul", "Add"} <= set(kept)
+    assert kept["Mul"] == kept["Add"] == "reads nothing but what stays in float32"
+    assert "MatMul" not in kept
+    after, _ = check(before)
+    fed = {"x": np.linspace(0, 1, 2 * 3 * 8, dtype=np.float32).reshape(2, 3, 8)}
+    assert np.isfinite(ort.run(after, fed)["y"]).all()
+
+
+def test_a_variance_by_the_mean_of_squares_is_one() -> None:
+    """E[x^2] - E[x]^2, as flax has it, loses all its digits in half precision, and squares its range."""
+    body = (
+        "q = Mul (x, x) e = ReduceMean (q, last) m = ReduceMean (x, last) p = Mul (m, m)"
+        " d = Sub (e, p) v = Max (d, zero) g = Add (v, k) r = Sqrt (g) c = Sub (x, m) y = Div (c, r)"
+    )
+    last = np.array([-1])
+    before = settled("float[b,s,8] x", body, k=1e-6, zero=0.0, last=last)
+    kept = staying(before)
+    assert set(kept) >= {"Mul", "ReduceMean", "Max", "Add", "Sqrt"}
+    after, _ = check(before)
+    fed = {"x": 300 * matrix(2, 3, 8)}
+    expected = ort.run(before, fed)["y"]
+    np.testing.assert_allclose(ort.run(after, fed)["y"], expected, atol=0.01)
+
+
+def test_a_mask_from_integers_is_converted() -> None:
+    """What stands for infinity in it has to become the largest number of the format."""
+    least = float(np.finfo(np.float32).min)
+    body = "c = Cast <to=1> (i) d = Sub (one, c) m = Mul (d, l) a = Add (x, m) y = Softmax (a)"
+    before = settled("int64[b,1,8] i, float[b,s,8] x", body, one=1.0, l=least)
+    assert not {"Sub", "Mul", "Add"} & set(staying(before))
 
 
 @BOTH
