@@ -207,7 +207,8 @@ def _grids(
     """Scale and zero point of every value, from calibration data.
 
     Raises:
-        PassError: there is none, or a value is always 0 in it, which is no range.
+        PassError: there is none, or a value is always 0 in it, which is no range; but not one that no
+            data changes.
     """
     from netlathe.execute.statistics import MinMax  # torch is an extra
     from netlathe.passes.quantize.activation_ranges import Histogram, range_of
@@ -225,7 +226,7 @@ def _grids(
             low, high = float(result.array[0].min()), float(result.array[1].max())
         else:
             low, high = range_of(result.array, settings.how, number, settings.percentile)
-        if low == high == 0:
+        if low == high == 0 and _is_fed(value):
             problems.append(
                 Diagnostic(
                     "quantize.calibration",
@@ -238,6 +239,26 @@ def _grids(
     if problems:
         raise PassError(problems)
     return grids
+
+
+def _is_fed(value: ir.Value) -> bool:
+    """Whether numbers of the inputs reach ``value``: what is made of constants and sizes is always the same.
+
+    A recurrence that is unrolled starts from a state of zeros, and they are zeros in any grid.
+    """
+    seen: set[ir.Value] = set()
+    stack = [value]
+    while stack:
+        current = stack.pop()
+        node = current.producer()
+        if current in seen or current.is_initializer():
+            continue
+        if node is None or any(a.type == ir.AttributeType.GRAPH for a in node.attributes.values()):
+            return True
+        seen.add(current)
+        if node.op_type not in ("Shape", "Size"):
+            stack += [read for read in node.inputs if read is not None]
+    return False
 
 
 def _channels(value: ir.Value) -> int:

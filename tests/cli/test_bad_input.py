@@ -106,7 +106,7 @@ def wrong_shape(proto: onnx.ModelProto) -> None:
 
 
 def old_opset(proto: onnx.ModelProto) -> None:
-    proto.opset_import[0].version = 9
+    proto.opset_import[0].version = 5
 
 
 def unknown_op(proto: onnx.ModelProto) -> None:
@@ -126,7 +126,7 @@ def lost_node(proto: onnx.ModelProto) -> None:
         (Path.touch, "onnx.not_onnx", ("empty",), 2),
         (no_file, "onnx.missing", ("no such file",), 2),
         (edited(nan_weight), "weights.not_finite", ("'w1'", "nan at [3, 2]"), 2),
-        (edited(old_opset), "onnx.opset", ("9",), 2),
+        (edited(old_opset), "onnx.opset", ("5",), 2),
         (edited(lost_node), "onnx.dangling", ("'r'", "nothing makes"), 2),
         (edited(unknown_op), "verify.op", ("Rellu", "did you mean Relu"), 1),
         (edited(wrong_shape), "verify.width", ("h0 = MatMul",), 1),

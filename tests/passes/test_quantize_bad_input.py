@@ -15,7 +15,7 @@ import pytest
 
 import netlathe
 from netlathe.execute import ort
-from netlathe.execute.compare import inputs_of
+from netlathe.execute.compare import inputs_of, relative_error
 from netlathe.ir import normal, verify, weights
 from netlathe.passes.quantize import Quantize
 from netlathe.pipeline.ledger import Entry
@@ -146,6 +146,20 @@ def test_data_that_never_reaches_a_layer() -> None:
             netlathe.PassError, match="calibration data never reaches z: it is always 0"
         ):
             Quantize(min_size=0, activations="int8", activation_form=form).choose(before, ctx)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("form", ["integer", "qdq"])
+def test_a_state_that_starts_from_zeros_is_no_lack_of_data(form: Any) -> None:
+    body = (
+        "d = Shape <start=0, end=1> (x) e = Concat <axis=0> (d, width) h = ConstantOfShape (e)"
+        " a = MatMul (h, w) b = MatMul (x, v) c = Add (a, b) t = Tanh (c) y = MatMul (t, w)"
+    )
+    before = settled("float[b,8] x", body, w=matrix(16, 16), v=matrix(8, 16), width=[16])
+    fed = {"x": matrix(30, 8)}
+    pass_ = Quantize(min_size=0, activations="int8", activation_form=form)
+    after, _ = quantized(before, pass_, Context(calibration=[fed]))
+    error = relative_error(ort.run(after, fed)["y"], ort.run(before, fed)["y"])
+    assert error < 0.1
 
 
 @pytest.mark.parametrize(
