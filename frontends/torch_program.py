@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+import torch.utils._pytree as pytree
+from torch.export.graph_signature import InputKind
 
 from netlathe.diagnostics import Diagnostic, InputError
 from netlathe.frontends.finite import check_finite
@@ -33,7 +35,8 @@ _TRAINING = {
 class TorchProgram(Frontend):
     """An ``ExportedProgram``, or a ``.pt2`` file that ``torch.export.save`` wrote.
 
-    ``args`` and ``kwargs`` are example inputs in place of those that the program brings along. Graph
+    ``args`` and ``kwargs`` are example inputs in place of those that the program brings along; without
+    either they are made up, in the shapes at which it was exported (floats at random, ones). Graph
     inputs and outputs are named as :class:`TorchModule`'s, dynamic dims after the inputs that have them
     (``batch``, ``input_ids_dim1``), as a program has no names for them. torch unpickles parts of such a
     file: give only files from a source that you trust.
@@ -72,15 +75,7 @@ class TorchProgram(Frontend):
         what = "the program" if program is source else str(source)
         args, kwargs = self.args, self.kwargs
         if not args and not kwargs:
-            if program.example_inputs is None:
-                raise InputError(
-                    Diagnostic(
-                        "torch.example",
-                        f"{what} brings no example inputs along",
-                        help="give args=(...) and kwargs={...} as you would call it",
-                    )
-                )
-            args, kwargs = program.example_inputs
+            args, kwargs = program.example_inputs or _made_up(program, what)
         _check_use(program, what)
         check_finite(
             (
@@ -115,9 +110,43 @@ def _load(source: str | Path) -> torch.export.ExportedProgram:
             f"torch {torch.__version__} cannot load it: {type(failure).__name__}: {failure}",
             at=str(path),
             notes=tuple(f"torch: {line}" for line in noise[-2:]),
-            help="give a file that torch.export.save wrote, with this release of torch if it may be",
+            help="give a file that torch.export.save wrote, best with this release of torch",
         )
     ) from failure
+
+
+def _made_up(program: torch.export.ExportedProgram, what: str) -> Any:
+    """Positional and named inputs of the shapes at which a program was exported that brings none along.
+
+    Raises:
+        InputError: it does not say how large they are.
+    """
+    rng = torch.Generator().manual_seed(0)
+    leaves = []
+    for spec, node in zip(program.graph_signature.input_specs, program.graph.nodes, strict=False):
+        if spec.kind is not InputKind.USER_INPUT:
+            continue
+        value = node.meta.get("val", getattr(spec.arg, "value", None))
+        if torch.is_tensor(value):
+            shape = [_known(size) for size in value.shape]
+            if None in shape:
+                raise InputError(
+                    Diagnostic(
+                        "torch.example",
+                        f"{what} brings no example inputs along, and does not say how large"
+                        f" {node.name!r} was",
+                        help="give args=(...) and kwargs={...} as you would call it",
+                    )
+                )
+            filled = torch.ones(shape, dtype=value.dtype)
+            value = filled.normal_(generator=rng) if value.is_floating_point() else filled
+        leaves.append(_known(value) if isinstance(value, torch.SymInt) else value)
+    return pytree.tree_unflatten(leaves, program.call_spec.in_spec)
+
+
+def _known(size: Any) -> Any:
+    """A size as it was when the program was exported; None where that is not known."""
+    return size.node.hint if isinstance(size, torch.SymInt) else size
 
 
 def _check_use(program: torch.export.ExportedProgram, what: str) -> None:

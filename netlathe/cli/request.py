@@ -18,17 +18,19 @@ if TYPE_CHECKING:  # a command's help must not wait for the imports
     from netlathe.pipeline.interfaces import Backend, Captured, Target
     from netlathe.pipeline.pass_ import Context, Feeds, Pass
 
-_ARTIFACT = ("manifest.json", "model.onnx")  # what a folder that `compile` wrote for ONNX holds
+_MANIFEST = "manifest.json"
+_GRAPHS = ("model.onnx", "model.pt2")  # what a folder that `compile` wrote may hold to work on
 
 
 def model_path(path: Path) -> Path:
-    """``path``, or the ONNX model in it where it is a folder that `compile` wrote.
+    """``path``, or the model in it where it is a folder that `compile` wrote.
 
     Raises:
         InputError: it was written for a target whose artifacts hold no graph.
     """
-    if all((path / name).is_file() for name in _ARTIFACT):
-        return path / "model.onnx"
+    for name in _GRAPHS:
+        if (path / _MANIFEST).is_file() and (path / name).is_file():
+            return path / name
     target = compiled_for(path)
     if target is not None and not (path / "config.json").is_file():
         raise InputError(
@@ -45,7 +47,7 @@ def model_path(path: Path) -> Path:
 def compiled_for(path: Path) -> str | None:
     """The target that `compile` wrote the folder ``path`` for; None if it wrote no such folder."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        manifest = json.loads((path / _ARTIFACT[0]).read_text("utf-8"))
+        manifest = json.loads((path / _MANIFEST).read_text("utf-8"))
         return str(manifest["compilation"]["target"]["name"])
     return None
 

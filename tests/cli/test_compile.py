@@ -95,6 +95,17 @@ def test_no_verify_says_so(run: Run, model: Path, tmp_path: Path) -> None:
     assert {step["check"]["against"] for step in steps} == {"nothing"}
 
 
+def test_default_settings_are_told_of_where_they_round(
+    run: Run, model: Path, tmp_path: Path
+) -> None:
+    """ONNX Runtime rounds what is multiplied by a quantized matrix, and not what meets a convolution."""
+    options = f'weights="int8", min_size=500, ignore={["head.up", "head.down"]}'
+    done = run("compile", model, "--passes", f"quantize({options})", "-o", tmp_path / "a")
+    assert "1 applied" in done.out and "default settings" not in done.out
+    done = run("compile", model, "--passes", "quantize(min_size=500)", "-o", tmp_path / "b")
+    assert "run with default settings" in done.out
+
+
 def test_no_passes_at_all_is_a_conversion(run: Run, model: Path, tmp_path: Path) -> None:
     assert run("compile", model, "--passes", "", "-o", tmp_path / "out", "--opset", 17).code == 0
     expected = results(model)
@@ -266,3 +277,11 @@ def test_a_program_of_torch_is_a_model_too(run: Run, tmp_path: Path) -> None:
     done = run("compile", program, "--passes", passes, "-o", out, "--overwrite")
     assert done.code == 2 and "torch.program" in done.err and str(program) in done.err
     assert (out / "model.onnx").is_file()
+
+
+def test_a_program_that_was_written_is_a_model_too(run: Run, model: Path, tmp_path: Path) -> None:
+    """It brings no example inputs along, which would be a pickle: they are made up."""
+    out = tmp_path / "out"
+    assert run("compile", model, "--passes", "", "--target", "torch", "-o", out).code == 0
+    done = run("verify", out, "--against", model)
+    assert done.code == 0, done.err
