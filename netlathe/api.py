@@ -90,8 +90,7 @@ def compile(
         LowerError: ``target``, given by name, lacks operators that no pass takes away; every gap is listed.
         InputError, CaptureError, MissingExtraError: see :func:`capture`; the cache cannot be used.
     """
-    made = text.parse(passes) if isinstance(passes, str) else list(passes)
-    order.check(made)  # before a capture
+    made = _made(passes)
     backend, chosen = registry.find_target(target) if isinstance(target, str) else (None, target)
     cache = None if cache_dir is None else Cache(cache_dir)
     captured = source if isinstance(source, Captured) else capture_with(source, {}, cache)
@@ -127,13 +126,27 @@ def plan(
     Raises:
         As :func:`compile`; with ``strict`` all skipped candidates of all passes are listed.
     """
-    made = text.parse(passes) if isinstance(passes, str) else list(passes)
-    order.check(made)  # before a capture
+    made = _made(passes)
     chosen = registry.find_target(target)[1] if isinstance(target, str) else target
     cache = None if cache_dir is None else Cache(cache_dir)
     captured = source if isinstance(source, Captured) else capture_with(source, {}, cache)
     ctx = _context(captured, calibration, chosen, seed, device, progress)
     return run.plan(captured, made, ctx, strict=strict, cache=cache)
+
+
+def _made(passes: str | Sequence[Pass]) -> list[Pass]:
+    """The passes, each able to come behind those before it; asked before a capture."""
+    made = text.parse(passes) if isinstance(passes, str) else passes
+    if not isinstance(made, Sequence) or not all(isinstance(pass_, Pass) for pass_ in made):
+        raise OptionError(
+            Diagnostic(
+                "pipeline.passes",
+                f"passes are a text or a list of passes, not {passes!r}",
+                help="for example 'cleanup, quantize', or [Cleanup(), Quantize()]",
+            )
+        )
+    order.check(made)
+    return list(made)
 
 
 def _context(
@@ -146,4 +159,6 @@ def _context(
 ) -> Context:
     if isinstance(calibration, str | Path):
         calibration = calibration_data.load(Path(calibration), captured)
+    elif calibration is not None:
+        calibration_data.check_feeds(calibration)
     return Context(calibration or (), target, seed, device, progress or SilentProgress())

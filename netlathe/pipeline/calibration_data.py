@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import zipfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +51,8 @@ def check_file(path: Path) -> None:
         InputError: it is none.
     """
     if not path.is_file():
-        raise InputError(Diagnostic("calibration.file", "there is no such file", at=str(path)))
+        problem = "it is no file" if path.exists() else "there is no such file"
+        raise InputError(Diagnostic("calibration.file", problem, at=str(path), help=_KINDS))
     if path.suffix not in (".npz", ".txt"):
         raise InputError(
             Diagnostic(
@@ -61,6 +62,28 @@ def check_file(path: Path) -> None:
                 help=_KINDS,
             )
         )
+
+
+def check_feeds(feeds: Sequence[Feeds]) -> None:
+    """Return if ``feeds`` are of the kind that :func:`load` gives; how they fit a model is not asked.
+
+    Raises:
+        InputError: they are not.
+    """
+    if not isinstance(feeds, Sequence) or not all(isinstance(one, Mapping) for one in feeds):
+        problem = f"a list of feeds is wanted, each with an array by input name, not {feeds!r:.60}"
+    elif others := [
+        (name, array)
+        for one in feeds
+        for name, array in one.items()
+        if not isinstance(array, np.ndarray | np.generic)
+    ]:
+        name, other = others[0]
+        problem = f"{name!r} is of type {type(other).__name__}, not an array of numpy"
+    else:
+        return
+    help_ = "for example [{'x': array}, ...], or the path of a file"
+    raise InputError(Diagnostic("calibration.feeds", problem, help=help_))
 
 
 # -- texts ----------------------------------------------------------------------------------------

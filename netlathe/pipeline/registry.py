@@ -84,7 +84,11 @@ def find_frontend(source: Any) -> type[Frontend]:
             lacking[name] = frontend
         elif frontend.accepts(source):
             return frontend
-    shown = str(source) if isinstance(source, str | Path) else f"a {type(source).__name__}"
+    shown = (
+        str(source)
+        if isinstance(source, str | Path)
+        else f"an object of type {type(source).__name__}"
+    )
     if lacking:
         raise MissingExtraError(
             Diagnostic(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -144,6 +145,29 @@ def test_wrong_settings_and_targets(tmp_path: Path) -> None:
         netlathe.compile(tmp_path / "absent.onnx", "relu_to_max", target="onxx")  # before capture
     with pytest.raises(netlathe.OptionError, match="there is no pass 'nope'"):
         netlathe.compile(tmp_path / "absent.onnx", "nope")
+
+
+@pytest.mark.parametrize("passes", [["cleanup"], None, ReluToMax()])
+def test_what_is_no_list_of_passes(passes: Any) -> None:
+    with pytest.raises(netlathe.OptionError, match=r"a text or a list of passes, not"):
+        netlathe.compile("absent.onnx", passes)
+    with pytest.raises(netlathe.OptionError, match=r"a text or a list of passes, not"):
+        netlathe.plan("absent.onnx", passes)
+
+
+@pytest.mark.parametrize(
+    ("feeds", "words"),
+    [
+        ({"x": np.zeros((2, 4), np.float32)}, "a list of feeds is wanted"),
+        (np.zeros((2, 4), np.float32), "a list of feeds is wanted"),
+        ([np.zeros((2, 4), np.float32)], "a list of feeds is wanted"),
+        ([{"x": [0.0]}], "'x' is of type list, not an array of numpy"),
+    ],
+)
+def test_calibration_data_of_another_kind(tmp_path: Path, feeds: Any, words: str) -> None:
+    with pytest.raises(netlathe.InputError, match=words) as caught:
+        netlathe.compile(onnx_file(tmp_path), "relu_to_max", calibration=feeds)
+    assert caught.value.diagnostics[0].code == "calibration.feeds"
 
 
 def test_an_own_pass_in_a_few_lines(tmp_path: Path) -> None:

@@ -213,10 +213,14 @@ def test_what_is_no_npz_is_refused(spoil: Any, tmp_path: Path) -> None:
 
 
 def test_other_files_are_refused(tmp_path: Path) -> None:
-    for name, code in (("none.npz", "file"), (".", "file"), ("data.csv", "format")):
+    for name, code, words in (
+        ("none.npz", "file", "there is no such file"),
+        (".", "file", "it is no file"),
+        ("data.csv", "format", ".csv"),
+    ):
         if name == "data.csv":
             (tmp_path / name).write_text("1,2")
-        with pytest.raises(InputError) as error:
+        with pytest.raises(InputError, match=words) as error:
             load(tmp_path / name, tower())
         assert codes(error) == [f"calibration.{code}"]
 

@@ -123,7 +123,7 @@ def test_sources_find_their_frontend(tmp_path: Path) -> None:
     assert registry.find_frontend(torch.nn.Linear(1, 1)).name == "torch_module"
     graph = torch.fx.symbolic_trace(torch.nn.Linear(1, 1))
     assert registry.find_frontend(graph).name == "torch_fx"
-    with pytest.raises(InputError, match="no frontend takes a int"):
+    with pytest.raises(InputError, match="no frontend takes an object of type int"):
         registry.find_frontend(3)
 
 
