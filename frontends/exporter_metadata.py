@@ -12,6 +12,8 @@ import onnx_ir as ir
 MODULE = "netlathe.module"
 SOURCE = "netlathe.source"
 
+# What torch's passes write where a node comes from no module.
+_NO_MODULE = "_empty_nn_module_stack_from_metadata_hook"
 _FRAME = re.compile(r'File "([^"]+)", line (\d+)')
 
 
@@ -46,7 +48,7 @@ def _module_path(scopes: str) -> str:
     except (ValueError, SyntaxError):  # not written by the exporter we know: no path then
         return ""
     modules = names[:-1] if isinstance(names, list) else []  # the last entry is the operation
-    return str(modules[-1]) if modules else ""
+    return str(modules[-1]) if modules and modules[-1] != _NO_MODULE else ""
 
 
 def _source_line(trace: str) -> str:

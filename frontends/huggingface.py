@@ -198,6 +198,7 @@ def _read_config(folder: Path) -> tuple[Any, type[Any]]:
                 "hf.config",
                 "not a Hugging Face model directory: there is no config.json",
                 at=str(folder),
+                help=_instead(folder),
             )
         )
     try:
@@ -205,7 +206,12 @@ def _read_config(folder: Path) -> tuple[Any, type[Any]]:
         kind = raw["model_type"]
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(
-            Diagnostic("hf.config", f"cannot read the config: {error!r}", at=str(file))
+            Diagnostic(
+                "hf.config",
+                "cannot read the config: "
+                + (str(error) if isinstance(error, ValueError) else "it names no model_type"),
+                at=str(file),
+            )
         ) from error
     names = raw.get("architectures") or []
     model_class = getattr(transformers, names[0], None) if names else None
@@ -229,10 +235,11 @@ def _read_config(folder: Path) -> tuple[Any, type[Any]]:
                 folder, local_files_only=True, trust_remote_code=False
             )
     except Exception as error:  # the library raises what its many configs raise
+        reason = " ".join(str(error).split("\n\n")[0].split())  # without its advice for another use
         raise InputError(
             Diagnostic(
                 "hf.config",
-                f"transformers cannot read the config of model type {kind!r}: {error}",
+                f"transformers cannot read the config of model type {kind!r}: {reason}",
                 at=str(file),
             )
         ) from error
@@ -240,6 +247,18 @@ def _read_config(folder: Path) -> tuple[Any, type[Any]]:
         known: Any = transformers.AutoModel._model_mapping
         model_class = known[type(config)]
     return config, model_class
+
+
+def _instead(folder: Path) -> str:
+    """A help line for a folder that is no model: the models in it, else what a model is."""
+    inside = sorted(
+        str(path)
+        for path in folder.iterdir()
+        if (path.suffix in (".onnx", ".pt2") and path.is_file()) or (path / "config.json").is_file()
+    )
+    if inside:
+        return f"give {' or '.join(inside[:3])}"
+    return "give a folder with config.json and safetensors, an .onnx file or a .pt2 file"
 
 
 def _max_length(folder: Path, config: Any) -> int | None:

@@ -43,7 +43,7 @@ def app() -> None:
     `netlathe compile` wrote.
 
     \b
-    Exit codes: 0 done, 1 a gate failed, 2 bad input or usage, 70 a defect of NetLathe.
+    Exit codes: 0 done, 1 a gate failed, 2 bad input or usage, 70 a defect of NetLathe, 130 Ctrl-C.
     """
 
 

@@ -177,7 +177,8 @@ def _written(folder: Path) -> tuple[str, int]:
         compilation = json.loads(file.read_text("utf-8"))["compilation"]
         return str(compilation["pipeline"]), int(compilation["seed"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        message = f"no manifest that tells which passes were run: {error}"
+        why = getattr(error, "strerror", None) or error
+        message = f"no manifest that tells which passes were run: {why}"
         help_ = "give a folder that `netlathe compile` wrote, or --passes"
         raise InputError(
             Diagnostic("bisect.manifest", message, at=str(file), help=help_)

@@ -132,7 +132,8 @@ def _show(captured: Captured, costs: Cost, *, verbose: bool) -> None:
     for entry in entries:
         render.line(f"{entry.status}  {entry.candidate}: {entry.reason}")
     if hidden := len(captured.entries) - len(entries):
-        render.line(f"... and {hidden} more entries of the capture (-v shows them)")
+        entries_ = "entry" if hidden == 1 else "entries"
+        render.line(f"... and {hidden} more {entries_} of the capture (-v shows them)")
 
 
 def _axes(model: ir.Model) -> list[Row]:

@@ -129,7 +129,12 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) 
     made = Table(title=title or None, title_justify="left", box=None, pad_edge=False)
     for column in columns:
         numbers = column.startswith("#")
-        made.add_column(column.lstrip("#"), justify="right" if numbers else "left", no_wrap=numbers)
+        made.add_column(
+            column.lstrip("#"),
+            justify="right" if numbers else "left",
+            no_wrap=numbers,
+            overflow="fold",  # a long word goes on in the next line: nothing is cut off
+        )
     for row in rows:
         made.add_row(*(cell if isinstance(cell, Text) else Text(str(cell)) for cell in row))
     asked = out.is_terminal or "COLUMNS" in os.environ

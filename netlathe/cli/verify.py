@@ -170,9 +170,13 @@ def _equal(captured: Captured, other: Captured, tolerance: float | None) -> Gate
     if first is None:
         return gate
     node = first.value.producer()
+    theirs = next(v for n in other.model.graph for v in n.outputs if v.name == first.other)
+    by = f"by {first.error:.1e} of its RMS"
+    if first.value.shape != theirs.shape:
+        by = f"of shape {first.value.shape} for {theirs.shape}"
     problem = Diagnostic(
         "verify.first_difference",
-        f"the first value of both that differs: {first.name!r}, by {first.error:.1e} of its RMS",
+        f"the first value of both that differs: {first.name!r}, {by}",
         at="" if node is None else show_node(node),
         where="" if node is None else location(node),
     )

@@ -47,6 +47,15 @@ def test_inspect_shows_what_is_there(run: Run, model: Path) -> None:
     assert row(done, "head.up").split()[:3] == ["head.up", "1.09", "k"]  # 16 * 64 + 64
 
 
+@pytest.mark.parametrize("width", [20, 30, 79])
+def test_nothing_is_cut_off_where_it_is_narrow(
+    run: Run, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, width: int
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    done = run("compile", model, "--passes", QUANTIZE, "-o", tmp_path / "out")
+    assert done.code == 0 and "\N{HORIZONTAL ELLIPSIS}" not in done.out
+
+
 def test_inspect_in_json_says_the_same(run: Run, model: Path) -> None:
     before = tree(model.parent)
     said = run("inspect", model, "--json", "--ir").json
@@ -152,6 +161,12 @@ def edited(model: Path, change: Callable[[onnx.ModelProto], None]) -> Path:
 def test_the_first_difference_is_named(run: Run, model: Path) -> None:
     done = run("verify", edited(model, change_a_weight), "--against", model)
     assert done.code == 1 and "differs: 'y'" in done.err and "y = MatMul(" in done.err
+
+
+def test_another_shape_is_named(run: Run, model: Path, tmp_path: Path) -> None:
+    assert run("compile", model, "--passes", "prune(ratio=0.5)", "-o", tmp_path / "out").code == 0
+    done = run("verify", tmp_path / "out", "--against", model)
+    assert done.code == 1 and "'c', of shape [batch,8,8,8] for [batch,16,8,8]" in done.err
 
 
 def test_other_outputs_are_not_equal(run: Run, model: Path) -> None:

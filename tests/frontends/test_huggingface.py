@@ -20,6 +20,7 @@ from netlathe.execute import ort
 from netlathe.frontends import torch_export
 from netlathe.frontends.checkpoint import read_checkpoint
 from netlathe.frontends.huggingface import HuggingFaceDirectory
+from netlathe.ir.provenance import module_path
 from netlathe.pipeline.interfaces import Captured
 from tests import zoo
 
@@ -207,6 +208,17 @@ def test_a_bad_folder_is_explained(
     assert not (folder / "ran").exists() and not Path("ran").exists()
 
 
+def test_a_folder_of_models_names_them(llama: Path, tmp_path: Path) -> None:
+    copy = copy_of(llama, tmp_path)
+    (tmp_path / "model.onnx").touch()
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match=r"give .*model\.onnx") as caught:
+        HuggingFaceDirectory().capture(tmp_path)
+    assert str(copy) in str(caught.value)
+    with pytest.raises(InputError, match=r"give a folder with config\.json"):
+        HuggingFaceDirectory().capture(tmp_path / "empty")
+
+
 def test_tensors_that_nobody_uses_are_stated(llama: Path, tmp_path: Path) -> None:
     folder = copy_of(llama, tmp_path)
     edit_weights(lambda tensors: tensors.update(adapter=torch.ones(3)))(folder)
@@ -265,3 +277,10 @@ def test_a_wrong_export_is_no_reason_to_try_another_implementation(
         HuggingFaceDirectory().capture(llama)
     assert caught.value.diagnostics[0].code == "capture.differs"
     assert len(calls) == 1
+
+
+def test_modules_of_nodes_are_those_of_the_model(llama: Path) -> None:
+    """torch names a module of its own for sizes that its passes compute."""
+    captured = HuggingFaceDirectory().capture(llama)
+    paths = {module_path(node) for node in captured.model.graph.all_nodes()} - {""}
+    assert all(path.split(".")[0] in ("model", "lm_head") for path in paths), paths
