@@ -37,7 +37,8 @@ def make(folder: Path, *, steps: int = 150, seed: int = 0) -> None:
     Raises:
         FileExistsError: ``folder`` exists; nothing is overwritten.
     """
-    folder.mkdir(parents=True)
+    if folder.exists():
+        raise FileExistsError(folder)
     tokenizer = byte_tokenizer()
     text = "\n".join(pydoc_data.topics.topics.values())
     ids = torch.tensor(tokenizer.encode(text).ids)
@@ -70,6 +71,7 @@ def make(folder: Path, *, steps: int = 150, seed: int = 0) -> None:
         optimizer.zero_grad()
         if step % 25 == 0 or step == steps - 1:
             print(f"step {step:4d}  loss {loss.item():.3f}", flush=True)
+    folder.mkdir(parents=True)  # now: a run that is stopped in training leaves nothing
     model.save_pretrained(folder)
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(
