@@ -1,6 +1,7 @@
 """Legal nodes in forms that the optimizer of ONNX Runtime 1.32 makes no illegal ones of.
 
-AveragePool of int8 becomes QLinearAveragePool, which has no dilations: those of 1 go, as the default.
+AveragePool of codes becomes QLinearAveragePool, which has no dilations: those of 1 go, as the default, and
+where there are others, the floats that it reads are made as below.
 
 Gathers that pick all positions of a dim become a Split, each with a new constant of one name, and the
 second of them is an error: they are written as Slice and Squeeze.
@@ -17,7 +18,7 @@ again behind the move, nothing changes: there its optimizer is right, and leaves
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import onnx_ir as ir
@@ -36,8 +37,9 @@ def settle(model: ir.Model, opset: int) -> None:
                 del node.attributes["dilations"]
     for graph in model.graphs():
         _split_picks(graph)
+    _write_out(model, _dilated)
     if opset >= _FIRST_OPSET:
-        _write_out(model)
+        _write_out(model, _moved)
 
 
 def _split_picks(graph: ir.Graph) -> None:
@@ -82,12 +84,14 @@ def _picked(node: ir.Node) -> tuple[int, int] | None:
     return (axis, int(index) % size) if isinstance(size, int) else None
 
 
-def _write_out(model: ir.Model) -> None:
-    """Write out what is moved behind a DequantizeLinear of int8 with one constant zero point."""
+def _write_out(
+    model: ir.Model, readers: Callable[[ir.Node], Iterator[tuple[ir.Node, int]]]
+) -> None:
+    """Write out, for ``readers``, each DequantizeLinear of computed codes with one constant zero point."""
     for graph in model.graphs():
         taken: set[str] | None = None
         for node in list(graph):
-            uses = list(_moved(node)) if _is_of_int8(node) else []
+            uses = list(readers(node)) if _is_of_codes(node) else []
             if uses:
                 taken = edit.names_in(model.graph) if taken is None else taken
                 written = _written(node, taken)
@@ -96,7 +100,7 @@ def _write_out(model: ir.Model) -> None:
                 edit.remove_dead(graph, [node])
 
 
-def _is_of_int8(node: ir.Node) -> bool:
+def _is_of_codes(node: ir.Node) -> bool:
     if node.op_type != "DequantizeLinear" or node.domain or len(node.inputs) < 3:
         return False
     codes, _, zero = node.inputs
@@ -106,19 +110,48 @@ def _is_of_int8(node: ir.Node) -> bool:
         and codes.const_value is None  # a weight: its optimizer leaves that alone
         and constant is not None
         and constant.size == 1
-        and zero is not None
-        and zero.dtype == ir.DataType.INT8
         and node.outputs[0].dtype == ir.DataType.FLOAT
     )
 
 
-def _moved(node: ir.Node) -> Iterator[tuple[ir.Node, int]]:
-    """Where the floats are moved and nothing behind makes codes of them again."""
+def _dilated(node: ir.Node) -> Iterator[tuple[ir.Node, int]]:
+    """Where floats are averaged over pixels that lie apart."""
     for reader, index in node.outputs[0].uses():
-        if reader.op_type not in _MOVES or reader.domain or index:
+        if reader.op_type == "AveragePool" and not reader.domain:
+            if set(reader.attributes.get_ints("dilations", ())) - {1}:
+                yield reader, index
+
+
+def _moved(node: ir.Node) -> Iterator[tuple[ir.Node, int]]:
+    """Where the floats of int8 are moved and nothing behind makes codes of them again."""
+    zero = node.inputs[2]
+    if zero is None or zero.dtype != ir.DataType.INT8:
+        return
+    for reader, index in node.outputs[0].uses():
+        if not _moves(reader, index):
             continue
-        if all(behind.op_type != "QuantizeLinear" for behind, _ in reader.outputs[0].uses()):
+        behind = [use.node for use in reader.outputs[0].uses()]
+        again = any(n.op_type == "QuantizeLinear" for n in behind)
+        if not again and not _becomes_codes(reader.outputs[0]):
             yield reader, index
+
+
+def _moves(reader: ir.Node, index: int) -> bool:
+    return reader.op_type in _MOVES and not reader.domain and not index
+
+
+def _becomes_codes(value: ir.Value) -> bool:
+    """Whether all that becomes of ``value`` is moved on, by one step or several, and made codes again."""
+    uses = value.uses()
+    return (
+        bool(uses)
+        and not value.is_graph_output()
+        and all(
+            reader.op_type == "QuantizeLinear"
+            or (_moves(reader, index) and _becomes_codes(reader.outputs[0]))
+            for reader, index in uses
+        )
+    )
 
 
 def _written(node: ir.Node, taken: set[str]) -> ir.Value:

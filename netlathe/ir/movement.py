@@ -18,8 +18,8 @@ from netlathe.ir.types import Type
 from netlathe.ir.work import Work
 
 TO_THE_END = 2**63 - 1
-# An end beyond any dim; exporters write the largest int32 or int64, or one less.
-_BEYOND = 2**31 - 2
+# An end beyond any dim; exporters write this, or the largest int32 or int64, or one less.
+_BEYOND = 10**9
 
 
 # -- Reshape --------------------------------------------------------------------------------------

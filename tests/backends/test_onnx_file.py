@@ -450,6 +450,52 @@ def test_an_average_of_codes_runs(tmp_path: Path) -> None:
     compiled(made).save(tmp_path)
 
 
+@pytest.mark.parametrize("dtype", [np.int8, np.uint8])
+@pytest.mark.parametrize("opset", [19, 24])
+def test_an_average_of_codes_that_lie_apart_runs(dtype: Any, opset: int, tmp_path: Path) -> None:
+    made = settled(
+        model(
+            "float[b,2,8,8] x",
+            "float y",
+            "q = QuantizeLinear(x, s, zero) d = DequantizeLinear(q, s, zero)"
+            " a = AveragePool<kernel_shape = [2, 2], dilations = [2, 3]>(d)"
+            " p = QuantizeLinear(a, s, zero) y = DequantizeLinear(p, s, zero)",
+            s=np.array(0.1, np.float32),
+            zero=np.array(3, dtype),
+        )
+    )
+    compiled(made, opset=opset).save(tmp_path)  # runs it with optimizations off and on
+
+
+@pytest.mark.parametrize(
+    "moves",
+    [
+        "m = Reshape(d, shape) n = Transpose(m)",
+        "m = Unsqueeze(d, axes) n = Squeeze(m, axes)",
+        "m = Slice(d, one, four, axes) n = Reshape(m, shape)",
+        "m = Transpose(d) k = Unsqueeze(m, axes) n = Slice(k, one, four, axes)",
+    ],
+)
+def test_codes_that_are_moved_by_several_steps_stay_codes(moves: str, tmp_path: Path) -> None:
+    made = settled(
+        model(
+            "float[b,8] x",
+            "float y",
+            f"q = QuantizeLinear(x, s, zero) d = DequantizeLinear(q, s, zero) {moves}"
+            " p = QuantizeLinear(n, s, zero) e = DequantizeLinear(p, s, zero) y = Neg(e)",
+            s=np.array(0.1, np.float32),
+            zero=np.array(3, np.int8),
+            shape=np.array([-1, 1]),
+            one=np.array([0]),
+            four=np.array([4]),
+            axes=np.array([1]),
+        )
+    )
+    compiled(made).save(tmp_path)  # runs it with optimizations off and on
+    written = onnx.load(tmp_path / MODEL_FILE)
+    assert "Mul" not in [node.op_type for node in written.graph.node]
+
+
 # -- what is refused ------------------------------------------------------------------------------
 
 

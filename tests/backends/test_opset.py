@@ -83,7 +83,7 @@ def load(case: TestCase, mode: Mode) -> tuple[ir.Model, dict[str, Any]] | None:
     """The typed model at the IR's opset, and its feeds; None where the opset is not read."""
     assert case.model is not None and case.data_sets is not None
     version = next((o.version for o in case.model.opset_import if not o.domain), 0)
-    if not OLDEST <= version <= NEWEST:
+    if not OLDEST <= version <= NEWEST or case.name == "test_scan_sum":  # Scan of opset 8
         return None
     model = ir.from_proto(onnx.ModelProto.FromString(case.model.SerializeToString()))
     if version < NEWEST:

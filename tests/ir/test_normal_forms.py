@@ -363,6 +363,20 @@ def test_slices_are_literal() -> None:
     assert (ints(starts), ints(ends), ints(axes), ints(steps)) == ([7], [TO_THE_END], [2], [1])
 
 
+@pytest.mark.parametrize("end", [10**9, 2**31 - 2, 2**63 - 1])
+def test_an_end_beyond_any_dim_is_the_end(end: int) -> None:
+    """tf2onnx writes a billion, which a size of Min(1000000000, b) would drag through the whole model."""
+    made = model("float[b,3] x", "float y", "u = Slice(x, z, e, z) y = Relu(u)", z=[0], e=[end])
+    normal_form(made)
+    assert ops(made) == {"Relu": 1}
+    made = model(
+        "float[b,3] x", "float y", "u = Slice(x, o, e, z) y = Relu(u)", z=[0], o=[1], e=[end]
+    )
+    normal_form(made)
+    output = made.graph.outputs[0]
+    assert output.shape is not None and str(output.shape[0]) == "b - 1"
+
+
 def test_transposes_compose() -> None:
     body = "u = Transpose<perm=[2,0,1]>(x) v = Transpose<perm=[2,0,1]>(u) y = Relu(v)"
     made = normal_form(model(X, "float y", body))

@@ -133,7 +133,7 @@ def _cut(items: Shape, start: int, end: int, step: int) -> Shape:
     return tuple(items[i] for i in _positions(len(items), start, end, step))
 
 
-_FAR = 2**31 - 2  # exporters write "to the end" as the largest int32 or int64, or one less
+_FAR = 10**9  # exporters write "to the end" as this, or as the largest int32 or int64, or one less
 
 
 def _sliced(size: Dim, start: Dim, end: Dim, step: int) -> Dim:

@@ -33,7 +33,6 @@ STATED = tomllib.loads((Path(__file__).parent / "node_tests_excluded.toml").read
 REFUSED: Mapping[str, str] = STATED["refused"]
 DIFFERS: Mapping[str, Mapping[str, Any]] = STATED["differs"]
 EXCLUDED = REFUSED.keys() | DIFFERS.keys()
-TOO_OLD = ("test_loop11",)  # others from before opset 13 have a normal form
 QUICK, QUICK_REFUSALS = 24, 4  # one of every so many is quick
 # Not among the 1,789 tests of the project's plan, which counts those of the default domain, and takes
 # ReverseSequence for an operator on sequences.
@@ -96,8 +95,6 @@ def test_refused_by_name(case: TestCase) -> None:
     assert case.model is not None
     model = ir.serde.deserialize_model(case.model)
     with pytest.raises((LowerError, InputError)) as caught:
-        if case.name in TOO_OLD:
-            onnx_opset.raise_opset(model)  # as a frontend does
         Lowering(_prepared(model), machine("avx2")).run()
     assert caught.value.diagnostics[0].message == REFUSED[case.name]
 
