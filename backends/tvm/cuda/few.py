@@ -1,8 +1,9 @@
-"""Products of up to 16 rows of halves: the kernels around :mod:`stream` and :mod:`skinny`, and what follows.
+"""Products of few rows of halves: the kernels around :mod:`stream`, :mod:`skinny` and :mod:`mixed`.
 
-The weight is read once, in 16, 8 or 4 bits. On sm_90a it streams through shared memory (:mod:`stream`, whose
-device code multiplies by :mod:`halves`, :mod:`limbs` or :mod:`pairs`, and may keep and normalize x by
-:mod:`held`); elsewhere it goes to registers (:mod:`skinny`). More rows are :mod:`tensor`'s, for which a
+Up to 16 rows the weight is read once, in 16, 8 or 4 bits. On sm_90a it streams through shared memory
+(:mod:`stream`, whose device code multiplies by :mod:`halves`, :mod:`limbs` or :mod:`pairs`, and may keep and
+normalize x by :mod:`held`); elsewhere it goes to registers (:mod:`skinny`). Up to 512 rows a weight of 8 or 4
+bits becomes halves in registers on sm_90a (:mod:`mixed`). More rows are :mod:`tensor`'s, for which a
 quantized weight is expanded first.
 """
 
@@ -16,10 +17,10 @@ import onnx_ir as ir
 from tvm import tirx
 
 from netlathe.backends.tvm import storage
-from netlathe.backends.tvm.cuda import held, packing, pairs, skinny, stream
+from netlathe.backends.tvm.cuda import held, mixed, packing, pairs, skinny, stream, warpgroup
 from netlathe.backends.tvm.cuda.code import GpuCode
 from netlathe.backends.tvm.cuda.machine import PROCESSORS
-from netlathe.backends.tvm.cuda.tensor import Finish, unless_empty
+from netlathe.backends.tvm.cuda.tensor import Finish, added_results, unless_empty
 from netlathe.backends.tvm.tir import PARALLEL, VECTORIZED, Expr, cast, i64, idiv, imod, known
 
 
@@ -92,7 +93,7 @@ def kernels(
     finish: Finish,
     together: int = 1,
 ) -> list[Few]:
-    """finish(row, column, sum over k of a[row, k] * weight[column, k]): kernels for up to 16 rows.
+    """finish(row, column, sum over k of a[row, k] * weight[column, k]): kernels for up to 16 rows, or more.
 
     ``a`` [rows, inner] is a flat buffer of halves; inner is a multiple of 8.
     """
@@ -116,7 +117,32 @@ def kernels(
 
         return 8 * tiles, launched
 
-    return [kernel(tiles) for tiles in (1, 2)]
+    def more(most: int, shape: mixed.Shape) -> Few:
+        def launched() -> None:
+            done = _scaled(code, dtype, weight, finish, together)
+            _mixed(code, dtype, a, weight, sizes, shape, most, done, together)
+
+        return most, launched
+
+    shapes = shapes_of_more(code.has_wgmma, weight, *sizes)
+    return [kernel(tiles) for tiles in (1, 2)] + [more(*each) for each in shapes]
+
+
+def shapes_of_more(
+    has_wgmma: bool, weight: Weight, rows: Expr, inner: int, columns: int
+) -> list[tuple[int, mixed.Shape]]:
+    """Tiles for more than 16 rows of a weight of integers: as many as there are, if that is known."""
+    if not has_wgmma or weight.bits == 16 or inner % 64:
+        return []
+    number = known(rows)
+    counts = mixed.ROWS if number is None else (number,)
+    facts = (columns, *weight.facts(inner))
+    shapes = [
+        (most, mixed.chosen(weight.bits, most, *facts))
+        for most in counts
+        if skinny.MOST_ROWS < most <= mixed.ROWS[-1]
+    ]
+    return [(most, shape) for most, shape in shapes if shape is not None]
 
 
 def kernels_that_hold(
@@ -195,33 +221,15 @@ def _streamed(
     end, across = weight.padded(inner), packing.padded(columns)
     tiles = -(-columns // shape.columns)
     clusters = min(tiles, stream.CLUSTERS[shape.splits])
-    row = 64  # elements of K in a swizzled row of 128 bytes; a stage has several
-
-    def deep(source: Any, lines: Expr, box: int) -> Expr:
-        sizes = [i64(row), lines, i64(inner // row)]
-        box_ = (row, box, shape.deep // row)
-        return code.tensor_map(source, sizes, [i64(inner), i64(row)], box_, 2)
-
     records = _recorded(code, dtype, a, weight, sizes, shape) if shape.pairs else None
-    map_a = None if shape.held or shape.pairs else deep(a, rows, 8 * shape.tiles)
-    maps: dict[str, Expr] = {}
+    map_a = _nothing()
+    if not shape.held and not shape.pairs:
+        map_a = _slabs(code, a, rows, inner, 8 * shape.tiles, shape.deep)
     if weight.bits == 16:
-        maps["weight"] = deep(weight.values, i64(columns), shape.columns)
+        lines = _slabs(code, weight.values, i64(columns), inner, shape.columns, shape.deep)
+        maps = [lines, _nothing(), _nothing()]
     else:
-        chunks = end // skinny.chunk(weight.bits)
-        sizes_ = [i64(size) for size in (256, 4, chunks, across // 64)]
-        strides = [i64(size) for size in (256, 1024, 1024 * chunks)]
-        sixteens = shape.columns // shape.boxes // 16
-        box_ = (256, min(4, sixteens), shape.down, max(1, sixteens // 4))
-        maps["weight"] = code.tensor_map(weight.values, sizes_, strides, box_, 4, swizzled=False)
-    for role, buffer in (("scales", weight.scales), ("zeros", weight.zeros)):
-        if buffer is not None and (weight.group or role == "zeros"):
-            sizes_ = [i64(across), i64(end // weight.group if weight.group else 1)]
-            box = (shape.columns, shape.groups)
-            maps[role] = code.tensor_map(buffer, sizes_, sizes_[:1], box, 2, swizzled=False)
-
-    def mapped(role: str) -> Expr:
-        return tirx.address_of(maps[role]) if role in maps else tirx.const(0, "uint64")
+        maps = _packed_maps(code, weight, sizes, shape)
 
     wide = shape.slice // together
     count = wide * shape.rows
@@ -235,11 +243,8 @@ def _streamed(
 
         def copy() -> None:
             numbers = [small(item) for item in (first, clusters, tiles, end)]
-            sources = [mapped(role) for role in ("weight", "scales", "zeros")]
-            given = tirx.const(0, "uint64") if map_a is None else tirx.address_of(map_a)
-            if records is not None:
-                given = code.address(records)
-            code.run(named("produce"), text, shared, given, *sources, *numbers)
+            given = map_a if records is None else code.address(records)
+            code.run(named("produce"), text, shared, given, *maps, *numbers)
 
         own = code.bind(imod(block, shape.splits) * i64(shape.slice))
 
@@ -286,6 +291,111 @@ def _streamed(
                     code.run(named("release"), text, shared)
 
         code.branch(thread >= i64(shape.multiplying), copy, multiply)
+
+
+def _nothing() -> Expr:
+    """In place of a descriptor that a kernel does not use."""
+    return tirx.const(0, "uint64")
+
+
+def _slabs(code: GpuCode, source: Any, lines: Expr, inner: int, box: int | Expr, deep: int) -> Expr:
+    """The descriptor of ``source`` [lines, inner] for copies of ``box`` swizzled lines, ``deep`` of K."""
+    row = 64  # elements of K in a swizzled row of 128 bytes; a stage has several
+    sizes = [i64(row), lines, i64(inner // row)]
+    made = code.tensor_map(source, sizes, [i64(inner), i64(row)], (row, box, deep // row), 2)
+    return tirx.address_of(made)
+
+
+def _packed_maps(
+    code: GpuCode, weight: Weight, sizes: tuple[Expr, int, int], shape: stream.Shape | mixed.Shape
+) -> list[Expr]:
+    """The descriptors of a packed weight, of its scales and of its zero points, for a stage of each."""
+    end, across = weight.padded(sizes[1]), packing.padded(sizes[2])
+    chunks = end // skinny.chunk(weight.bits)
+    whole = [i64(size) for size in (256, 4, chunks, across // 64)]
+    strides = [i64(size) for size in (256, 1024, 1024 * chunks)]
+    sixteens = shape.columns // shape.boxes // 16
+    box = (256, min(4, sixteens), shape.down, max(1, sixteens // 4))
+    made = code.tensor_map(weight.values, whole, strides, box, 4, swizzled=False)
+    maps = [tirx.address_of(made)]
+    for buffer, given in ((weight.scales, weight.group > 0), (weight.zeros, True)):
+        if buffer is None or not given:
+            maps.append(_nothing())
+            continue
+        rows = [i64(across), i64(end // weight.group if weight.group else 1)]
+        by = (shape.columns, shape.groups)
+        made = code.tensor_map(buffer, rows, rows[:1], by, 2, swizzled=False)
+        maps.append(tirx.address_of(made))
+    return maps
+
+
+def _mixed(
+    code: GpuCode,
+    dtype: str,
+    a: Any,
+    weight: Weight,
+    sizes: tuple[Expr, int, int],
+    shape: mixed.Shape,
+    most: int,
+    finish: Finish,
+    together: int,
+) -> None:
+    """On sm_90a, up to ``most`` rows: a cluster of blocks, which share K, for each tile."""
+    rows, inner, columns = sizes
+    text, splits = mixed.source(shape, dtype), shape.splits
+
+    def named(function: str) -> str:
+        return mixed.name(shape, dtype, function)
+
+    def small(value: Expr | int) -> Expr:
+        return cast(i64(value), "int32")
+
+    down = code.given(idiv(rows + i64(shape.rows - 1), shape.rows)) if most > shape.rows else i64(1)
+    # As many rows for each tile: filling rows with zeros takes longer than copying them.
+    high = code.given(idiv(idiv(rows + down - i64(1), down) + i64(7), 8) * i64(8))
+    maps = [
+        _slabs(code, a, rows, inner, high, shape.deep),
+        *_packed_maps(code, weight, sizes, shape),
+    ]
+    tiles, steps = -(-columns // shape.columns), -(-inner // shape.deep)
+    blocks = i64(tiles * splits) * down
+    launch = code.launch(blocks, shape.threads, splits, least=1, waits=False)
+    with launch as (block, thread):
+        shared = code.address(code.alloc([shape.shared_bytes], "uint8", scope="shared.dyn"))
+        code.run(named("start"), text, shared)
+        rank, tile = code.bind(imod(block, splits)), code.bind(idiv(block, splits))
+        # Tiles of the same columns are side by side.
+        top = code.bind(imod(tile, down) * high)
+        left = code.bind(idiv(tile, down) * i64(shape.columns))
+        first = code.bind(idiv(i64(steps) * rank, splits))
+        count = code.bind(idiv(i64(steps) * (rank + i64(1)), splits) - first)
+
+        def copy() -> None:
+            places = [small(n) for n in (high, top, left, first, count)]
+            code.run(named("produce"), text, shared, *maps, *places)
+            code.run(named("meet"), text)
+
+        def multiply() -> None:
+            code.run(named("prepare"), text)
+            sums = code.address(code.alloc([shape.rows // 2], "float32"))
+            code.run(named("consume"), text, shared, sums, small(high), small(count))
+            code.run(named("put"), text, shared, sums, small(high))
+            code.run(named("meet"), text)
+            code.run(named("add_up"), text, shared, small(high))
+            code.follow()
+
+            def total(row: Expr, column: Expr) -> Expr:
+                return code.call(named("total"), text, "float32", shared, row, column)
+
+            def place(row: Expr, column: Expr, *values: Expr) -> None:
+                finish(code.bind(top + row), column, *values)
+
+            lines = code.bind(tirx.min(rows - top, high))
+            taken, of = (shape.rows, shape.columns, shape.warpgroups), (rank, splits, left)
+            added_results(code, thread, taken, of, (lines, i64(columns)), total, place, together)
+
+        code.branch(thread < i64(warpgroup.GROUP), copy, multiply)
+        code.run(named("meet"), text)
 
 
 def _recorded(

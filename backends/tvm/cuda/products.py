@@ -1,6 +1,6 @@
 """Products on a GPU: which kernel takes which.
 
-few      halves by a constant (:mod:`factors`), up to 16 rows
+few      halves by a constant (:mod:`factors`), up to 16 rows; by one of integers up to 512 on sm_90a
 tensor   halves by a constant, more rows
 blocks   everything else, convolutions that :mod:`conv` does not take among it
 
@@ -257,6 +257,8 @@ def on_tensor_cores(
         how = (weight, (rows, inner, columns), finish, together)
 
         def plain(operand: Any) -> None:
+            fewer = few.kernels(code, half, operand, *how)
+
             def many() -> None:
                 values = weight.values
                 if weight.bits != 16:
@@ -264,12 +266,12 @@ def on_tensor_cores(
                 sizes = (rows, i64(inner), i64(columns))
                 if machine.has_wgmma:
                     constant = weight.bits == 16
-                    rest = (finish, together, constant, scattered)
+                    rest = (finish, together, constant, scattered, fewer[-1][0])
                     tensor.warpgroups(code, half, operand, values, sizes, *rest)
                 else:
                     tensor.warps(code, half, operand, values, sizes, finish, together)
 
-            few.by_rows(code, rows, few.kernels(code, half, operand, *how), many)
+            few.by_rows(code, rows, fewer, many)
 
         if isinstance(a, Normed):
             normed = a

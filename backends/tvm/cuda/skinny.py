@@ -29,15 +29,11 @@ def source(dtype: str) -> str:
     """The device functions; ``dtype`` is ``bf16`` or ``f16``."""
     magic = "0x4300u" if dtype == "bf16" else "0x6400u"  # 128 or 1024, whose last bits count ones
     if dtype == "bf16":
-        bytes_ = """
-  const uint32_t h0 = __byte_perm(w, 0x43434343u, 0x4140), h1 = __byte_perm(w, 0x43434343u, 0x4342);
-  to[0] = minus(h0 & 0xFF7FFF7Fu, h0 & 0xFF80FF80u);  // 128 + low bits, less 128 or (negative) 256
-  to[1] = minus(h1 & 0xFF7FFF7Fu, h1 & 0xFF80FF80u);"""
+        spread = "__byte_perm(w, 0x43434343u, pick)"
+        whole = "minus(two & 0xFF7FFF7Fu, two & 0xFF80FF80u)"  # 128 + low bits, less 128 or (negative) 256
     else:
-        bytes_ = """
-  w ^= 0x80808080u;
-  to[0] = minus(__byte_perm(w, 0x64646464u, 0x4140), 0x64806480u);
-  to[1] = minus(__byte_perm(w, 0x64646464u, 0x4342), 0x64806480u);"""
+        spread = "__byte_perm(w ^ 0x80808080u, 0x64646464u, pick)"
+        whole = "minus(two, 0x64806480u)"
     widened = (
         "__uint_as_float((uint32_t)bits << 16)"
         if dtype == "bf16"
@@ -62,16 +58,23 @@ __device__ __forceinline__ void multiply(float* d, const uint32_t* w, const uint
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(w[0]), "r"(u[0]), "r"(w[1]), "r"(u[1]), "r"(x[0]), "r"(x[1]));
 }}
-__device__ __forceinline__ void from_bytes(uint32_t w, uint32_t* to) {{{bytes_}
+// Two bytes under an exponent, which `pick` has, and 4 between them and behind; and those as halves.
+__device__ __forceinline__ uint32_t two_bytes(uint32_t w, uint32_t pick) {{ return {spread}; }}
+__device__ __forceinline__ uint32_t whole(uint32_t two) {{ return {whole}; }}
+// The lowest nibbles of both halves of a word. `zero` is twice the half that is kMagic and the zero point.
+__device__ __forceinline__ uint32_t two_nibbles(uint32_t w, uint32_t zero) {{
+  uint32_t two;
+  asm("lop3.b32 %0, %1, %2, %3, 0xEA;"  // (a & b) | c
+      : "=r"(two) : "r"(w), "r"(0x000F000Fu), "r"(kMagic * 0x10001u));
+  return minus(two, zero);
 }}
-// `zero` is twice the half that is kMagic and the zero point.
+__device__ __forceinline__ void from_bytes(uint32_t w, uint32_t* to) {{
+  const uint32_t low = two_bytes(w, 0x4140), high = two_bytes(w, 0x4342);
+  to[0] = whole(low), to[1] = whole(high);
+}}
 __device__ __forceinline__ void from_nibbles(uint32_t w, uint32_t zero, uint32_t* to) {{
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {{
-    asm("lop3.b32 %0, %1, %2, %3, 0xEA;"  // (a & b) | c
-        : "=r"(to[i]) : "r"(w >> (4 * i)), "r"(0x000F000Fu), "r"(kMagic * 0x10001u));
-    to[i] = minus(to[i], zero);
-  }}
+  for (int i = 0; i < 4; ++i) to[i] = two_nibbles(w >> (4 * i), zero);
 }}
 // The halves of 16 bytes of weight: word p is K = 32 p + 8 q + (0 .. 7), 4 registers of 2.
 template <int kBits>

@@ -22,7 +22,7 @@ from netlathe.backends.tvm.cuda.operands import Operands, operands
 MOST_ROWS = 128  # of the one tile
 # Clusters of so many blocks that run at one time. Those of 4 are slower whatever the shape: 0.63 to 0.84 of
 # torch.matmul where those of 2 reach 1.00 to 1.17.
-_CLUSTERS = {1: PROCESSORS, 2: PROCESSORS // 2}
+CLUSTERS = {1: PROCESSORS, 2: PROCESSORS // 2}
 # Measured on an H200: while a byte of another block's sums is added up, so many come from the level-2 cache.
 _ADDING = 16
 
@@ -58,27 +58,25 @@ def chosen(kind: Operands, columns: int, inner: int) -> Shape:
 
     def cost(made: Shape) -> int:
         tiles = -(-columns // made.columns)
-        rounds = -(-tiles // _CLUSTERS[made.splits])
+        rounds = -(-tiles // CLUSTERS[made.splits])
         read = -(-steps // made.splits) * (MOST_ROWS + made.columns) * warpgroup.ROW_BYTES
         added = (made.splits - 1) * MOST_ROWS // made.splits * made.columns * 4
         return rounds * (read + _ADDING * added)
 
-    widths, splits = range(32, widest + 1, 16), [n for n in _CLUSTERS if n <= steps]
+    widths, splits = range(32, widest + 1, 16), [n for n in CLUSTERS if n <= steps]
     return min((shape(*each) for each in product(widths, splits)), key=cost)
 
 
 def source(shape: Shape, dtype: str) -> str:
     """The device functions for one shape; ``dtype`` is the name of :class:`Operands`."""
     kind = operands(dtype)
-    letter, form = ("r", "s32") if kind.sums == "int32" else ("f", "f32")
+    # A row of sums is 8 longer than it has columns: 8 rows of a fragment lie in all banks.
     deep = warpgroup.ROW_BYTES // kind.bytes
     space = shape.space(dtype)
     return f"""{hopper.source(shape, dtype)}
 #ifndef {space.upper()}_PARTS
 #define {space.upper()}_PARTS
 namespace {space} {{
-constexpr int kSplits = {shape.splits}, kRow = kColumns + 8;  // of sums: 8 rows of a fragment, in all banks
-
 // Every thread, first: the warpgroups beyond the last row multiply nothing.
 __device__ __forceinline__ void start_part(uint8_t* shared, int high) {{
   asm volatile("griddepcontrol.launch_dependents;");
@@ -112,18 +110,7 @@ __device__ __forceinline__ void produce_part(
   }}
 }}
 
-// Every thread, when the sums of all blocks are in shared memory; and again before one of the blocks ends.
-__device__ __forceinline__ void meet() {{
-  __syncwarp();
-  if (kSplits > 1)
-    cluster_barrier<kSplits>();
-  else
-    __syncthreads();
-}}
-
-__device__ __forceinline__ void multiplying_barrier() {{
-  asm volatile("bar.sync 1, {2 * warpgroup.GROUP};" ::: "memory");
-}}
+{adding(shape.splits, 1, MOST_ROWS, shape.columns, shape.columns + 8, 2, kind.sums)}
 // The sums of both warpgroups, where stages were.
 __device__ __forceinline__ void put(uint8_t* shared, const Sum* d) {{
   multiplying_barrier();  // both are done with the stages
@@ -138,37 +125,65 @@ __device__ __forceinline__ void put(uint8_t* shared, const Sum* d) {{
       *reinterpret_cast<Pair<Sum>*>(to + row * kRow + column) = {{from[0], from[1]}};
     }}
 }}
+}}  // namespace
+#endif
+"""
+
+
+def adding(
+    splits: int, sharing: int, rows: int, columns: int, row: int, warpgroups: int, sums: str
+) -> str:
+    """How sums of one tile meet that lie where stages were, ``row`` of them in a row.
+
+    Each of ``splits`` blocks has ``sharing`` parts of each, of up to ``rows`` rows. All warpgroups but the
+    first, ``warpgroups``, add up.
+    """
+    letter, form = ("r", "s32") if sums == "int32" else ("f", "f32")
+    threads = warpgroups * warpgroup.GROUP
+    return f"""
+constexpr int kSplits = {splits}, kSharing = {sharing}, kRow = {row}, kPart = {rows} * kRow;
+// Every thread, when the sums of all blocks are in shared memory; and again before one of the blocks ends.
+__device__ __forceinline__ void meet() {{
+  __syncwarp();
+  if (kSplits > 1)
+    cluster_barrier<kSplits>();
+  else
+    __syncthreads();
+}}
+__device__ __forceinline__ void multiplying_barrier() {{
+  asm volatile("bar.sync 1, {threads};" ::: "memory");
+}}
 // Add up what all blocks have of every kSplits-th row, this block's share: 4 neighbouring sums a thread, and
 // so many of those on their way at one time.
 __device__ __forceinline__ void add_up(uint8_t* shared, int high) {{
-  if (kSplits == 1) return;
-  constexpr int kQuads = kColumns / 4, kFlying = 4;
+  constexpr int kParts = kSplits * kSharing, kQuads = {columns // 4}, kFlying = 4;
+  if (kParts == 1) return;
   const int mine = rank<kSplits>(), own = (high - mine + kSplits - 1) / kSplits * kQuads;
   const uint32_t at = base(shared);
-  for (int begin = threadIdx.x - {warpgroup.GROUP}; begin < own; begin += kFlying * {2 * warpgroup.GROUP}) {{
-    Sum parts[kFlying][kSplits][4] = {{}};
+  for (int begin = threadIdx.x - {warpgroup.GROUP}; begin < own; begin += kFlying * {threads}) {{
+    Sum parts[kFlying][kParts][4] = {{}};
     uint32_t where[kFlying];
 #pragma unroll
     for (int i = 0; i < kFlying; ++i) {{
-      const int number = begin + i * {2 * warpgroup.GROUP}, line = number / kQuads * kSplits + mine;
+      const int number = begin + i * {threads}, line = number / kQuads * kSplits + mine;
       where[i] = at + (line * kRow + number % kQuads * 4) * 4;
 #pragma unroll
-      for (int cta = 0; cta < kSplits; ++cta)
+      for (int part = 0; part < kParts; ++part)
         asm volatile(
             "{{\\n.reg .pred p;\\n.reg .b32 far;\\nsetp.ne.b32 p, %6, 0;\\n"
             "mapa.shared::cluster.u32 far, %4, %5;\\n"
             "@p ld.shared::cluster.v4.{form} {{%0, %1, %2, %3}}, [far];\\n}}"
-            : "+{letter}"(parts[i][cta][0]), "+{letter}"(parts[i][cta][1]), "+{letter}"(parts[i][cta][2]),
-              "+{letter}"(parts[i][cta][3])
-            : "r"(where[i]), "r"(cta), "r"((int)(number < own)));
+            : "+{letter}"(parts[i][part][0]), "+{letter}"(parts[i][part][1]), "+{letter}"(parts[i][part][2]),
+              "+{letter}"(parts[i][part][3])
+            : "r"(where[i] + part % kSharing * kPart * 4), "r"(part / kSharing), "r"((int)(number < own)));
     }}
 #pragma unroll
     for (int i = 0; i < kFlying; ++i)
-      if (begin + i * {2 * warpgroup.GROUP} < own) {{
+      if (begin + i * {threads} < own) {{
 #pragma unroll
-        for (int cta = 1; cta < kSplits; ++cta)
+        for (int part = 1; part < kParts; ++part)
 #pragma unroll
-          for (int j = 0; j < 4; ++j) parts[i][0][j] += parts[i][cta][j];
+          for (int j = 0; j < 4; ++j) parts[i][0][j] += parts[i][part][j];
         asm volatile("st.shared.v4.{form} [%0], {{%1, %2, %3, %4}};"
                      ::"r"(where[i]), "{letter}"(parts[i][0][0]), "{letter}"(parts[i][0][1]),
                        "{letter}"(parts[i][0][2]), "{letter}"(parts[i][0][3]) : "memory");
@@ -179,6 +194,4 @@ __device__ __forceinline__ void add_up(uint8_t* shared, int high) {{
 __device__ __forceinline__ Sum total(uint8_t* shared, int64_t row, int64_t column) {{
   return static_cast<const Sum*>(__cvta_shared_to_generic(base(shared)))[row * kRow + column];
 }}
-}}  // namespace
-#endif
 """

@@ -40,6 +40,7 @@ def warpgroups(
     together: int = 1,
     constant: bool = True,
     scattered: bool = False,
+    beyond: int = 0,
 ) -> None:
     """finish(row, column, sum over k of a[row, k] * b[column, k]), on sm_90a.
 
@@ -47,6 +48,7 @@ def warpgroups(
     :class:`Operands`; a row is a multiple of 16 bytes. Only rows may be known at run time alone. ``b`` may be
     read before the kernels in front have ended if it is ``constant``. Sums are float32, or int32 of integers.
     Neighbouring results are stored together unless they are ``scattered``: they may go to different tensors.
+    There are more rows than ``beyond``: others have taken fewer.
     """
     kind, inner, columns = operands.operands(dtype), known(sizes[1]), known(sizes[2])
     assert inner is not None and columns is not None
@@ -54,12 +56,12 @@ def warpgroups(
 
     def up_to(most: int, these: Callable[[], None], others: Callable[[], None]) -> None:
         number = known(rows)
-        if number is None:
-            code.branch(rows <= i64(most), these, others)
-        elif number <= most:
-            these()
-        else:
+        if most <= beyond or (number is not None and number > most):
             others()
+        elif number is None:
+            code.branch(rows <= i64(most), these, others)
+        else:
+            these()
 
     def one_tile() -> None:
         _split(code, split.chosen(kind, columns, inner), *given, constant)
@@ -290,37 +292,57 @@ def _split(
             code.run(named("add_up"), text, shared, int32(high))
             if constant:
                 code.follow()
-            warp = code.bind(idiv(thread - i64(warpgroup.GROUP), 32))
-            lane, wide = code.bind(imod(thread, 32)), shape.columns // together
-            begin = code.bind(idiv(left, together))
 
-            def results(inside: bool) -> None:
-                with code.loop(hopper.ROWS // 8 // splits, VECTORIZED) as turn:
-                    row = code.bind((turn * i64(8) + warp) * i64(splits) + rank)
-                    with code.when(row < rows), code.loop(-(-wide // 32), VECTORIZED) as step:
-                        at = code.bind(step * i64(32) + lane)
-                        column = code.bind(begin + at)
+            def total(row: Expr, column: Expr) -> Expr:
+                return code.call(named("total"), text, kind.sums, shared, row, column)
 
-                        def one() -> None:
-                            places = [at * i64(together) + i64(i) for i in range(together)]
-                            values = [
-                                code.call(named("total"), text, kind.sums, shared, row, place)
-                                for place in places
-                            ]
-                            finish(row, column, *map(code.bind, values))
-
-                        if inside and wide % 32 == 0:
-                            one()
-                        else:
-                            fits = column < idiv(columns, together)
-                            with code.when(tirx.And(at < i64(wide), fits)):
-                                one()
-
-            whole = left + i64(shape.columns) <= columns
-            code.branch(whole, lambda: results(True), lambda: results(False))
+            tile, place = (hopper.ROWS, shape.columns, 2), (rank, splits, left)
+            added_results(code, thread, tile, place, (rows, columns), total, finish, together)
 
         code.branch(thread < i64(warpgroup.GROUP), copy, multiply)
         code.run(named("meet"), text)
+
+
+def added_results(
+    code: GpuCode,
+    thread: Expr,
+    tile: tuple[int, int, int],
+    place: tuple[Expr, int, Expr],
+    sizes: tuple[Expr, Expr],
+    total: Callable[[Expr, Expr], Expr],
+    finish: Finish,
+    together: int,
+) -> None:
+    """finish(row, column, sum) for a block's share of a tile whose sums :func:`split.adding` has added up.
+
+    ``tile``: most rows, columns, and the warpgroups behind the first, which do this. ``place``: which of how
+    many blocks it is, that have every so-manyth row, and the first column.
+    """
+    (most, across, warpgroups), (rank, splits, left), (rows, columns) = tile, place, sizes
+    warp = code.bind(idiv(thread - i64(warpgroup.GROUP), 32))
+    lane, wide = code.bind(imod(thread, 32)), across // together
+    begin, warps = code.bind(idiv(left, together)), warpgroups * warpgroup.GROUP // 32
+
+    def results(inside: bool) -> None:
+        with code.loop(-(-most // warps // splits), VECTORIZED) as turn:
+            row = code.bind((turn * i64(warps) + warp) * i64(splits) + rank)
+            with code.when(row < rows), code.loop(-(-wide // 32), VECTORIZED) as step:
+                at = code.bind(step * i64(32) + lane)
+                column = code.bind(begin + at)
+
+                def one() -> None:
+                    places = [at * i64(together) + i64(i) for i in range(together)]
+                    finish(row, column, *(code.bind(total(row, place)) for place in places))
+
+                if inside and wide % 32 == 0:
+                    one()
+                else:
+                    fits = column < idiv(columns, together)
+                    with code.when(tirx.And(at < i64(wide), fits)):
+                        one()
+
+    whole = left + i64(across) <= columns
+    code.branch(whole, lambda: results(True), lambda: results(False))
 
 
 def warps(

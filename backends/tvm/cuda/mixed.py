@@ -1,0 +1,364 @@
+"""Device code for sm_90a of products of more than 16 rows with weights of 8 or 4 bits, read as they are.
+
+A warpgroup multiplies 64 columns of the weight, which are the left operand of wgmma and become halves in
+registers, with all rows of x, which the copy engine brings in stages with the weight (PTX ISA 8.5, sections
+9.7.14.5, wgmma's fragments and descriptors, and 9.7.8.24, copies). ``columns`` of a tile are those of several
+warpgroups, or two share a stage's K; and two blocks, a cluster, may share K, so that each reads half of x.
+Sums meet as those of :mod:`split` do.
+
+The weight is packed for products of few rows: a thread of a quad has eight neighbouring elements of K there
+(:mod:`skinny`). Here it needs two of each eight, as x lies in memory order. So it reads what its quad has,
+which is one address for four threads, and takes its two out of every word: a shift by the thread's number,
+or a choice of two bytes, where those kernels have constants. Scales of groups are multiplied with halves.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+from netlathe.backends.tvm.cuda import hopper, skinny, split, warpgroup
+from netlathe.backends.tvm.cuda.warpgroup import GROUP, PART
+
+ROWS = (32, 64, 128, 256, 512)  # that there are kernels for, where their number is not known
+MOST_ROWS = 128  # of a tile
+SLAB = warpgroup.ROW_BYTES // 2  # elements of K in a swizzled row
+_SPARE = 4  # columns between two rows of sums, so that what a warp stores is in different banks
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A tile of ``columns`` columns and up to ``rows`` rows, whose K ``splits`` blocks share.
+
+    ``sharing`` warpgroups have the same columns, and each a part of a stage's ``deep`` elements of K. Scales,
+    zero points and bits are as :class:`stream.Shape` has them.
+    """
+
+    bits: int
+    rows: int
+    columns: int
+    sharing: int
+    splits: int
+    deep: int
+    group: int = 0
+    zeros: bool = False
+    zero: int = 8
+
+    @property
+    def warpgroups(self) -> int:
+        """That multiply."""
+        return self.columns // PART * self.sharing
+
+    @property
+    def threads(self) -> int:
+        """All of them: one more warpgroup copies."""
+        return (1 + self.warpgroups) * GROUP
+
+    @property
+    def registers(self) -> int:
+        """Of a multiplying thread: what one that copies, with 40, leaves over; 0 where all have enough."""
+        if self.warpgroups == 1:
+            return 0
+        return min(232, ((64 << 10) - 40 * GROUP) // (self.warpgroups * GROUP) // 8 * 8)
+
+    @property
+    def down(self) -> int:
+        """Chunks of K in a stage, as the weight is packed."""
+        return self.deep // skinny.chunk(self.bits)
+
+    @property
+    def boxes(self) -> int:
+        """Copies for them."""
+        return 1
+
+    @property
+    def groups(self) -> int:
+        """Groups of K in a stage, for which scales or zero points are copied."""
+        if not self.group:
+            return int(self.zeros)
+        return max(1, self.deep // self.group)
+
+    @property
+    def fits(self) -> bool:
+        """Whether stages and groups have common ends, and there is room for some stages."""
+        ends = not self.group or self.deep % self.group == 0 or self.group % self.deep == 0
+        return ends and self.stages >= 4 and self.sums_bytes <= self.stages * self.stage_bytes
+
+    @property
+    def weight_bytes(self) -> int:
+        """Of the weight in a stage."""
+        return self.columns * self.deep * self.bits // 8
+
+    @property
+    def scale_bytes(self) -> int:
+        """Of scales in a stage, and of zero points likewise; copies start at multiples of 128."""
+        return -(-self.groups * self.columns * 2 // 128) * 128
+
+    @property
+    def stage_bytes(self) -> int:
+        """Rows of x, weights, scales and zero points; swizzled rows start at multiples of 1024."""
+        room = 2 * self.rows * self.deep + self.weight_bytes + 2 * self.scale_bytes
+        return -(-room // 1024) * 1024
+
+    @property
+    def sums_bytes(self) -> int:
+        """Of all sums, where stages were."""
+        return self.sharing * self.rows * (self.columns + _SPARE) * 4
+
+    @property
+    def stages(self) -> int:
+        """As many as there is room for."""
+        return (hopper.SHARED - 1024) // (self.stage_bytes + 16)
+
+    @property
+    def shared_bytes(self) -> int:
+        """All of shared memory: to align it, the stages, the barriers."""
+        return 1024 + self.stages * (self.stage_bytes + 16)
+
+
+# Fitted to an H200, in cycles: what a product of 16 of K takes beside 1 for two rows, and more where no other
+# warpgroup makes halves meanwhile; to begin and end a tile; to add up what blocks have of it.
+_PRODUCT, _ALONE, _TILE, _MEETING = 29, 8, 4500, 1000
+
+
+def _cost(s: Shape, columns: int, inner: int, down: int) -> float:
+    """Cycles of the most loaded multiprocessor, if ``down`` tiles have all rows."""
+    rounds = -(-(-(-columns // s.columns) * down) // split.CLUSTERS[s.splits])
+    step = s.columns // PART * (_PRODUCT + s.rows / 2) + _ALONE * (s.warpgroups == 1)
+    return rounds * (inner / 16 / s.splits * step + _TILE + _MEETING * (s.splits - 1))
+
+
+@lru_cache
+def chosen(
+    bits: int, rows: int, columns: int, inner: int, group: int, zeros: bool, zero: int
+) -> Shape | None:
+    """The tile for a weight [columns, inner] and so many rows; None where no stage fits groups."""
+    down = -(-rows // MOST_ROWS)
+    high = -(-rows // (8 * down)) * 8
+    able = []
+    for wide, sharing in ((1, 1), (1, 2), (2, 1), (3, 1)):
+        for splits in split.CLUSTERS:
+            made = [
+                Shape(bits, high, PART * wide, sharing, splits, deep, group, zeros, zero)
+                for deep in (256, 128)
+                if deep >= 128 * sharing  # a chunk of 4 bits for each
+            ]
+            able += [s for s in made if s.fits and -(-inner // s.deep) >= splits][:1]
+    return min(able, key=lambda s: _cost(s, columns, inner, down), default=None)
+
+
+def source(s: Shape, dtype: str) -> str:
+    """The device functions for one shape; ``dtype`` is ``bf16`` or ``f16``."""
+    zero = "half_at(constants + kZeros)" if s.zeros else f"kMagic + {s.zero}u"
+    constants = int(bool(s.group)) + int(s.zeros)
+    if s.bits == 8:
+        read, two = _WORDS_8, "whole(two_bytes(word, q % 2 ? 0x4342 : 0x4140))"
+    else:
+        read, two = _WORDS_4, "two_nibbles(word >> 4 * q, zero)"
+    return f"""{warpgroup.SOURCE}{skinny.source(dtype)}
+#ifndef {_stem(s, dtype).upper()}
+#define {_stem(s, dtype).upper()}
+namespace {_stem(s, dtype)} {{
+using namespace netlathe_warpgroup;
+using namespace netlathe_skinny_{dtype};
+using Sum = float;
+constexpr int kRows = {s.rows}, kColumns = {s.columns}, kGroup = {s.group}, kDeep = {s.deep};
+constexpr int kStages = {s.stages}, kStageBytes = {s.stage_bytes}, kChunk = {skinny.chunk(s.bits)};
+constexpr int kShare = kDeep / {s.sharing};  // of K in a stage, for each warpgroup
+constexpr int kWeights = {2 * s.rows * s.deep}, kScales = kWeights + {s.weight_bytes};
+constexpr int kZeros = kScales + {s.scale_bytes};
+
+__device__ __forceinline__ uint32_t ready(uint32_t at, int stage) {{
+  return at + kStages * kStageBytes + stage * 8;
+}}
+__device__ __forceinline__ uint32_t empty(uint32_t at, int stage) {{ return ready(at, kStages + stage); }}
+
+// Every thread, first.
+__device__ __forceinline__ void start(uint8_t* shared) {{
+  asm volatile("griddepcontrol.launch_dependents;");
+  netlathe_warpgroup::start<kStages>(ready(base(shared), 0), {4 * s.warpgroups});
+}}
+{_COPIES}
+// `steps` stages from `first` on, of the tile that begins at this column: one thread copies the weight, and
+// one `high` rows of x from `top` on, which the kernel in front may still write.
+__device__ __forceinline__ void produce(
+    uint8_t* shared, uint64_t map_x, uint64_t map_weight, uint64_t map_scales, uint64_t map_zeros, int high,
+    int top, int column, int first, int steps) {{
+  {"" if not s.registers else 'asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");'}
+  const uint32_t at = base(shared);
+  if (threadIdx.x == 0) {{
+    for (int k = 0; k < steps; ++k) {{
+      const uint32_t to = at + k % kStages * kStageBytes, barrier = ready(at, k % kStages);
+      wait(empty(at, k % kStages), ((k / kStages) & 1) ^ 1);
+      constexpr int kBytes = {s.weight_bytes} + {constants} * {s.groups} * kColumns * 2;
+      expect(barrier, kBytes + high * kDeep * 2);
+      copy_packed(to + kWeights, map_weight, barrier, (first + k) * (kDeep / kChunk), column / 64);
+      const int group = kGroup ? (first + k) * kDeep / (kGroup ? kGroup : 1) : 0;
+      if (kGroup) copy(to + kScales, map_scales, barrier, column, group);
+      if ({int(s.zeros)}) copy(to + kZeros, map_zeros, barrier, column, group);
+    }}
+  }} else if (threadIdx.x == 32) {{
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+    for (int k = 0; k < steps; ++k) {{
+      wait(empty(at, k % kStages), ((k / kStages) & 1) ^ 1);
+      const uint32_t to = at + k % kStages * kStageBytes;
+      copy_rows(to, map_x, ready(at, k % kStages), top, (first + k) * (kDeep / {SLAB}));
+    }}
+  }}
+}}
+
+__device__ __forceinline__ void prepare() {{
+  {"" if not s.registers else f'asm volatile("setmaxnreg.inc.sync.aligned.u32 {s.registers};");'}
+}}
+{_multiply(s.rows, dtype)}
+__device__ __forceinline__ uint16_t half_at(uint32_t at) {{
+  uint16_t v;
+  asm volatile("ld.shared.u16 %0, [%1];" : "=h"(v) : "r"(at));
+  return v;
+}}
+{read}
+// Two elements of K of column g (or g + 8) as halves.
+__device__ __forceinline__ uint32_t two_of(uint32_t word, int q, uint32_t zero, uint32_t scale) {{
+  const uint32_t two = {two};
+  if (kGroup == 0) return two;
+  uint32_t scaled;
+  asm("mul.rn.{dtype}x2 %0, %1, %2;" : "=r"(scaled) : "r"(two), "r"(scale));
+  return scaled;
+}}
+
+// One arrival of a warp. With a branch for it ptxas would let products wait for each other.
+__device__ __forceinline__ void let_go(uint32_t barrier, bool there) {{
+  __syncwarp();
+  asm volatile(
+      "{{\\n.reg .pred p;\\nsetp.ne.b32 p, %1, 0;\\n@p mbarrier.arrive.shared::cta.b64 _, [%0];\\n}}"
+      ::"r"(barrier), "r"((int)(there && threadIdx.x % 32 == 0)) : "memory");
+}}
+// A multiplying warp's sums. Products of 32 of K go on while the next become halves.
+__device__ __forceinline__ void consume(uint8_t* shared, Sum* d, int high, int steps) {{
+  const uint32_t at = base(shared);
+  // The same for all threads of a warp, which the compiler cannot know.
+  const int group = __shfl_sync(0xffffffffu, threadIdx.x / {GROUP}, 0) - 1;
+  const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
+  const int across = group / {s.sharing}, own = group % {s.sharing} * kShare;
+  const uint32_t packed = kWeights + (across * kDeep + own) / kChunk * 4096 + warp * 1024 + g * 64;
+  const uint32_t column = (across * 64 + warp * 16 + g) * 2;
+#pragma unroll
+  for (int i = 0; i < kRows / 2; ++i) d[i] = 0;
+  uint32_t a[2][8];
+  for (int k = 0; k < steps; ++k) {{
+    const uint32_t stage = at + k % kStages * kStageBytes;
+    wait(ready(at, k % kStages), (k / kStages) & 1);
+#pragma unroll
+    for (int chunk = 0; chunk < kShare / kChunk; ++chunk) {{
+      const int deep = own + chunk * kChunk, group = kGroup ? deep / {s.group or 1} % {max(1, s.groups)} : 0;
+      uint32_t words[kChunk / 32][8], scale[2] = {{}}, zero[2];
+      read(stage + packed + chunk * 4096, g, q, words);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {{
+        const uint32_t constants = stage + column + group * kColumns * 2 + half * 16;
+        if (kGroup) scale[half] = half_at(constants + kScales) * 0x10001u;
+        zero[half] = ({zero}) * 0x10001u;
+      }}
+#pragma unroll
+      for (int p = 0; p < kChunk / 32; ++p) {{
+        uint32_t* halves = a[p % 2];
+#pragma unroll
+        for (int i = 0; i < 8; ++i) halves[i] = two_of(words[p][i], q, zero[i % 2], scale[i % 2]);
+        const int down = deep + p * 32;
+        const uint64_t x = described(stage) + down / {SLAB} * (high * 8) + down % {SLAB} / 8;
+        asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+        multiply(d, halves, x);
+        multiply(d, halves + 4, x + 2);
+        asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+        asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
+        if (chunk == 0 && p == 0) let_go(empty(at, (k + kStages - 1) % kStages), k > 0);
+      }}
+    }}
+  }}
+  asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+#pragma unroll
+  for (int i = 0; i < kRows / 2; ++i) asm volatile("" : "+f"(d[i])::"memory");
+}}
+{split.adding(s.splits, s.sharing, s.rows, s.columns, s.columns + _SPARE, s.warpgroups, "float32")}
+// The sums of all warpgroups, where stages were: rows of the result are columns of a product.
+__device__ __forceinline__ void put(uint8_t* shared, const Sum* d, int high) {{
+  multiplying_barrier();  // all are done with the stages
+  const int group = threadIdx.x / {GROUP} - 1, warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
+  Sum* to = static_cast<Sum*>(__cvta_shared_to_generic(base(shared))) + group % {s.sharing} * kPart
+      + lane % 4 * 2 * kRow + group / {s.sharing} * 64 + warp * 16 + lane / 4;
+#pragma unroll
+  for (int j = 0; j < kRows / 8; ++j)
+    if (j * 8 < high)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) to[(j * 8 + i % 2) * kRow + i / 2 * 8] = d[j * 4 + i];
+}}
+}}  // namespace
+#endif
+"""
+
+
+_COPIES = """
+// Packed columns: dims are 1024 bytes of 16 columns, four times 16, chunks of K, 64 columns.
+__device__ __forceinline__ void copy_packed(
+    uint32_t to, uint64_t map, uint32_t barrier, int chunk, int across) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
+      " [%0], [%1, {%3, %3, %4, %5}], [%2];"
+      ::"r"(to), "l"(map), "r"(barrier), "r"(0), "r"(chunk), "r"(across) : "memory");
+}
+__device__ __forceinline__ void copy_rows(uint32_t to, uint64_t map, uint32_t barrier, int row, int slab) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
+      " [%0], [%1, {%3, %4, %5}], [%2];"
+      ::"r"(to), "l"(map), "r"(barrier), "r"(0), "r"(row), "r"(slab) : "memory");
+}
+__device__ __forceinline__ void copy(uint32_t to, uint64_t map, uint32_t barrier, int across, int down) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
+      " [%0], [%1, {%3, %4}], [%2];"
+      ::"r"(to), "l"(map), "r"(barrier), "r"(across), "r"(down) : "memory");
+}
+"""
+# What a thread's quad has of a chunk in columns g and g + 8, in turn: eights r, words p of each.
+_WORDS_4 = """__device__ __forceinline__ void read(uint32_t at, int g, int q, uint32_t (*to)[8]) {
+#pragma unroll
+  for (int i = 0; i < 8; ++i)
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(to[0][i]), "=r"(to[1][i]), "=r"(to[2][i]), "=r"(to[3][i])
+                 : "r"(at + i % 2 * 512 + (i / 2 ^ g / 2) * 16));
+}"""
+# The same; of two words that one which has the thread's two bytes.
+_WORDS_8 = """__device__ __forceinline__ void read(uint32_t at, int g, int q, uint32_t (*to)[8]) {
+#pragma unroll
+  for (int p = 0; p < 2; ++p)
+#pragma unroll
+    for (int i = 0; i < 8; ++i)
+      asm volatile("ld.shared.u32 %0, [%1];"
+                   : "=r"(to[p][i]) : "r"(at + i % 2 * 512 + (i / 2 ^ g / 2) * 16 + p * 8 + q / 2 * 4));
+}"""
+
+
+def _multiply(rows: int, dtype: str) -> str:
+    """One instruction: 64 columns and 16 of K, in registers, by all rows."""
+    count = rows // 2
+    places = ", ".join(f"%{i}" for i in range(count))
+    weights = ", ".join(f"%{count + i}" for i in range(4))
+    registers = ", ".join(f'"+f"(d[{i}])' for i in range(count))
+    return f"""__device__ __forceinline__ void multiply(Sum* d, const uint32_t* w, uint64_t x) {{
+  asm volatile(
+      "{{\\n.reg .pred p;\\nsetp.ne.b32 p, 1, 0;\\n"
+      "wgmma.mma_async.sync.aligned.m64n{rows}k16.f32.{dtype}.{dtype} {{{places}}}, {{{weights}}},"
+      " %{count + 4}, p, 1, 1, 0;\\n}}"
+      : {registers} : "r"(w[0]), "r"(w[1]), "r"(w[2]), "r"(w[3]), "l"(x));
+}}"""
+
+
+def _stem(s: Shape, dtype: str) -> str:
+    zero = "z" if s.zeros else s.zero
+    tile = f"{s.rows}_{s.columns}_{s.sharing}_{s.splits}_{s.deep}"
+    return f"netlathe_mixed_{dtype}_{s.bits}_{tile}_{s.group}_{zero}"
+
+
+def name(shape: Shape, dtype: str, function: str) -> str:
+    """The function's name in C++."""
+    return f"{_stem(shape, dtype)}::{function}"
