@@ -262,8 +262,14 @@ def _is_fed(value: ir.Value) -> bool:
 
 
 def _channels(value: ir.Value) -> int:
-    """An image's channels are at axis 1, those of anything else come last."""
-    return 1 if value.shape is not None and len(value.shape) == 4 else -1
+    """An image's channels are at axis 1, those of anything else come last.
+
+    All of them get one grid, so where that size is dynamic any other that is fixed will do.
+    """
+    shape = list(value.shape or ())
+    first = 1 if len(shape) == 4 else -1
+    fixed = [axis for axis, dim in enumerate(shape) if isinstance(dim, int)]
+    return fixed[-1] if fixed and not isinstance(shape[first], int) else first
 
 
 # -- the rest -----------------------------------------------------------------------------------------

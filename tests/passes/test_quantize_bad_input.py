@@ -149,6 +149,18 @@ def test_data_that_never_reaches_a_layer() -> None:
 
 
 @pytest.mark.parametrize("form", ["integer", "qdq"])
+@pytest.mark.parametrize("how", ["minmax", "mse"])
+def test_a_signal_of_any_length_has_a_range(form: Any, how: Any) -> None:
+    """[batch, channels, length]: what comes last has no fixed size."""
+    body = "a = Conv (x, v) r = Relu (a) y = Conv (r, w)"
+    before = settled("float[b,4,n] x", body, v=matrix(8, 4, 3), w=matrix(8, 8, 3, seed=1))
+    fed = {"x": matrix(3, 4, 40)}
+    pass_ = Quantize(min_size=0, activations="int8", activation_form=form, activation_range=how)
+    after, _ = quantized(before, pass_, Context(calibration=[fed]))
+    assert relative_error(ort.run(after, fed)["y"], ort.run(before, fed)["y"]) < 0.1
+
+
+@pytest.mark.parametrize("form", ["integer", "qdq"])
 def test_a_state_that_starts_from_zeros_is_no_lack_of_data(form: Any) -> None:
     body = (
         "d = Shape <start=0, end=1> (x) e = Concat <axis=0> (d, width) h = ConstantOfShape (e)"
