@@ -94,6 +94,7 @@ def write_whole(
         part, lock = _start(wanted)
         result = write(part)
         _flush(part)
+        check_output(folder, overwrite=overwrite)  # another run may have made it since
         _put(part, wanted)
         made.clear()
         sync(wanted.parent)

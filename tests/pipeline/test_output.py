@@ -88,6 +88,16 @@ def test_an_existing_folder_is_refused(old: Path) -> None:
     assert tree(old) == {"manifest.json"}
 
 
+def test_what_another_run_has_made_meanwhile_is_not_replaced(tmp_path: Path) -> None:
+    def overtaken(part: Path) -> None:
+        write_two(part)
+        write_whole(tmp_path / "out", lambda other: (other / "manifest.json").write_text("other"))
+
+    with pytest.raises(InputError, match="--overwrite"):
+        write_whole(tmp_path / "out", overtaken)
+    assert tree(tmp_path) == {"out", "out/manifest.json"}
+
+
 def test_overwriting_replaces_everything(old: Path, tmp_path: Path) -> None:
     write_whole(old, write_two, overwrite=True)
     assert tree(tmp_path) == {"out", "out/inner", "out/inner/data", "out/manifest.json"}
