@@ -91,7 +91,10 @@ def _check(
 ) -> None:
     problems = []
     for part, (message, way_out) in parts.items():
-        found = list(_differences(locked.get(part), now.get(part), part))
+        was, is_ = locked.get(part), now.get(part)
+        if part == "versions":
+            was, is_ = _of_both(was, is_)
+        found = list(_differences(was, is_, part))
         if not found:
             continue
         notes = found[:_MOST]
@@ -101,6 +104,14 @@ def _check(
         problems.append(Diagnostic(f"lock.{part}", message, notes=tuple(notes), help=help_))
     if problems:
         raise GateError(problems)
+
+
+def _of_both(locked: Any, now: Any) -> tuple[Any, Any]:
+    """Versions of what took part in both; what one did without follows from another difference."""
+    if not isinstance(locked, dict) or not isinstance(now, dict):
+        return locked, now
+    both = locked.keys() & now.keys()
+    return {name: locked[name] for name in both}, {name: now[name] for name in both}
 
 
 def _plain(data: Mapping[str, Any]) -> dict[str, Any]:

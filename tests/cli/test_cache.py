@@ -317,6 +317,17 @@ def test_every_difference_is_explained_before_the_work(
     assert "running" not in done.err
 
 
+def test_what_a_run_does_without_is_no_other_version(run: Run, model: Path, tmp_path: Path) -> None:
+    """torch takes part where there are calibration data: leaving them out is one difference."""
+    data, out = tmp_path / "data.npz", tmp_path / "out"
+    np.savez(data, x=np.ones((2, 4, 8, 8), np.float32))
+    words = ("compile", model, "--passes", PASSES, "-o", out)
+    assert run(*words, "--calibration", data).code == 0
+    done = run(*words, "--locked")
+    assert done.code == 1 and "error[lock.calibration]" in done.err
+    assert "lock.versions" not in done.err
+
+
 @pytest.mark.parametrize(
     ("code", "at"),
     [
