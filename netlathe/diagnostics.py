@@ -94,7 +94,8 @@ def did_you_mean(name: str, known: Sequence[str]) -> str:
     """A help line that shows names near ``name``, or those that are ``known`` when none is near."""
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
     if near:
-        return "did you mean " + " or ".join(near) + "?"
+        first = ", ".join(near[:-1])
+        return f"did you mean {first} or {near[-1]}?" if first else f"did you mean {near[-1]}?"
     more = len(known) - _MOST_SHOWN
     shown = ", ".join(sorted(known)[:_MOST_SHOWN])
     return f"known: {shown}" + (f" and {more} more" if more > 0 else "")

@@ -7,6 +7,8 @@ from netlathe.diagnostics import did_you_mean
 
 def test_names_that_are_near_are_shown_alone() -> None:
     assert did_you_mean("prun", ["drop", "prune", "quantize"]) == "did you mean prune?"
+    near = did_you_mean("int9", ["int8", "int6", "int5", "nf4"])
+    assert near == "did you mean int8, int6 or int5?"
 
 
 def test_a_few_known_names_are_all_shown() -> None:
