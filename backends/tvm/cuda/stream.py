@@ -33,8 +33,8 @@ _PIECE = 2 << 10  # bytes of the weight in a stage for every warp
 _SHARED = 225 << 10  # of a block, below the 227 KB there are
 _HALF = 112 << 10  # of one that leaves room for another
 _STAGES_OF_NIBBLES = 10  # at most: more were no faster
-_SMALL = 4  # stages of a tile: see Shape.pace and Shape.brief
-_BRIEF = 8  # stages of a block that is beside others
+_SMALL = 4  # stages of a tile: see Shape.pace
+_BRIEF = 8  # the same, and those of a block that is beside others
 
 
 @dataclass(frozen=True)
@@ -93,8 +93,11 @@ class Shape:
 
     @property
     def able(self) -> bool:
-        """Whether keeping x takes a block less time than it saves, which is more where x becomes integers."""
-        most = held.MOST if self.normed else 4 * held.MOST
+        """Whether keeping x takes a block less time than it saves, which is more where x becomes integers.
+
+        Tiles of 96 columns do better with short rows alone: stages are larger, and fewer warps prepare x.
+        """
+        most = held.MOST if self.normed or self.columns == 96 else 4 * held.MOST
         return not self.held or self.inner * self.held <= most
 
     def brief(self, columns: int, inner: int) -> bool:
@@ -235,10 +238,19 @@ class Shape:
         """Stages on their way at a time before the kernel in front has ended; 0: all there is room for.
 
         As many as keep memory busy: what is asked for beyond that only stands in front of x, of which
-        blocks with few stages, or all of several rows, have less time to wait.
+        blocks with few stages, or all of several rows of 4 bits or to normalize, have less time to wait. How
+        many are best was measured.
         """
-        few = (self.held > 1 and self.splits == 1) or self.share <= _SMALL * self.deep
-        return 0 if not self.limbs else 2 if few else 3
+        if not self.limbs:
+            return 0
+        stages = self.share // self.deep
+        if stages <= _SMALL:
+            return 2
+        if self.held == 1 or self.splits > 1:
+            return 3
+        if self.bits == 4 or self.normed:
+            return 2
+        return 4 if stages <= _BRIEF else 3
 
     @property
     def shared_bytes(self) -> int:
@@ -302,9 +314,12 @@ def chosen(
 
     None where groups of K do not fit stages, or keeping ``held`` rows of x would take a block too long.
     """
+    wide: tuple[int, ...] = (64, 32) if held else (128, 96, 64, 32)
+    if held > 1 and bits == 4 and not normed:
+        wide = (96, *wide)
     shapes = [
         Shape(bits, tiles, across, splits, group, zeros, zero, held, inner if held else 0, normed)
-        for across in ((64, 32) if held else (128, 96, 64, 32))
+        for across in wide
         # More blocks that share K of several rows are slower.
         for splits in ((1, 2, 4, 8) if held <= 1 else (1, 2))
     ]

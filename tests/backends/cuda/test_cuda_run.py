@@ -153,6 +153,7 @@ def linear(half: str, kind: str, inner: int, columns: int, group: int) -> tuple[
         ("int8", 4096, 4096, 0),
         ("int4", 1024, 391, 128),
         ("int4", 1472, 130, 0),
+        ("int4", 1472, 9001, 0),
         ("uint4", 1024, 4100, 256),
         ("uint4", 896, 391, 0),
     ],

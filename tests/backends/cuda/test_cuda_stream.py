@@ -118,6 +118,32 @@ def test_one_row_of_a_small_weight_goes_by_wide_tiles_though_they_are_uneven() -
     assert {n: s.columns for n, s in chosen.items() if s is not None} == {4096: 32, 11008: 64}
 
 
+def test_several_rows_of_nibbles_go_by_tiles_of_96_columns_where_they_are_short() -> None:
+    """One tile for a block in place of three, and x is prepared by fewer warps."""
+
+    def across(bits: int, inner: int, rows: int, normed: bool = False) -> int:
+        group = 128 if bits == 4 else 0
+        shape = stream.chosen(bits, 1, 11008, inner, group, False, 8, rows, normed)
+        assert shape is not None and shape.splits == 1 and not shape.beside
+        return shape.columns
+
+    assert across(4, 4096, 4) == across(4, 2048, 4) == 96
+    assert across(4, 8192, 4) == across(8, 4096, 4) == 32
+    assert across(4, 4096, 1) == 64 and across(4, 4096, 4, normed=True) == 32
+
+
+def test_several_rows_of_bytes_stand_behind_more_stages_than_nibbles() -> None:
+    paces = {}
+    for bits in (8, 4):
+        for columns in (4096, 8192):
+            shape = stream.chosen(bits, 1, columns, columns, 128 if bits == 4 else 0, False, 8, 4)
+            assert shape is not None
+            paces[bits, columns] = shape.pace
+    assert paces == {(8, 4096): 4, (8, 8192): 3, (4, 4096): 2, (4, 8192): 2}
+    normed = stream.chosen(8, 1, 4096, 4096, 0, False, 8, 4, True)
+    assert normed is not None and normed.pace == 2
+
+
 def test_groups_that_no_stage_ends_with_are_left_to_other_kernels() -> None:
     assert stream.chosen(8, 1, 4096, 4032, 192, False, 0) is None
 
