@@ -19,7 +19,7 @@ from netlathe.backends.tvm import runtime
 from netlathe.backends.tvm.cuda import toolkit
 from netlathe.backends.tvm.cuda.machine import ARCHITECTURES, Gpu, gpu
 from netlathe.ir import normal
-from tests.backends.tvm.test_tvm_nodes import TOO_OLD, _prepared
+from tests.backends.tvm.test_tvm_nodes import _prepared
 from tests.execute.test_node_backend import CASES, _array
 
 Array = npt.NDArray[Any]
@@ -258,11 +258,7 @@ def test_convolution(
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "case",
-    [
-        pytest.param(case, id=case.name)
-        for case in CASES
-        if "_expanded" not in case.name and case.name not in TOO_OLD
-    ],
+    [pytest.param(case, id=case.name) for case in CASES if "_expanded" not in case.name],
 )
 def test_node(case: TestCase) -> None:
     from netlathe.diagnostics import InputError, LowerError
