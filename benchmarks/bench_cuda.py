@@ -10,8 +10,8 @@ all are checked against float64. Products with few rows are launches in one CUDA
 of the weight that no cache holds; their share is of what copying a gigabyte moves, counted in bytes of
 weights, scales, inputs and results. What torch's copies of as many bytes, read and written, reach in such a
 graph is shown beside them; not in turn, as what they have written leaves the cache while the next graph runs.
-From 17 to 512 rows such graphs are replayed in turn with those of torch's products. Times are medians of CUDA
-events.
+From 17 to 512 rows such graphs are replayed in turn with those of torch's products, and so are products of
+two inputs, the right one as it lies and turned. Times are medians of CUDA events.
 """
 
 from __future__ import annotations
@@ -42,6 +42,17 @@ MANY = ("bf16", "f16", "int8x8", "e4m3", "e5m2")  # kinds of products with many 
 ROWS = (1, 4, 16)
 AMID = [(4096, 4096), (4096, 11008), (11008, 4096), (8192, 28672)]
 BETWEEN = (17, 64, 128, 129, 256, 300, 512)  # rows
+# Products of two inputs: how many, rows, columns, K.
+PAIRS = [
+    (32, 2048, 2048, 128),
+    (32, 2048, 128, 2048),
+    (1, 4096, 4096, 4096),
+    (16, 512, 512, 64),
+    (16, 512, 64, 512),
+    (128, 512, 512, 64),
+    (768, 197, 197, 64),
+    (768, 197, 64, 197),
+]
 GROUP = 128
 ROUNDS, INSIDE = 7, 10
 BEYOND_CACHE = 600_000_000  # bytes of weights that one graph reads
@@ -78,8 +89,33 @@ def build(folder: Path, archs: str) -> None:
         (folder / f"{name}.json").write_text(json.dumps(facts))
         print(name, flush=True)
 
+    def two(job: tuple[tuple[int, int, int, int], bool]) -> None:
+        library = folder / f"{paired(*job)}.so"
+        process.build(pair(*job), machine, library, (toolchain.compiler(),))
+        print(library.stem, flush=True)
+
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # each waits for a process of its own
         list(pool.map(one, dict.fromkeys(jobs)))
+        list(pool.map(two, [(sizes, turned) for sizes in PAIRS for turned in (False, True)]))
+
+
+def paired(sizes: tuple[int, int, int, int], turned: bool) -> str:
+    """The name of a library."""
+    return "-".join(["turned" if turned else "pair", *map(str, sizes)])
+
+
+def pair(sizes: tuple[int, int, int, int], turned: bool) -> Any:
+    """A MatMul of two inputs of bfloat16; the right one is [columns, K] where it is turned."""
+    import onnx_ir as ir
+
+    count, rows, columns, inner = sizes
+    right, name = (f"{columns}, {inner}", "t") if turned else (f"{inner}, {columns}", "b")
+    return ir.from_onnx_text(
+        f"""<ir_version: 12, opset_import: ["" : 25]>
+        g (bfloat16[{count}, {rows}, {inner}] a, bfloat16[{count}, {right}] b)
+            => (bfloat16[{count}, {rows}, {columns}] y)
+        {{ {"t = Transpose <perm = [0, 2, 1]> (b)" if turned else ""} y = MatMul (a, {name}) }}"""
+    )
 
 
 def linear(inner: int, columns: int, kind: str, half: str) -> Any:
@@ -174,10 +210,15 @@ class Bench:
 
     def load(self, name: str) -> tuple[Callable[..., Any], dict[str, Any]]:
         """The library's program, and what it takes."""
+        return self.program(name), json.loads((self.folder / f"{name}.json").read_text())
+
+    def program(self, name: str) -> Callable[..., Any]:
+        """The library's program."""
         module = self.ffi.load_module(os.fspath(self.folder / f"{name}.so"))
         machine = module["vm_load_executable"]()
         machine["vm_initialization"](2, 0, 2, 1, 0, 2)  # the GPU and the CPU, memory from pools
-        return machine["main"], json.loads((self.folder / f"{name}.json").read_text())
+        main: Callable[..., Any] = machine["main"]
+        return main
 
     def tensor(self, dtype: str, shape: tuple[int, ...], scale: float) -> tuple[Any, Any]:
         """Random contents: torch's tensor, and the same as the program takes it."""
@@ -309,6 +350,45 @@ class Bench:
                 flush=True,
             )
 
+    def pair(self, sizes: tuple[int, int, int, int], turned: bool) -> None:
+        """Two inputs, those of several calls more than a cache holds, against torch, in turn."""
+        torch, main = self.torch, self.program(paired(sizes, turned))
+        count, rows, columns, inner = sizes
+        moved = 2 * count * (rows * inner + inner * columns + rows * columns)
+        right = (columns, inner) if turned else (inner, columns)
+        shapes = ((count, rows, inner), (count, *right))
+        given = [
+            [self.tensor("uint16", shape, 1.0) for shape in shapes]
+            for _ in range(min(8, BEYOND_CACHE // moved) or 1)
+        ]
+
+        def theirs(operands: list[Any]) -> Any:
+            (a, _), (b, _) = operands
+            return torch.matmul(a, b.mT if turned else b)
+
+        def ours(operands: list[Any]) -> Any:
+            return main(*(own for _, own in operands))
+
+        found = torch.from_dlpack(ours(given[0])[0]).view(torch.bfloat16)
+        a, b = (x.double() for x, _ in given[0])
+        wanted = a @ (b.mT if turned else b)
+        error = float((found.double() - wanted).norm() / wanted.norm())
+        del found, a, b, wanted
+        graphs = [self.replayed(call, given) for call in (ours, theirs)]
+        times = [
+            [self.milliseconds(graph.replay, INSIDE) / len(given) for graph in graphs]
+            for _ in range(ROUNDS)
+        ]
+        medians = [statistics.median(column) for column in zip(*times, strict=True)]
+        rates = [2 * math.prod(sizes) / time / 1e9 for time in medians]
+        name = paired(sizes, turned)
+        self.results[name] = {"ms": medians, "error": error}
+        print(
+            f"{name:26s}: {medians[0] * 1e3:6.1f} us, {rates[0]:4.0f} T/s, torch {rates[1]:4.0f},"
+            f" share {rates[0] / rates[1]:.3f}, error {error:.1e}",
+            flush=True,
+        )
+
     def replayed(self, call: Callable[[Any], object], given: list[Any]) -> Any:
         """A CUDA graph of a call for each of ``given``."""
         kept = [call(each) for each in given]  # memory for the graph to take
@@ -337,6 +417,9 @@ def run(folder: Path, write: Path | None) -> None:
     for inner, columns in AMID:
         for kind in ("bf16", "e4m3", "int8x8"):
             bench.between(f"{kind}-{inner}-{columns}")
+    for sizes in PAIRS:
+        for turned in (False, True):
+            bench.pair(sizes, turned)
     if write is not None:
         write.write_text(json.dumps(bench.results, indent=1) + "\n")
 

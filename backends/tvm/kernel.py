@@ -50,6 +50,11 @@ class Kernel:
             self._sizes[name] = tirx.Var(f"size{len(self._sizes)}", "int64")
         return self._sizes[name]
 
+    @property
+    def sizes(self) -> list[Expr]:
+        """The variables of sizes that are known at run time only."""
+        return list(self._sizes.values())
+
     def read(self, value: Ready) -> Any:
         """The flat buffer of a ready value."""
         if value.var not in self._inputs:

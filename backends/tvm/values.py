@@ -91,7 +91,8 @@ class Scalar(Value):
 class Lazy(Value):
     """An expression. ``flat``: may be indexed by element number, because every operand has this very
     shape or one element. ``cheap``: costs no more than a load. ``unit``: neighbours along the last
-    axis are neighbours in memory. ``along``: they are along this other axis.
+    axis are neighbours in memory. ``along``: they are along this other axis. ``turned``: a tensor in memory,
+    and the order in which its axes are those of this.
     """
 
     element: Element = field(default=lambda code, index: i64(0))
@@ -100,6 +101,7 @@ class Lazy(Value):
     unit: bool = False
     cost: int = 1  # operators in the expression
     along: int | None = None
+    turned: tuple[Ready, tuple[int, ...]] | None = None
 
     def at(self, code: Code, index: Index) -> Expr:
         """Compute one element, once per index and block."""

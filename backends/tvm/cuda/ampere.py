@@ -3,7 +3,8 @@
 A block of 8 warps makes 128 x 128 results, each warp 64 x 32 of them; 4 stages of 64 bytes of K are in
 flight. Instructions as in the PTX ISA 8.5, sections 9.7.8.22 (cp.async), 9.7.13.4.8 and 9.7.13.4.10
 (mma.m16n8k16, and m16n8k32 of 8 bits) and 9.7.13.4.15 (ldmatrix). The 16-byte pieces of a tile's rows are
-permuted by row against bank conflicts. In bytes, all kinds of operands lie alike.
+permuted by row against bank conflicts. In bytes, all kinds of operands lie alike. Halves may lie the other
+way round, what is summed over down: then a stage is 32 rows of 256 bytes, and ldmatrix transposes.
 """
 
 from __future__ import annotations
@@ -29,12 +30,27 @@ def source(dtype: str) -> str:
 namespace netlathe_ampere_{dtype} {{
 using Element = uint{8 * kind.bytes}_t;
 using Sum = {whole};
-__device__ __forceinline__ uint32_t piece(uint32_t tile, int row, int at) {{
+template <bool kDown = false> __device__ __forceinline__ uint32_t piece(uint32_t tile, int row, int at) {{
+  if (kDown) return tile + row * {2 * TILE} + ((at ^ (row & 7)) << 4);
   return tile + row * {ROW_BYTES} + ((at ^ ((row >> 1) & 3)) << 4);
 }}
-__device__ __forceinline__ void load(uint32_t from, uint32_t* to) {{
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {{%0, %1, %2, %3}}, [%4];"
-               : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3]) : "r"(from));
+template <bool kDown> __device__ __forceinline__ void load(uint32_t from, uint32_t* to) {{
+  if (kDown)
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {{%0, %1, %2, %3}}, [%4];"
+                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3]) : "r"(from));
+  else
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {{%0, %1, %2, %3}}, [%4];"
+                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3]) : "r"(from));
+}}
+// Four parts of an operand, 8 lines by 16 bytes: two by lines, from `line` on, and two by K, in this order or
+// by K first.
+template <bool kDown, bool kDeepFirst>
+__device__ __forceinline__ void load(uint32_t tile, int line, int k, uint32_t* to) {{
+  const int lane = threadIdx.x % 32, first = lane / 8 % 2, second = lane / 16;
+  line += (kDeepFirst ? second : first) * 8;
+  const int deep = k * 2 + (kDeepFirst ? first : second);
+  const int row = lane % 8;
+  load<kDown>(kDown ? piece<true>(tile, deep * 8 + row, line / 8) : piece(tile, line + row, deep), to);
 }}
 __device__ __forceinline__ void multiply(Sum* d, const uint32_t* a, uint32_t b0, uint32_t b1) {{
   asm volatile(
@@ -43,22 +59,30 @@ __device__ __forceinline__ void multiply(Sum* d, const uint32_t* a, uint32_t b0,
       : "+{letter}"(d[0]), "+{letter}"(d[1]), "+{letter}"(d[2]), "+{letter}"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }}
-// One stage of one operand, [rows, inner] from row `first` on: two pieces a thread, zeros beyond the end.
-__device__ __forceinline__ void copy(
-    uint32_t tile, const Element* from, int64_t rows, int64_t inner, int64_t first, int64_t k) {{
+// An operand of `lines` lines in memory, a line (where kDown: an element of all lines) `pitch` elements long.
+template <bool kDown = false> struct Side {{
+  const Element* from;
+  int64_t pitch, lines, inner, first;
+  // One stage, of lines from `first` on: two pieces a thread, zeros beyond the end.
+  __device__ __forceinline__ void copy(uint32_t tile, int64_t k) const {{
 #pragma unroll
-  for (int part = 0; part < 2; ++part) {{
-    const int number = part * {THREADS} + threadIdx.x, row = number / 4, at = number % 4;
-    const bool inside = first + row < rows && k + at * {piece} < inner;
-    const Element* source = inside ? from + (first + row) * inner + k + at * {piece} : from;
-    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;"
-                 ::"r"(piece(tile, row, at)), "l"(source), "r"(inside ? 16 : 0) : "memory");
+    for (int part = 0; part < 2; ++part) {{
+      const int number = part * {THREADS} + threadIdx.x;
+      const int row = kDown ? number / 16 : number / 4, at = kDown ? number % 16 : number % 4;
+      const int64_t down = (kDown ? k : first) + row, across = (kDown ? first : k) + at * {piece};
+      const int64_t left = (kDown ? lines : inner) - across;  // elements in this row
+      const bool inside = down < (kDown ? inner : lines) && left > 0;
+      const int bytes = inside ? (int)min(left * {kind.bytes}, (int64_t)16) : 0;
+      const Element* source = inside ? from + down * pitch + across : from;
+      asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;"
+                   ::"r"(piece<kDown>(tile, row, at)), "l"(source), "r"(bytes) : "memory");
+    }}
   }}
-}}
+}};
 // The block's 128 x 128 sums, left in shared memory. copy_a(tile, k) starts a stage of A.
-template <typename CopyA>
+template <bool kDownA = false, typename CopyA, bool kDownB>
 __device__ __forceinline__ void tile_product(
-    uint8_t* shared, const CopyA& copy_a, const Element* b, int64_t inner, int64_t columns, int64_t left) {{
+    uint8_t* shared, const CopyA& copy_a, const Side<kDownB>& b, int64_t inner) {{
   constexpr int kBytes = {TILE * ROW_BYTES};
   const uint32_t base = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -69,7 +93,7 @@ __device__ __forceinline__ void tile_product(
   for (int stage = 0; stage < {STAGES - 1}; ++stage) {{
     if (stage < steps) {{
       copy_a(base + stage * 2 * kBytes, (int64_t)stage * {deep});
-      copy(base + stage * 2 * kBytes + kBytes, b, columns, inner, left, (int64_t)stage * {deep});
+      b.copy(base + stage * 2 * kBytes + kBytes, (int64_t)stage * {deep});
     }}
     asm volatile("cp.async.commit_group;" ::: "memory");
   }}
@@ -80,7 +104,7 @@ __device__ __forceinline__ void tile_product(
     if (ahead < steps) {{
       const uint32_t to = base + ahead % {STAGES} * 2 * kBytes;
       copy_a(to, (int64_t)ahead * {deep});
-      copy(to + kBytes, b, columns, inner, left, (int64_t)ahead * {deep});
+      b.copy(to + kBytes, (int64_t)ahead * {deep});
     }}
     asm volatile("cp.async.commit_group;" ::: "memory");
     const uint32_t at = base + step % {STAGES} * 2 * kBytes;
@@ -88,10 +112,9 @@ __device__ __forceinline__ void tile_product(
     for (int k = 0; k < {ROW_BYTES // 32}; ++k) {{
       uint32_t x[4][4], y[2][4];
 #pragma unroll
-      for (int i = 0; i < 4; ++i) load(piece(at, down + i * 16 + lane % 16, k * 2 + lane / 16), x[i]);
+      for (int i = 0; i < 4; ++i) load<kDownA, false>(at, down + i * 16, k, x[i]);
 #pragma unroll
-      for (int j = 0; j < 2; ++j)
-        load(piece(at + kBytes, across + j * 16 + lane % 8 + lane / 16 * 8, k * 2 + lane / 8 % 2), y[j]);
+      for (int j = 0; j < 2; ++j) load<kDownB, true>(at + kBytes, across + j * 16, k, y[j]);
 #pragma unroll
       for (int i = 0; i < 4; ++i)
 #pragma unroll
@@ -114,12 +137,14 @@ __device__ __forceinline__ void tile_product(
       }}
   __syncthreads();
 }}
+template <bool kDownA = false, bool kDownB = false>
 __device__ __forceinline__ void product(
-    uint8_t* shared, const void* a_, const void* b_, int64_t rows, int64_t inner, int64_t columns,
-    int64_t top, int64_t left) {{
-  const Element *a = static_cast<const Element*>(a_), *b = static_cast<const Element*>(b_);
-  auto copy_a = [&](uint32_t tile, int64_t k) {{ copy(tile, a, rows, inner, top, k); }};
-  tile_product(shared, copy_a, b, inner, columns, left);
+    uint8_t* shared, const void* a_, int64_t at_a, int64_t pitch_a, const void* b_, int64_t at_b,
+    int64_t pitch_b, int64_t rows, int64_t inner, int64_t columns, int64_t top, int64_t left) {{
+  const Side<kDownA> a{{static_cast<const Element*>(a_) + at_a, pitch_a, rows, inner, top}};
+  const Side<kDownB> b{{static_cast<const Element*>(b_) + at_b, pitch_b, columns, inner, left}};
+  auto copy_a = [&](uint32_t tile, int64_t k) {{ a.copy(tile, k); }};
+  tile_product<kDownA>(shared, copy_a, b, inner);
 }}
 __device__ __forceinline__ Sum sum(const uint8_t* shared, int64_t row, int64_t column) {{
   return reinterpret_cast<const Sum*>(shared)[row * {TILE} + (column ^ ((row & 3) * 8))];

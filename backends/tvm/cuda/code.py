@@ -29,6 +29,7 @@ from netlathe.backends.tvm.tir import (
     dtype_of,
     i64,
     idiv,
+    imod,
     known,
     plain,
     substituted,
@@ -93,7 +94,7 @@ class GpuCode(Code):
         """A thread's loop over neighbouring elements: what is next to each other moves at one time.
 
         That is so where TVM sees that the first one's position in its buffer is a multiple of ``count``: an
-        expression such as ``n * 4``, which no name hides.
+        expression such as ``n * 4``, which no name hides. Where it depends on sizes, they decide at run time.
         """
         if count == 1:
             yield i64(0)
@@ -105,16 +106,30 @@ class GpuCode(Code):
         leaving, self._leaving = self._leaving, before
         for buffer, position, held in leaving:
             first, second = (substituted(position, {lane: i64(n)}) for n in (0, 1))
-            multiple: Any = sym.Analyzer().modular_set(first)
-            aligned = multiple.coeff % count == 0 and multiple.base % count == 0
             size = count * np.dtype(str(buffer.dtype)).itemsize
-            if aligned and size >= 4 and known(sym.Analyzer().simplify(second - first)) == 1:
+
+            def together(
+                buffer: Any = buffer, held: Any = held, first: Expr = first, size: int = size
+            ) -> None:
                 pointers = (self.address(buffer, first), self.address(held))
                 self.run(f"netlathe_put<{size}>", _PUT, *pointers)
-                continue
-            with self.loop(count, VECTORIZED) as each:
-                value = tirx.BufferLoad(held, [each])
-                super().store(buffer, substituted(position, {lane: each}), value)
+
+            def apart(buffer: Any = buffer, held: Any = held, position: Expr = position) -> None:
+                with self.loop(count, VECTORIZED) as each:
+                    value = tirx.BufferLoad(held, [each])
+                    super(GpuCode, self).store(buffer, substituted(position, {lane: each}), value)
+
+            sizes = {size: size * i64(count) for size in self.kernel.sizes}
+            if size < 4 or known(sym.Analyzer().simplify(second - first)) != 1:
+                apart()
+            elif _is_multiple(first, count):
+                together()
+            elif _is_multiple(
+                substituted(first, sizes), count
+            ):  # it depends on the sizes there are
+                self.branch(imod(first, count) == i64(0), together, apart)
+            else:
+                apart()
 
     def store(self, buffer: Any, index: Expr | Index, value: Expr) -> None:
         """Store one element; in a loop over lanes all of them when it has ended, unless a condition is open.
@@ -221,7 +236,7 @@ class GpuCode(Code):
 
     def tensor_map(
         self,
-        source: Any,
+        pointer: Expr,
         sizes: Sequence[Expr],
         strides: Sequence[Expr],
         box: Sequence[int | Expr],
@@ -229,7 +244,7 @@ class GpuCode(Code):
         swizzled: bool = True,
         steps: Sequence[int] | None = None,
     ) -> Expr:
-        """A descriptor of the array ``source`` for copies of ``box``, made on the host.
+        """A descriptor of the array at ``pointer`` for copies of ``box``, made on the host.
 
         The innermost dim is first; it has no stride, those of the others are in elements of ``bytes_`` bytes.
         Of a dim whose ``steps`` are n only every n-th element of the box is copied. A box is written to
@@ -241,7 +256,7 @@ class GpuCode(Code):
         self.emit(tirx.Bind(made, tirx.tvm_stack_alloca("tensormap", 1)))
         encode = tirx.tensormap_encode_tiled(
             made,
-            tirx.address_of(tirx.BufferLoad(source, [i64(0)])),
+            pointer,
             *sizes,
             *(stride * i64(bytes_) for stride in strides),
             *(i64(size) for size in box),
@@ -304,6 +319,12 @@ class GpuCode(Code):
         return cast(self.bind(self.call(name, source, wide, cast(value, wide), other)), dtype)
 
 
+def _is_multiple(position: Expr, count: int) -> bool:
+    """Whether it is surely one of ``count``."""
+    found: Any = sym.Analyzer().modular_set(position)
+    return bool(found.coeff % count == 0 and found.base % count == 0)
+
+
 _AHEAD = """
 __device__ __forceinline__ void netlathe_ahead(const void* line) {
   asm volatile("prefetch.global.L1 [%0];" ::"l"(line));
@@ -339,9 +360,9 @@ __device__ __forceinline__ void* netlathe_null() { return nullptr; }
 """
 _BFLOAT16 = """
 __device__ __forceinline__ uint16_t netlathe_bfloat16(float value) {
-  uint16_t bits;
-  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(value));
-  return bits;
+  uint32_t bits;  // of two: for one alone ptxas may take an instruction that is several times slower
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(0.0f), "f"(value));
+  return (uint16_t)bits;
 }
 """
 _RECIPROCAL = """

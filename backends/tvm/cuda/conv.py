@@ -243,7 +243,9 @@ __device__ __forceinline__ void convolve(
                    ::"r"(piece(tile, number / 4, at)), "l"(from), "r"(inside ? 16 : 0) : "memory");
     }}
   }};
-  tile_product(shared, gather, static_cast<const uint16_t*>(weight), kTaps * kInputs, columns, left);
+  const int64_t inner = kTaps * kInputs;
+  const Side<> b{{static_cast<const uint16_t*>(weight), inner, columns, inner, left}};
+  tile_product(shared, gather, b, inner);
 }}
 }}  // namespace
 #endif

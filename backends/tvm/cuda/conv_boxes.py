@@ -95,11 +95,15 @@ def _convolve(
     covered = [(n - 1) * step + 1 for n, step in zip(each[1:], windows.strides, strict=True)]
     box_x = (conv_hopper.DEEP, covered[1], covered[0], box.images)
     stepping = (1, windows.strides[1], windows.strides[0], 1)
-    map_x = code.tensor_map(operands[0], x.sizes[::-1], x.strides, box_x, 2, steps=stepping)
+    map_x = code.tensor_map(
+        code.address(operands[0]), x.sizes[::-1], x.strides, box_x, 2, steps=stepping
+    )
     taps = prod(windows.kernel)
     sizes_w = [i64(n) for n in (inputs, taps, outputs)]
     box_w = (conv_hopper.DEEP, 1, shape.columns // cluster)
-    map_w = code.tensor_map(operands[1], sizes_w, [i64(inputs), i64(taps * inputs)], box_w, 2)
+    map_w = code.tensor_map(
+        code.address(operands[1]), sizes_w, [i64(inputs), i64(taps * inputs)], box_w, 2
+    )
     numbers = [*each, *windows.strides, *windows.dilations, *windows.begins]
     produce = f"produce<{', '.join(map(str, numbers))}>"
     launch = code.launch(groups * i64(cluster), THREADS, cluster, least=shape.blocks)

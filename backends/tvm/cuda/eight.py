@@ -127,7 +127,7 @@ def of_pair(op: Op) -> Value | None:
     The activation has one scale, or one for each row; the constant one, or one for each column.
     """
     low, shape = op.low, op.shape()
-    x, w = (_dequantized(value) for value in op.node.inputs)
+    x, w = (dequantized(value) for value in op.node.inputs)
     if x is None or w is None:
         return None
     assert x.inputs[0] is not None and w.inputs[0] is not None and x.inputs[0].dtype is not None
@@ -157,7 +157,7 @@ def of_weight(low: Lowering, a: Ready | Normed, value: ir.Value, shape: Shape) -
 
     It has one scale, or one for each column, and is dequantized when it is packed: then it takes 16 bits.
     """
-    node, half, inner = _dequantized(value), HALVES.get(a.dtype), a.shape[-1]
+    node, half, inner = dequantized(value), HALVES.get(a.dtype), a.shape[-1]
     if node is None or half is None or value.dtype != a.dtype or not isinstance(inner, int):
         return None
     data, scale = node.inputs[:2]
@@ -177,7 +177,8 @@ def of_weight(low: Lowering, a: Ready | Normed, value: ir.Value, shape: Shape) -
     )
 
 
-def _dequantized(value: ir.Value | None) -> ir.Node | None:
+def dequantized(value: ir.Value | None) -> ir.Node | None:
+    """The DequantizeLinear that makes ``value``."""
     node = value.producer() if value is not None else None
     fits = node is not None and node.op_type == "DequantizeLinear" and not node.domain
     return node if fits and node is not None and node.inputs[0] is not None else None

@@ -302,7 +302,9 @@ def _slabs(code: GpuCode, source: Any, lines: Expr, inner: int, box: int | Expr,
     """The descriptor of ``source`` [lines, inner] for copies of ``box`` swizzled lines, ``deep`` of K."""
     row = 64  # elements of K in a swizzled row of 128 bytes; a stage has several
     sizes = [i64(row), lines, i64(inner // row)]
-    made = code.tensor_map(source, sizes, [i64(inner), i64(row)], (row, box, deep // row), 2)
+    made = code.tensor_map(
+        code.address(source), sizes, [i64(inner), i64(row)], (row, box, deep // row), 2
+    )
     return tirx.address_of(made)
 
 
@@ -316,7 +318,7 @@ def _packed_maps(
     strides = [i64(size) for size in (256, 1024, 1024 * chunks)]
     sixteens = shape.columns // shape.boxes // 16
     box = (256, min(4, sixteens), shape.down, max(1, sixteens // 4))
-    made = code.tensor_map(weight.values, whole, strides, box, 4, swizzled=False)
+    made = code.tensor_map(code.address(weight.values), whole, strides, box, 4, swizzled=False)
     maps = [tirx.address_of(made)]
     for buffer, given in ((weight.scales, weight.group > 0), (weight.zeros, True)):
         if buffer is None or not given:
@@ -324,7 +326,7 @@ def _packed_maps(
             continue
         rows = [i64(across), i64(end // weight.group if weight.group else 1)]
         by = (shape.columns, shape.groups)
-        made = code.tensor_map(buffer, rows, rows[:1], by, 2, swizzled=False)
+        made = code.tensor_map(code.address(buffer), rows, rows[:1], by, 2, swizzled=False)
         maps.append(tirx.address_of(made))
     return maps
 

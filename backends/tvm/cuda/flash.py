@@ -6,8 +6,7 @@ attention.decode   few queries: the keys are split over blocks, whose parts a se
 
 Taken are heads of 64, 96 or 128 halves, of keys and values alike, any number of query heads to a head of
 keys, and masks that are causal, lengths, one flag for each key, or all of that at once. Any other mask, a
-bias, a window, a cap, an output of scores is the general grid's
-(:func:`netlathe.backends.tvm.cuda.warp_attention.attention`).
+bias, a window, a cap is :mod:`netlathe.backends.tvm.cuda.product_attention`'s.
 """
 
 from __future__ import annotations
@@ -266,7 +265,9 @@ class _Problem:
         width, box = i64(self.depth), (64, flash_hopper.KEYS, 1)
         maps = [
             tirx.address_of(
-                code.tensor_map(buffer, (width, size, outer), (width, width * size), box, 2)
+                code.tensor_map(
+                    code.address(buffer), (width, size, outer), (width, width * size), box, 2
+                )
             )
             for buffer, size, outer in (
                 (self.q, self.queries, every),

@@ -193,14 +193,6 @@ __device__ __forceinline__ void produce(
 
 // -- the multiplying warpgroups --------------------------------------------------------------------------
 
-// They take turns: named barriers 4 and 5 are their permissions to start products.
-__device__ __forceinline__ void await_turn(int group) {{
-  asm volatile("bar.sync %0, 256;" ::"r"(4 + group) : "memory");
-}}
-__device__ __forceinline__ void pass_turn(int group) {{
-  asm volatile("bar.arrive %0, 256;" ::"r"(5 - group) : "memory");
-}}
-
 __device__ __forceinline__ void prepare() {{
   asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
   if (threadIdx.x / {GROUP} == 2) pass_turn(1);

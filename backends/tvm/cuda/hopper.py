@@ -2,7 +2,8 @@
 
 Instruction by instruction it follows the PTX ISA 8.5, sections 9.7.8.24 (cp.async.bulk.tensor), 9.7.12.15
 (mbarrier) and 9.7.14 (wgmma). Tiles lie in shared memory as rows of 128 bytes whose 16-byte pieces are
-permuted by row (the 128-byte swizzle), which copies and products know alike.
+permuted by row (the 128-byte swizzle), which copies and products know alike: rows of K, or, of halves
+that lie the other way round, of 64 lines for each element of K.
 
 Work comes in units: a tile, or half of one where there are so few last tiles that each block gets at most one
 of their halves.
@@ -18,7 +19,7 @@ from dataclasses import dataclass
 from netlathe.backends.tvm.cuda import warpgroup
 from netlathe.backends.tvm.cuda.machine import ARCHITECTURES, PROCESSORS
 from netlathe.backends.tvm.cuda.operands import Operands, operands
-from netlathe.backends.tvm.cuda.warpgroup import GROUP, LEAVING, PART, ROW_BYTES
+from netlathe.backends.tvm.cuda.warpgroup import CACHE_BYTES, GROUP, LEAVING, PART, ROW_BYTES
 
 # Of a tile: 64 for each multiplying warpgroup; or 64 alone, where one of the two is idle.
 ROWS = 128
@@ -27,6 +28,7 @@ COUNTED = (192, 256, 384, 512)  # for so many rows, or fewer, tiles are chosen
 # Measured on an H200: a stage takes so many cycles at least. Products on all multiprocessors let the clock
 # fall, so that a cycle of theirs takes as long as so many of what else goes on.
 _STAGE, _HOT = 480, 1.36
+_LEAVING = 14  # of :data:`LEAVING`, where nothing but rounding is done on the way
 
 
 @dataclass(frozen=True)
@@ -92,29 +94,61 @@ def by_rows(kind: Operands, columns: int, inner: int) -> list[tuple[int, Shape]]
     rows that are multiplied are not there.
     """
     widest, steps = chosen(kind), -(-inner * kind.bytes // ROW_BYTES)
-
-    def tile(rows: int, wide: int) -> float:
-        multiplying, reading = rows // 32 * wide * _HOT, 2 * (rows + wide)
-        leaving = LEAVING * PART * len(warpgroup.parts(wide))
-        return steps * max(multiplying, reading, _STAGE) + leaving
-
-    def cycles(made: Shape, rows: int) -> float:
-        down = -(-rows // (made.rows * made.cluster))
-        rounds, rest = divmod(down * -(-columns // made.columns), PROCESSORS // made.cluster)
-        halved = rest * made.pieces <= PROCESSORS // made.cluster
-        last = made.columns // (made.pieces if halved else 1)
-        return rounds * tile(made.rows, made.columns) + (tile(made.rows, last) if rest else 0)
-
     able = [
         shape(high, wide, 1) for high in (PART, ROWS) for wide in range(PART, widest.columns, 16)
     ]
     able += [widest, shape(ROWS, widest.columns, 1), shape(PART, widest.columns, 1)]
     found: list[tuple[int, Shape]] = []
     for most in reversed(COUNTED):
-        made = min(able, key=lambda made: cycles(made, most))
+        made = min(able, key=lambda made: _cycles(made, most, columns, steps))
         if made != (found[-1][1] if found else widest):
             found.append((most, made))
     return found[::-1]
+
+
+def for_sizes(
+    kind: Operands,
+    rows: int | None,
+    inner: int | None,
+    columns: int | None,
+    count: int | None,
+    down: bool,
+) -> Shape:
+    """The tile for ``count`` products of these sizes; what is not known is taken for large.
+
+    Where the right operand lies ``down``, columns are copied 64 at a time.
+    """
+    widths = range(PART, chosen(kind).columns + 1, PART if down else 16)
+    able = [shape(high, wide, 1) for high in (PART, ROWS) for wide in widths]
+    able += [shape(ROWS, wide, 2) for wide in widths if wide % 32 == 0]
+    steps = -(-(inner or 2048) * kind.bytes // ROW_BYTES)
+    given = (rows or 2048, columns or 2048, steps, count or 16)
+    return min(able, key=lambda made: _cycles(made, *given, ROW_BYTES / CACHE_BYTES, _LEAVING))
+
+
+def _cycles(
+    made: Shape,
+    rows: int,
+    columns: int,
+    steps: int,
+    count: int = 1,
+    line: float = 2,
+    leaving: int = LEAVING,
+) -> float:
+    """What ``count`` products take: a ``line`` of 128 bytes to be there, a column's results to leave."""
+
+    def tile(wide: int) -> float:
+        multiplying = made.rows // 32 * wide * _HOT
+        reading = line * (made.rows + wide / made.cluster)
+        out = leaving * PART * len(warpgroup.parts(wide))
+        return steps * max(multiplying, reading, _STAGE) + out
+
+    down = -(-rows // (made.rows * made.cluster))
+    tiles = count * down * -(-columns // made.columns)
+    rounds, rest = divmod(tiles, PROCESSORS // made.cluster)
+    halved = rest * made.pieces <= PROCESSORS // made.cluster
+    last = made.columns // (made.pieces if halved else 1)
+    return rounds * tile(made.columns) + (tile(last) if rest else 0)
 
 
 def _multiply(kind: Operands, columns: int) -> str:
@@ -122,27 +156,51 @@ def _multiply(kind: Operands, columns: int) -> str:
     count = columns // 2
     letter, form = ("r", "s32") if kind.sums == "int32" else ("f", "f32")
     # Integers have no signs to choose; halves may be transposed, too.
-    rest = "" if kind.sums == "int32" else ", 1, 1" if kind.is_float8 else ", 1, 1, 0, 0"
+    signs = "" if kind.sums == "int32" else ", 1, 1"
+    turned = f", %{count + 3}, %{count + 4}" if kind.bytes == 2 else ""
+    flags = ', "n"(kDownA), "n"(kDownB)' if kind.bytes == 2 else ""
     places = ", ".join(f"%{i}" for i in range(count))
     registers = ", ".join(f'"+{letter}"(d[{i}])' for i in range(count))
     return f"""    asm volatile(
         "{{\\n.reg .pred p;\\nsetp.ne.b32 p, %{count + 2}, 0;\\n"
         "wgmma.mma_async.sync.aligned.m64n{columns}k{kind.deep}.{form}.{kind.a}.{kind.b} {{{places}}},"
-        " %{count}, %{count + 1}, p{rest};\\n}}"
+        " %{count}, %{count + 1}, p{signs}{turned};\\n}}"
         : {registers}
-        : "l"(a), "l"(b), "r"(add));"""
+        : "l"(a), "l"(b), "r"(add){flags});"""
+
+
+def _copies() -> str:
+    """The instruction of each rank, to this block or to all of the cluster."""
+    text = ""
+    for rank in range(2, 6):
+        names = ("first", "second", "i", "j", "k")[:rank]
+        places = ", ".join(f"%{3 + n}" for n in range(rank))
+        given = ", ".join(f'"r"({name})' for name in names)
+        for cast, mask, last in (
+            ("", "", ""),
+            (".multicast::cluster", f", %{3 + rank}", ', "h"(all)'),
+        ):
+            text += f"""  if constexpr (kRank == {rank} && {"kToAll" if cast else "!kToAll"})
+    asm volatile(
+        "cp.async.bulk.tensor.{rank}d.shared::cluster.global.tile.mbarrier::complete_tx::bytes{cast}"
+        " [%0], [%1, {{{places}}}], [%2]{mask};"
+        ::"r"(to), "l"(map), "r"(barrier), {given}{last} : "memory");
+"""
+    return text
 
 
 _OPERANDS = f"""    const int stage = number % kStages;
     wait(ready(at, stage), (number / kStages) & 1);
     const uint32_t tile = at + stage * kStageBytes;
-    const uint64_t a = described(tile + group * {64 * ROW_BYTES}), b = described(tile + kRows * {ROW_BYTES});
+    const uint64_t a = described<kSlab>(tile + group * kSlab);
+    const uint64_t b = described<kSlab>(tile + kRows * {ROW_BYTES});
     asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 """
 # Products of one stage go on while those of the stage before are waited for.
 _STAGES = f"""  for (int k = 0; k < steps; ++k, ++number) {{
 {_OPERANDS}#pragma unroll
-    for (int part = 0; part < 4; ++part) multiply<kN>(d, a + part * 2, b + part * 2, 1);
+    for (int part = 0; part < 4; ++part)
+      multiply<kN, kDownA, kDownB>(d, a + part * (kDownA ? 128 : 2), b + part * (kDownB ? 128 : 2), 1);
     asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
     if (k > 0) {{
       asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
@@ -157,7 +215,8 @@ _STAGES = f"""  for (int k = 0; k < steps; ++k, ++number) {{
 _STAGES_ADDED = f"""  Sum even[kN / 2] = {{}}, odd[kN / 2] = {{}};
   auto start = [&](Sum* part, int number) {{
 {_OPERANDS}#pragma unroll
-    for (int step = 0; step < 4; ++step) multiply<kN>(part, a + step * 2, b + step * 2, step > 0);
+    for (int step = 0; step < 4; ++step)
+      multiply<kN, false, false>(part, a + step * 2, b + step * 2, step > 0);
     asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
   }};
   auto add = [&](Sum* part, int number) {{
@@ -196,27 +255,21 @@ namespace {space} {{
 using namespace netlathe_warpgroup;
 constexpr int kStages = {shape.stages}, kStageBytes = {shape.stage_bytes}, kCluster = {shape.cluster};
 constexpr int kRows = {shape.rows}, kColumns = {shape.columns};
-constexpr int kPieces = {shape.pieces}, kBox = {shape.box_rows};
+constexpr int kPieces = {shape.pieces}, kBox = {shape.box_rows}, kSlab = {PART * ROW_BYTES};
 using Sum = {whole};
 
 __device__ __forceinline__ uint32_t ready(uint32_t at, int stage) {{
   return at + kStages * kStageBytes + {shape.staging_bytes} + stage * 8;
 }}
 __device__ __forceinline__ uint32_t empty(uint32_t at, int stage) {{ return ready(at, kStages + stage); }}
-__device__ __forceinline__ void copy(uint32_t to, const CUtensorMap* map, uint32_t barrier, int k, int row) {{
-  asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
-      " [%0], [%1, {{%3, %4}}], [%2];"
-      ::"r"(to), "l"(map), "r"(barrier), "r"(k), "r"(row) : "memory");
-}}
-__device__ __forceinline__ void copy_to_all(
-    uint32_t to, const CUtensorMap* map, uint32_t barrier, int k, int row) {{
-  asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster"
-      " [%0], [%1, {{%3, %4}}], [%2], %5;"
-      ::"r"(to), "l"(map), "r"(barrier), "r"(k), "r"(row), "h"((uint16_t)((1 << kCluster) - 1)) : "memory");
-}}
-template <int kN> __device__ __forceinline__ void multiply(Sum* d, uint64_t a, uint64_t b, int add) {{
+// A box of an operand: from this element and row of a matrix on, whose number has kRank - 2 parts.
+template <int kRank, bool kToAll = false> __device__ __forceinline__ void copy(
+    uint32_t to, const CUtensorMap* map, uint32_t barrier, int first, int second, int i = 0, int j = 0,
+    int k = 0) {{
+  const uint16_t all = (1 << kCluster) - 1;
+{_copies()}}}
+template <int kN, bool kDownA, bool kDownB>
+__device__ __forceinline__ void multiply(Sum* d, uint64_t a, uint64_t b, int add) {{
   if constexpr (kN == kColumns)
 {_multiply(kind, shape.columns)}
   else
@@ -234,73 +287,98 @@ __device__ __forceinline__ void start(uint8_t* shared) {{
   cluster_barrier<kCluster>();
 }}
 __device__ __forceinline__ void finish() {{ cluster_barrier<kCluster>(); }}
-
-// Where a unit lies; those from `full` on are halves of tiles. Strips of 8 rows of tiles are walked column by
-// column, so that what blocks read at one time overlaps in the level-2 cache.
-__device__ __forceinline__ void place(
-    int64_t unit, int64_t full, int64_t down, int64_t across, int64_t* where) {{
-  const int64_t tile = unit < full ? unit : full + (unit - full) / kPieces;
-  const int64_t strip = 8, size = strip * across, first = tile / size * strip;
-  const int64_t high = down - first < strip ? down - first : strip, within = tile % size;
-  where[0] = first + within % high;
-  where[1] = within / high * kColumns + (unit < full ? 0 : (unit - full) % kPieces * (kColumns / kPieces));
+// Where a unit lies: rows of tiles, a column, a matrix. Units from `full` on are halves of tiles. Strips of 8
+// rows of tiles are walked column by column, so that what blocks read at one time overlaps in the level-2
+// cache.
+struct Place {{ int row, column, matrix; }};
+__device__ __forceinline__ Place place(int64_t unit_, int64_t full_, int64_t down_, int64_t across_) {{
+  const int unit = (int)unit_, full = (int)full_, down = (int)down_, across = (int)across_;
+  const int number = unit < full ? unit : full + (unit - full) / kPieces;
+  const int matrix = number / (down * across), tile = number - matrix * (down * across);
+  const int strip = 8, size = strip * across, first = tile / size * strip;
+  const int high = min(down - first, strip), within = tile % size, half = (unit - full) % kPieces;
+  const int column = within / high * kColumns + (unit < full ? 0 : half * (kColumns / kPieces));
+  return {{first + within % high, column, matrix}};
 }}
 __device__ __forceinline__ int64_t top(
     int64_t unit, int64_t full, int64_t down, int64_t across, int64_t high) {{
-  int64_t where[2];
-  place(unit, full, down, across, where);
-  return (where[0] * kCluster + rank<kCluster>()) * high;
+  return (int64_t)(place(unit, full, down, across).row * kCluster + rank<kCluster>()) * high;
 }}
 __device__ __forceinline__ int64_t left(int64_t unit, int64_t full, int64_t down, int64_t across) {{
-  int64_t where[2];
-  place(unit, full, down, across, where);
-  return where[1];
+  return place(unit, full, down, across).column;
+}}
+__device__ __forceinline__ int64_t matrix(int64_t unit, int64_t full, int64_t down, int64_t across) {{
+  return place(unit, full, down, across).matrix;
 }}
 
+// The copying warpgroup, of which one thread goes on.
+__device__ __forceinline__ void retire() {{ asm volatile("setmaxnreg.dec.sync.aligned.u32 40;"); }}
+// Copies for one unit, whose `high` rows begin at `row`; `before` were copied by this block.
+template <int kRankA, bool kDownA, int kRankB, bool kDownB>
 __device__ __forceinline__ void produce(
-    uint8_t* shared, uint64_t map_a, uint64_t map_b, int64_t first, int64_t step, int64_t units, int64_t full,
-    int64_t down, int64_t across, int64_t high, int steps) {{
+    uint8_t* shared, uint64_t map_a, uint64_t map_b, int64_t before, bool whole, int steps, int high, int row,
+    int column, int a0, int a1, int a2, int b0, int b1, int b2) {{
   const CUtensorMap *a = reinterpret_cast<const CUtensorMap*>(map_a);
   const CUtensorMap *b = reinterpret_cast<const CUtensorMap*>(map_b);
-  asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
-  if (threadIdx.x != 0) return;
-  const uint32_t at = base(shared);
-  const int mine = rank<kCluster>();
-  int number = 0;
-  for (int64_t unit = first; unit < units; unit += step) {{
-    const int row = (int)top(unit, full, down, across, high);
-    const int column = (int)left(unit, full, down, across);
-    const int boxes = unit < full ? kPieces : 1;  // of B, for this block to bring
-    const int bytes = ((int)high + boxes * kCluster * kBox) * {ROW_BYTES};
-    for (int k = 0; k < steps; ++k, ++number) {{
-      const int stage = number % kStages;
-      wait(empty(at, stage), ((number / kStages) & 1) ^ 1);
-      const uint32_t to = at + stage * kStageBytes, barrier = ready(at, stage);
-      expect(barrier, bytes);
-      copy(to, a, barrier, k * {deep}, row);
-      for (int box = 0; box < boxes; ++box) {{
-        const int line = (mine * boxes + box) * kBox;
-        const uint32_t share = to + (kRows + line) * {ROW_BYTES};
-        if (kCluster > 1) copy_to_all(share, b, barrier, k * {deep}, column + line);
-        else copy(share, b, barrier, k * {deep}, column + line);
-      }}
+  const uint32_t at = kept_base(shared);
+  const int wide = whole ? kColumns : kColumns / kPieces, mine = rank<kCluster>();
+  const int lines = kDownA ? (high + {PART - 1}) / {PART} * {PART} : high;
+  // Of a stage of B each block of the cluster brings some rows of K, or some columns.
+  const int own = mine * (kDownB ? {deep} / kCluster : wide / kCluster);
+  int number = (int)before * steps;
+  for (int k = 0; k < steps; ++k, ++number) {{
+    const int stage = number % kStages;
+    wait(empty(at, stage), ((number / kStages) & 1) ^ 1);
+    const uint32_t to = at + stage * kStageBytes, barrier = ready(at, stage);
+    expect(barrier, (lines + wide) * {ROW_BYTES});
+    if constexpr (kDownA)
+      for (int line = 0; line < lines; line += {PART})
+        copy<kRankA>(to + line * {ROW_BYTES}, a, barrier, row + line, k * {deep}, a0, a1, a2);
+    else
+      copy<kRankA>(to, a, barrier, k * {deep}, row, a0, a1, a2);
+    const uint32_t right = to + kRows * {ROW_BYTES};
+    constexpr int kBoxes = kDownB ? kColumns / {PART} : kPieces;
+#pragma unroll
+    for (int box = 0; box < kBoxes; ++box) {{
+      if (box * (kColumns / kBoxes) >= wide) continue;
+      const int line = kDownB ? box * {PART} : own + box * kBox;
+      if constexpr (kDownB)
+        copy<kRankB, (kCluster > 1)>(right + (line + own) * {ROW_BYTES}, b, barrier, column + line,
+                                   k * {deep} + own, b0, b1, b2);
+      else
+        copy<kRankB, (kCluster > 1)>(right + line * {ROW_BYTES}, b, barrier, k * {deep}, column + line, b0,
+                                   b1, b2);
     }}
   }}
 }}
 
 __device__ __forceinline__ void prepare() {{ asm volatile("setmaxnreg.inc.sync.aligned.u32 232;"); }}
+// Where stages hold two units, warpgroups multiply in turn: the results of one leave while the other does.
+__device__ __forceinline__ bool in_turn(int steps) {{ return kRows > {PART} && 2 * steps <= kStages; }}
+// Multiplying threads, before the first unit and behind the last.
+__device__ __forceinline__ void begin(int steps) {{
+  if (in_turn(steps) && threadIdx.x / {GROUP} == 2) pass_turn(1);
+}}
+__device__ __forceinline__ void end(int steps) {{
+  if (in_turn(steps) && threadIdx.x / {GROUP} == 1) await_turn(0);  // the last one that was passed
+}}
 
-template <int kN> __device__ __forceinline__ void sum_up(uint8_t* shared, Sum* d, int number, int steps) {{
-  const uint32_t at = base(shared);
+template <int kN, bool kDownA, bool kDownB>
+__device__ __forceinline__ void sum_up(uint8_t* shared, Sum* d, int number, int steps) {{
+  const uint32_t at = kept_base(shared);
   const int group = threadIdx.x / {GROUP} - 1;
   const bool speaks = threadIdx.x % {GROUP} == 0;
 #pragma unroll
   for (int i = 0; i < kColumns / 2; ++i) d[i] = 0;
 {_STAGES_ADDED if kind.is_float8 else _STAGES}}}
 // The sums of one unit, 64 rows of it for each of the two warpgroups; `before` were summed up by this block.
+template <bool kDownA, bool kDownB>
 __device__ __forceinline__ void consume(uint8_t* shared, Sum* d, int64_t before, bool whole, int steps) {{
-  if (whole) sum_up<kColumns>(shared, d, (int)(before * steps), steps);
-  else sum_up<kColumns / kPieces>(shared, d, (int)(before * steps), steps);
+  const int group = threadIdx.x / {GROUP} - 1;
+  if (in_turn(steps)) await_turn(group);
+  if (whole) sum_up<kColumns, kDownA, kDownB>(shared, d, (int)(before * steps), steps);
+  else sum_up<kColumns / kPieces, kDownA, kDownB>(shared, d, (int)(before * steps), steps);
+  if (in_turn(steps)) pass_turn(group);
 }}
 }}  // namespace
 #endif

@@ -1,7 +1,7 @@
 """Products on a GPU: which kernel takes which.
 
 few      halves by a constant (:mod:`factors`), up to 16 rows; by one of integers up to 512 on sm_90a
-tensor   halves by a constant, more rows
+tensor   halves by a constant, more rows; two computed matrices of halves (:mod:`matrices`)
 blocks   everything else, convolutions that :mod:`conv` does not take among it
 
 Operands of 8 bits go by :mod:`eight` to :mod:`tensor`.
@@ -136,7 +136,7 @@ def beside(op: Op) -> Value | None:
     low = op.low
     given = op.node.inputs[0]
     assert given is not None
-    a = left(op)
+    read = op.value(0)
     members: list[tuple[ir.Node, Factor]] = []
     for node, index in given.uses():
         if (
@@ -147,13 +147,14 @@ def beside(op: Op) -> Value | None:
             and _is_moved(node)
         ):
             value = node.inputs[1]
-            found = None if value is None else factors.factor(a, value)
+            found = None if value is None else factors.factor(read, value)
             if found is not None:
                 members.append((node, found))
     kind = next((found.kind for node, found in members if node is op.node), None)
     members = [(node, found) for node, found in members if found.kind == kind]
     if kind is None or len(members) < 2:
         return None
+    a = left(op)
     ends = list(itertools.accumulate(found.columns for _, found in members))
     weight = factors.weight(low, [found for _, found in members])
     whole = Factor(kind, ends[-1], members[0][1].values)

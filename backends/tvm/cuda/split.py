@@ -92,12 +92,12 @@ __device__ __forceinline__ void produce_part(
   if (threadIdx.x != 0) return;
   const uint32_t at = base(shared);
   auto copy_a = [&](int k) {{
-    copy(at + k % kStages * kStageBytes, a, ready(at, k % kStages), (first + k) * {deep}, 0);
+    copy<2>(at + k % kStages * kStageBytes, a, ready(at, k % kStages), (first + k) * {deep}, 0);
   }};
   auto copy_b = [&](int k) {{
     const uint32_t to = at + k % kStages * kStageBytes + {hopper.ROWS * warpgroup.ROW_BYTES};
     expect(ready(at, k % kStages), (high + kColumns) * {warpgroup.ROW_BYTES});
-    copy(to, b, ready(at, k % kStages), (first + k) * {deep}, column);
+    copy<2>(to, b, ready(at, k % kStages), (first + k) * {deep}, column);
   }};
   const int ahead = steps < kStages ? steps : kStages;
   for (int k = 0; k < ahead; ++k) copy_b(k);

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from tvm import tirx
@@ -23,11 +24,65 @@ from netlathe.backends.tvm.tir import (
     imod,
     known,
     select,
+    total,
+    unflatten,
 )
 
 _UNIT = 16  # tiles begin at multiples of so many columns
+MOST_PARTS = 3  # of a matrix's number: what the copy engine has dims for
 # finish(row, column, sum). Where ``together`` columns of the weight are one of the result: of all of them.
 Finish = Callable[..., None]
+
+
+@dataclass(frozen=True)
+class Side:
+    """An operand in memory, from ``pointer`` on: [lines, inner], a line ``pitch`` elements behind the last.
+
+    Where it is ``down``, neighbours are of neighbouring lines: [inner, lines]. Of several matrices ``steps``
+    are from one to the next, for each part of a matrix's number; None where one is for all.
+    """
+
+    pointer: Expr
+    pitch: Expr
+    down: bool = False
+    steps: tuple[Expr | None, ...] = ()
+
+    def map(
+        self,
+        code: GpuCode,
+        lines: Expr,
+        inner: Expr,
+        count: Sequence[Expr],
+        box: Sequence[Any],
+        bytes_: int,
+    ) -> Expr:
+        """A descriptor of ``count`` matrices for copies of a ``box`` of one, neighbours first."""
+        numbered = [
+            (n, step) for n, step in zip(count, self.steps, strict=True) if step is not None
+        ]
+        sizes = [lines, inner] if self.down else [inner, lines]
+        sizes += [n for n, _ in numbered]
+        strides = [self.pitch, *(step for _, step in numbered)]
+        return code.tensor_map(self.pointer, sizes, strides, (*box, *(1 for _ in numbered)), bytes_)
+
+    def numbers(self, where: Sequence[Expr]) -> list[Expr]:
+        """Those parts of a matrix's number that there are different matrices for."""
+        return [at for at, step in zip(where, self.steps, strict=True) if step is not None]
+
+    def offset(self, where: Sequence[Expr]) -> Expr:
+        """How far into memory a matrix begins."""
+        place = i64(0)
+        for at, step in zip(where, self.steps, strict=True):
+            place = place if step is None else place + at * step
+        return place
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Several products, numbered by ``parts``; ``finish(number)`` is what follows one of them."""
+
+    parts: Sequence[Expr]
+    finish: Callable[[Expr], Finish]
 
 
 def warpgroups(
@@ -53,6 +108,11 @@ def warpgroups(
     kind, inner, columns = operands.operands(dtype), known(sizes[1]), known(sizes[2])
     assert inner is not None and columns is not None
     rows, given = sizes[0], (dtype, a, b, sizes, finish, together)
+    left, right = (Side(code.address(x), sizes[1]) for x in (a, b))
+
+    def tiled(shape: hopper.Shape) -> None:
+        one = Batch((), lambda _: finish)
+        _tiles(code, shape, dtype, left, right, sizes, one, together, not scattered)
 
     def up_to(most: int, these: Callable[[], None], others: Callable[[], None]) -> None:
         number = known(rows)
@@ -68,10 +128,10 @@ def warpgroups(
 
     def tiles(shapes: Sequence[tuple[int, hopper.Shape]]) -> None:
         if not shapes:
-            _tiles(code, hopper.chosen(kind), *given, not scattered)
+            tiled(hopper.chosen(kind))
             return
         (most, shape), *more = shapes
-        up_to(most, lambda: _tiles(code, shape, *given, not scattered), lambda: tiles(more))
+        up_to(most, lambda: tiled(shape), lambda: tiles(more))
 
     with unless_empty(code, rows):
         shapes = hopper.by_rows(kind, columns, inner)
@@ -92,12 +152,12 @@ def _tiles(
     code: GpuCode,
     shape: hopper.Shape,
     dtype: str,
-    a: Any,
-    b: Any,
+    a: Side,
+    b: Side,
     sizes: tuple[Expr, Expr, Expr],
-    finish: Finish,
-    together: int,
-    vectors: bool,
+    batch: Batch,
+    together: int = 1,
+    vectors: bool = True,
 ) -> None:
     """Many rows. The grid is as large as the GPU; a block walks over units, one warpgroup copying ahead."""
     rows, inner, columns = sizes
@@ -108,20 +168,25 @@ def _tiles(
         return hopper.name(shape, dtype, function)
 
     cluster = shape.cluster
-    down = idiv(rows + i64(shape.rows * cluster - 1), shape.rows * cluster)
+    down = code.given(idiv(rows + i64(shape.rows * cluster - 1), shape.rows * cluster))
     # Rows of a block: as many for each. The copy engine takes longer to write zeros than to copy.
     blocks = down * i64(cluster)
-    high = idiv(idiv(rows + blocks - i64(1), blocks) + i64(7), 8) * i64(8)
-    across = idiv(columns + i64(shape.columns - 1), shape.columns)
+    high = code.given(idiv(idiv(rows + blocks - i64(1), blocks) + i64(7), 8) * i64(8))
+    across = code.given(idiv(columns + i64(shape.columns - 1), shape.columns))
     # The last tiles are halved where no block gets more than one half.
-    tiles, most = down * across, i64(PROCESSORS // cluster)
+    tiles, most = down * across * total(list(batch.parts)), i64(PROCESSORS // cluster)
     rest = imod(tiles, most)
     cut = select(rest * i64(shape.pieces) <= most, rest, i64(0))
-    full, units = tiles - cut, tiles + cut * i64(shape.pieces - 1)
-    groups = tirx.min(units, most)
+    full, units = code.given(tiles - cut), code.given(tiles + cut * i64(shape.pieces - 1))
+    groups = code.given(tirx.min(units, most))
     steps = cast(idiv(inner + i64(deep - 1), deep), "int32")
-    map_a = code.tensor_map(a, [inner, rows], [inner], (deep, high), kind.bytes)
-    map_b = code.tensor_map(b, [inner, columns], [inner], (deep, shape.box_rows), kind.bytes)
+    box_a = (warpgroup.PART, deep) if a.down else (deep, high)
+    box_b = (warpgroup.PART, deep // cluster) if b.down else (deep, shape.box_rows)
+    map_a = a.map(code, rows, inner, batch.parts, box_a, kind.bytes)
+    map_b = b.map(code, columns, inner, batch.parts, box_b, kind.bytes)
+    ways = [str(side.down).lower() for side in (a, b)]
+    ranks = [2 + sum(step is not None for step in side.steps) for side in (a, b)]
+    produce = f"produce<{ranks[0]}, {ways[0]}, {ranks[1]}, {ways[1]}>"
     with code.launch(groups * i64(cluster), warpgroup.THREADS, cluster, least=1) as (block, thread):
         memory = code.alloc([shape.shared_bytes], "uint8", scope="shared.dyn")
         shared = code.address(memory)
@@ -129,13 +194,31 @@ def _tiles(
         code.run(named("start"), text, shared)
         first = code.bind(idiv(block, cluster))
 
+        def placed(function: str, unit: Expr, *more: Expr) -> Expr:
+            places = (unit, full, down, across, *more)
+            return code.bind(code.call(named(function), text, "int64", *places))
+
+        def matrix(unit: Expr) -> Expr:
+            return placed("matrix", unit) if batch.parts else i64(0)
+
         def copy() -> None:
-            maps = (tirx.address_of(map_a), tirx.address_of(map_b))
-            places = (first, groups, units, full, down, across, high, steps)
-            code.run(named("produce"), text, shared, *maps, *places)
+            code.run(named("retire"), text)
+            turns = code.loop(idiv(units - first + groups - i64(1), groups))
+            with code.when(thread < i64(1)), turns as number:
+                unit = code.bind(first + number * groups)
+                corner = [placed("top", unit, high), placed("left", unit)]
+                where = [code.bind(at) for at in unflatten(matrix(unit), batch.parts)]
+                for side in (a, b):
+                    numbers = side.numbers(where)
+                    corner += [*numbers, *(i64(0) for _ in range(MOST_PARTS - len(numbers)))]
+                maps = (tirx.address_of(map_a), tirx.address_of(map_b))
+                places = [cast(at, "int32") for at in (high, *corner)]
+                given = (shared, *maps, number, unit < full, steps)
+                code.run(named(produce), text, *given, *places)
 
         def multiply() -> None:
             code.run(named("prepare"), text)
+            code.run(named("begin"), text, steps)
             sums = code.alloc([shape.columns // 2], kind.sums)
             turns = code.loop(idiv(units - first + groups - i64(1), groups))
             able = thread < i64((1 + shape.rows // warpgroup.PART) * warpgroup.GROUP)
@@ -143,15 +226,15 @@ def _tiles(
             with code.when(able) if shape.rows < hopper.ROWS else all_able, turns as number:
                 unit = code.bind(first + number * groups)
                 all_ = code.bind(unit < full)
-                code.run(named("consume"), text, shared, code.address(sums), number, all_, steps)
-                top = code.call(named("top"), text, "int64", unit, full, down, across, high)
-                top = code.bind(top)
+                consume = named(f"consume<{', '.join(ways)}>")
+                code.run(consume, text, shared, code.address(sums), number, all_, steps)
+                finish = batch.finish(matrix(unit))
+                top = placed("top", unit, high)
                 end = code.bind(tirx.min(top + high, rows))
                 group = idiv(thread, warpgroup.GROUP) - i64(1)
                 top = code.bind(top + group * i64(warpgroup.PART))
                 lines = code.bind(tirx.max(tirx.min(end - top, i64(warpgroup.PART)), i64(0)))
-                left = code.call(named("left"), text, "int64", unit, full, down, across)
-                corner = (top, lines, code.bind(idiv(left, _UNIT)), columns)
+                corner = (top, lines, code.bind(idiv(placed("left", unit), _UNIT)), columns)
                 given = (kind.sums, staging, thread, corner, finish, together, vectors)
 
                 def beyond(begin: int) -> Expr | None:
@@ -159,6 +242,7 @@ def _tiles(
                     return None if begin < shape.columns // shape.pieces else all_
 
                 staging.bring_out(sums, shape.columns, None, _results(code, *given), beyond)
+            code.run(named("end"), text, steps)
 
         code.branch(thread < i64(warpgroup.GROUP), copy, multiply)
         code.run(named("finish"), text)
@@ -260,8 +344,9 @@ def _split(
     tiles = idiv(columns + i64(shape.columns - 1), shape.columns)
     steps = idiv(inner + i64(deep - 1), deep)
     high = idiv(rows + i64(7), 8) * i64(8)  # filling rows with zeros takes longer than copying them
-    map_a = code.tensor_map(a, [inner, rows], [inner], (deep, high), kind.bytes)
-    map_b = code.tensor_map(b, [inner, columns], [inner], (deep, shape.columns), kind.bytes)
+    sides = [Side(code.address(x), inner) for x in (a, b)]
+    map_a = sides[0].map(code, rows, inner, (), (deep, high), kind.bytes)
+    map_b = sides[1].map(code, columns, inner, (), (deep, shape.columns), kind.bytes)
     launch = code.launch(
         tiles * i64(splits), warpgroup.THREADS, splits, least=1, waits=not constant
     )
@@ -286,7 +371,8 @@ def _split(
             with code.when(group * i64(warpgroup.PART) < high):
                 whole = tirx.const(True, "bool")
                 pointer = code.address(sums)
-                code.run(named("consume"), text, shared, pointer, i64(0), whole, int32(count))
+                consume = named("consume<false, false>")
+                code.run(consume, text, shared, pointer, i64(0), whole, int32(count))
             code.run(named("put"), text, shared, code.address(sums))
             code.run(named("meet"), text)
             code.run(named("add_up"), text, shared, int32(high))
@@ -345,6 +431,26 @@ def added_results(
     code.branch(whole, lambda: results(True), lambda: results(False))
 
 
+def of_matrices(
+    code: GpuCode,
+    dtype: str,
+    a: Side,
+    b: Side,
+    sizes: tuple[Expr, Expr, Expr],
+    batch: Batch,
+) -> None:
+    """batch.finish(number)(row, column, sum over k of a[number, row, k] * b[number, column, k]).
+
+    Halves, of any sizes; lines and matrices begin at multiples of 16 bytes.
+    """
+    if not code.has_wgmma:
+        _warps(code, dtype, a, b, sizes, batch)
+        return
+    rows, inner, columns, count = (known(size) for size in (*sizes, total(list(batch.parts))))
+    shape = hopper.for_sizes(operands.operands(dtype), rows, inner, columns, count, b.down)
+    _tiles(code, shape, dtype, a, b, sizes, batch)
+
+
 def warps(
     code: GpuCode,
     dtype: str,
@@ -354,20 +460,47 @@ def warps(
     finish: Finish,
     together: int = 1,
 ) -> None:
-    """The same on sm_80 and later, a tile of 128 x 128 for each block."""
+    """The same on sm_80 and later."""
+    sides = [Side(code.address(x), sizes[1]) for x in (a, b)]
+    _warps(code, dtype, sides[0], sides[1], sizes, Batch((), lambda _: finish), together)
+
+
+def _warps(
+    code: GpuCode,
+    dtype: str,
+    a: Side,
+    b: Side,
+    sizes: tuple[Expr, Expr, Expr],
+    batch: Batch,
+    together: int = 1,
+) -> None:
+    """A tile of 128 x 128 for each block."""
     rows, inner, columns = sizes
     text = ampere.source(dtype)
     down = idiv(rows + i64(ampere.TILE - 1), ampere.TILE)
     across = idiv(columns + i64(ampere.TILE - 1), ampere.TILE)
-    with code.launch(down * across, ampere.THREADS, least=1) as (block, thread):
+    matrices = total(list(batch.parts))
+    with code.launch(matrices * down * across, ampere.THREADS, least=1) as (block, thread):
         memory = code.alloc([ampere.SHARED_BYTES], "uint8", scope="shared.dyn")
         shared = code.address(memory)
         # Neighbouring blocks share columns of b, which is the larger operand.
-        top = code.bind(imod(block, down) * i64(ampere.TILE))
-        left = code.bind(idiv(block, down) * i64(ampere.TILE))
-        pointers = (code.address(a), code.address(b))
-        places = (rows, inner, columns, top, left)
-        code.run(ampere.name(dtype, "product"), text, shared, *pointers, *places)
+        matrix, over, line = (code.bind(i) for i in unflatten(block, [matrices, across, down]))
+        top, left = (code.bind(i * i64(ampere.TILE)) for i in (line, over))
+        where = [code.bind(at) for at in unflatten(matrix, batch.parts)]
+        lying = [x for side in (a, b) for x in (side.pointer, side.offset(where), side.pitch)]
+        ways = ", ".join(str(side.down).lower() for side in (a, b))
+        code.run(
+            ampere.name(dtype, f"product<{ways}>"),
+            text,
+            shared,
+            *lying,
+            rows,
+            inner,
+            columns,
+            top,
+            left,
+        )
+        finish = batch.finish(matrix)
         tile_results(code, dtype, shared, thread, (top, left), (rows, columns), finish, together)
 
 

@@ -2,7 +2,7 @@
 
 attention.warp   a warp for each query: 32 keys at a time, softmax as it goes (arXiv 1805.02867)
 
-What tensor cores take is :mod:`flash`'s.
+What tensor cores take is :mod:`flash`'s and :mod:`product_attention`'s.
 """
 
 from __future__ import annotations

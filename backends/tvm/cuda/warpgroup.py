@@ -33,6 +33,12 @@ namespace {_NAMESPACE} {{
 __device__ __forceinline__ uint32_t base(const void* shared) {{
   return (static_cast<uint32_t>(__cvta_generic_to_shared(shared)) + 1023u) & ~1023u;
 }}
+// The same in a register: or it may be worked out again in each step of a loop.
+__device__ __forceinline__ uint32_t kept_base(const void* shared) {{
+  uint32_t at = base(shared);
+  asm volatile("" : "+r"(at));
+  return at & ~1023u;  // what the compiler does not know any more
+}}
 template <int kCluster> __device__ __forceinline__ int rank() {{
   uint32_t r = 0;
   if (kCluster > 1) asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(r));
@@ -82,6 +88,13 @@ template <int kStages> __device__ __forceinline__ void set(uint32_t barriers, in
 template <int kStages> __device__ __forceinline__ void start(uint32_t barriers, int readers) {{
   if (threadIdx.x == 0) set<kStages>(barriers, readers);
   __syncthreads();
+}}
+// Multiplying warpgroups take turns: named barriers 4 and 5 are their permissions to start products.
+__device__ __forceinline__ void await_turn(int group) {{
+  asm volatile("bar.sync %0, {2 * GROUP};" ::"r"(4 + group) : "memory");
+}}
+__device__ __forceinline__ void pass_turn(int group) {{
+  asm volatile("bar.arrive %0, {2 * GROUP};" ::"r"(5 - group) : "memory");
 }}
 
 // 64 rows of up to 64 results through shared memory, so that neighbouring threads have neighbouring columns.

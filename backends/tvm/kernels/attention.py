@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from netlathe.backends.tvm.cuda import flash, warp_attention
+from netlathe.backends.tvm.cuda import flash, product_attention, warp_attention
 from netlathe.backends.tvm.cuda.code import GpuCode
 from netlathe.backends.tvm.kernel import Kernel
 from netlathe.backends.tvm.kernels.heads import fused
@@ -57,6 +57,9 @@ def attention(kernel: Kernel, spec: Spec, store: Store) -> str:
     if isinstance(code, GpuCode) and code.on_host:
         if spec.plain is not None:
             return flash.attention(kernel, code, spec, store)
-        return warp_attention.attention(kernel, code, spec, COMBINE, store)
+        in_memory = all(isinstance(value, Ready) for value in (spec.q, spec.k, spec.v))
+        suits = in_memory and product_attention.suits(spec.q, spec.k, spec.v)
+        how = product_attention.attention if suits else warp_attention.attention
+        return how(kernel, code, spec, COMBINE, store)
     fused(kernel, spec, store)
     return "attention.fused"

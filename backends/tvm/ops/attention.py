@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from tvm import tirx
 
 from netlathe.backends.tvm import mathfn, storage
-from netlathe.backends.tvm.cuda import early, flash, masks
+from netlathe.backends.tvm.cuda import early, flash, masks, product_attention
 from netlathe.backends.tvm.cuda.machine import Gpu
 from netlathe.backends.tvm.kernel import Kernel
 from netlathe.backends.tvm.kernels.attention import Plain, Spec, attention
@@ -69,6 +69,8 @@ def _attention(op: Op) -> Sequence[Value]:
             q = low.force(q)
         else:
             q, k, v = low.together([q, k, v])
+    elif isinstance(low.machine, Gpu) and product_attention.suits(q, k, v):
+        q, k, v = low.together([q, k, v])
     else:
         q, k = (x if is_cheap(x) else low.force(x) for x in (q, k))
         # Values are read along the last axis, a vector at a time.

@@ -9,7 +9,7 @@ from tvm import tirx
 
 from netlathe.backends.tvm import packing, storage
 from netlathe.backends.tvm.arm import codes, products
-from netlathe.backends.tvm.cuda import eight
+from netlathe.backends.tvm.cuda import eight, matrices
 from netlathe.backends.tvm.cuda import products as cuda_products
 from netlathe.backends.tvm.cuda.machine import Gpu
 from netlathe.backends.tvm.kernel import Kernel
@@ -37,13 +37,14 @@ def _matmul(op: Op) -> Sequence[Value]:
             left = cuda_products.left(op)
             return [by_constant(op.low, left, constant, op.dtype(), op.shape())]
         if isinstance(op.low.machine, Gpu):
-            left = cuda_products.left(op)
-            for of in (cuda_products.of_quantized, eight.of_weight):
-                if (held := of(op.low, left, constant, op.shape())) is not None:
-                    return [held]
+            if eight.dequantized(constant) is not None:
+                left = cuda_products.left(op)
+                for of in (cuda_products.of_quantized, eight.of_weight):
+                    if (held := of(op.low, left, constant, op.shape())) is not None:
+                        return [held]
         elif (quantized := _quantized(constant)) is not None:
             return [by_quantized(op.low, op.ready(0), quantized, op.dtype(), op.shape())]
-    return [product(op.low, op.operand(0), op.operand(1), op.dtype())]
+    return [product(op.low, op.value(0), op.value(1), op.dtype())]
 
 
 def _is_matrix(value: ir.Value | None) -> bool:
@@ -178,9 +179,14 @@ def _packed(
 
 def product(low: Lowering, a: Value, b: Value, dtype: D) -> Value:
     """A numpy matmul of two computed values."""
+    a, b = (value if value.rank > 1 else low.operand(value) for value in (a, b))
     left = _padded(a, (1,) * (2 - a.rank) + a.shape if a.rank < 2 else a.shape)
     right = _padded(b, (*b.shape, 1) if b.rank < 2 else b.shape)
     batch = _batch(left.shape[:-2], right.shape[:-2])
+    if isinstance(low.machine, Gpu):
+        made = matrices.product(low, left, right, dtype, batch)
+        if made is not None:
+            return _as_numpy(low, made, a, b)
     # Each element is read by many tiles.
     left, right = (v if is_cheap(v) else low.force(v) for v in (left, right))
     whole = (*batch, left.shape[-2], right.shape[-1])
@@ -206,11 +212,14 @@ def product(low: Lowering, a: Value, b: Value, dtype: D) -> Value:
             return cuda_products.of_values(kernel, wide_left, wide_right, whole_batch, store)
         return gemm.batched(kernel, wide_left, wide_right, cut, kernel.shape(batch), store)
 
-    result = Pending(dtype, whole, build)
-    shape = (
-        tuple(batch) + (a.shape[-2:-1] if a.rank > 1 else ()) + (b.shape[-1:] if b.rank > 1 else ())
-    )
-    return result if shape == whole else low.force(result).viewed(shape)
+    return _as_numpy(low, Pending(dtype, whole, build), a, b)
+
+
+def _as_numpy(low: Lowering, made: Pending, a: Value, b: Value) -> Value:
+    """A product [..., rows, columns] without the axes that a vector does not have."""
+    shape = made.shape[:-2]
+    shape += (a.shape[-2:-1] if a.rank > 1 else ()) + (b.shape[-1:] if b.rank > 1 else ())
+    return made if shape == made.shape else low.force(made).viewed(shape)
 
 
 def _as(item: Expr, dtype: str) -> Expr:
@@ -239,7 +248,7 @@ def _gemm(op: Op) -> Sequence[Value]:
     from netlathe.backends.tvm.ops.movement import transposed
     from netlathe.backends.tvm.ops.op import combine
 
-    a, b = op.operand(0), op.operand(1)
+    a, b = op.value(0), op.value(1)
     if op.integer("transA"):
         a = transposed(op, a, [1, 0])
     if op.integer("transB"):

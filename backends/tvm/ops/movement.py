@@ -237,8 +237,9 @@ def transposed(op: Op, value: Value, perm: Sequence[int]) -> Value:
     inverse = [perm.index(axis) for axis in range(len(perm))]
     source = op.low.operand(value)
     made = moved(source, shape, lambda code, index: [index[a] for a in inverse], unit=last)
-    if isinstance(source, Ready) and not last:
-        made.along = perm.index(len(perm) - 1)
+    if isinstance(source, Ready):
+        made.along = None if last else perm.index(len(perm) - 1)
+        made.turned = source, tuple(perm)
     return made
 
 

@@ -102,23 +102,23 @@ def specs(monkeypatch: pytest.MonkeyPatch) -> list[Spec]:
         (QKV.replace(",s,", ",16,"), "y = Attention (q, k, v)", "attention.decode"),
         (QKV.replace(",s,", ",17,"), "y = Attention (q, k, v)", "attention.flash"),
         (QKV.replace(",64]", ",96]"), "y = Attention (q, k, v)", "attention.flash"),
-        (QKV.replace(",64]", ",80]"), "y = Attention (q, k, v)", "attention.warp"),
+        (QKV.replace(",64]", ",80]"), "y = Attention (q, k, v)", "attention.products"),
         (QKV.replace("bfloat16", "float"), "y = Attention (q, k, v)", "attention.warp"),
-        (QKV, "y = Attention <softcap = 30.0> (q, k, v)", "attention.warp"),
-        (QKV, "y = Attention <scale = -0.2> (q, k, v)", "attention.warp"),
-        (QKV + ", bfloat16[s,t] m", "y = Attention (q, k, v, m)", "attention.warp"),
-        (QKV + ", bool[s,t] m", "y = Attention (q, k, v, m)", "attention.warp"),
+        (QKV, "y = Attention <softcap = 30.0> (q, k, v)", "attention.products"),
+        (QKV, "y = Attention <scale = -0.2> (q, k, v)", "attention.products"),
+        (QKV + ", bfloat16[s,t] m", "y = Attention (q, k, v, m)", "attention.products"),
+        (QKV + ", bool[s,t] m", "y = Attention (q, k, v, m)", "attention.products"),
         (QKV + ", bool[b,1,1,t] m", "y = Attention (q, k, v, m)", "attention.flash"),
-        (QKV + ", bool[b,8,1,t] m", "y = Attention (q, k, v, m)", "attention.warp"),
+        (QKV + ", bool[b,8,1,t] m", "y = Attention (q, k, v, m)", "attention.products"),
         (QKV, SEEN + "y = Attention (q, k, v, seen)", "attention.flash"),
         # two masks that do not agree on the offset
-        (QKV, SEEN + "y = Attention <is_causal = 1> (q, k, v, seen)", "attention.warp"),
+        (QKV, SEEN + "y = Attention <is_causal = 1> (q, k, v, seen)", "attention.products"),
         (
             QKV + ", int64[b] n",
             "y = Attention <is_causal = 1> (q, k, v, , , , n)",
             "attention.flash",
         ),
-        (QKV + ", int64[b] n", SEEN + "y = Attention (q, k, v, seen, , , n)", "attention.warp"),
+        (QKV + ", int64[b] n", SEEN + "y = Attention (q, k, v, seen, , , n)", "attention.products"),
     ],
 )
 def test_what_takes_a_node(inputs: str, body: str, schedule: str, archs: Sequence[str]) -> None:
@@ -131,9 +131,16 @@ def test_what_takes_a_node(inputs: str, body: str, schedule: str, archs: Sequenc
 @pytest.mark.parametrize(
     "attributes", ["left_window_size = 8", "right_window_size = 3", "left_window_size = 0"]
 )
-def test_windows_are_for_the_general_grid(attributes: str) -> None:
+def test_windows_are_for_products(attributes: str) -> None:
     model = graph(f"y = Attention <{attributes}> (q, k, v)")
-    assert "attention.warp" in schedules(model)
+    assert "attention.products" in schedules(model)
+
+
+@pytest.mark.parametrize("heads, expected", [(8, "products"), (9000, "warp")])
+def test_scores_take_no_more_memory_than_they_are_worth(heads: int, expected: str) -> None:
+    inputs = ", ".join(f"bfloat16[1,{heads},256,72] {name}" for name in "qkv")
+    output = f"bfloat16[1,{heads},256,72] y"
+    assert schedules(graph("y = Attention (q, k, v)", inputs, output)) == {f"attention.{expected}"}
 
 
 def test_scores_that_are_asked_for_are_made_step_by_step() -> None:
@@ -228,7 +235,7 @@ def test_a_captured_language_model(specs: list[Spec], cached: bool, tmp_path: Pa
     captured = HuggingFaceDirectory(cache=True).capture(tmp_path)
     passes = [*([QuantizeCache()] if cached else []), Convert(dtype="bfloat16")]
     made = schedules(run(captured, passes, Context()).model)
-    assert "attention.warp" not in made and len(specs) == 2
+    assert made.isdisjoint({"attention.warp", "attention.products"}) and len(specs) == 2
     for spec in specs:
         assert spec.plain is not None and spec.plain.causal
         assert str(spec.plain.offset) == "past_sequence" and spec.plain.allowed is not None

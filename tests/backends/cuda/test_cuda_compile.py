@@ -43,7 +43,8 @@ def everything() -> ir.Model:
         g (bfloat16[40, 256] x, bfloat16[4, 256] few, bfloat16[300, 256] many, bfloat16[b, 4, s, 64] q,
             float16[2, 24, h, v] image) => (bfloat16[40, 128] y, bfloat16[4, 128] nu, bfloat16[4, 128] ne,
             bfloat16[b, 4, s, 64] z, float[40, 256] p, float[40] r, float[40, 256] c, bfloat16[4, 128] u,
-            bfloat16[4, 128] e, float[40, 128] v, float16[2, 72, h, v] seen, bfloat16[300, 128] l)
+            bfloat16[4, 128] e, float[40, 128] v, float16[2, 72, h, v] seen, bfloat16[300, 128] l,
+            bfloat16[b, 4, s, 64] both)
         {
             a = MatMul (x, w)
             h = Add (a, bias)
@@ -65,6 +66,9 @@ def everything() -> ir.Model:
             v = MatMul (f, single)
             window = Conv <pads = [1, 1, 1, 1]> (image, taps)
             seen = Conv (window, mixed)
+            keys = Transpose <perm = [0, 1, 3, 2]> (q)
+            scores = MatMul (q, keys)
+            both = MatMul (scores, q)
         }
         """
     )
