@@ -164,7 +164,7 @@ def _in_newest(proto: onnx.ModelProto, path: Path) -> tuple[ir.Model, list[Entry
     """The model at the IR's opset, without functions, and what was done for it."""
     model = _to_ir(proto, path)
     entries = _settle_inputs(model)
-    _tell_ranks(model, proto)
+    _tell_shapes(model, proto)
     version = raise_opset(model)
     if version != NEWEST:
         entries.append(Entry("opset", "applied", f"raised from {version} to {NEWEST}"))
@@ -358,16 +358,25 @@ def _dim(dim: int | ir.SymbolicDim, unknown: str | None) -> int | str | None:
     return dim.value if readable else unknown
 
 
-def _tell_ranks(model: ir.Model, proto: onnx.ModelProto) -> None:
-    """Shapes of what a Softmax before opset 13 reads: it took all dims from one on together."""
+# operator -> the opset from which raising it no longer asks for its data's shape
+_ASKS_SHAPE: Mapping[str, int] = {
+    **dict.fromkeys(("Hardmax", "LogSoftmax", "Softmax"), 13),  # took all dims from one on together
+    "GroupNormalization": 21,  # had one scale a group, not a channel
+}
+
+
+def _tell_shapes(model: ir.Model, proto: onnx.ModelProto) -> None:
+    """Shapes that raising to the IR's opset asks for: files seldom have those of inner values."""
+    version = model.opset_imports.get("", NEWEST)
     read = {
         node.inputs[0].name: node.inputs[0]
         for node in model.graph
-        if node.op_type in ("Softmax", "LogSoftmax", "Hardmax")
+        if version < _ASKS_SHAPE.get(node.op_type, 0)
+        and node.inputs
         and node.inputs[0] is not None
         and node.inputs[0].shape is None
     }
-    if not read or model.opset_imports.get("", NEWEST) >= 13:
+    if not read:
         return
     for told in onnx.shape_inference.infer_shapes(proto).graph.value_info:
         if told.name in read and told.type.tensor_type.HasField("shape"):

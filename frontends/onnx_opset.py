@@ -94,7 +94,25 @@ def _raise(graph: ir.Graph | ir.Function, version: int) -> None:
         assert owner is not None  # it came out of the graph's own traversal
         for since, adapt in _ADAPTERS.get(node.op_type, ()):
             if version < since:
-                adapt(node, Scope(owner))
+                _adapt(adapt, node, Scope(owner))
+
+
+def _adapt(adapt: Adapter, node: ir.Node, scope: Scope) -> None:
+    """Adapt ``node``, which may lack what its operator demands or have it of another type."""
+    try:
+        adapt(node, scope)
+    except (IndexError, KeyError, TypeError) as error:
+        raise InputError(
+            Diagnostic(
+                "onnx.malformed",
+                f"{node.op_type} cannot be understood: {type(error).__name__}: {error}",
+                at=_shown(node),
+            )
+        ) from error
+
+
+def _shown(node: ir.Node) -> str:
+    return str(node.name or next((v.name for v in node.outputs if v.name), node.op_type))
 
 
 # -- the operators that changed -------------------------------------------------------------------
@@ -121,15 +139,21 @@ def _set_input(node: ir.Node, position: int, value: ir.Value | None) -> None:
 
 
 def _float_inputs(**names: int) -> Adapter:
-    """The attributes ``names``, one number each, are inputs now, at these positions."""
+    """The attributes ``names``, one number each, are inputs now, at these positions.
+
+    They are of the data's dtype, which files seldom tell of inner values: CastLike finds it.
+    """
 
     def adapt(node: ir.Node, scope: Scope) -> None:
-        dtype = (node.inputs[0].dtype if node.inputs[0] is not None else None) or ir.DataType.FLOAT
+        data = node.inputs[0]
         for name, position in names.items():
             attribute = node.attributes.pop(name, None)
-            if attribute is not None:
-                number = np.asarray(attribute.as_float(), np.float32).astype(dtype.numpy())
-                _set_input(node, position, scope.constant(node, number, name))
+            if attribute is None:
+                continue
+            number = scope.constant(node, np.asarray(attribute.as_float(), np.float32), name)
+            if data is not None and data.dtype != ir.DataType.FLOAT:
+                number = scope.op(node, "CastLike", [number, data], f"{name}_like_data")
+            _set_input(node, position, number)
 
     return adapt
 
@@ -159,7 +183,7 @@ def _no_equal(node: ir.Node, what: str) -> InputError:
         Diagnostic(
             "onnx.opset",
             f"{what} has no equal in opset {NEWEST}",
-            at=str(node.name or node.outputs[0].name),
+            at=_shown(node),
             help="export the model again, at opset 17 or later",
         )
     )
@@ -200,13 +224,30 @@ def _resize_by_corner(node: ir.Node, scope: Scope) -> None:
     _set_input(node, 2, scales)
     _set_input(node, 1, None)
     literal = None if scales is None else ir.convenience.get_const_tensor(scales)
-    # ONNX Runtime rounds up where it makes smaller; the standard does not say.
-    smaller = literal is not None and bool((literal.numpy() < 1).any())
-    mode = node.attributes.get("mode")
-    if mode is not None and mode.as_string() == "bilinear":
-        node.attributes["mode"] = ir.AttrString("mode", "linear")
+    factors = np.ones(1) if literal is None else literal.numpy()
+    attribute = node.attributes.get("mode")
+    mode = attribute.as_string() if attribute is not None else "nearest"
+    mode = "linear" if mode == "bilinear" else mode
+    # ONNX Runtime rounds up along axes that it makes smaller; the standard does not say.
+    smaller, larger = bool((factors < 1).any()), bool((factors > 1).any())
+    by = "asymmetric"
+    if mode == "nearest" and smaller and larger:
+        shrink = scope.constant(node, np.minimum(factors, 1), "shrink")
+        data = scope.op(
+            node,
+            "Resize",
+            [node.inputs[0], None, shrink],
+            "smaller",
+            mode=mode,
+            coordinate_transformation_mode=by,
+            nearest_mode="ceil",
+        )
+        _set_input(node, 0, data)
+        _set_input(node, 2, scope.constant(node, np.maximum(factors, 1), "grow"))
+        smaller = False
     for name, value in (
-        ("coordinate_transformation_mode", "asymmetric"),
+        ("mode", mode),
+        ("coordinate_transformation_mode", by),
         ("nearest_mode", "ceil" if smaller else "floor"),
     ):
         node.attributes[name] = ir.AttrString(name, value)
@@ -264,7 +305,7 @@ def _group_norm_scales(node: ir.Node, scope: Scope) -> None:
             Diagnostic(
                 "onnx.opset",
                 "GroupNormalization of an opset before 21 needs a known number of channels",
-                at=str(node.name),
+                at=_shown(node),
                 help="export the model again at opset 21 or later",
             )
         )
@@ -280,16 +321,27 @@ def _group_norm_scales(node: ir.Node, scope: Scope) -> None:
 
 
 def _inference_batch_norm(node: ir.Node, scope: Scope) -> None:
-    """BatchNormalization before 14 trains where it has more than one output: refused."""
-    if len([v for v in node.outputs if v.name]) > 1 and any(v.uses() for v in node.outputs[1:]):
+    """BatchNormalization before 14 trains where it has more than one output: refused.
+
+    Whether anything reads the others does not matter: the first is normalized by the batch then.
+    """
+    if len([v for v in node.outputs if v.name]) > 1:
         raise InputError(
             Diagnostic(
                 "onnx.training",
                 "BatchNormalization in training mode: the model was exported for training",
-                at=str(node.name),
+                at=_shown(node),
                 help="export the model in eval mode",
             )
         )
+    node.resize_outputs(1)
+
+
+def _inference_dropout(node: ir.Node, scope: Scope) -> None:
+    """Dropout before 12 had a `ratio`, for training only, and no set mask where it drops nothing."""
+    node.attributes.pop("ratio", None)
+    if any(v.uses() or v.is_graph_output() for v in node.outputs[1:]):
+        raise _no_equal(node, f"{node.op_type} whose mask is used")
     node.resize_outputs(1)
 
 
@@ -305,7 +357,7 @@ _ADAPTERS: Mapping[str, tuple[tuple[int, Adapter], ...]] = {
     "BatchNormalization": ((9, _forget("spatial", 1)), (14, _inference_batch_norm)),
     "Clip": ((11, _float_inputs(min=1, max=2)),),
     "DFT": ((20, _dft_axis),),
-    "Dropout": ((12, _forget("ratio")),),  # it drops in training only
+    "Dropout": ((12, _inference_dropout),),
     "GridSample": ((20, _grid_sample_modes),),
     "GroupNormalization": ((21, _group_norm_scales),),
     "Pad": ((11, _become_inputs("pads")), (11, _float_inputs(value=2))),

@@ -14,12 +14,11 @@ import onnx_ir as ir
 
 from netlathe.ir import dims, weights
 from netlathe.ir.dims import Dim, Shape
+from netlathe.ir.shapes.parts import FAR
 from netlathe.ir.types import Type
 from netlathe.ir.work import Work
 
 TO_THE_END = 2**63 - 1
-# An end beyond any dim; exporters write this, or the largest int32 or int64, or one less.
-_BEYOND = 10**9
 
 
 # -- Reshape --------------------------------------------------------------------------------------
@@ -230,7 +229,7 @@ def _bound(start: Dim, size: Dim) -> Dim:
 
 
 def _end(end: Dim, size: Dim) -> Dim:
-    if isinstance(end, int) and end >= _BEYOND:
+    if isinstance(end, int) and end >= FAR:
         return TO_THE_END
     if dims.same(end, size):
         return TO_THE_END

@@ -166,6 +166,7 @@ def f32(*shape: int) -> Any:
         one_node("Clip", 7, {"x": f32(2, 3)}, min=-0.5),
         one_node("Clip", 10, {"x": f32(2, 3)}, min=-0.5, max=0.25),
         one_node("Dropout", 10, {"x": f32(2, 3)}, ratio=0.25),
+        one_node("Dropout", 7, {"x": f32(2, 3)}),
         one_node("Softmax", 11, {"x": f32(2, 3, 4)}),
         one_node("Softmax", 12, {"x": f32(2, 3, 4)}, axis=-1),
         one_node("LogSoftmax", 7, {"x": f32(2, 3, 4, 1)}, axis=2),
@@ -181,10 +182,17 @@ def f32(*shape: int) -> Any:
         ),
         one_node("Resize", 10, {"x": f32(1, 2, 3, 4), "s": np.array([1, 1, 2.5, 2], np.float32)}),
         one_node("Resize", 10, {"x": f32(1, 2, 6, 6), "s": np.array([1, 1, 0.4, 0.5], np.float32)}),
+        one_node("Resize", 10, {"x": f32(1, 2, 7, 4), "s": np.array([1, 1, 0.4, 2.5], np.float32)}),
         one_node(
             "Resize",
             10,
             {"x": f32(1, 2, 3, 4), "s": np.array([1, 1, 2, 2], np.float32)},
+            mode="linear",
+        ),
+        one_node(
+            "Resize",
+            10,
+            {"x": f32(1, 2, 7, 4), "s": np.array([1, 1, 0.4, 2.5], np.float32)},
             mode="linear",
         ),
         one_node(
@@ -280,6 +288,74 @@ def test_what_has_no_equal_is_refused_by_name(
     assert caught.value.diagnostics[0].at == op
 
 
+@pytest.mark.parametrize("opset", [7, 10, 11])
+@pytest.mark.parametrize("read", [False, True])
+def test_the_mask_of_an_old_dropout_is_refused(read: bool, opset: int) -> None:
+    model = one_node("Dropout", opset, {"x": f32(2, 3)}, outputs=2)
+    if read:
+        del model.graph.output[1:]
+        model.graph.output.append(helper.make_empty_tensor_value_info("z"))
+        model.graph.node.append(helper.make_node("Cast", ["y1"], ["z"], to=TensorProto.FLOAT))
+    with pytest.raises(InputError, match="Dropout whose mask is used has no equal"):
+        raise_opset(ir.from_proto(model))
+
+
+@pytest.mark.parametrize("listed", [1, 5])
+def test_an_old_batch_norm_of_more_outputs_trains(listed: int) -> None:
+    """Whether or not anything reads the others."""
+    weights = {"s": f32(3), "b": f32(3), "m": f32(3), "v": np.abs(f32(3)) + 1}
+    model = one_node("BatchNormalization", 9, {"x": f32(2, 3, 4), **weights}, outputs=5)
+    del model.graph.output[listed:]
+    with pytest.raises(InputError, match="training") as caught:
+        raise_opset(ir.from_proto(model))
+    assert [d.code for d in caught.value.diagnostics] == ["onnx.training"]
+
+
+@pytest.mark.parametrize(
+    ("op", "opset", "inputs", "attributes"),
+    [
+        ("Upsample", 7, 1, {"mode": "nearest"}),
+        ("Upsample", 7, 1, {"scales": [1, 1, 2, 2]}),
+        ("Clip", 7, 1, {"min": 0}),
+        ("Clip", 7, 0, {"min": 0.0}),
+        ("Softmax", 11, 0, {}),
+        ("ReduceSum", 9, 1, {"axes": [0.5]}),
+        ("BatchNormalization", 7, 1, {"spatial": 1.0}),
+    ],
+)
+def test_a_malformed_node_is_shown(
+    op: str, opset: int, inputs: int, attributes: dict[str, Any], tmp_path: Path
+) -> None:
+    model = one_node(op, opset, {"x": f32(1, 2, 3, 4)}, **attributes)
+    del model.graph.node[0].input[inputs:]
+    with pytest.raises(InputError, match=f"{op} cannot be understood") as caught:
+        OnnxFile().capture(write(model, tmp_path))
+    assert [(d.code, d.at) for d in caught.value.diagnostics] == [("onnx.malformed", op)]
+
+
+@pytest.mark.parametrize("opset", [7, 10])
+@pytest.mark.parametrize(
+    ("op", "to", "attributes"),
+    [
+        ("Clip", TensorProto.FLOAT16, {"min": -0.3, "max": 0.3}),
+        ("Clip", TensorProto.FLOAT16, {"min": 0.0, "max": float(np.finfo(np.float32).max)}),
+        ("Pad", TensorProto.FLOAT16, {"pads": [0, 1, 2, 0], "value": 1.5}),
+        ("Pad", TensorProto.DOUBLE, {"pads": [0, 1, 2, 0], "value": 0.1}),
+    ],
+)
+def test_numbers_that_became_inputs_are_of_the_data_s_dtype(
+    op: str, to: int, attributes: dict[str, Any], opset: int, tmp_path: Path
+) -> None:
+    """Which is not in the file: dtypes of inner values seldom are."""
+    model = one_node(op, opset, {"x": f32(2, 3)}, **attributes)
+    model.graph.node.insert(0, helper.make_node("Cast", ["x"], ["half"], to=to))
+    model.graph.node.insert(1, helper.make_node("Neg", ["half"], ["r"]))
+    model.graph.node[2].input[0] = "r"
+    captured = OnnxFile().capture(write(model, tmp_path))
+    made = [node.op_type for node in captured.model.graph]
+    assert made == ["Cast", "Neg", op]
+
+
 @pytest.mark.parametrize("known", [True, False])
 def test_an_old_softmax_over_the_last_dim_stays_one(known: bool, tmp_path: Path) -> None:
     """Its rank is not in the file: shapes of inner values seldom are."""
@@ -309,6 +385,15 @@ def test_group_normalization_repeats_its_scales() -> None:
     mean, var = groups.mean(-1, keepdims=True), groups.var(-1, keepdims=True)
     scaled = (groups - mean) / np.sqrt(var + 1e-5) * scale[:, None] + bias[:, None]
     np.testing.assert_allclose(after, scaled.reshape(x.shape), rtol=1e-4, atol=1e-5)
+
+
+def test_group_normalization_inside_a_file_finds_its_channels(tmp_path: Path) -> None:
+    weights = {"scale": f32(2), "bias": f32(2)}
+    model = one_node("GroupNormalization", 18, {"x": f32(2, 6, 3), **weights}, num_groups=2)
+    model.graph.node.insert(0, helper.make_node("Relu", ["x"], ["r"]))
+    model.graph.node[1].input[0] = "r"
+    captured = OnnxFile().capture(write(model, tmp_path))
+    assert "GroupNormalization" in [node.op_type for node in captured.model.graph]
 
 
 # -- bad files ------------------------------------------------------------------------------------

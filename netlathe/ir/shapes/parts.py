@@ -133,7 +133,7 @@ def _cut(items: Shape, start: int, end: int, step: int) -> Shape:
     return tuple(items[i] for i in _positions(len(items), start, end, step))
 
 
-_FAR = 10**9  # exporters write "to the end" as this, or as the largest int32 or int64, or one less
+FAR = 10**9  # exporters write "to the end" as this, or as the largest int32 or int64, or one less
 
 
 def _sliced(size: Dim, start: Dim, end: Dim, step: int) -> Dim:
@@ -143,7 +143,7 @@ def _sliced(size: Dim, start: Dim, end: Dim, step: int) -> Dim:
     if isinstance(size, int) and isinstance(start, int) and isinstance(end, int):
         return len(_positions(size, start, end, step)) if size else 0
     if step < 0:
-        whole = start in (-1, _clamped(size, start)) and isinstance(end, int) and end <= -_FAR
+        whole = start in (-1, _clamped(size, start)) and isinstance(end, int) and end <= -FAR
         return dims.ceil_divide(size, -step) if whole and start == -1 else None
     low, high = _clamped(size, start), _clamped(size, end)
     return dims.ceil_divide(dims.subtract(high, low), step)
@@ -158,9 +158,9 @@ def _clamped(size: Dim, at: Dim) -> Dim:
     if size is None or at is None:
         return None
     if isinstance(at, int):
-        if at >= _FAR:
+        if at >= FAR:
             return size
-        if at <= -_FAR or at == 0:
+        if at <= -FAR or at == 0:
             return 0
         if isinstance(size, int):
             return min(max(at + size if at < 0 else at, 0), size)
