@@ -101,15 +101,11 @@ class _Trial:
     feeds: Feeds
     expected: Arrays  # what the original makes of them
     sizes: Mapping[str, int]
-
-    @property
-    def label(self) -> str:
-        """What names the trial in messages."""
-        return ", ".join(f"{k}={v}" for k, v in self.sizes.items()) or "fixed shapes"
+    label: str  # what names the trial in messages
 
 
-class _ExampleTrial(_Trial):
-    label = "the example inputs"
+def _label(sizes: Mapping[str, int]) -> str:
+    return ", ".join(f"{name}={size}" for name, size in sizes.items()) or "fixed shapes"
 
 
 def _trials(
@@ -117,7 +113,8 @@ def _trials(
 ) -> Iterator[_Trial]:
     """What the model is compared at."""
     if original.example is not None:
-        yield _ExampleTrial(original.example, original.run(original.example), {})
+        expected = original.run(original.example)
+        yield _Trial(original.example, expected, {}, "the example inputs")
     choices = list(original.sizes)
     if choices or not dynamic:
         if original.example is None:
@@ -131,7 +128,9 @@ def _trials(
         first = trial.sizes
         yield trial
     other = _other_sizes(first, original.bounds, lambda n: n + n // 2 + 1)
-    yield _trial(original, other, first, sample, 0 if original.example is not None else 1, what)
+    seed = 0 if original.example is not None else 1
+    fixed = other == dict(first)  # by bounds: other data of the same size, then
+    yield _trial(original, other, first, sample, seed, what, but=None if fixed else first)
 
 
 def _trial(
@@ -141,23 +140,37 @@ def _trial(
     sample: Sample,
     seed: int,
     what: str,
+    but: Mapping[str, int] | None = None,
 ) -> _Trial:
     """The original at ``sizes``, or where it does not run there, at 2, 4, 8, ... times ``base``.
 
-    A dim may have to stay even, be a multiple of a patch, or hold a window of an audio signal.
+    Sizes ``but``, which are known already, do not count. A dim may have to stay even, be a multiple of a
+    patch, or hold a window of an audio signal.
     """
     first: tuple[str, Exception] | None = None
     for tried in (sizes, *_doublings(base, original.bounds)):
+        if tried == but:
+            continue
         feeds = sample(tried, seed)
         try:
-            return _Trial(feeds, original.run(feeds), dict(tried))
+            return _Trial(feeds, original.run(feeds), dict(tried), _label(tried))
         except Exception as error:
-            label = ", ".join(f"{k}={v}" for k, v in tried.items()) or "fixed shapes"
-            first = first or (label, error)
+            first = first or (_label(tried), error)
         if sum(array.size for array in feeds.values()) > _LARGEST_INPUTS:
             break
     assert first is not None  # `sizes` were tried
-    raise _cannot_run(what, *first) from first[1]
+    label, reason = first
+    message = f"{what} itself fails at {label}: {type(reason).__name__}: {reason}"
+    if not base:
+        raise CaptureError(Diagnostic("capture.sizes", message)) from reason
+    raise CaptureError(
+        Diagnostic(
+            "capture.sizes",
+            message,
+            notes=("a capture is compared with the original at two sizes; larger ones fail, too",),
+            help="declare only dims dynamic that the model accepts at other sizes",
+        )
+    ) from reason
 
 
 def _doublings(
@@ -166,24 +179,16 @@ def _doublings(
     """``base`` doubled, then only what is no batch of it doubled on, as far as anything grows."""
     sizes = dict(base)
     for _ in range(_DOUBLINGS):
-        grown = _other_sizes(sizes, bounds, lambda n: 2 * n)
-        if sizes != base:
-            grown.update({name: size for name, size in sizes.items() if "batch" in name})
+        grown = {
+            name: size
+            if sizes != base and "batch" in name
+            else min(2 * size, bounds.get(name, (1, 1 << 31))[1])
+            for name, size in sizes.items()
+        }
         if grown == sizes:
             return
         yield grown
         sizes = grown
-
-
-def _cannot_run(what: str, label: str, error: Exception) -> CaptureError:
-    return CaptureError(
-        Diagnostic(
-            "capture.sizes",
-            f"{what} itself fails at {label}: {type(error).__name__}: {error}",
-            notes=("a capture is compared with the original at two sizes; larger ones fail, too",),
-            help="declare only dims dynamic that the model accepts at other sizes",
-        )
-    )
 
 
 def _other_sizes(

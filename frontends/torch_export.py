@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 import torch
@@ -24,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from netlathe.diagnostics import CaptureError, Diagnostic, InputError
 from netlathe.execute.compare import relative_error
+from netlathe.execute.torch_ops import storage
 from netlathe.frontends.exporter_metadata import condense
 from netlathe.frontends.torch_signature import (
     DynamicDims,
@@ -259,12 +259,12 @@ def _graph_of(
     sizes, bounds = name_dims(model, program, tensors, names, table, entries)
 
     def tensors_of(feeds: Feeds) -> list[torch.Tensor]:
-        return [torch.from_numpy(np.asarray(feeds[n], order="C")) for n in names]
+        return [storage.from_numpy(feeds[n]) for n in names]
 
     def run(feeds: Feeds) -> Arrays:
         with in_eval(flat):
             got = flat(*tensors_of(feeds))
-        return {n: t.detach().numpy() for n, t in zip(outputs, got, strict=True)}
+        return {n: storage.to_numpy(t) for n, t in zip(outputs, got, strict=True)}
 
     def moved(feeds: Feeds) -> dict[str, float]:
         exact = run(feeds)
@@ -279,7 +279,7 @@ def _graph_of(
 
     return Exported(
         model=model,
-        example={n: t.detach().numpy() for n, t in zip(names, tensors, strict=True)},
+        example={n: storage.to_numpy(t) for n, t in zip(names, tensors, strict=True)},
         dynamic=sizes,
         bounds=bounds,
         run=run,
@@ -301,7 +301,7 @@ def _rounding_errors(flat: FlatModule) -> Iterator[None]:
         if not torch.is_tensor(value) or not value.is_floating_point():
             return value
         noise = torch.rand(value.shape, generator=rng) * 2 - 1
-        return value * (1 + torch.finfo(value.dtype).eps * noise)
+        return (value * (1 + torch.finfo(value.dtype).eps * noise)).to(value.dtype)
 
     class OfOperators(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
         def __torch_dispatch__(
@@ -311,8 +311,12 @@ def _rounding_errors(flat: FlatModule) -> Iterator[None]:
             aliased = func.is_view or func._schema.is_mutable  # another tensor would break the tie
             return made if aliased else pytree.tree_map(round_off, made)
 
-    if any(isinstance(m, torch.fx.GraphModule) for m in flat.modules()):
-        with OfOperators():  # type: ignore[no-untyped-call]  # torch's
+    graphs = [m.graph for m in flat.modules() if isinstance(m, torch.fx.GraphModule)]
+    if graphs:
+        # torch has no rule for branches and loops under such a mode: programs with them count as exact.
+        called = [node.target for graph in graphs for node in graph.nodes]
+        exact = any(isinstance(target, torch._ops.HigherOrderOperator) for target in called)
+        with contextlib.nullcontext() if exact else OfOperators():  # type: ignore[no-untyped-call]  # torch's
             yield
         return
     leaves = [m for m in flat.modules() if next(m.children(), None) is None]
@@ -599,7 +603,7 @@ class _Recorder(torch.fx.Interpreter):
     def run_node(self, n: torch.fx.Node) -> Any:
         result = super().run_node(n)
         if n.op == "call_function" and torch.is_tensor(result):
-            self.seen[n.name] = result.detach().clone().numpy()
+            self.seen[n.name] = storage.to_numpy(result.clone())
         return result
 
 

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from netlathe.execute.torch_ops import storage
 from netlathe.frontends.compare import Original
 from netlathe.frontends.finish import finish
 from netlathe.frontends.finite import check_finite
@@ -56,14 +57,10 @@ class TorchModule(Frontend):
             CaptureError: the module cannot be exported, or the graph is not the same function.
         """
         what = type(source).__name__
-        check_finite(
-            (
-                (name, tensor.detach().numpy())
-                for name, tensor in source.state_dict(keep_vars=True).items()
-                if tensor.dtype in (torch.float32, torch.float64, torch.float16)
-            ),
-            what,
-        )
+        weights = source.state_dict(keep_vars=True).items()
+        floats = [(n, t) for n, t in weights if torch.is_tensor(t) and t.is_floating_point()]
+        masks = frozenset(name for name, _ in source.named_buffers())
+        check_finite(((name, storage.to_numpy(t)) for name, t in floats), what, allow=masks)
         exported = export(source, self.args, self.kwargs, self.dynamic, what=what)
         return finish_export(exported, source=what, frontend=self.name)
 

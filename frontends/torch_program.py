@@ -16,6 +16,7 @@ import torch.utils._pytree as pytree
 from torch.export.graph_signature import InputKind
 
 from netlathe.diagnostics import Diagnostic, InputError
+from netlathe.execute.torch_ops import storage
 from netlathe.frontends.finite import check_finite
 from netlathe.frontends.torch_export import listening, translate
 from netlathe.frontends.torch_module import finish_export
@@ -23,13 +24,7 @@ from netlathe.pipeline.interfaces import Captured, Frontend
 
 SUFFIX = ".pt2"
 
-# Operators that do something else in training, and which of their arguments says so.
-_TRAINING = {
-    torch.ops.aten.dropout.default: 2,
-    torch.ops.aten.dropout_.default: 2,
-    torch.ops.aten.feature_dropout.default: 2,
-    torch.ops.aten.batch_norm.default: 5,
-}
+_TRAINING = ("train", "training")  # arguments of operators that do something else then
 
 
 class TorchProgram(Frontend):
@@ -77,14 +72,10 @@ class TorchProgram(Frontend):
         if not args and not kwargs:
             args, kwargs = program.example_inputs or _made_up(program, what)
         _check_use(program, what)
-        check_finite(
-            (
-                (name, tensor.detach().numpy())
-                for name, tensor in program.state_dict.items()
-                if tensor.dtype in (torch.float32, torch.float64, torch.float16)
-            ),
-            what,
-        )
+        weights = {**program.state_dict, **program.constants}.items()
+        floats = [(n, t) for n, t in weights if torch.is_tensor(t) and t.is_floating_point()]
+        masks = frozenset(name for name, _ in floats) - set(program.graph_signature.parameters)
+        check_finite(((name, storage.to_numpy(t)) for name, t in floats), what, allow=masks)
         return finish_export(
             translate(program, args, kwargs, what=what), source=what, frontend=self.name
         )
@@ -141,12 +132,24 @@ def _made_up(program: torch.export.ExportedProgram, what: str) -> Any:
             filled = torch.ones(shape, dtype=value.dtype)
             value = filled.normal_(generator=rng) if value.is_floating_point() else filled
         leaves.append(_known(value) if isinstance(value, torch.SymInt) else value)
-    return pytree.tree_unflatten(leaves, program.call_spec.in_spec)
+    into = program.call_spec.in_spec
+    assert into is not None  # every exported program has one
+    return pytree.tree_unflatten(leaves, into)
 
 
 def _known(size: Any) -> Any:
     """A size as it was when the program was exported; None where that is not known."""
     return size.node.hint if isinstance(size, torch.SymInt) else size
+
+
+def _argument(node: torch.fx.Node, name: str) -> Any:
+    """What an operator is called with as ``name``; None where it has no such argument."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return None
+    for place, argument in enumerate(node.target._schema.arguments):
+        if argument.name == name:
+            return node.args[place] if place < len(node.args) else node.kwargs.get(name)
+    return None
 
 
 def _check_use(program: torch.export.ExportedProgram, what: str) -> None:
@@ -162,8 +165,7 @@ def _check_use(program: torch.export.ExportedProgram, what: str) -> None:
                 )
             )
     for node in program.graph.nodes:
-        place = _TRAINING.get(node.target)
-        if place is not None and len(node.args) > place and node.args[place] is True:
+        if any(_argument(node, name) is True for name in _TRAINING):
             raise InputError(
                 Diagnostic(
                     "torch.training",

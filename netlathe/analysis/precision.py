@@ -306,10 +306,19 @@ def _is_single(node: ir.Node, single: Collection[ir.Value]) -> bool:
 
 
 def _sums_integers(value: ir.Value) -> bool:
-    maker = value.producer()
-    if maker is None or maker.op_type not in _INTEGER_SUMS | {"Add"}:
-        return False
-    return maker.op_type != "Add" or any(v is not None and _sums_integers(v) for v in maker.inputs)
+    """Whether products of integers are summed up in ``value``, additions of such sums among them."""
+    waiting, seen = [value], {value}
+    while waiting:
+        maker = waiting.pop().producer()
+        if maker is None:
+            continue
+        if maker.op_type in _INTEGER_SUMS:
+            return True
+        if maker.op_type == "Add":
+            new = {v for v in maker.inputs if v is not None} - seen
+            waiting += new
+            seen |= new
+    return False
 
 
 def _positions(node: ir.Node, dtype: ir.DataType) -> tuple[tuple[int, ...], tuple[int, ...], str]:

@@ -327,7 +327,8 @@ def _last_bits_of_sigmoids(
             node = source.producer() if source is not None else None
         if node is not None and node.op_type == "Sigmoid" and name in outputs:
             rms = float(np.sqrt(np.mean(np.square(outputs[name], dtype=np.float64))))
-            shares[name] = 2.0**-22 / rms if rms else float("inf")
+            if rms > 2.0**-1000:  # of nothing but zeros there is no share
+                shares[name] = 2.0**-22 / rms
     return shares
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
 import onnx_ir as ir
 import pytest
@@ -11,6 +14,7 @@ from torch import nn
 from netlathe.diagnostics import CaptureError
 from netlathe.frontends import compare, torch_export
 from netlathe.frontends.torch_module import TorchModule
+from netlathe.pipeline.pass_ import Feeds
 
 
 class Tower(nn.Module):
@@ -92,3 +96,46 @@ def test_rounding_of_an_ill_conditioned_model_is_no_difference() -> None:
 def test_sizes_stay_within_bounds() -> None:
     grown = compare._other_sizes({"s": 64, "b": 2}, {"s": (2, 64)}, lambda n: 2 * n)
     assert grown == {"s": 63, "b": 4}
+
+
+@pytest.mark.parametrize("example", [False, True])
+def test_a_size_is_not_compared_twice_for_a_second_one(example: bool) -> None:
+    """A model that runs at the bound of its one dim and nowhere else: is it right elsewhere? No telling."""
+    model = ir.from_onnx_text("""
+        <ir_version: 10, opset_import: ["" : 25]>
+        g (float[n] x) => (float[n] y) { y = Neg(x) }
+    """)
+    tried = []
+
+    def run(feeds: Feeds) -> dict[str, Any]:
+        tried.append(len(feeds["x"]))
+        if tried[-1] != 16:
+            raise ValueError("16 it is")
+        return {"y": -feeds["x"]}
+
+    def sample(sizes: Mapping[str, int], seed: int) -> Feeds:
+        return {"x": np.ones(sizes["n"], np.float32)}
+
+    given = sample({"n": 16}, 0) if example else None
+    original = compare.Original(run, run, example=given, bounds={"n": (1, 16)})
+    with pytest.raises(CaptureError, match=r"itself fails at n=15.*16 it is"):
+        compare.check_same(model, original, {"n": 16}, sample, what="it")
+    assert tried == [16, 15]
+
+
+def test_a_model_that_does_not_run_is_run_once() -> None:
+    model = ir.from_onnx_text("""
+        <ir_version: 10, opset_import: ["" : 25]>
+        g (float[4] x) => (float[4] y) { y = Neg(x) }
+    """)
+    tried = []
+
+    def run(feeds: Feeds) -> dict[str, Any]:
+        tried.append(feeds)
+        raise ValueError("never")
+
+    original = compare.Original(run, run)
+    with pytest.raises(CaptureError) as caught:
+        compare.check_same(model, original, {}, lambda _sizes, _seed: {"x": np.ones(4)}, what="it")
+    (told,) = caught.value.diagnostics
+    assert (len(tried), told.notes, told.help) == (1, (), "")

@@ -15,6 +15,7 @@ from torch import nn
 from netlathe import capture
 from netlathe.diagnostics import InputError
 from netlathe.execute import ort
+from netlathe.execute.torch_ops import storage
 from netlathe.frontends.torch_export import translate
 from netlathe.frontends.torch_program import TorchProgram
 from netlathe.pipeline import registry
@@ -115,10 +116,42 @@ def test_rounding_moves_a_program_that_cancels() -> None:
     assert exported.moved(exported.example) == exported.moved(exported.example)
 
 
-@pytest.mark.parametrize("mode", ["dropout", "norm"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["program", "module"])
+def test_halves_are_captured(kind: str, dtype: torch.dtype) -> None:
+    """Their rounding is more than float32's, so that it is always asked how far it moves the outputs."""
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(8, 32), nn.GELU(), nn.LayerNorm(32), nn.Linear(32, 4)).to(
+        dtype
+    )
+    x = torch.randn(4, 8).to(dtype)
+    if kind == "program":
+        captured = capture(torch.export.export(module.eval(), (x,)))
+    else:
+        captured = capture(module, args=(x,))
+    feeds = captured.sample(captured.dynamic, 0)
+    (actual,) = ort.run(captured.model, feeds).values()
+    expected = module(storage.from_numpy(next(iter(feeds.values()))))
+    torch.testing.assert_close(storage.from_numpy(actual), expected, rtol=0.05, atol=0.05)
+
+
+def test_branches_are_no_hindrance() -> None:
+    class Branches(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.cond(x.sum() > 0, lambda x: x * 2, lambda x: x - 1, (x,))
+
+    x = torch.ones(4)
+    program = torch.export.export(Branches(), (x,))
+    exported = translate(program, (x,), {}, what="the program")
+    assert exported.moved(exported.example) == {"output": 0.0}
+
+
+@pytest.mark.parametrize("mode", ["dropout", "norm", "decomposed"])
 def test_training_mode_is_refused(mode: str) -> None:
     module = nn.Dropout() if mode == "dropout" else nn.BatchNorm1d(8)
     program = torch.export.export(module.train(), (torch.ones(4, 8),))
+    if mode == "decomposed":
+        program = program.run_decompositions()
     with pytest.raises(InputError, match=r"(?s)exported in training mode.*eval\(\)"):
         TorchProgram().capture(program)
 
@@ -139,6 +172,22 @@ def test_a_weight_that_is_not_finite_is_named() -> None:
     module.norm.bias.data[3] = float("inf")
     with pytest.raises(InputError, match=r"'norm.bias' of the program holds inf at \[3\]"):
         TorchProgram().capture(exported(module))
+
+
+def test_a_mask_may_hold_minus_infinity() -> None:
+    class Masked(nn.Module):
+        mask: torch.Tensor
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("mask", torch.full((4, 4), float("-inf")).triu(1))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return (x + self.mask).softmax(-1)
+
+    x = torch.ones(4, 4)
+    assert capture(torch.export.export(Masked(), (x,))).dynamic == {}
+    assert capture(Masked(), args=(x,), dynamic={}).dynamic == {}
 
 
 @pytest.mark.parametrize("damage", ["cut", "other", "absent"])

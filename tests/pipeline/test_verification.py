@@ -196,6 +196,13 @@ def test_a_sigmoid_that_ends_a_model_has_the_digits_of_one(last: str, allowed: f
     assert found["y"] == pytest.approx(allowed)
 
 
+def test_a_sigmoid_of_nothing_but_zeros_has_no_digits_to_be_off_by() -> None:
+    made = model("float[b,8] x", "float[b,8] y", "y = Sigmoid(x)")
+    feeds = {"x": np.full((2, 8), -1000, np.float32)}
+    expected = {"y": np.zeros((2, 8), np.float32)}
+    assert bounds(made, {"y": float("inf")}, expected, feeds, 1e-5, slack=8.0)["y"] == 1e-5
+
+
 def test_values_are_computed_alike_whatever_their_names() -> None:
     before = mlp().model
     after = before.clone()
