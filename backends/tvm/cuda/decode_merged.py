@@ -3,8 +3,9 @@
 It is a part of :mod:`netlathe.backends.tvm.cuda.decode`. A part of a row is kRow floats: sums of weighted
 values, the largest score, the sum of weights, two zeros. Parts are added in the same order each time.
 
-Zeros are there so that parts leave no gap. The level-2 cache keeps 32 bytes at a time, and of those that are
-not wholly written it reads the rest from memory when the merging kernel asks for them.
+Zeros are there so that parts leave no gap: with gaps a call of one sequence took longer. The level-2 cache
+keeps 32 bytes at a time, and of those that are not wholly written it probably reads the rest from memory when
+the merging kernel asks for them.
 """
 
 # Of a block that merges what blocks have left: threads, and columns that it merges. Many small blocks read

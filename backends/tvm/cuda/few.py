@@ -3,7 +3,8 @@
 Up to 16 rows the weight is read once, in 16, 8 or 4 bits. On sm_90a it streams through shared memory
 (:mod:`stream`, whose device code multiplies by :mod:`halves`, :mod:`limbs` or :mod:`pairs`, and may keep and
 normalize x by :mod:`held`); elsewhere it goes to registers (:mod:`skinny`). Up to 512 rows a weight of 8 or 4
-bits becomes halves in registers on sm_90a (:mod:`mixed`). More rows are :mod:`tensor`'s, for which a
+bits becomes halves in registers on sm_90a (:mod:`mixed`), if K is a multiple of 64 and groups fit stages: all
+of 4 bits, and those of int8 that have 64 rows or a multiple of 128. The rest is :mod:`tensor`'s, for which a
 quantized weight is expanded first.
 """
 
@@ -93,8 +94,10 @@ def kernels(
     finish: Finish,
     together: int = 1,
 ) -> list[Few]:
-    """finish(row, column, sum over k of a[row, k] * weight[column, k]): kernels for up to 16 rows, or more.
+    """finish(row, column, sum over k of a[row, k] * weight[column, k]): kernels in order of rows.
 
+    Those for up to 16 rows, then those of :func:`shapes_of_more`. The last one's number is the most that they
+    take, which what :func:`by_rows` does otherwise may rely on (``products`` does): there are more rows.
     ``a`` [rows, inner] is a flat buffer of halves; inner is a multiple of 8.
     """
     inner, columns = sizes[1:]
@@ -131,7 +134,11 @@ def kernels(
 def shapes_of_more(
     has_wgmma: bool, weight: Weight, rows: Expr, inner: int, columns: int
 ) -> list[tuple[int, mixed.Shape]]:
-    """Tiles for more than 16 rows of a weight of integers: as many as there are, if that is known."""
+    """Tiles for 17 to 512 rows by a weight of integers, and the most rows of each, in order.
+
+    If their number is known there is one at most. Of neighbours that are the same kernel the last one stays;
+    a kernel for no more rows than a tile has knows that it is one tile.
+    """
     if not has_wgmma or weight.bits == 16 or inner % 64:
         return []
     number = known(rows)
@@ -142,7 +149,12 @@ def shapes_of_more(
         for most in counts
         if skinny.MOST_ROWS < most <= mixed.ROWS[-1]
     ]
-    return [(most, shape) for most, shape in shapes if shape is not None]
+    found: list[tuple[int, mixed.Shape]] = []
+    for most, shape in reversed(shapes):
+        same = bool(found) and shape == found[-1][1]
+        if shape is not None and not (same and most > shape.rows):
+            found.append((most, shape))
+    return found[::-1]
 
 
 def kernels_that_hold(

@@ -1,6 +1,6 @@
 """Products on a GPU: which kernel takes which.
 
-few      halves by a constant (:mod:`factors`), up to 16 rows; by one of integers up to 512 on sm_90a
+few      halves by a constant (:mod:`factors`), up to 16 rows; by most of integers up to 512 on sm_90a
 tensor   halves by a constant, more rows; two computed matrices of halves (:mod:`matrices`)
 blocks   everything else, convolutions that :mod:`conv` does not take among it
 

@@ -70,9 +70,9 @@ def chosen(kind: Operands, columns: int, inner: int) -> Shape:
 def source(shape: Shape, dtype: str) -> str:
     """The device functions for one shape; ``dtype`` is the name of :class:`Operands`."""
     kind = operands(dtype)
-    # A row of sums is 8 longer than it has columns: 8 rows of a fragment lie in all banks.
     deep = warpgroup.ROW_BYTES // kind.bytes
     space = shape.space(dtype)
+    row = shape.columns + 8  # of sums: 8 rows of a fragment lie in all banks
     return f"""{hopper.source(shape, dtype)}
 #ifndef {space.upper()}_PARTS
 #define {space.upper()}_PARTS
@@ -110,7 +110,7 @@ __device__ __forceinline__ void produce_part(
   }}
 }}
 
-{adding(shape.splits, 1, MOST_ROWS, shape.columns, shape.columns + 8, 2, kind.sums)}
+{adding(shape.splits, 1, MOST_ROWS, shape.columns, row, 2, kind.sums)}
 // The sums of both warpgroups, where stages were.
 __device__ __forceinline__ void put(uint8_t* shared, const Sum* d) {{
   multiplying_barrier();  // both are done with the stages

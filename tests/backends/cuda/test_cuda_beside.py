@@ -53,12 +53,12 @@ class Case:
         return {**found, "f": (swish * made["up"])[None]}
 
 
-def case(half: str, kind: str, seed: int = 0, normed: bool = False) -> Case:
+def case(half: str, kind: str, seed: int = 0, normed: bool = False, gate: int = 96) -> Case:
     """Queries, keys and values of 128, 64 and 64 columns, then a gate; ``kind``: half, int8, int4, uint4.
 
-    ``normed``: each of both has an RMSNormalization in front.
+    ``gate``: columns of that. ``normed``: each of both has an RMSNormalization in front.
     """
-    columns = {"q": 128, "k": 64, "v": 64, "gate": 96, "up": 96}
+    columns = {"q": 128, "k": 64, "v": 64, "gate": gate, "up": gate}
     dtype, numbers = HALVES[half]
     rng = np.random.default_rng(seed)
     body, weights, gains, constants = [], {}, {}, {}
@@ -103,7 +103,7 @@ def case(half: str, kind: str, seed: int = 0, normed: bool = False) -> Case:
     model = ir.from_onnx_text(
         f"""
         <ir_version: 12, opset_import: ["" : 25]>
-        g ({half}[1, n, {INNER}] x) => ({outputs}, {half}[1, n, 96] f)
+        g ({half}[1, n, {INNER}] x) => ({outputs}, {half}[1, n, {gate}] f)
         {{
             heads = Constant <value_ints = [1, -1, 2, {columns["q"] // 2}]> ()
             few = Constant <value_ints = [1, -1, 2, {columns["k"] // 2}]> ()
@@ -135,9 +135,10 @@ def lowered(text: str, widths: dict[str, int]) -> Lowered:
     return Lowering(model, gpu(["sm_90a"])).run()
 
 
+@pytest.mark.parametrize("gate", [96, 90, 75])
 @pytest.mark.parametrize("kind", ["half", "int8", "int4", "uint4"])
-def test_five_products_are_two_kernels(kind: str) -> None:
-    made = Lowering(case("bfloat16", kind).model, gpu(["sm_90a"])).run()
+def test_five_products_are_two_kernels(kind: str, gate: int) -> None:
+    made = Lowering(case("bfloat16", kind, gate=gate).model, gpu(["sm_90a"])).run()
     assert made.kernels == 4  # those, and what transposes q, and k or v
     first = "w" if kind == "half" else "c"
     sources = [p.recipe.sources for p in made.parameters]
@@ -260,17 +261,23 @@ def test_a_weight_of_one_column_has_one_scale(in_turn: bool) -> None:
 
 @pytest.mark.skipif(not HERE, reason="no GPU that there are kernels for")
 @pytest.mark.parametrize(
-    ("half", "kind", "normed"),
+    ("half", "kind", "normed", "gate"),
     [
-        *((half, kind, False) for half in HALVES for kind in ("half", "int8", "int4", "uint4")),
-        *(("bfloat16", "half", True), ("bfloat16", "int4", True), ("float16", "int8", True)),
+        *((half, kind, False, 96) for half in HALVES for kind in ("half", "int8", "int4", "uint4")),
+        *(("bfloat16", kind, False, 90) for kind in ("int8", "uint4")),
+        *(("float16", kind, False, 75) for kind in ("int8", "int4")),
+        ("bfloat16", "half", True, 96),
+        ("bfloat16", "int4", True, 90),
+        ("float16", "int8", True, 96),
     ],
 )
-def test_what_joined_products_give(half: str, kind: str, normed: bool, tmp_path: Path) -> None:
-    made = case(half, kind, normed=normed)
+def test_what_joined_products_give(
+    half: str, kind: str, normed: bool, gate: int, tmp_path: Path
+) -> None:
+    made = case(half, kind, normed=normed, gate=gate)
     CudaArtifact(made.model, gpu(HERE[-1:])).write(tmp_path)
     loaded = runtime.load(tmp_path)
-    for rows in (1, 3, 4, 5, 9, 16, 17, 40):
+    for rows in (1, 3, 4, 5, 9, 16, 17, 40, 130, 300):
         x = np.random.default_rng(rows).standard_normal((rows, INNER)).astype(HALVES[half][1])
         found = loaded.run({"x": x[None]})
         for name, value in made.wanted(x).items():

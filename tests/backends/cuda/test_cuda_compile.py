@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import shlex
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -44,7 +47,7 @@ def everything() -> ir.Model:
             float16[2, 24, h, v] image) => (bfloat16[40, 128] y, bfloat16[4, 128] nu, bfloat16[4, 128] ne,
             bfloat16[b, 4, s, 64] z, float[40, 256] p, float[40] r, float[40, 256] c, bfloat16[4, 128] u,
             bfloat16[4, 128] e, float[40, 128] v, float16[2, 72, h, v] seen, bfloat16[300, 128] l,
-            bfloat16[b, 4, s, 64] both)
+            bfloat16[b, 4, s, 64] both, bfloat16[40, 128] k)
         {
             a = MatMul (x, w)
             h = Add (a, bias)
@@ -69,6 +72,7 @@ def everything() -> ir.Model:
             keys = Transpose <perm = [0, 1, 3, 2]> (q)
             scores = MatMul (q, keys)
             both = MatMul (scores, q)
+            k = MatMul (x, d)
         }
         """
     )
@@ -98,6 +102,68 @@ def everything() -> ir.Model:
         model.graph.register_initializer(value)
     normal.normalize(model)
     return model
+
+
+def product(half: str, kind: str, inner: int, columns: int, group: int) -> ir.Model:
+    """Any number of rows by a constant that is not there; ``uint4`` has zero points."""
+    sizes = f"{inner // group}, {columns}" if group else f"{columns}"
+    zeros = f", {kind}[{sizes}] z" if kind == "uint4" else ""
+    how = f"axis = 0, block_size = {group}" if group else "axis = 1"
+    model = ir.from_onnx_text(
+        f"""
+        <ir_version: 12, opset_import: ["" : 25]>
+        g ({half}[n, {inner}] x, {kind}[{inner}, {columns}] q, {half}[{sizes}] s{zeros})
+            => ({half}[n, {columns}] y)
+        {{
+            d = DequantizeLinear <{how}> (q, s{", z" if zeros else ""})
+            y = MatMul (x, d)
+        }}
+        """
+    )
+    for value in list(model.graph.inputs)[1:]:
+        dtype, shape, name = value.dtype, value.shape, value.name
+        assert dtype is not None and shape is not None and name is not None
+        value.const_value = ir.ExternalTensor("", 0, 0, dtype, shape=shape, name=name)
+        model.graph.inputs.remove(value)
+        model.graph.register_initializer(value)
+    normal.normalize(model)  # else the weight is expanded
+    return model
+
+
+_LISTENING = """#!/bin/sh
+{nvcc} "$@" >{folder}/out 2>{folder}/err
+status=$?
+cat {folder}/out {folder}/err >>{folder}/said
+cat {folder}/out
+cat {folder}/err >&2
+exit $status
+"""
+
+
+def most_registers(
+    model: ir.Model, folder: Path, monkeypatch: pytest.MonkeyPatch, spilling: int = 0
+) -> int:
+    """Of kernels for sm_90a, which spill no more bytes and let no warpgroup product wait for the one before.
+
+    A worker compiles. So what the compiler says is written down by one in ``folder`` that calls it.
+    """
+    real = toolkit.nvcc().resolve()
+    (folder / "bin").mkdir()
+    (folder / "lib64").symlink_to(real.parent.parent / "lib64")
+    listening = folder / "bin" / "nvcc"
+    listening.write_text(
+        _LISTENING.format(nvcc=shlex.quote(str(real)), folder=shlex.quote(str(folder)))
+    )
+    listening.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}")
+    made = CudaArtifact(model, gpu(["sm_90a"]))
+    said = (folder / "said").read_text()
+    found = resources(made)
+    assert found and all(f"Compiling entry function '{r.kernel}'" in said for r in found)
+    assert all(r.kernel.startswith("gemm_warpgroups") for r in found), "nothing expands the weight"
+    assert not re.findall("[^\n]*(?:serialized|C751[0-9])[^\n]*", said)
+    assert sum(r.spill_bytes for r in found) <= spilling, [r for r in found if r.spill_bytes]
+    return max(r.registers for r in found)
 
 
 @pytest.fixture(scope="module", params=FAMILIES, ids=["mma", "wgmma"])

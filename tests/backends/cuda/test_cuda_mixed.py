@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 from math import ceil
+from pathlib import Path
 
 import pytest
 
 pytest.importorskip("tvm", reason="the tvm extra is not installed")
 
-from netlathe.backends.tvm.cuda import mixed, toolkit
+from tvm import tirx
+
+from netlathe.backends.tvm.cuda import few, mixed
 from netlathe.backends.tvm.cuda.machine import ARCHITECTURES, PROCESSORS
+from netlathe.backends.tvm.tir import i64
 from tests.backends.cuda import test_cuda_compile, test_cuda_run
 
 # [columns, inner] of weights of LLaMA models, and small and ragged ones.
 WEIGHTS = [(4096, 4096), (11008, 4096), (4096, 11008), (8192, 8192), (28672, 8192)]
 SMALL = [(1, 64), (64, 64), (391, 576), (130, 1088)]
 # Columns of a tile, warpgroups and blocks that share its K, elements of K in a stage.
-TILES = [(64, 1, 1, 128), (64, 2, 1, 256), (64, 2, 2, 256), (128, 1, 2, 256), (192, 1, 2, 128)]
+TILES = [
+    *((64, 1, 1, 128), (64, 2, 1, 256), (64, 2, 2, 256), (128, 1, 2, 256), (192, 1, 2, 128)),
+    *((128, 1, 1, 128), (192, 1, 1, 128)),  # of large weights
+]
+ROWS = tirx.Var("n", "int64")  # any number
 # Inner, columns and group, with ends inside of stages and tiles.
 RAGGED = [
     ("int4", 2112, 391, 0),
@@ -58,40 +66,50 @@ def test_stages_and_groups_have_common_ends() -> None:
     assert mixed.chosen(8, 64, 4096, 4032, 192, False, 8) is None, "expanded, as for more rows"
 
 
-@pytest.mark.skipif(not test_cuda_compile._has_nvcc(), reason="nvcc is not installed")
-@pytest.mark.parametrize("dtype", ["bf16", "f16"])
+@pytest.mark.parametrize("group", [64, 128, 192, 256, 320, 384])
+def test_groups_of_64_or_multiples_of_128_fit(group: int) -> None:
+    shapes = few.shapes_of_more(True, few.Weight(None, 8, group=group), ROWS, 15 * 256, 4096)
+    assert bool(shapes) == (group == 64 or group % 128 == 0)
+
+
 @pytest.mark.parametrize("bits", [8, 4])
-@pytest.mark.parametrize(("columns", "inner"), [(4096, 4096), (11008, 4096), (8192, 8192)])
+@pytest.mark.parametrize(("columns", "inner"), [*WEIGHTS, *SMALL])
+def test_no_two_kernels_are_the_same(bits: int, columns: int, inner: int) -> None:
+    weight = few.Weight(None, bits)
+    found = few.shapes_of_more(True, weight, ROWS, inner, columns)
+    assert [most for most, _ in found if most <= mixed.MOST_ROWS] == [32, 64, 128]
+    several = [shape for most, shape in found if most > shape.rows]
+    assert len(set(several)) == len(several) and found[-1][0] == 512
+    for number in (17, 130, 256, 512):
+        most, shape = next(each for each in found if number <= each[0])
+        (known,) = few.shapes_of_more(True, weight, i64(number), inner, columns)
+        assert known[0] == number and (most <= shape.rows) == (number <= mixed.MOST_ROWS)
+    assert not few.shapes_of_more(True, weight, i64(513), inner, columns)
+
+
+@pytest.mark.skipif(not test_cuda_compile._has_nvcc(), reason="nvcc is not installed")
+@pytest.mark.parametrize(
+    ("half", "kind", "columns", "inner", "group"),
+    [
+        ("bfloat16", "uint4", 4096, 4096, 128),
+        ("float16", "int4", 11008, 4096, 128),
+        ("float16", "uint4", 8192, 8192, 0),
+        ("bfloat16", "int8", 11008, 4096, 64),
+        ("float16", "int8", 4096, 4096, 0),
+    ],
+)
 def test_nothing_spills_and_products_do_not_wait_for_each_other(
-    bits: int, columns: int, inner: int, dtype: str, monkeypatch: pytest.MonkeyPatch
+    half: str,
+    kind: str,
+    columns: int,
+    inner: int,
+    group: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    said: list[str] = []
-    read = toolkit._resources
-
-    def kept(text: str) -> tuple[toolkit.Resources, ...]:
-        said.append(text)
-        return read(text)
-
-    monkeypatch.setattr(toolkit, "_resources", kept)
-    for rows in mixed.ROWS[:3]:
-        shape = mixed.chosen(bits, rows, columns, inner, 128, bits == 4, 8)
-        assert shape is not None
-        space = mixed.name(shape, dtype, "")
-        source = f"""
-            #include <cstdint>
-            {mixed.source(shape, dtype)}
-            extern __shared__ uint8_t shared[];
-            extern "C" __global__ void __launch_bounds__({shape.threads}, 1) product(float* to, int n) {{
-              {space}start(shared);
-              {space}prepare();
-              float d[{shape.rows // 2}];
-              {space}consume(shared, d, n, n);
-              {space}put(shared, d, n);
-              to[threadIdx.x] = {space}total(shared, 0, threadIdx.x);
-            }}"""
-        _, (found,) = toolkit.compile_fatbin(source, ["sm_90a"])
-        assert found.spill_bytes == 0 and found.stack_bytes == 0
-    assert len(said) == 3 and not any("serialized" in text for text in said)
+    """In kernels for any number of rows."""
+    model = test_cuda_compile.product(half, kind, inner, columns, group)
+    assert test_cuda_compile.most_registers(model, tmp_path, monkeypatch) <= 232
 
 
 @pytest.mark.skipif(not test_cuda_run.HERE, reason="no GPU that there are kernels for")
@@ -109,17 +127,42 @@ def test_product(
 ) -> None:
     def made(
         bits: int, rows: int, _: int, inner: int, group: int, zeros: bool, zero: int
-    ) -> mixed.Shape:
-        high = min(rows, mixed.MOST_ROWS)
-        return mixed.Shape(bits, high, *tile, group, zeros, zero)
+    ) -> mixed.Shape | None:
+        high, (wide, sharing, splits, deep) = min(rows, mixed.MOST_ROWS), tile
+        able = [
+            mixed.Shape(bits, high, wide, sharing, splits, most, group, zeros, zero)
+            for most in (deep, 128)
+            if most >= 128 * sharing
+        ]
+        found = next((shape for shape in able if shape.fits), None)
+        assert found is not None or high > 64, "only stages for more rows may have no room"
+        return found
 
     monkeypatch.setattr(mixed, "chosen", made)
-    monkeypatch.setattr(mixed, "ROWS", (32, 256))
-    test_cuda_run.check_rows(half, kind, inner, columns, group, (17, 32, 33, 100, 128, 129, 250))
+    monkeypatch.setattr(mixed, "ROWS", (32, 64, 256))
+    numbers = (17, 32, 33, 64, 100, 128, 129, 250)
+    test_cuda_run.check_rows(half, kind, inner, columns, group, numbers)
 
 
 @pytest.mark.skipif(not test_cuda_run.HERE, reason="no GPU that there are kernels for")
 @pytest.mark.parametrize("half", ["bfloat16", "float16"])
 @pytest.mark.parametrize(("kind", "inner", "columns", "group"), RAGGED)
 def test_most_rows(half: str, kind: str, inner: int, columns: int, group: int) -> None:
-    test_cuda_run.check_rows(half, kind, inner, columns, group, (16, 17, 65, 127, 128, 129, 300))
+    numbers = (16, 17, 65, 127, 128, 129, 300, 512, 513)  # more than 512 are expanded
+    test_cuda_run.check_rows(half, kind, inner, columns, group, numbers)
+
+
+@pytest.mark.skipif(not test_cuda_run.HERE, reason="no GPU that there are kernels for")
+@pytest.mark.parametrize("rows", [17, 130])
+@pytest.mark.parametrize("kind", ["int8", "uint4"])
+def test_a_known_number_of_rows(kind: str, rows: int) -> None:
+    test_cuda_run.check_rows("bfloat16", kind, 1152, 391, 128, (rows,), known=True)
+
+
+@pytest.mark.skipif(not test_cuda_run.HERE, reason="no GPU that there are kernels for")
+@pytest.mark.parametrize(("kind", "group"), [("int4", 128), ("uint4", 0)])
+def test_stages_are_used_again(kind: str, group: int) -> None:
+    for most in (32, 64):
+        shape = mixed.chosen(4, most, 391, 8192, group, kind == "uint4", 8)
+        assert shape is not None and shape.stages * shape.deep * shape.splits < 8192
+    test_cuda_run.check_rows("bfloat16", kind, 8192, 391, group, (17, 64))

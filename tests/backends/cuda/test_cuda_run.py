@@ -89,8 +89,10 @@ class OnGpu:
         }
 
 
-def linear(half: str, kind: str, inner: int, columns: int, group: int) -> tuple[ir.Model, Array]:
-    """y = x * weight + bias as a model with any number of rows, and what the weight is in float64."""
+def linear(
+    half: str, kind: str, inner: int, columns: int, group: int, rows: int | str = "n"
+) -> tuple[ir.Model, Array]:
+    """y = x * weight + bias as a model, of any number of rows or so many, and its weight in float64."""
     rng = np.random.default_rng(inner + columns)
     dtype = HALVES[half]
     low, high, stored = {
@@ -122,7 +124,7 @@ def linear(half: str, kind: str, inner: int, columns: int, group: int) -> tuple[
     model = ir.from_onnx_text(
         f"""
         <ir_version: 12, opset_import: ["" : 25]>
-        g ({half}[n, {inner}] x) => ({half}[n, {columns}] y)
+        g ({half}[{rows}, {inner}] x) => ({half}[{rows}, {columns}] y)
         {{
             {node}
             p = MatMul (x, {name})
@@ -151,6 +153,10 @@ def linear(half: str, kind: str, inner: int, columns: int, group: int) -> tuple[
         ("int8", 1024, 4100, 128),
         ("int8", 2112, 391, 0),
         ("int8", 4096, 4096, 0),
+        # Expanded from 17 rows on, on sm_90a as well: K is no multiple of 64, or groups do not fit stages.
+        ("int8", 520, 391, 0),
+        ("uint4", 520, 391, 0),
+        ("int8", 1152, 391, 192),
         ("int4", 1024, 391, 128),
         ("int4", 1472, 130, 0),
         ("int4", 1472, 9001, 0),
@@ -178,10 +184,17 @@ def test_product(
 
 
 def check_rows(
-    half: str, kind: str, inner: int, columns: int, group: int, numbers: Sequence[int]
+    half: str,
+    kind: str,
+    inner: int,
+    columns: int,
+    group: int,
+    numbers: Sequence[int],
+    known: bool = False,
 ) -> None:
-    """Products of so many rows, of numbers around 1, against float64."""
-    model, weight = linear(half, half if kind == "half" else kind, inner, columns, group)
+    """Products of so many rows, of numbers around 1, against float64; ``known``: the model has the first."""
+    given = (half if kind == "half" else kind, inner, columns, group, numbers[0] if known else "n")
+    model, weight = linear(half, *given)
     program = OnGpu(model, gpu([HERE[-1]]))
     bias = next(v for v in model.graph.initializers.values() if v.name == "bias").const_value
     assert bias is not None
