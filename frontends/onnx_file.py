@@ -89,7 +89,7 @@ class OnnxFile(Frontend):
             return ort.run(original, feeds, names)
 
         def moved(feeds: Feeds) -> dict[str, float]:
-            typed, _ = _in_newest(proto, path)
+            typed, _ = _in_newest(proto, path)  # it has the types that disturbing needs to know
             normal.normalize(typed)
             return verification.moved_by_rounding(typed, ort.run(typed, feeds), feeds)
 
