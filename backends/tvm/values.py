@@ -284,8 +284,9 @@ class ChannelsLast(Value):
 
     def usual(self) -> Value:
         """The same value; if it is pending, as a kernel that writes it in the usual order."""
-        if isinstance(self.last, Pending):
-            return self.last.then(lambda code, at, e: e, self.dtype, self.shape, from_last)
+        last = self.last.usual() if isinstance(self.last, ChannelsLast) else self.last
+        if isinstance(last, Pending):
+            return last.then(lambda code, at, e: e, self.dtype, self.shape, from_last)
         return self
 
 
@@ -300,3 +301,13 @@ def to_last(index: Sequence[T]) -> list[T]:
 def from_last(index: Sequence[T]) -> list[T]:
     """The inverse of :func:`to_last`."""
     return [index[0], index[-1], *index[1:-1]]
+
+
+def turned(value: Value) -> tuple[Ready, tuple[int, ...]] | None:
+    """The tensor in memory that ``value`` is, and the order in which its axes are those of ``value``."""
+    if isinstance(value, Ready):
+        return value, tuple(range(value.rank))
+    if isinstance(value, ChannelsLast):
+        found = turned(value.last)
+        return found and (found[0], tuple(from_last(found[1])))
+    return value.turned if isinstance(value, Lazy) else None

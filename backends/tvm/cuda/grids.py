@@ -30,6 +30,7 @@ from netlathe.backends.tvm.tir import (
     idiv,
     imod,
     known,
+    select,
     total,
     unflatten,
 )
@@ -287,14 +288,21 @@ def softmax(
     log: bool,
     combines: Mapping[str, Combine],
     store: Store,
+    masked: bool = False,
 ) -> str:
-    """Softmax or its logarithm along the last axis; the largest element is taken off first."""
+    """Softmax or its logarithm along the last axis; the largest element is taken off first.
+
+    Where rows are ``masked``, one whose elements are all -inf has zeros.
+    """
+    low, zero = const(float("-inf"), dtype), const(0, dtype)
 
     def one(team: Team, index: Index) -> None:
         def at(j: Expr) -> Expr:
             return x.at(code, [*index, j])
 
         largest = code.bind(team.combined(length, dtype, combines["max"], at))
+        if masked:
+            largest = code.bind(select(largest == low, zero, largest))
 
         def power(j: Expr) -> Expr:
             return mathfn.exp(code, at(j) - largest)
@@ -304,7 +312,8 @@ def softmax(
             offset = code.bind(mathfn.log(code, whole))
             team.each(length, lambda j: store(code, [*index, j], at(j) - largest - offset))
         else:
-            factor = code.bind(const(1, dtype) / whole)
+            factor = const(1, dtype) / whole
+            factor = code.bind(select(whole == zero, zero, factor) if masked else factor)
             team.each(length, lambda j: store(code, [*index, j], power(j) * factor))
 
     rows(code, lead, length, one)

@@ -37,7 +37,7 @@ from netlathe.backends.tvm.tir import (
     total,
     unflatten,
 )
-from netlathe.backends.tvm.values import ChannelsLast, Lazy, Pending, Ready, Store, Value, from_last
+from netlathe.backends.tvm.values import ChannelsLast, Lazy, Pending, Ready, Store, Value, turned
 from netlathe.ir import dims
 from netlathe.ir.dims import Dim, Shape
 
@@ -67,11 +67,14 @@ class _Plan:
 def product(low: Lowering, a: Value, b: Value, dtype: D, batch: Shape) -> Pending | None:
     """``a`` [..., rows, inner] times ``b`` [..., inner, columns], both of ``dtype``, for each of ``batch``.
 
-    None where they are no halves, K has fewer than 8, or too many dims of the batch are spread over others.
+    None where they are no halves or not both of that type, there is surely no result, K has fewer than 8, or
+    too many dims of the batch are spread over others.
     """
-    half = HALVES.get(dtype)
+    half, shape = HALVES.get(dtype), (*batch, a.shape[-2], b.shape[-1])
+    if half is None or not a.dtype == b.dtype == dtype or 0 in shape:
+        return None
     inner = a.shape[-1] if isinstance(a.shape[-1], int) else b.shape[-2]
-    if half is None or (isinstance(inner, int) and inner < _PIECE):
+    if isinstance(inner, int) and inner < _PIECE:
         return None
     plans = [_planned(value) for value in (a, b)]
     steps = [_steps(plan, batch) for plan in plans]
@@ -81,7 +84,6 @@ def product(low: Lowering, a: Value, b: Value, dtype: D, batch: Shape) -> Pendin
     if len(parts) > tensor.MOST_PARTS:
         return None
     held = [plan.source or _written(low, plan.value) for plan in plans]
-    shape = (*batch, a.shape[-2], b.shape[-1])
 
     def build(kernel: Kernel, store: Store) -> str:
         code = kernel.code
@@ -124,9 +126,9 @@ def product(low: Lowering, a: Value, b: Value, dtype: D, batch: Shape) -> Pendin
 
 
 def _planned(value: Value) -> _Plan:
-    turned = _turned(value)
-    if turned is not None:
-        source, order = turned
+    found = turned(value)
+    if found is not None:
+        source, order = found
         width, unit = source.shape[-1], order.index(source.rank - 1)
         if unit >= len(order) - 2:
             if isinstance(width, int) and width % _PIECE == 0:
@@ -135,15 +137,6 @@ def _planned(value: Value) -> _Plan:
             if isinstance(value, Ready) and not isinstance(width, int):
                 return _Plan(value, _strides(_filled(value.shape)), source, loose=True)
     return _Plan(value, _strides(_filled(value.shape)))
-
-
-def _turned(value: Value) -> tuple[Ready, tuple[int, ...]] | None:
-    """The tensor in memory that ``value`` is, and the order of its axes."""
-    if isinstance(value, Ready):
-        return value, tuple(range(value.rank))
-    if isinstance(value, ChannelsLast) and isinstance(value.last, Ready):
-        return value.last, tuple(from_last(range(value.rank)))
-    return value.turned if isinstance(value, Lazy) else None
 
 
 def _filled(shape: Shape) -> Shape:

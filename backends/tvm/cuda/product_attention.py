@@ -27,7 +27,6 @@ from netlathe.backends.tvm.tir import (
     flat_index,
     i64,
     idiv,
-    is_nan,
     known,
     select,
     unflatten,
@@ -42,6 +41,8 @@ if TYPE_CHECKING:
 
 D = ir.DataType
 MOST_SCORES = 1 << 28  # 1 GiB of them, and half as much of weights
+# What weights, at most 1, are stored times: of many keys each would be too small for a float16.
+_LARGER = {D.FLOAT16: 2.0**15, D.BFLOAT16: 1.0}
 
 
 def suits(q: Value, k: Value, v: Value) -> bool:
@@ -50,7 +51,7 @@ def suits(q: Value, k: Value, v: Value) -> bool:
     return (
         q.dtype == k.dtype == v.dtype
         and q.dtype in HALVES
-        and all(isinstance(width, int) and width % 8 == 0 for width in widths)
+        and all(isinstance(width, int) and width > 0 and width % 8 == 0 for width in widths)
     )
 
 
@@ -130,19 +131,18 @@ def _products(
         return value
 
     def weigh(code: Code, at: Index, value: Expr) -> None:
-        # Where nothing may be attended all scores are -inf, and the result is zero.
-        value = code.bind(value)
-        value = select(is_nan(value), const(0.0, "float32"), value)
+        value = value * const(_LARGER[spec.q.dtype], "float32")
         place = flat_index(at, [batch, heads, queries, filled])
         code.store(weights, place, storage.store(code, spec.q.dtype, value))
 
     masked = Lazy(D.FLOAT, (*spec.q.shape[:3], spec.k.shape[2]), element)
     lead = [batch, heads, queries]
-    grids.softmax(code, masked, lead, keys, "float32", False, combines, weigh)
+    grids.softmax(code, masked, lead, keys, "float32", False, combines, weigh, masked=True)
 
     def finish(number: Expr) -> Finish:
         where = [code.bind(i) for i in unflatten(number, [batch, heads])]
-        return lambda row, column, value: store(code, [*where, row, column], value)
+        scale = const(1 / _LARGER[spec.q.dtype], "float32")
+        return lambda row, column, value: store(code, [*where, row, column], value * scale)
 
     sizes = (queries, keys, width)
     sides = own(weights, filled), shared(v, width, down=True)

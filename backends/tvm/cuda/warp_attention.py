@@ -48,6 +48,8 @@ def attention(
     zero = const(0.0, "float32")
     parts = known(pieces(width, WARP))
     assert parts is not None, "a head of unknown size"
+    if parts == 0:
+        return "attention.warp"  # no elements
 
     with code.launch(pieces(count, each), THREADS) as (block, thread):
         task = code.bind(block * i64(each) + idiv(thread, WARP))

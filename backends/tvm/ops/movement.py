@@ -47,6 +47,7 @@ from netlathe.backends.tvm.values import (
     Value,
     from_last,
     to_last,
+    turned,
 )
 from netlathe.ir import dims
 from netlathe.ir.dims import Dim, Shape
@@ -239,7 +240,8 @@ def transposed(op: Op, value: Value, perm: Sequence[int]) -> Value:
     made = moved(source, shape, lambda code, index: [index[a] for a in inverse], unit=last)
     if isinstance(source, Ready):
         made.along = None if last else perm.index(len(perm) - 1)
-        made.turned = source, tuple(perm)
+    if found := turned(source):
+        made.turned = found[0], tuple(found[1][axis] for axis in perm)
     return made
 
 

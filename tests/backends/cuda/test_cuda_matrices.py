@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 
 pytest.importorskip("tvm", reason="the tvm extra is not installed")
@@ -16,7 +17,7 @@ from netlathe.backends.tvm.cuda import hopper
 from netlathe.backends.tvm.cuda.machine import ARCHITECTURES, Gpu, gpu
 from netlathe.backends.tvm.cuda.operands import operands
 from netlathe.backends.tvm.kernel import SCHEDULE
-from netlathe.backends.tvm.lowering import Lowering
+from netlathe.backends.tvm.lowering import Lowered, Lowering
 from tests.backends.cuda.test_cuda_run import BOUNDS, HALVES, HERE, Array, OnGpu, OnMma
 from tests.ir.onnx_text import normal_model
 
@@ -108,6 +109,14 @@ CASES = {
         lambda a, b: np.maximum(np.einsum("bshd,bthd->bsht", a, b), 0),
         ({"b": 2, "s": 197, "t": 130}, {"b": 1, "s": 8, "t": 8}),
     ),
+    "channels last, turned": Case(
+        "1, 8, 24, 64",
+        "1, 8, 24, 72",
+        "1, 8, 64, 72",
+        """c = Transpose <perm = [0, 3, 1, 2]> (a) d = MaxPool <kernel_shape = [1, 1]> (c)
+            e = Transpose <perm = [0, 2, 1, 3]> (d) y = MatMul (e, b)""",
+        lambda a, b: a.swapaxes(2, 3) @ b,
+    ),
     "attention": Case(
         "b, s, 4, 64",
         "b, t, 4, 64",
@@ -125,7 +134,11 @@ CASES = {
 
 def schedules(case: Case, arch: str) -> list[str]:
     """Of the kernels of a case."""
-    lowered = Lowering(normal_model(case.text("bfloat16")), gpu([arch])).run()
+    return written(Lowering(normal_model(case.text("bfloat16")), gpu([arch])).run())
+
+
+def written(lowered: Lowered) -> list[str]:
+    """The schedules of kernels."""
     functions: list[Any] = [f for _, f in lowered.module.functions_items()]
     return [
         str(f.attrs[SCHEDULE])
@@ -141,9 +154,32 @@ def test_operands_are_read_as_they_lie(name: str, arch: str, kernel: str) -> Non
     found = schedules(CASES[name], arch)
     product = f"gemm.{kernel}"
     copied = {"lines filled up": 1, "known": 1, "left turned": 1, "vector": 1}
+    made = {"rows.softmax", "pool.channels_last"}
     assert found.count(product) == (2 if name == "attention" else 1)
-    moved = [each for each in found if each not in (product, "rows.softmax")]
+    moved = [each for each in found if each not in {product, *made}]
     assert len(moved) == copied.get(name, 0), moved
+
+
+def test_a_transpose_of_another_is_read_as_it_lies() -> None:
+    """In a graph that is not in normal form, which has one of both."""
+    nodes = "c = Transpose <perm = [0, 2, 1, 3]> (b) d = Transpose <perm = [0, 1, 3, 2]> (c)"
+    case = Case("2, 3, 5, 64", "2, 7, 3, 64", "2, 3, 5, 7", f"{nodes} y = MatMul (a, d)", None)
+    model = ir.from_onnx_text(case.text("bfloat16"))
+    assert written(Lowering(model, gpu(["sm_90a"])).run()) == ["gemm.warpgroups"]
+
+
+EMPTY = {
+    "rows": Case("0, 64", "64, 8", "0, 8", "y = MatMul (a, b)", None),
+    "columns": Case("m, 64", "64, 0", "m, 0", "y = MatMul (a, b)", None),
+    "matrices": Case("0, 3, 8", "0, 8, 5", "0, 3, 5", "y = MatMul (a, b)", None),
+    "values": Case("1, 2, 9, 64", "1, 2, 9, 0", "1, 2, 9, 0", "y = Attention (a, a, b)", None),
+}
+
+
+@pytest.mark.parametrize("arch", ["sm_90a", "sm_80"])
+@pytest.mark.parametrize("name", EMPTY)
+def test_nothing_is_multiplied_for_no_results(name: str, arch: str) -> None:
+    assert not {"gemm.warpgroups", "gemm.warps"} & set(schedules(EMPTY[name], arch))
 
 
 @pytest.mark.parametrize("down", [False, True])
@@ -215,6 +251,72 @@ def test_attention_of_any_mask(name: str, half: str, kernels: type[Gpu]) -> None
         error = np.linalg.norm(found - wanted) / max(1e-9, float(np.linalg.norm(wanted)))
         # Weights are rounded, too: two such errors side by side.
         assert found.shape == wanted.shape and error < 1.2 * BOUNDS[half], (sizes, error)
+
+
+BIASED = """<ir_version: 12, opset_import: ["" : 25]>
+    g (float16[b, 2, s, 80] q, float16[b, 2, t, 80] k, float16[b, 2, t, 80] v, float16[s, t] m)
+        => (float16[b, 2, s, 80] y) { y = Attention (q, k, v, m) }"""
+
+
+@on_gpu
+@pytest.mark.parametrize("kernels", [Gpu, OnMma])
+def test_what_is_no_number_is_seen(kernels: type[Gpu]) -> None:
+    """A NaN in a query, an infinite bias: only a query without any key has zeros."""
+    program = OnGpu(normal_model(BIASED), kernels(**vars(gpu([HERE[-1]]))))
+    rng = np.random.default_rng(1)
+    q, k, v = (rng.standard_normal((2, 2, n, 80)).astype(np.float16) for n in (5, 130, 130))
+    m = np.zeros((5, 130), np.float16)
+    q[0, 1, 2, 7] = np.nan
+    m[3], m[4, 1] = -np.inf, np.inf
+    found = program.run({"q": q, "k": k, "v": v, "m": m})["y"]
+    wanted = np.zeros(found.shape, bool)
+    wanted[0, 1, 2] = wanted[:, :, 4] = True
+    assert np.array_equal(np.isnan(found), wanted) and not found[:, :, 3].any()
+
+
+@on_gpu
+@pytest.mark.parametrize("kernels", [Gpu, OnMma])
+def test_many_keys_weigh_the_same(kernels: type[Gpu]) -> None:
+    """50,000 keys: a share of 2e-5 is no normal float16."""
+    program = OnGpu(normal_model(BIASED), kernels(**vars(gpu([HERE[-1]]))))
+    rng = np.random.default_rng(1)
+    k, v = (rng.standard_normal((1, 2, 50_000, 80)).astype(np.float16) for _ in range(2))
+    v += np.float16(1)
+    given = {"q": np.zeros((1, 2, 3, 80), np.float16), "m": np.zeros((3, 50_000), np.float16)}
+    found = program.run({"k": k, "v": v, **given})["y"].astype(np.float64)
+    wanted = np.broadcast_to(v.astype(np.float64).mean(2, keepdims=True), found.shape)
+    error = np.linalg.norm(found - wanted) / np.linalg.norm(wanted)
+    assert error < BOUNDS["float16"], error
+
+
+MIXED = """<ir_version: 12, opset_import: ["" : 25]>
+    g (bfloat16[2, 4, 70, 80] q, bfloat16[2, 2, 130, 80] k, {values}[2, 2, 130, 80] v)
+        => (bfloat16[2, 4, 70, 80] y, bfloat16[2, 4, 70, 130] scores)
+    {{ y, , , scores = Attention (q, k, v) }}"""
+VALUES: dict[str, Any] = {"float": np.float32, **HALVES}
+
+
+@pytest.mark.parametrize("values", VALUES)
+def test_tensor_cores_multiply_what_has_one_type(values: str) -> None:
+    lowered = Lowering(normal_model(MIXED.format(values=values)), gpu(["sm_90a"])).run()
+    products = written(lowered).count("gemm.warpgroups")
+    assert products == (2 if values == "bfloat16" else 1)
+
+
+@on_gpu
+@pytest.mark.parametrize("values", VALUES)
+def test_values_of_another_type(values: str) -> None:
+    program = OnGpu(normal_model(MIXED.format(values=values)), gpu([HERE[-1]]))
+    rng = np.random.default_rng(1)
+    q = rng.standard_normal((2, 4, 70, 80)).astype(HALVES["bfloat16"])
+    k = rng.standard_normal((2, 2, 130, 80)).astype(HALVES["bfloat16"])
+    v = rng.standard_normal((2, 2, 130, 80)).astype(VALUES[values])
+    found = program.run({"q": q, "k": k, "v": v})["y"].astype(np.float64)
+    wide, keys, items = (x.astype(np.float64) for x in (q, k.repeat(2, 1), v.repeat(2, 1)))
+    wanted = softmax(wide @ keys.swapaxes(2, 3) / 80**0.5) @ items
+    # Scores and weights are rounded, too.
+    error = np.linalg.norm(found - wanted) / np.linalg.norm(wanted)
+    assert error < 3 * BOUNDS["bfloat16"], error
 
 
 @on_gpu

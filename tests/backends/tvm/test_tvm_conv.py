@@ -13,6 +13,7 @@ from netlathe.ir import normal
 pytest.importorskip("tvm", reason="the tvm extra is not installed")
 
 from tests.backends.tvm.in_process import InProcess
+from tests.ir.onnx_text import normal_model
 
 BOUND = 1e-5  # share of the RMS: float32 sums of at most 300 products in another order
 
@@ -54,3 +55,17 @@ def test_agrees_with_onnx_runtime(sizes: tuple[int, ...], dynamic: bool) -> None
     x = rng.normal(size=(2, inputs, h, w)).astype(np.float32)
     expected = ort.run(made, {"x": x})["y"]
     assert relative_error(InProcess(made).run({"x": x})["y"], expected) < BOUND
+
+
+def test_channels_that_are_moved_twice() -> None:
+    """[b, c, h, w] as [b, w, c, h], where it is made with channels last."""
+    rng = np.random.default_rng(0)
+    made = normal_model(
+        """<ir_version: 10, opset_import: ["" : 25]>
+        g (float[2, 8, 5, 7] x, float[16, 8, 1, 1] w) => (float[2, 7, 16, 5] y) {
+            c = Conv (x, w) y = Transpose <perm = [0, 3, 1, 2]> (c)
+        }""",
+        w=rng.normal(size=(16, 8, 1, 1)).astype(np.float32),
+    )
+    x = rng.normal(size=(2, 8, 5, 7)).astype(np.float32)
+    assert relative_error(InProcess(made).run({"x": x})["y"], ort.run(made, {"x": x})["y"]) < BOUND
