@@ -253,7 +253,7 @@ def _instead(folder: Path) -> str:
     """A help line for a folder that is no model: the models in it, else what a model is."""
     inside = sorted(
         str(path)
-        for path in folder.iterdir()
+        for path in folder.glob("*")
         if (path.suffix in (".onnx", ".pt2") and path.is_file()) or (path / "config.json").is_file()
     )
     if inside:

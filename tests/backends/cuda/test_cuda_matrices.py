@@ -277,7 +277,7 @@ def test_what_is_no_number_is_seen(kernels: type[Gpu]) -> None:
 @on_gpu
 @pytest.mark.parametrize("kernels", [Gpu, OnMma])
 def test_many_keys_weigh_the_same(kernels: type[Gpu]) -> None:
-    """50,000 keys: a share of 2e-5 is no normal float16."""
+    """50,000 keys: a share of 2e-5 is no normal float16. What is one is rounded alike for all keys."""
     program = OnGpu(normal_model(BIASED), kernels(**vars(gpu([HERE[-1]]))))
     rng = np.random.default_rng(1)
     k, v = (rng.standard_normal((1, 2, 50_000, 80)).astype(np.float16) for _ in range(2))
@@ -286,7 +286,7 @@ def test_many_keys_weigh_the_same(kernels: type[Gpu]) -> None:
     found = program.run({"k": k, "v": v, **given})["y"].astype(np.float64)
     wanted = np.broadcast_to(v.astype(np.float64).mean(2, keepdims=True), found.shape)
     error = np.linalg.norm(found - wanted) / np.linalg.norm(wanted)
-    assert error < BOUNDS["float16"], error
+    assert error < BOUNDS["float16"] + 2.0**-11, error
 
 
 MIXED = """<ir_version: 12, opset_import: ["" : 25]>

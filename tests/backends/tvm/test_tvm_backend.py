@@ -222,7 +222,7 @@ class TestSettings:
     @pytest.mark.parametrize(
         ("settings", "advice"),
         [
-            ({"features": "avx512vni"}, "did you mean avx512vnni or avx512"),
+            ({"features": "avx512vni"}, "did you mean avx512vnni, avx512 or avx2"),
             ({"features": "avx3"}, "did you mean avx2"),
             ({"features": "sse9"}, "known: avx2, avx512, avx512vnni, native"),
             ({"features": 3}, ""),
