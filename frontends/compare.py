@@ -147,7 +147,7 @@ def _trial(
     Sizes ``but``, which are known already, do not count. A dim may have to stay even, be a multiple of a
     patch, or hold a window of an audio signal.
     """
-    first: tuple[str, Exception] | None = None
+    failed: list[tuple[str, Exception]] = []
     for tried in (sizes, *_doublings(base, original.bounds)):
         if tried == but:
             continue
@@ -155,19 +155,19 @@ def _trial(
         try:
             return _Trial(feeds, original.run(feeds), dict(tried), _label(tried))
         except Exception as error:
-            first = first or (_label(tried), error)
+            failed.append((_label(tried), error))
         if sum(array.size for array in feeds.values()) > _LARGEST_INPUTS:
             break
-    assert first is not None  # `sizes` were tried
-    label, reason = first
+    label, reason = failed[0]  # `sizes` were tried
     message = f"{what} itself fails at {label}: {type(reason).__name__}: {reason}"
     if not base:
         raise CaptureError(Diagnostic("capture.sizes", message)) from reason
+    larger = "; larger ones fail, too" if len(failed) > 1 else ""
     raise CaptureError(
         Diagnostic(
             "capture.sizes",
             message,
-            notes=("a capture is compared with the original at two sizes; larger ones fail, too",),
+            notes=(f"a capture is compared with the original at two sizes{larger}",),
             help="declare only dims dynamic that the model accepts at other sizes",
         )
     ) from reason

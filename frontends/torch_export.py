@@ -289,6 +289,14 @@ def _graph_of(
     )
 
 
+def rounded_off(value: Any, rng: torch.Generator) -> Any:
+    """``value`` with a rounding error in each element, if it is a float tensor."""
+    if not torch.is_tensor(value) or not value.is_floating_point():
+        return value
+    noise = torch.rand(value.shape, generator=rng) * 2 - 1
+    return (value * (1 + torch.finfo(value.dtype).eps * noise)).to(value.dtype)
+
+
 @contextlib.contextmanager
 def _rounding_errors(flat: FlatModule) -> Iterator[None]:
     """While this is open, what every leaf module gives carries a rounding error.
@@ -298,10 +306,7 @@ def _rounding_errors(flat: FlatModule) -> Iterator[None]:
     rng = torch.Generator().manual_seed(0)
 
     def round_off(value: Any) -> Any:
-        if not torch.is_tensor(value) or not value.is_floating_point():
-            return value
-        noise = torch.rand(value.shape, generator=rng) * 2 - 1
-        return (value * (1 + torch.finfo(value.dtype).eps * noise)).to(value.dtype)
+        return rounded_off(value, rng)
 
     class OfOperators(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
         def __torch_dispatch__(

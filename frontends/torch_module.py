@@ -8,7 +8,7 @@ captured graph sees later in-place changes of the weights, so capture again afte
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -57,12 +57,21 @@ class TorchModule(Frontend):
             CaptureError: the module cannot be exported, or the graph is not the same function.
         """
         what = type(source).__name__
-        weights = source.state_dict(keep_vars=True).items()
-        floats = [(n, t) for n, t in weights if torch.is_tensor(t) and t.is_floating_point()]
-        masks = frozenset(name for name, _ in source.named_buffers())
-        check_finite(((name, storage.to_numpy(t)) for name, t in floats), what, allow=masks)
+        parameters = dict(source.named_parameters(remove_duplicate=False))
+        check_weights(source.state_dict(keep_vars=True), parameters, what)
         exported = export(source, self.args, self.kwargs, self.dynamic, what=what)
         return finish_export(exported, source=what, frontend=self.name)
+
+
+def check_weights(state: Mapping[str, Any], parameters: Collection[str], what: str) -> None:
+    """Look at every float tensor of ``state``; those that are no ``parameters`` may hold -inf, as masks do.
+
+    Raises:
+        InputError: see :func:`check_finite`.
+    """
+    floats = [(n, t) for n, t in state.items() if torch.is_tensor(t) and t.is_floating_point()]
+    masks = frozenset(name for name, _ in floats if name not in parameters)
+    check_finite(((name, storage.to_numpy(t)) for name, t in floats), what, allow=masks)
 
 
 def finish_export(exported: Exported, *, source: str, frontend: str, **extra: Any) -> Captured:

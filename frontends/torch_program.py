@@ -16,10 +16,8 @@ import torch.utils._pytree as pytree
 from torch.export.graph_signature import InputKind
 
 from netlathe.diagnostics import Diagnostic, InputError
-from netlathe.execute.torch_ops import storage
-from netlathe.frontends.finite import check_finite
 from netlathe.frontends.torch_export import listening, translate
-from netlathe.frontends.torch_module import finish_export
+from netlathe.frontends.torch_module import check_weights, finish_export
 from netlathe.pipeline.interfaces import Captured, Frontend
 
 SUFFIX = ".pt2"
@@ -72,10 +70,8 @@ class TorchProgram(Frontend):
         if not args and not kwargs:
             args, kwargs = program.example_inputs or _made_up(program, what)
         _check_use(program, what)
-        weights = {**program.state_dict, **program.constants}.items()
-        floats = [(n, t) for n, t in weights if torch.is_tensor(t) and t.is_floating_point()]
-        masks = frozenset(name for name, _ in floats) - set(program.graph_signature.parameters)
-        check_finite(((name, storage.to_numpy(t)) for name, t in floats), what, allow=masks)
+        state = {**program.state_dict, **program.constants}
+        check_weights(state, program.graph_signature.parameters, what)
         return finish_export(
             translate(program, args, kwargs, what=what), source=what, frontend=self.name
         )

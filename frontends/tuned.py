@@ -21,6 +21,7 @@ from netlathe.execute.fx import to_fx, weights_of
 from netlathe.execute.torch_ops import storage
 from netlathe.frontends.compare import Arrays, Original, check_same
 from netlathe.frontends.finite import check_finite
+from netlathe.frontends.torch_export import rounded_off
 from netlathe.ir import interface, weights
 from netlathe.ir.verify import verify
 from netlathe.pipeline import manifest
@@ -230,8 +231,4 @@ class _Disturbed(torch.fx.Interpreter):
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         """As torch does it, rounded once more."""
-        made = super().call_function(target, args, kwargs)
-        if not torch.is_tensor(made) or not made.is_floating_point():
-            return made
-        noise = torch.rand(made.shape, generator=self._rng) * 2 - 1
-        return (made * (1 + torch.finfo(made.dtype).eps * noise)).to(made.dtype)
+        return rounded_off(super().call_function(target, args, kwargs), self._rng)

@@ -312,7 +312,7 @@ def _nothing() -> Expr:
 
 def _slabs(code: GpuCode, source: Any, lines: Expr, inner: int, box: int | Expr, deep: int) -> Expr:
     """The descriptor of ``source`` [lines, inner] for copies of ``box`` swizzled lines, ``deep`` of K."""
-    row = 64  # elements of K in a swizzled row of 128 bytes; a stage has several
+    row = mixed.SLAB  # elements of K in a swizzled row of 128 bytes; a stage has several
     sizes = [i64(row), lines, i64(inner // row)]
     made = code.tensor_map(
         code.address(source), sizes, [i64(inner), i64(row)], (row, box, deep // row), 2

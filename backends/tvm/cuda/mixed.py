@@ -74,14 +74,12 @@ class Shape:
     @property
     def groups(self) -> int:
         """Groups of K in a stage, for which scales or zero points are copied."""
-        if not self.group:
-            return int(self.zeros)
-        return max(1, self.deep // self.group)
+        return skinny.groups(self.deep, self.group, self.zeros)
 
     @property
     def fits(self) -> bool:
         """Whether stages and groups have common ends, and there is room for some stages."""
-        ends = not self.group or self.deep % self.group == 0 or self.group % self.deep == 0
+        ends = skinny.common_ends(self.deep, self.group)
         return ends and self.stages >= 4 and self.sums_bytes <= self.stages * self.stage_bytes
 
     @property
@@ -92,7 +90,7 @@ class Shape:
     @property
     def scale_bytes(self) -> int:
         """Of scales in a stage, and of zero points likewise; copies start at multiples of 128."""
-        return -(-self.groups * self.columns * 2 // 128) * 128
+        return skinny.scale_bytes(self.groups, self.columns)
 
     @property
     def stage_bytes(self) -> int:

@@ -25,6 +25,21 @@ def chunk(bits: int) -> int:
     return 4 * 128 // bits
 
 
+def groups(deep: int, group: int, zeros: bool) -> int:
+    """Groups of ``group`` of K among ``deep``, a stage, for which scales or zero points are copied."""
+    return max(1, deep // group) if group else int(zeros)
+
+
+def common_ends(deep: int, group: int) -> bool:
+    """Whether stages that are ``deep`` and groups have them: no stage has parts of two groups."""
+    return not group or deep % group == 0 or group % deep == 0
+
+
+def scale_bytes(groups: int, columns: int) -> int:
+    """Of the scales of a stage, and of its zero points likewise; copies start at multiples of 128."""
+    return -(-groups * columns * 2 // 128) * 128
+
+
 def source(dtype: str) -> str:
     """The device functions; ``dtype`` is ``bf16`` or ``f16``."""
     magic = "0x4300u" if dtype == "bf16" else "0x6400u"  # 128 or 1024, whose last bits count ones

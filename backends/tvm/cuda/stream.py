@@ -173,19 +173,17 @@ class Shape:
     @property
     def groups(self) -> int:
         """Groups of K in a stage, for which scales or zero points are copied."""
-        if not self.group:
-            return int(self.zeros)
-        return max(1, self.deep // self.group)
+        return skinny.groups(self.deep, self.group, self.zeros)
 
     @property
     def fits(self) -> bool:
         """Whether stages and groups have common ends."""
-        return not self.group or self.deep % self.group == 0 or self.group % self.deep == 0
+        return skinny.common_ends(self.deep, self.group)
 
     @property
     def scale_bytes(self) -> int:
         """Of scales in a stage, and of zero points likewise; copies start at multiples of 128."""
-        return -(-self.groups * self.columns * 2 // 128) * 128
+        return skinny.scale_bytes(self.groups, self.columns)
 
     @property
     def stage_bytes(self) -> int:
