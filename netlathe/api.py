@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from netlathe.diagnostics import Diagnostic, OptionError, did_you_mean
-from netlathe.pipeline import cache_capture, calibration_data, order, registry, run, text
+from netlathe.pipeline import cache_capture, calibration_data, precheck, registry, run, text
 from netlathe.pipeline.cache import Cache, user_folder
 from netlathe.pipeline.interfaces import Captured, Target
 from netlathe.pipeline.loss import Metric
@@ -83,14 +83,14 @@ def compile(
 
     Raises:
         OptionError: a pass, option or target is unknown, or a value out of range; a pass cannot come
-            behind one before it.
+            behind one before it, or needs calibration data and there is none.
         PassError: a pass could not do what was asked of it.
         VerifyError: a pass broke the model, or changed what it must not change.
         GateError: with ``strict``, a pass did nothing, or skipped what its options do not leave out.
         LowerError: ``target``, given by name, lacks operators that no pass takes away; every gap is listed.
         InputError, CaptureError, MissingExtraError: see :func:`capture`; the cache cannot be used.
     """
-    made = _made(passes)
+    made = _made(passes, calibration)
     backend, chosen = registry.find_target(target) if isinstance(target, str) else (None, target)
     cache = None if cache_dir is None else Cache(cache_dir)
     captured = source if isinstance(source, Captured) else capture_with(source, {}, cache)
@@ -126,7 +126,7 @@ def plan(
     Raises:
         As :func:`compile`; with ``strict`` all skipped candidates of all passes are listed.
     """
-    made = _made(passes)
+    made = _made(passes, calibration)
     chosen = registry.find_target(target)[1] if isinstance(target, str) else target
     cache = None if cache_dir is None else Cache(cache_dir)
     captured = source if isinstance(source, Captured) else capture_with(source, {}, cache)
@@ -134,8 +134,10 @@ def plan(
     return run.plan(captured, made, ctx, strict=strict, cache=cache)
 
 
-def _made(passes: str | Sequence[Pass]) -> list[Pass]:
-    """The passes, each able to come behind those before it; asked before a capture."""
+def _made(
+    passes: str | Sequence[Pass], calibration: str | Path | Sequence[Feeds] | None
+) -> list[Pass]:
+    """The passes, which may come in this order and have data if they need it; asked before a capture."""
     made = text.parse(passes) if isinstance(passes, str) else passes
     if not isinstance(made, Sequence) or not all(isinstance(pass_, Pass) for pass_ in made):
         raise OptionError(
@@ -145,7 +147,7 @@ def _made(passes: str | Sequence[Pass]) -> list[Pass]:
                 help="for example 'cleanup, quantize', or [Cleanup(), Quantize()]",
             )
         )
-    order.check(made)
+    precheck.check(made, data=calibration is not None)
     return list(made)
 
 

@@ -142,10 +142,10 @@ class Request:
 
         Raises:
             OptionError: a pass, option, target or setting is unknown or impossible, or a pass cannot come
-                behind one before it.
+                behind one before it or lacks calibration data.
             InputError: the recipe cannot be read, or there is no such calibration file.
         """
-        from netlathe.pipeline import calibration_data, order, registry, text
+        from netlathe.pipeline import calibration_data, precheck, registry, text
         from netlathe.pipeline import recipe as recipes
 
         if (passes is None) == (recipe is None):
@@ -175,7 +175,7 @@ class Request:
         given = settings if opset is None else {**settings, "opset": opset}
         made = dataclasses.replace(made, settings={**made.settings, **given})
         registry.find_target(made.target, **made.settings)
-        order.check(made.passes)
+        precheck.check(made.passes, data=made.calibration is not None)
         if made.calibration is not None:
             calibration_data.check_file(made.calibration)
         return made

@@ -53,6 +53,7 @@ Array = npt.NDArray[Any]
 # have answered: integers of the shape of its output's rows, such as a classifier's [b].
 Feeds = Mapping[str, Array]
 LABELS = "labels"
+NO_DATA = "calibration.missing"  # the code of an error
 
 
 # -- what a pass promises -------------------------------------------------------------------------
@@ -141,6 +142,16 @@ def read_only(arrays: Mapping[str, Array]) -> dict[str, Array]:
     return views
 
 
+def no_data(needed_by: str, option: str = "") -> Diagnostic:
+    """What is said where ``needed_by``, for what its option asks, needs calibration data and has none."""
+    return Diagnostic(
+        NO_DATA,
+        f"{needed_by} needs calibration data{option and f' for {option}'}",
+        help="give --calibration FILE (.npz of named arrays, or .txt for a Hugging Face model), or"
+        " calibration= from Python",
+    )
+
+
 @dataclass(frozen=True)
 class Context:
     """Everything a pass may look at besides the model.
@@ -189,14 +200,7 @@ class Context:
             PassError: no calibration data was given.
         """
         if not self.calibration:
-            raise PassError(
-                Diagnostic(
-                    "calibration.missing",
-                    f"{needed_by} needs calibration data",
-                    help="give --calibration FILE (.npz of named arrays, or .txt for a Hugging Face"
-                    " model), or calibration= from Python",
-                )
-            )
+            raise PassError(no_data(needed_by))
         from netlathe.execute.calibration import sweep  # torch is an extra
 
         return sweep(
@@ -311,6 +315,14 @@ class Pass(ir.passes.InPlacePass):
         """Why it cannot come behind ``earlier`` in a pipeline, at once or later; empty where it can.
 
         It is asked before anything runs, so that a plan refuses what would fail after hours.
+        """
+        return ""
+
+    def needs_data(self) -> str:
+        """The option that makes it run calibration data, such as ``score='kl'``; empty where none does.
+
+        It is asked before anything runs, as :meth:`cannot_follow` is, and so without the model: that there
+        may be nothing to do in it does not count.
         """
         return ""
 

@@ -31,7 +31,7 @@ from netlathe.diagnostics import (
 from netlathe.execute import ort
 from netlathe.execute.compare import inputs_of
 from netlathe.ir import coded, interface, normal, sparsity, verify, weights
-from netlathe.pipeline import order
+from netlathe.pipeline import precheck
 from netlathe.pipeline.cache import Cache
 from netlathe.pipeline.cache_steps import Steps
 from netlathe.pipeline.fingerprint import Guard
@@ -159,7 +159,8 @@ def run(
     no pass to come can fill a gap between the model and the target, all of them are an error.
 
     Raises:
-        OptionError: a pass cannot come behind one before it; nothing has run then.
+        OptionError: a pass cannot come behind one before it, or needs calibration data and there is none;
+            nothing has run then.
         VerifyError: a pass broke the model, or changed what it must not change. It is named.
         PassError: a pass could not do what was asked, failed, or did not tell the truth.
         GateError: with ``strict``, a pass did nothing, or skipped what its options do not leave out.
@@ -193,7 +194,7 @@ def _run(
     keep_steps: bool,
     backend: Backend | None = None,
 ) -> Compiled:
-    order.check(passes)
+    precheck.check(passes, data=bool(ctx.calibration))
     cached = None
     if cache is not None:
         cached = Steps(cache, captured, verify=verify, kept=keep_steps)
@@ -248,7 +249,8 @@ def plan(
     Pieces of passes are taken from ``cache`` and kept there, so that :func:`run` finds them.
 
     Raises:
-        OptionError: a pass cannot come behind one before it; nothing has run then.
+        OptionError: a pass cannot come behind one before it, or needs calibration data and there is none;
+            nothing has run then.
         PassError: a pass could not do what was asked, failed, or did not tell the truth.
         VerifyError: a pass left a model that is not well formed.
         GateError: with ``strict``, for what :func:`run` raises it; all passes are listed.

@@ -29,6 +29,7 @@ from netlathe.pipeline.fingerprint import feeds_digest
 from netlathe.pipeline.interfaces import Captured
 from netlathe.pipeline.ledger import Entry, Status
 from netlathe.pipeline.pass_ import (
+    NO_DATA,
     ChoosingPass,
     Context,
     Equivalent,
@@ -708,6 +709,22 @@ def _bench(attempt: Attempt) -> verification.Bench:
     return bench
 
 
+def _data(attempt: Attempt) -> Iterator[Breach] | None:
+    if attempt.done is None:
+        return None
+
+    def judge() -> Iterator[Breach]:
+        if attempt.pass_.needs_data():
+            return
+        try:
+            attempt.run(attempt.start(), Context())
+        except NetLatheError as error:
+            if any(problem.code == NO_DATA for problem in error.diagnostics):
+                yield Breach("it needs calibration data, and needs_data() names no option")
+
+    return judge()
+
+
 def _onnx_ir(attempt: Attempt) -> Iterator[Breach] | None:
     done = attempt.done
     if done is None:
@@ -880,6 +897,12 @@ _LAWS: Sequence[Law[Subject]] = (
         "the outputs are what the pass' exactness promises, at every size",
         "correct the edit, or state the exactness that holds",
         _each(_promise),
+    ),
+    Law(
+        "data",
+        "a pass that needs calibration data says so before anything runs",
+        "name the option that needs it in needs_data()",
+        _each(_data),
     ),
     Law(
         "onnx_ir",

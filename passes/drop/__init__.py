@@ -116,6 +116,10 @@ class Drop(ChoosingPass):
             return "a skip is a matrix by then, so no branch can be left out"
         return ""
 
+    def needs_data(self) -> str:
+        """Every score but one is measured, if anything is to go."""
+        return "" if self.score == "uniform" or self.count == 0 else f"score={self.score!r}"
+
     def choose(self, model: ir.Model, ctx: Context) -> list[Entry]:
         """Score every candidate and mark the least important ones as applied, as the goal asks for.
 

@@ -102,6 +102,10 @@ class Equalize(ChoosingPass):
         }
         return reasons.get(earlier.name, "")
 
+    def needs_data(self) -> str:
+        """Ranges of weights are known without."""
+        return "" if self.method == "range" else f"method={self.method!r}"
+
     def choose(self, model: ir.Model, ctx: Context) -> list[Entry]:
         """Find the factors of every candidate, one after the other in the order of the graph.
 

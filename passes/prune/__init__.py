@@ -35,7 +35,7 @@ from netlathe.passes.prune import compensation, reference
 from netlathe.passes.prune.allocation import ALLOCATIONS, Allocation, Spread, together
 from netlathe.passes.prune.candidates import SCOPES, Candidate, Scope, Scores, find_candidates
 from netlathe.passes.prune.choosing import beside, pinned, query_groups
-from netlathe.passes.prune.scores import measure, speaks_about
+from netlathe.passes.prune.scores import SCORES, measure, speaks_about
 from netlathe.passes.prune.vocabulary import Vocabulary, outputs, stand_ins, vocabularies
 from netlathe.pipeline.ledger import Entry, Status
 from netlathe.pipeline.pass_ import (
@@ -166,6 +166,15 @@ class Prune(ChoosingPass):
         ):
             return "what the cache holds shares scales by then with what would go"
         return ""
+
+    def needs_data(self) -> str:
+        """What is named and measured; where nothing is named, data decides what is taken."""
+        asked = {
+            f"score={self.score!r}": self.score is not None and SCORES[self.score].needs_data,
+            f"allocation={self.allocation!r}": self.allocation in ("cfsp", "layer_adaptive"),
+            f"compensate={self.compensate!r}": self.compensate not in (None, "none"),
+        }
+        return next((option for option, needs in asked.items() if needs), "")
 
     def choose(self, model: ir.Model, ctx: Context) -> list[Entry]:
         """Score the positions of every candidate and say which stay.

@@ -234,6 +234,19 @@ class Quantize(ChoosingPass):
             else ""
         )
 
+    def needs_data(self) -> str:
+        """What looks at products, and not at weights alone."""
+        branches = self.low_rank > 0 or any(o.get("low_rank") for o in self.overrides.values())
+        asked = {
+            "solver='gptq'": self.solver == "gptq",
+            "low_rank_basis='input'": branches and self.low_rank_basis == "input",
+            f"sensitivity={self.sensitivity!r}": self.bits > 0 and self.sensitivity != "zd",
+            "correct_bias=True": self.correct_bias,
+            f"activations={self.activations!r} with static scales": self.activations != "float32"
+            and self.activation_scales == "static",
+        }
+        return next((option for option, needs in asked.items() if needs), "")
+
     def choose(self, model: ir.Model, ctx: Context) -> list[Entry]:
         """Decide about every weight matrix and find its scales; each is read.
 

@@ -72,6 +72,10 @@ class Rotate(ChoosingPass):
         }
         return reasons.get(earlier.name, "")
 
+    def needs_data(self) -> str:
+        """Principal axes are those of data."""
+        return "basis='pca'" if self.basis == "pca" else ""
+
     def choose(self, model: ir.Model, ctx: Context) -> list[Entry]:
         """Find what can turn, and a basis for each.
 

@@ -115,6 +115,10 @@ class Slice(ChoosingPass):
             return "every block has a basis of its own by then, and every skip a matrix"
         return ""
 
+    def needs_data(self) -> str:
+        """Principal axes are those of data, and a fit is to it; a random basis cuts nothing off to fit to."""
+        return "" if self.basis == "hadamard" else f"basis={self.basis!r}"
+
     # -- choosing ---------------------------------------------------------------------------------
 
     def choose(self, model: ir.Model, ctx: Context) -> list[Entry]:

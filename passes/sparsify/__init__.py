@@ -132,6 +132,15 @@ class Sparsify(ChoosingPass):
         """Of codes none is made zero."""
         return "weights are codes by then" if earlier.name == "quantize" else ""
 
+    def needs_data(self) -> str:
+        """What looks at products, and not at weights alone."""
+        asked = {
+            f"score={self.score!r}": self.score != "magnitude",
+            "refine=True": self.refine,
+            f"sweeps={self.sweeps}": self.sweeps > 0,
+        }
+        return next((option for option, needs in asked.items() if needs), "")
+
     def choose(self, model: ir.Model, ctx: Context) -> list[Entry]:
         """Decide about every weight matrix and find its zeros; each is read.
 

@@ -110,6 +110,10 @@ class TieBlocks(ChoosingPass):
         """Codes of two blocks have scales of their own, and integers multipliers."""
         return "weights are codes by then" if earlier.name == "quantize" else ""
 
+    def needs_data(self) -> str:
+        """Scores are measured, if anything is to go."""
+        return "" if self.count == 0 else f"score={self.score!r}"
+
     def choose(self, model: ir.Model, ctx: Context) -> list[Entry]:
         """Score every pair of alike blocks that are near each other, and tie those that lose least.
 

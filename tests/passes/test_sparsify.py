@@ -259,7 +259,7 @@ def test_patterns_that_match_nothing_and_data_that_is_missing() -> None:
     with pytest.raises(PassError, match="matches no weight"):
         netlathe.compile(named("mlp"), "sparsify(ignore=('mpl',))")
     for options in ("score='wanda'", "refine=True", "sweeps=1"):
-        with pytest.raises(PassError, match="needs calibration data"):
+        with pytest.raises(OptionError, match=f"needs calibration data for {options}"):
             netlathe.compile(named("mlp"), f"sparsify({options}, min_size=0)")
 
 

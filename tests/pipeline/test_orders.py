@@ -11,7 +11,7 @@ import pytest
 
 import netlathe
 from netlathe.diagnostics import OptionError
-from netlathe.pipeline import order, run, text
+from netlathe.pipeline import precheck, run, text
 from netlathe.pipeline.interfaces import Captured
 from netlathe.pipeline.pass_ import Context, Lossy, Pass
 from netlathe.pipeline.step import Step
@@ -225,12 +225,43 @@ def test_folded_norms_let_tied_blocks_be_sliced() -> None:
 
 def test_factors_of_a_batch_norm_are_folded_before_weights_are_codes() -> None:
     with pytest.raises(OptionError, match=f"fold_batch_norm cannot come behind quantize: {CODES}"):
-        order.check(text.parse("quantize, cleanup, fold_batch_norm"))
+        precheck.check(text.parse("quantize, cleanup, fold_batch_norm"), data=True)
+
+
+# What runs calibration data, and beside it the same pass that does not.
+DATA = (
+    ("drop", 'drop(score="uniform"), drop(count=0)'),
+    ("tie_blocks", "tie_blocks(count=0)"),
+    ("equalize", 'equalize(method="range")'),
+    ('rotate(basis="pca")', "rotate"),
+    ("slice", 'slice(ratio=0, basis="hadamard")'),
+    ('sparsify(score="wanda")', "sparsify"),
+    ("sparsify(refine=True)", "sparsify"),
+    ("sparsify(sweeps=1)", "sparsify"),
+    ('prune(ratio=0.1, score="wanda")', 'prune(ratio=0.1, score="l1")'),
+    ('prune(ratio=0.1, allocation="cfsp")', 'prune(ratio=0.1, allocation="global")'),
+    ('prune(ratio=0.1, compensate="bias")', "prune(ratio=0.1)"),
+    ('quantize(solver="gptq")', "quantize"),
+    ('quantize(low_rank=2, low_rank_basis="input")', "quantize(low_rank=2)"),
+    ('quantize(bits=6, formats=("int4", "int8"))', 'quantize(bits=6, sensitivity="zd")'),
+    ("quantize(correct_bias=True)", "quantize"),
+    ('quantize(activations="int8")', 'quantize(activations="int8", activation_scales="token")'),
+)
+
+
+@pytest.mark.parametrize(("hungry", "sated"), DATA)
+def test_what_needs_data_is_refused_in_the_plan_without(hungry: str, sated: str) -> None:
+    with pytest.raises(OptionError, match="needs calibration data for") as caught:
+        netlathe.plan("no such model", f"cleanup, {hungry}")  # before a capture
+    (problem,) = caught.value.diagnostics
+    assert problem.code == "calibration.missing" and "--calibration" in problem.help
+    precheck.check(text.parse(hungry), data=True)
+    precheck.check(text.parse(sated), data=False)
 
 
 def test_all_problems_are_told_at_once() -> None:
     with pytest.raises(OptionError) as caught:
-        order.check(text.parse("quantize, prune(ratio=0.1), drop, slice"))
+        precheck.check(text.parse("quantize, prune(ratio=0.1), drop, slice"), data=True)
     assert [d.message.split(":")[0] for d in caught.value.diagnostics] == [
         "prune(ratio=0.1) cannot come behind quantize",
         "slice cannot come behind quantize",

@@ -31,6 +31,7 @@ from netlathe.pipeline.pass_ import (
     Pass,
     Reference,
     Result,
+    option,
     options,
 )
 from netlathe.pipeline.run import plan, run
@@ -380,13 +381,29 @@ def test_a_pass_that_needs_data_says_so() -> None:
         name = "hungry"
         exactness = Exact()
 
+        quietly: bool = option(default=False, help="say nothing beforehand")
+
+        def needs_data(self) -> str:
+            return "" if self.quietly else "lunch=True"
+
         def run(self, model: ir.Model, ctx: Context) -> Result:
             ctx.collect(model, [], needed_by=self.name)
             return Result(False)
 
-    with pytest.raises(PassError, match="hungry needs calibration data") as caught:
-        run(mlp(), [Hungry()], Context())
-    assert "in the pass hungry" in caught.value.__notes__[0]
+    class Watch:
+        def started(self, pass_: Pass) -> None:
+            raise AssertionError(f"{pass_} ran")
+
+        def finished(self, step: Step) -> None:
+            raise AssertionError(f"{step.pass_} ran")
+
+    passes = [ReluToMax(), Hungry(), Hungry()]
+    with pytest.raises(OptionError, match="hungry needs calibration data for lunch=True") as early:
+        run(mlp(), passes, Context(), observer=Watch())
+    assert len(early.value.diagnostics) == 2
+    with pytest.raises(PassError, match=r"hungry.* needs calibration data") as late:
+        run(mlp(), [Hungry(quietly=True)], Context())
+    assert "in the pass hungry" in late.value.__notes__[0]
 
 
 def test_models_without_dynamic_dims_run_twice() -> None:

@@ -390,6 +390,15 @@ class WrongRows(Mute):
 
 
 @options
+class Hungry(Honest):
+    """Looks at data, and does not say so beforehand."""
+
+    def run(self, model: ir.Model, ctx: Context) -> Result:
+        ctx.collect(model, [], needed_by=self.name)
+        return rewrite(model)
+
+
+@options
 class OnlyByItself(Honest):
     """Does something else inside a pipeline of onnx_ir."""
 

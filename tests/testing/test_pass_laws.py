@@ -48,6 +48,7 @@ BROKEN = [
     ("reference", broken.SimulatesByEdit()),
     ("promise", broken.Leaky()),
     ("promise", broken.WrongRows()),
+    ("data", broken.Hungry()),
     ("onnx_ir", broken.OnlyByItself()),
     ("manifest", broken.Infinite()),
 ]
