@@ -50,6 +50,8 @@ class Original:
     example: Feeds | None = None
     bounds: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     sizes: Sequence[Mapping[str, int]] = ()  # sizes to compare at; empty: chosen from the defaults
+    asked: frozenset[str] = frozenset()  # dims whose default sizes someone has asked for
+    fixable: bool = False  # the frontend can make dims fixed
 
 
 def check_same(
@@ -124,7 +126,7 @@ def _trials(
         return
     first = dynamic
     if original.example is None:
-        trial = _trial(original, dynamic, dynamic, sample, 0, what)
+        trial = _trial(original, dynamic, dynamic, sample, 0, what, held=original.asked)
         first = trial.sizes
         yield trial
     other = _other_sizes(first, original.bounds, lambda n: n + n // 2 + 1)
@@ -141,14 +143,15 @@ def _trial(
     seed: int,
     what: str,
     but: Mapping[str, int] | None = None,
+    held: frozenset[str] = frozenset(),
 ) -> _Trial:
     """The original at ``sizes``, or where it does not run there, at 2, 4, 8, ... times ``base``.
 
-    Sizes ``but``, which are known already, do not count. A dim may have to stay even, be a multiple of a
-    patch, or hold a window of an audio signal.
+    Sizes ``but``, which are known already, do not count, and dims that are ``held`` stay. A dim may have to
+    stay even, be a multiple of a patch, or hold a window of an audio signal.
     """
     failed: list[tuple[str, Exception]] = []
-    for tried in (sizes, *_doublings(base, original.bounds)):
+    for tried in (sizes, *_doublings(base, original.bounds, held)):
         if tried == but:
             continue
         feeds = sample(tried, seed)
@@ -163,25 +166,66 @@ def _trial(
     if not base:
         raise CaptureError(Diagnostic("capture.sizes", message)) from reason
     larger = "; larger ones fail, too" if len(failed) > 1 else ""
+    help_ = "declare only dims dynamic that the model accepts at other sizes"
+    help_ = help_to_fix(original, base, sample) or help_
     raise CaptureError(
         Diagnostic(
             "capture.sizes",
             message,
             notes=(f"a capture is compared with the original at two sizes{larger}",),
-            help="declare only dims dynamic that the model accepts at other sizes",
+            help=help_,
         )
     ) from reason
 
 
+def help_to_fix(original: Original, base: Mapping[str, int], sample: Sample) -> str:
+    """How to capture it with dims fixed that it takes one size of; empty where there are none, or no way."""
+    baked = _baked(original, base, sample) if original.fixable else {}
+    if not baked:
+        return ""
+    return (
+        f"it runs at {_label(baked)} alone: --fix-dims {_label(baked).replace(' ', '')} (from Python:"
+        f" fixed={baked}) makes that fixed"
+    )
+
+
+def _baked(original: Original, base: Mapping[str, int], sample: Sample) -> dict[str, int]:
+    """Dims of which the original takes one size only, 1 or a doubled one; empty where that is not it."""
+
+    def runs(sizes: Mapping[str, int]) -> bool:
+        feeds = sample(sizes, 0)
+        if sum(array.size for array in feeds.values()) > _LARGEST_INPUTS:
+            return False
+        try:
+            original.run(feeds)
+        except Exception:  # whatever a model does at sizes that are not for it
+            return False
+        return True
+
+    for larger in (base, *_doublings(base, original.bounds)):
+        for ones in ({}, *({name: 1} for name in base), dict.fromkeys(base, 1)):
+            sizes = {**larger, **ones}
+            if runs(sizes):
+                others = {name: (size + size // 2 + 1, 2 * size) for name, size in sizes.items()}
+                return {
+                    name: size
+                    for name, size in sizes.items()
+                    if not any(runs({**sizes, name: other}) for other in others[name])
+                }
+    return {}
+
+
 def _doublings(
-    base: Mapping[str, int], bounds: Mapping[str, tuple[int, int]]
+    base: Mapping[str, int],
+    bounds: Mapping[str, tuple[int, int]],
+    held: frozenset[str] = frozenset(),
 ) -> Iterator[dict[str, int]]:
     """``base`` doubled, then only what is no batch of it doubled on, as far as anything grows."""
     sizes = dict(base)
     for _ in range(_DOUBLINGS):
         grown = {
             name: size
-            if sizes != base and "batch" in name
+            if name in held or (sizes != base and "batch" in name)
             else min(2 * size, bounds.get(name, (1, 1 << 31))[1])
             for name, size in sizes.items()
         }

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import onnx_ir as ir
 
+from netlathe.diagnostics import VerifyError
 from netlathe.execute import samples
-from netlathe.frontends.compare import Original, check_same
+from netlathe.frontends.compare import Original, check_same, help_to_fix
 from netlathe.ir import normal, verify, weights
 from netlathe.passes.normalize import raise_operators
 from netlathe.pipeline.interfaces import Captured
@@ -39,11 +41,18 @@ def finish(
     ledger += normal.normalize(model)
     ledger += raise_operators(model)
     ledger += normal.normalize(model)
-    verify.check(model)
-    weights.give_back(model)
 
     def sample(sizes: Mapping[str, int], seed: int) -> Feeds:
         return samples.synthesize(model, {**dynamic, **sizes}, seed)
+
+    if problems := verify.verify(model):
+        baked = [problem.code == "verify.baked" for problem in problems]
+        help_ = help_to_fix(original, dynamic, sample) if any(baked) else ""
+        raise VerifyError(
+            dataclasses.replace(problem, help=help_) if help_ and is_baked else problem
+            for problem, is_baked in zip(problems, baked, strict=True)
+        )
+    weights.give_back(model)
 
     entry, sizes = check_same(model, original, dynamic, sample, what=source)
     ledger.append(entry)

@@ -26,7 +26,7 @@ from netlathe.frontends.exporter_metadata import condense
 from netlathe.frontends.finish import finish
 from netlathe.frontends.finite import check_finite
 from netlathe.frontends.onnx_opset import NEWEST, raise_opset
-from netlathe.ir import normal, weights
+from netlathe.ir import dims, normal, weights
 from netlathe.pipeline import verification
 from netlathe.pipeline.interfaces import Captured, Frontend
 from netlathe.pipeline.ledger import Entry
@@ -36,9 +36,19 @@ MAX_PROTO = (1 << 31) - 1  # bytes; protobuf's own limit, larger models keep wei
 
 
 class OnnxFile(Frontend):
-    """An ``.onnx`` file, with or without external data."""
+    """An ``.onnx`` file, with or without external data.
+
+    ``sizes`` are those of dynamic dims to work at (``{"batch": 1}``), ``fixed`` those of dims that are to
+    have one size only: exporters declare dims dynamic that the graph holds a number for.
+    """
 
     name: ClassVar[str] = "onnx_file"
+
+    def __init__(
+        self, sizes: Mapping[str, int] | None = None, fixed: Mapping[str, int] | None = None
+    ) -> None:
+        self.sizes = dict(sizes or {})
+        self.fixed = dict(fixed or {})
 
     @classmethod
     def accepts(cls, source: Any) -> bool:
@@ -64,7 +74,9 @@ class OnnxFile(Frontend):
         Raises:
             InputError: the file, its external data or its opset cannot be read, or a weight is not
                 finite.
-            CaptureError: the graph in normal form is not the same function.
+            OptionError: there is no such dim.
+            CaptureError: the graph in normal form is not the same function, or it does not run at the sizes
+                asked for.
         """
         path = Path(source)
         proto = read_proto(path)
@@ -75,6 +87,14 @@ class OnnxFile(Frontend):
         _settle_inputs(original)
         model, entries = _in_newest(proto, path)  # over the same weights
         condense(model)
+        samples.check_dims(self.fixed, samples.dynamic_dims(model), str(path))
+        if self.fixed:
+            for graph in (original.graph, model.graph):
+                _fix(graph, self.fixed)
+            named = ", ".join(f"{name}={size}" for name, size in self.fixed.items())
+            entries.append(Entry("dims", "applied", f"fixed at {named}, as asked for"))
+        dynamic = samples.dynamic_dims(model)
+        samples.check_dims(self.sizes, dynamic, str(path))
 
         def run(feeds: Feeds) -> dict[str, npt.NDArray[Any]]:
             return ort.run(original, feeds)
@@ -95,10 +115,16 @@ class OnnxFile(Frontend):
 
         return finish(
             model,
-            Original(run=run, intermediates=intermediates, moved=moved),
+            Original(
+                run=run,
+                intermediates=intermediates,
+                moved=moved,
+                asked=frozenset(self.sizes),
+                fixable=True,
+            ),
             source=str(path),
             frontend=self.name,
-            dynamic=samples.dynamic_dims(model),
+            dynamic={**dynamic, **self.sizes},
             entries=entries,
         )
 
@@ -348,6 +374,16 @@ def _settle_inputs(model: ir.Model) -> list[Entry]:
         if value.shape is not None and not value.is_graph_input():
             value.shape = ir.Shape([_dim(dim, None) for dim in value.shape])
     return entries
+
+
+def _fix(graph: ir.Graph, fixed: Mapping[str, int]) -> None:
+    """Give dims one size, wherever they are recorded."""
+    at = {dims.symbol(name): size for name, size in fixed.items()}
+    inside = [value for node in graph.all_nodes() for value in node.outputs]
+    for value in {*graph.inputs, *inside, *graph.outputs}:
+        if value.shape is not None:
+            settled = [dims.settle(dims.from_ir(dim), at) for dim in value.shape]
+            value.shape = ir.Shape([dims.to_ir(dim) for dim in settled])
 
 
 def _dim(dim: int | ir.SymbolicDim, unknown: str | None) -> int | str | None:

@@ -62,7 +62,7 @@ def bench(
     threads: int | None,
     inputs_of: Path | None,
     kv_cache: bool,
-    dims: dict[str, int],
+    dims: options.Dims,
     as_json: bool,
 ) -> None:
     """Measure the latency of models in turn.
@@ -220,7 +220,7 @@ def _entrants(
     threads: int,
     *,
     kv_cache: bool,
-    dims: dict[str, int],
+    dims: options.Dims,
 ) -> dict[str, _Entrant]:
     """The models by name, in the order they were given."""
     for path in models:

@@ -94,7 +94,7 @@ def bisect(
     budget: int,
     seed: int | None,
     kv_cache: bool,
-    dims: dict[str, int],
+    dims: options.Dims,
     cache: Path | None,
     no_cache: bool,
     as_json: bool,

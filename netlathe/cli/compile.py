@@ -64,7 +64,7 @@ def compile_(
     overwrite: bool,
     locked: bool,
     kv_cache: bool,
-    dims: dict[str, int],
+    dims: options.Dims,
     cache: Path | None,
     no_cache: bool,
     no_verify: bool,

@@ -27,7 +27,7 @@ Change = dict[str, str]  # kind (added, removed, changed), name, and what it was
 @options.as_json()
 @click.option("-v", "--verbose", is_flag=True, help="Show every node and weight.")
 def diff(
-    a: Path, b: Path, kv_cache: bool, dims: dict[str, int], as_json: bool, verbose: bool
+    a: Path, b: Path, kv_cache: bool, dims: options.Dims, as_json: bool, verbose: bool
 ) -> None:
     """Show what changed from A to B.
 

@@ -37,7 +37,7 @@ def inspect(
     show_ir: bool,
     show_axes: bool,
     kv_cache: bool,
-    dims: dict[str, int],
+    dims: options.Dims,
     as_json: bool,
     verbose: bool,
 ) -> None:

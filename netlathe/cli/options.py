@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -96,14 +98,39 @@ def work() -> Decorator:
     )
 
 
+@dataclass(frozen=True)
+class Dims:
+    """What is asked of dynamic dimensions: the sizes to work at, and those that are to have but one."""
+
+    sizes: Mapping[str, int]
+    fixed: Mapping[str, int]
+
+
 def sizes() -> Decorator:
-    """--dims: sizes for the dynamic dimensions."""
-    return click.option(
-        "--dims",
-        metavar="NAME=SIZE,...",
-        callback=_parse_sizes,
-        help="Sizes of dynamic dimensions, such as batch=1,sequence=128.",
+    """--dims, --fix-dims: sizes for the dynamic dimensions, which a command takes together."""
+    both = _together(
+        click.option(
+            "--dims",
+            metavar="NAME=SIZE,...",
+            callback=_parse_sizes,
+            help="Sizes of dynamic dimensions, such as batch=1,sequence=128.",
+        ),
+        click.option(
+            "--fix-dims",
+            metavar="NAME=SIZE,...",
+            callback=_parse_sizes,
+            help="Dynamic dimensions of an ONNX file that are to have this size only.",
+        ),
     )
+
+    def add(function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def given(*, dims: dict[str, int], fix_dims: dict[str, int], **more: Any) -> Any:
+            return function(dims=Dims(dims, fix_dims), **more)
+
+        return both(given)
+
+    return add
 
 
 def as_json() -> Decorator:
@@ -150,8 +177,8 @@ def _parse_sizes(
             raise OptionError(
                 Diagnostic(
                     "cli.dims",
-                    f"--dims takes NAME=SIZE with a positive size, got {part.strip()!r}",
-                    help="for example --dims batch=1,sequence=128",
+                    f"{parameter.opts[0]} takes NAME=SIZE with a positive size, got {part.strip()!r}",
+                    help=f"for example {parameter.opts[0]} batch=1,sequence=128",
                 )
             )
         given[name] = int(size)

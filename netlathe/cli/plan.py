@@ -30,7 +30,7 @@ def plan(
     opset: int | None,
     settings: dict[str, Any],
     kv_cache: bool,
-    dims: dict[str, int],
+    dims: options.Dims,
     cache: Path | None,
     no_cache: bool,
     as_json: bool,

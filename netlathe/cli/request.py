@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import inspect
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from netlathe.cli import render
-from netlathe.diagnostics import Diagnostic, InputError, OptionError, did_you_mean
+from netlathe.cli.options import Dims
+from netlathe.diagnostics import Diagnostic, InputError, OptionError
 
 if TYPE_CHECKING:  # a command's help must not wait for the imports
     from netlathe.pipeline.cache import Cache
@@ -72,16 +74,18 @@ def capture(
     path: Path,
     *,
     kv_cache: bool = False,
-    dims: Mapping[str, int] | None = None,
+    dims: Dims | None = None,
     cache: Cache | None = None,
 ) -> Captured:
     """The model at ``path``, its dynamic dims at the sizes asked for.
 
     Raises:
-        OptionError: a size names no dim, or a cache was asked of what cannot have one.
+        OptionError: a size names no dim, or a cache or fixed dims were asked of what cannot have them.
         InputError: it is an artifact without a graph.
     """
     from netlathe import api
+    from netlathe.execute import samples
+    from netlathe.pipeline import registry
 
     path = model_path(path)
     if kv_cache and not path.is_dir():
@@ -92,21 +96,25 @@ def capture(
                 at=str(path),
             )
         )
-    settings = {"cache": True} if kv_cache else {}
+    dims = dims or Dims({}, {})
+    settings: dict[str, Any] = {"cache": True} if kv_cache else {}
+    frontend = registry.find_frontend(path)
+    takes = inspect.signature(frontend).parameters
+    if dims.fixed and "fixed" not in takes:
+        raise OptionError(
+            Diagnostic(
+                "cli.fix_dims",
+                "--fix-dims is for an ONNX file: other models run at every size that they declare",
+                at=str(path),
+                help="compile it with --passes '' first, and give what that wrote",
+            )
+        )
+    asked = {"sizes": dims.sizes, "fixed": dims.fixed}
+    settings |= {name: given for name, given in asked.items() if given and name in takes}
     with render.working(f"capturing {path}"):
         captured = api.capture_with(path, settings, cache)
-    for name in dims or {}:
-        if name not in captured.dynamic:
-            known = list(captured.dynamic)
-            raise OptionError(
-                Diagnostic(
-                    "cli.dims",
-                    f"the model has no dynamic dimension {name!r}",
-                    at=str(path),
-                    help=did_you_mean(name, known) if known else "all of its sizes are fixed",
-                )
-            )
-    return dataclasses.replace(captured, dynamic={**captured.dynamic, **(dims or {})})
+    samples.check_dims(dims.sizes, captured.dynamic, str(path))
+    return dataclasses.replace(captured, dynamic={**captured.dynamic, **dims.sizes})
 
 
 def onnx_of(captured: Captured) -> Path | None:

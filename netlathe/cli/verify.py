@@ -50,7 +50,7 @@ def verify(
     against: Path | None,
     tolerance: float | None,
     kv_cache: bool,
-    dims: dict[str, int],
+    dims: options.Dims,
     as_json: bool,
 ) -> int:
     """Check that MODEL is sound.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 import sympy
 
-from netlathe.diagnostics import Diagnostic, InputError, did_you_mean
+from netlathe.diagnostics import Diagnostic, InputError, OptionError, did_you_mean
 from netlathe.ir import dims
 
 Arrays = dict[str, npt.NDArray[Any]]
@@ -40,6 +40,25 @@ def dynamic_dims(model: ir.Model) -> dict[str, int]:
         for value in model.graph.inputs
         for name in free_dims(value)
     }
+
+
+def check_dims(named: Iterable[str], known: Iterable[str], at: str = "") -> None:
+    """Check that all that are ``named`` are ``known`` dynamic dims.
+
+    Raises:
+        OptionError: one is not.
+    """
+    there = list(known)
+    for name in named:
+        if name not in there:
+            raise OptionError(
+                Diagnostic(
+                    "dims.unknown",
+                    f"the model has no dynamic dim {name!r}",
+                    at=at,
+                    help=did_you_mean(name, there) if there else "all of its sizes are fixed",
+                )
+            )
 
 
 def free_dims(value: ir.Value) -> list[str]:
@@ -78,18 +97,11 @@ def synthesize(model: ir.Model, sizes: Mapping[str, int], seed: int) -> Arrays:
     default of :func:`dynamic_dims`.
 
     Raises:
-        InputError: a size names no dim of the model, or an input has no rank.
+        OptionError: a size names no dim of the model.
+        InputError: an input has no rank.
     """
     defaults = dynamic_dims(model)
-    for name in sizes:
-        if name not in defaults:
-            raise InputError(
-                Diagnostic(
-                    "samples.dim",
-                    f"the model has no dynamic dim {name!r}",
-                    help=did_you_mean(name, list(defaults)) if defaults else "all dims are fixed",
-                )
-            )
+    check_dims(sizes, defaults)
     full = {**defaults, **sizes}
     rng = np.random.default_rng(seed)
     return {v.name: _make(v, shape_of(v, full), rng) for v in model.graph.inputs if v.name}

@@ -293,6 +293,11 @@ def smallest(a: Dim, b: Dim) -> Dim:
     return None if a is None or b is None else simplify(sympy.Min(a, b))
 
 
+def settle(dim: Dim, at: Mapping[sympy.Symbol, int]) -> Dim:
+    """The dim where some names in it have sizes."""
+    return dim if dim is None or isinstance(dim, int) else simplify(dim.subs(list(at.items())))
+
+
 def evaluate(dim: Dim, at: Mapping[sympy.Symbol, int]) -> int | None:
     """The dim as a number, where ``at`` gives every name in it a size."""
     if dim is None or isinstance(dim, int):

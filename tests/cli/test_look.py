@@ -47,6 +47,13 @@ def test_inspect_shows_what_is_there(run: Run, model: Path) -> None:
     assert row(done, "head.up").split()[:3] == ["head.up", "1.09", "k"]  # 16 * 64 + 64
 
 
+def test_inspect_takes_dims_as_fixed(run: Run, model: Path, tmp_path: Path) -> None:
+    done = run("inspect", model, "--fix-dims", "batch=3")
+    assert row(done, "input", "x").split() == ["input", "x", "float", "[3,4,8,8]"]
+    refused = run("inspect", tmp_path, "--fix-dims", "batch=3")
+    assert refused.code == 2 and "--fix-dims is for an ONNX file" in refused.err
+
+
 @pytest.mark.parametrize("width", [20, 30, 79])
 def test_nothing_is_cut_off_where_it_is_narrow(
     run: Run, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, width: int

@@ -7,7 +7,7 @@ from pathlib import Path
 import onnx_ir as ir
 import pytest
 
-from netlathe.diagnostics import InputError
+from netlathe.diagnostics import OptionError
 from netlathe.execute import samples
 from tests.ir.onnx_text import model
 
@@ -46,6 +46,6 @@ def test_dims_are_never_evaluated(tmp_path: Path) -> None:
 
 
 def test_an_unknown_size_is_refused() -> None:
-    with pytest.raises(InputError, match="no dynamic dim 'bach'") as error:
+    with pytest.raises(OptionError, match="no dynamic dim 'bach'") as error:
         samples.synthesize(with_dims("batch", 4), {"bach": 2}, 0)
     assert "batch" in str(error.value)

@@ -16,7 +16,7 @@ from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 import netlathe
-from netlathe.diagnostics import CaptureError, InputError
+from netlathe.diagnostics import CaptureError, InputError, OptionError, VerifyError
 from netlathe.execute import ort
 from netlathe.frontends.onnx_file import OnnxFile
 from netlathe.frontends.onnx_opset import _ADAPTERS, NEWEST, OLDEST, raise_opset
@@ -604,6 +604,75 @@ def test_a_model_that_runs_at_no_size_is_refused(tmp_path: Path) -> None:
     model.graph.initializer.append(numpy_helper.from_array(np.array([7, 1, 11]), "shape"))
     with pytest.raises(CaptureError, match=r"(?s)itself fails at batch=2, length=16.*larger"):
         OnnxFile().capture(write(model, tmp_path))
+
+
+def baked(kernel: int, *, hidden: bool = False) -> onnx.ModelProto:
+    """Padding that the batch of the export is held in, though the input is declared [N, 1, length].
+
+    Where it is ``hidden``, the size of the padding is a computed number, which shape rules do not follow.
+    """
+    model = windowed(kernel)
+    model.graph.node.insert(0, helper.make_node("Concat", ["x", "padding"], ["p"], axis=2))
+    model.graph.node[1].input[0] = "p"  # the convolution
+    held: dict[str, Any] = {"padding": np.zeros((1, 1, 2), np.float32)}
+    if hidden:
+        held = {"zero": np.float32(0), "one": np.array([1]), "rest": np.array([1, 2])}
+        for node in reversed(
+            [
+                helper.make_node("ReduceMax", ["x"], ["most"], keepdims=0),
+                helper.make_node("Mul", ["most", "zero"], ["nothing"]),
+                helper.make_node("Cast", ["nothing"], ["whole"], to=TensorProto.INT64),
+                helper.make_node("Add", ["whole", "one"], ["rows"]),
+                helper.make_node("Concat", ["rows", "rest"], ["shape"], axis=0),
+                helper.make_node("ConstantOfShape", ["shape"], ["padding"]),
+            ]
+        ):
+            model.graph.node.insert(0, node)
+    for name, array in held.items():
+        model.graph.initializer.append(numpy_helper.from_array(np.asarray(array), name))
+    for place in (model.graph.input[0], model.graph.output[0]):
+        place.type.tensor_type.shape.dim[0].dim_param = "N"
+    return model
+
+
+@pytest.mark.parametrize("kernel", [3, 100])
+def test_a_dim_that_is_held_in_the_graph_is_offered_as_fixed(tmp_path: Path, kernel: int) -> None:
+    path = write(baked(kernel), tmp_path)
+    for sizes in ({}, {"N": 1}):
+        with pytest.raises(VerifyError, match=r"it runs at N=1 alone: --fix-dims N=1 \("):
+            OnnxFile(sizes=sizes).capture(path)
+    captured = netlathe.capture(path, fixed={"N": 1})
+    length = 128 if kernel == 100 else 16
+    assert captured.dynamic == {"length": length}
+    assert [str(v.shape) for v in captured.model.graph.inputs] == ["[1,1,length]"]
+    long = "length" if kernel == 3 else f"length - {kernel - 3}"
+    assert [str(v.shape) for v in captured.model.graph.outputs] == [f"[1,4,{long}]"]
+    (entry,) = [e for e in captured.entries if e.candidate == "dims"]
+    assert entry.reason == "fixed at N=1, as asked for"
+    with pytest.raises(OptionError, match="no dynamic dim 'n'"):
+        netlathe.capture(path, fixed={"n": 1})
+
+
+def test_a_dim_that_turns_out_to_be_held_is_offered_as_fixed(tmp_path: Path) -> None:
+    path = write(baked(3, hidden=True), tmp_path)
+    for sizes, told in (({}, "fails at N=16, length=16"), ({"N": 1}, "fails at N=2, length=25")):
+        with pytest.raises(CaptureError, match=rf"(?s){told}.*it runs at N=1 alone") as caught:
+            OnnxFile(sizes=sizes).capture(path)
+        assert "--fix-dims N=1 (from Python: fixed={'N': 1})" in str(caught.value)
+    assert netlathe.capture(path, fixed={"N": 1}).dynamic == {"length": 16}
+
+
+def test_a_capture_is_compared_at_the_sizes_asked_for(tmp_path: Path) -> None:
+    path = write(windowed(3), tmp_path)
+    captured = netlathe.capture(path, sizes={"batch": 1, "length": 9})
+    assert captured.dynamic == {"batch": 1, "length": 9}
+    assert next(iter(captured.entries[-1].detail["relative_error"])) == "batch=1, length=9"
+    with pytest.raises(OptionError, match="did you mean batch"):
+        netlathe.capture(path, sizes={"bach": 1})
+    long = write(windowed(100), tmp_path)
+    assert netlathe.capture(long, sizes={"batch": 3}).dynamic == {"batch": 3, "length": 128}
+    with pytest.raises(CaptureError, match="fails at batch=2, length=9"):
+        netlathe.capture(long, sizes={"length": 9})
 
 
 def test_dims_that_tell_nothing_get_names(tmp_path: Path) -> None:
