@@ -81,6 +81,17 @@ SPEED = {
     "1 x 1, 1024 to 256, 14": square(1024, 14, 256, 1),
     "1 x 1 by 2, 256 to 512, 56": square(256, 56, 512, 1, stride=2),
     "7 x 7 by 2, 3 to 64, 224": square(3, 224, 64, 7, stride=2),
+    "3 x 3, 128 in 32 groups, 56": square(128, 56, 128, 3, group=32),
+    "3 x 3 by 2, 256 in 32, 56": square(256, 56, 256, 3, stride=2, group=32),
+    "3 x 3, 256 in 32, 28": square(256, 28, 256, 3, group=32),
+    "3 x 3 by 2, 512 in 32, 28": square(512, 28, 512, 3, stride=2, group=32),
+    "3 x 3, 512 in 32, 14": square(512, 14, 512, 3, group=32),
+    "3 x 3 by 2, 1024 in 32, 14": square(1024, 14, 1024, 3, stride=2, group=32),
+    "3 x 3, 1024 in 32, 7": square(1024, 7, 1024, 3, group=32),
+    "3 x 3, 104 in 13, 28": square(104, 28, 104, 3, group=13),
+    "3 x 3, 216 in 9, 28": square(216, 28, 216, 3, group=9),
+    "3 x 3, 432 in 9, 14": square(432, 14, 432, 3, group=9),
+    "3 x 3, 448 in 4, 28": square(448, 28, 448, 3, group=4),
     "depthwise 3 x 3, 32, 112": square(32, 112, 32, 3, group=32),
     "depthwise 3 x 3, 144, 56": square(144, 56, 144, 3, group=144),
     "depthwise 3 x 3 by 2, 144, 56": square(144, 56, 144, 3, stride=2, group=144),
@@ -104,6 +115,14 @@ RAGGED = [
     Layer(2, 20, 9, 9, 20, 5, group=20, sizes=True),
     Layer(1, 24, 40, 33, 24, 7, pad=2, group=24),
     Layer(2, 32, 9, 9, 64, 3, group=4),
+    Layer(2, 96, 17, 19, 96, 3, stride=2, group=24, residual=True),
+    Layer(3, 144, 13, 11, 144, 3, group=3, dilation=2),
+    Layer(1, 224, 9, 12, 224, 3, group=2, sizes=True),
+    Layer(2, 66, 9, 9, 44, 3, group=11),
+    Layer(2, 240, 9, 9, 240, 1, group=3),
+    Layer(2, 33, 9, 9, 66, 5, group=33),
+    Layer(2, 130, 9, 9, 130, 3, group=2),
+    Layer(65, 96, 7, 7, 192, 3, group=3, pool="MaxPool"),
     Layer(2, 3, 64, 48, 96, 16, stride=16, pad=0),
     Layer(2, 3, 65, 48, 96, 8, stride=8, pad=3),
 ]
@@ -174,11 +193,23 @@ def build(folder: Path, archs: str) -> None:
     linker = (toolchain.compiler(),)
     built = process.build_each(models, gpu(archs.split(",")), libraries, linker)
     for name, made in zip(layers, built, strict=True):
-        facts = [(p.recipe.sources, p.recipe.function.__name__, p.shape) for p in made.parameters]
+        recipes = [(p.recipe, p.shape) for p in made.parameters]
+        facts = [(r.sources, r.function.__name__, r.numbers, shape) for r, shape in recipes]
         (folder / f"{name}.json").write_text(json.dumps({"parameters": facts}))
 
 
 # -- measuring -------------------------------------------------------------------------------------
+
+
+def taps_by_channels(weight: Any, channels: int, groups: int, together: int) -> Any:
+    """torch's weight [outputs, inputs of a group, r, s] as kernels of tensor cores read it."""
+    turned = weight.permute(0, 2, 3, 1)
+    made = turned.new_zeros((*turned.shape[:3], channels))
+    each, inputs = len(weight) // groups, turned.shape[3]
+    for group in range(groups):
+        own, first = slice(group * each, (group + 1) * each), group % together * inputs
+        made[own, ..., first : first + inputs] = turned[own]
+    return made
 
 
 class Both:
@@ -204,12 +235,10 @@ class Both:
         torch = self.bench.torch
         images = [self.x] if self.kept is None else [self.x, self.kept]
         given = [image.permute(0, 2, 3, 1).contiguous() for image in images]
-        for (source, *_), function, shape in self.facts["parameters"]:
+        for (source, *_), function, numbers, shape in self.facts["parameters"]:
             value = self.bias if source == "bias" else self.weight
             if function == "taps_by_channels":
-                turned = value.permute(0, 2, 3, 1)
-                room = shape[1] // self.layer.window**2 - turned.shape[3]
-                value = torch.nn.functional.pad(turned, (0, room))
+                value = taps_by_channels(value, *numbers)
             elif function == "taps_first":
                 value = value.reshape(value.shape[0], -1).t()
             given.append(value.reshape(shape).contiguous())

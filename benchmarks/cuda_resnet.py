@@ -1,13 +1,13 @@
-"""ResNet-50 on a GPU, in float16 or bfloat16, 64 images or another number: against torch with channels last.
+"""ResNet-50 or ResNeXt-50 on a GPU, in float16 or bfloat16, 64 images or more: against torch, channels last.
 
     python benchmarks/cuda_resnet.py build DIR          # where nvcc and NetLathe are; no GPU needed
     python DIR/cuda_resnet.py run DIR                   # where the GPU is; torch, tvm_ffi and TVM's runtime
 
-The network (arXiv 1512.03385, table 1) is written out here with its normalizations folded into convolutions,
-as the frontend leaves it. Weights are random, made on the GPU, and the same on both sides. torch runs its
-convolutions by cuDNN, which may try all its kernels first (``cudnn.benchmark``), on tensors with channels
-last. Both sides run from CUDA graphs, in turn; times are medians of CUDA events, and the outputs are compared
-with torch's in float32 as ||ours - theirs|| / ||theirs||.
+The networks (arXiv 1512.03385, table 1; arXiv 1611.05431, table 1, 32 x 4d) are written out here with their
+normalizations folded into convolutions, as the frontend leaves them. Weights are random, made on the GPU, and
+the same on both sides. torch runs its convolutions by cuDNN, which may try all its kernels first
+(``cudnn.benchmark``), on tensors with channels last. Both sides run from CUDA graphs, in turn; times are
+medians of CUDA events, and outputs are compared with torch's in float32 as ||ours - theirs|| / ||theirs||.
 """
 
 from __future__ import annotations
@@ -23,9 +23,12 @@ from typing import Any
 
 import numpy as np
 from bench_cuda import INSIDE, ROUNDS, Bench
+from cuda_conv import taps_by_channels
 
 HALVES = ("float16", "bfloat16")
 BLOCKS = (3, 4, 6, 3)
+# Channels inside of the first stage's blocks, and in how many groups.
+NETWORKS = {"ResNet-50": (64, 1), "ResNeXt-50": (128, 32)}
 
 
 @dataclass(frozen=True)
@@ -37,11 +40,12 @@ class Conv:
     outputs: int
     size: int
     stride: int = 1
+    group: int = 1
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
         """Of the weight."""
-        return self.outputs, self.inputs, self.size, self.size
+        return self.outputs, self.inputs // self.group, self.size, self.size
 
 
 @dataclass(frozen=True)
@@ -52,22 +56,23 @@ class Block:
     beside: Conv | None
 
 
-def blocks() -> list[Block]:
+def blocks(network: str) -> list[Block]:
     """The stages' blocks in order."""
     made, inputs = [], 64
+    first, group = NETWORKS[network]
     for stage, count in enumerate(BLOCKS):
-        width = 64 << stage
+        width, outputs = first << stage, 256 << stage
         for number in range(count):
             name = f"s{stage}b{number}"
             stride = 2 if stage and not number else 1
-            beside = None if number else Conv(f"{name}d", inputs, 4 * width, 1, stride)
+            beside = None if number else Conv(f"{name}d", inputs, outputs, 1, stride)
             convs = (
                 Conv(f"{name}x", inputs, width, 1),
-                Conv(f"{name}y", width, width, 3, stride),
-                Conv(f"{name}z", width, 4 * width, 1),
+                Conv(f"{name}y", width, width, 3, stride, group),
+                Conv(f"{name}z", width, outputs, 1),
             )
             made.append(Block(convs, beside))
-            inputs = 4 * width
+            inputs = outputs
     return made
 
 
@@ -78,7 +83,7 @@ CLASSES = 1000
 # -- building --------------------------------------------------------------------------------------
 
 
-def graph(batch: int, half: str) -> Any:
+def graph(network: str, batch: int, half: str) -> Any:
     """The network as IR; of its constants only shapes matter."""
     import onnx_ir as ir
 
@@ -91,13 +96,14 @@ def graph(batch: int, half: str) -> Any:
         constants[f"{c.name}w"], constants[f"{c.name}b"] = c.shape, (c.outputs,)
         pad = c.size // 2
         how = f"strides = [{c.stride}, {c.stride}], pads = [{pad}, {pad}, {pad}, {pad}]"
+        how += f", group = {c.group}"
         body.append(f"{out} = Conv <{how}> ({x}, {c.name}w, {c.name}b)")
 
     conv(STEM, "image", "c0")
     body.append("r0 = Relu (c0)")
     window = "kernel_shape = [3, 3], strides = [2, 2], pads = [1, 1, 1, 1]"
     body.append(f"x0 = MaxPool <{window}> (r0)")
-    for i, block in enumerate(blocks()):
+    for i, block in enumerate(blocks(network)):
         x, y, z = block.convs
         conv(x, f"x{i}", f"a{i}")
         body.append(f"b{i} = Relu (a{i})")
@@ -110,7 +116,7 @@ def graph(batch: int, half: str) -> Any:
             conv(block.beside, f"x{i}", kept)
         body.append(f"h{i} = Add (f{i}, {kept})")
         body.append(f"x{i + 1} = Relu (h{i})")
-    body.append(f"mean = GlobalAveragePool (x{len(blocks())})")
+    body.append(f"mean = GlobalAveragePool (x{sum(BLOCKS)})")
     body.append("flat = Flatten (mean)")
     body.append("product = MatMul (flat, head)")
     body.append("y = Add (product, classes)")
@@ -131,21 +137,23 @@ def graph(batch: int, half: str) -> Any:
     return model
 
 
-def build(folder: Path, archs: str, batch: int, half: str) -> None:
+def build(folder: Path, archs: str, network: str, batch: int, half: str) -> None:
     """Compile it."""
     from netlathe.backends.tvm import process, runtime, toolchain
     from netlathe.backends.tvm.cuda.machine import gpu
 
     folder.mkdir(parents=True, exist_ok=True)
     here = Path(__file__)
-    for file in (here, here.with_name("bench_cuda.py"), Path(runtime.__file__)):
+    beside = [here.with_name(name) for name in ("bench_cuda.py", "cuda_conv.py")]
+    for file in (here, *beside, Path(runtime.__file__)):
         shutil.copyfile(file, folder / file.name)
     machine = gpu(archs.split(","))
     built = process.build(
-        graph(batch, half), machine, folder / "resnet.so", (toolchain.compiler(),)
+        graph(network, batch, half), machine, folder / "resnet.so", (toolchain.compiler(),)
     )
-    facts = [(p.recipe.sources, p.recipe.function.__name__, p.shape) for p in built.parameters]
-    about = {"parameters": facts, "batch": batch, "half": half}
+    recipes = [(p.recipe, p.shape) for p in built.parameters]
+    facts = [(r.sources, r.function.__name__, r.numbers, shape) for r, shape in recipes]
+    about = {"parameters": facts, "network": network, "batch": batch, "half": half}
     (folder / "resnet.json").write_text(json.dumps(about))
 
 
@@ -159,14 +167,14 @@ class Net:
         self.bench, torch = bench, bench.torch
         self.main, self.facts = bench.load("resnet")
         self.dtype = getattr(torch, self.facts["half"])
+        self.blocks = blocks(self.facts["network"])
         self.weights: dict[str, Any] = {}
         every = [STEM]
-        for block in blocks():
+        for block in self.blocks:
             every += [*block.convs, *([block.beside] if block.beside else [])]
         for conv in every:
-            scale = (2 / (conv.inputs * conv.size**2)) ** 0.5 * (
-                0.5 if conv.name.endswith("z") else 1
-            )
+            scale = (2 * conv.group / (conv.inputs * conv.size**2)) ** 0.5
+            scale *= 0.5 if conv.name.endswith("z") else 1
             made = torch.randn(conv.shape, device="cuda") * scale
             self.weights[f"{conv.name}w"] = made
             self.weights[f"{conv.name}b"] = 0.1 * torch.randn(conv.outputs, device="cuda")
@@ -177,12 +185,10 @@ class Net:
     def ours(self, image: Any) -> Callable[[], Any]:
         """A call of our program, whose parameters are torch's weights laid out anew."""
         given = [image]
-        for sources, function, shape in self.facts["parameters"]:
+        for sources, function, numbers, shape in self.facts["parameters"]:
             weight = self.weights[sources[0]]
             if function == "taps_by_channels":
-                turned = weight.permute(0, 2, 3, 1)
-                room = shape[1] // (turned.shape[1] * turned.shape[2]) - turned.shape[3]
-                weight = self.bench.torch.nn.functional.pad(turned, (0, room))
+                weight = taps_by_channels(weight, *numbers)
             elif function == "transposed":
                 weight = weight.t()
             given.append(weight.reshape(shape).contiguous())
@@ -196,10 +202,10 @@ class Net:
 
         def conv(c: Conv, x: Any) -> Any:
             w, b = weights[f"{c.name}w"], weights[f"{c.name}b"]
-            return torch.conv2d(x, w, b, c.stride, c.size // 2)
+            return torch.conv2d(x, w, b, c.stride, c.size // 2, 1, c.group)
 
         x = torch.max_pool2d(torch.relu(conv(STEM, image)), 3, 2, 1)
-        for block in blocks():
+        for block in self.blocks:
             a, b, c = block.convs
             y = conv(c, torch.relu(conv(b, torch.relu(conv(a, x)))))
             x = torch.relu(y + (conv(block.beside, x) if block.beside else x))
@@ -242,7 +248,7 @@ def run(folder: Path, write: Path | None) -> None:
     ]
     mine, peer = (statistics.median(column) for column in zip(*rounds, strict=True))
     print(
-        f"{bench.results['gpu']}: ResNet-50, {net.facts['half']}, {batch} images: {mine:.3f} ms,"
+        f"{bench.results['gpu']}: {net.facts['network']}, {net.facts['half']}, {batch} images: {mine:.3f} ms,"
         f" torch {peer:.3f} ms,"
         f" share {peer / mine:.3f}, error {error:.1e}"
     )
@@ -259,11 +265,12 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--archs", default="sm_90a", help="build: architectures, with commas")
     parser.add_argument("--json", type=Path, help="run: write the numbers here too")
+    parser.add_argument("--network", choices=NETWORKS, default="ResNet-50", help="build: which")
     parser.add_argument("--batch", type=int, default=64, help="build: images")
     parser.add_argument("--half", choices=HALVES, default=HALVES[0], help="build: the type")
     given = parser.parse_args()
     if given.what == "build":
-        build(given.folder, given.archs, given.batch, given.half)
+        build(given.folder, given.archs, given.network, given.batch, given.half)
     else:
         run(given.folder, given.json)
 

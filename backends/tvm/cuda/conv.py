@@ -3,7 +3,7 @@
 The input lies with channels last, padded to a multiple of 8, so that 16 bytes are neighbouring channels of
 one place; the weight is [outputs, taps, channels]. A row of the product is a place of the result, K are taps
 by channels (implicit GEMM; arXiv 1410.0759, section 3). Windows of one element that take all places are
-products of matrices as they lie.
+products of matrices as they lie. Groups of channels are bundled (:mod:`groups`).
 
 conv.warpgroups   sm_90a: boxes of places by the copy engine (:mod:`conv_boxes`)
 conv.warps        every GPU: 128 places by 128 outputs, 16 bytes a thread (:mod:`ampere`)
@@ -13,6 +13,7 @@ conv.depthwise    4 channels of a place a thread (:mod:`windows`)
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from math import prod
 
 import onnx_ir as ir
@@ -21,6 +22,7 @@ from tvm import tirx
 from netlathe.backends.tvm.cuda import ampere, conv_boxes, conv_hopper, packing, tensor
 from netlathe.backends.tvm.cuda import windows as small
 from netlathe.backends.tvm.cuda.code import GpuCode
+from netlathe.backends.tvm.cuda.groups import PIECE, Groups
 from netlathe.backends.tvm.cuda.machine import Gpu
 from netlathe.backends.tvm.cuda.operands import HALVES
 from netlathe.backends.tvm.cuda.windows import Windows, narrow
@@ -51,20 +53,21 @@ def of_halves(
     constant: ir.Value,
     windows: Windows,
     plain: bool,
+    groups: Groups,
     shape: Shape,
 ) -> Pending:
-    """The convolution of ``x`` [b, h, w, channels] with a constant [outputs, channels, r, s] in one group.
+    """The convolution of ``x`` [b, h, w, channels] with a constant [outputs, channels of a group, r, s].
 
     Both are of one half type. ``shape`` is [b, rows, columns, outputs]; ``plain``: windows are one element
     each, and all are taken.
     """
     assert constant.name is not None
-    dtype, outputs = HALVES[x.dtype], int(shape[3])  # type: ignore[arg-type]  # outputs are a constant's
+    dtype, outputs = HALVES[x.dtype], groups.count * groups.outputs
     machine = low.machine
     assert isinstance(machine, Gpu)
-    inputs = -(-int(x.shape[3]) // 8) * 8  # type: ignore[arg-type]  # channels are a number
+    inputs = -(-groups.count * groups.inputs // PIECE) * PIECE
     down, across = (stride <= conv_hopper.MOST_STRIDE for stride in windows.strides)
-    narrow_ = inputs <= conv_hopper.NARROW and _joins(windows, x.shape, shape)
+    narrow_ = inputs <= conv_hopper.NARROW and groups.count == 1 and _joins(windows, x.shape, shape)
     joined = machine.has_wgmma and down and narrow_
     boxes = machine.has_wgmma and down and (across or joined)
     if joined:
@@ -72,9 +75,10 @@ def of_halves(
     else:
         held = low.force(_padded(x, inputs, 0, x.shape[2]))
     taps = prod(windows.kernel)
-    recipe = Recipe(packing.taps_by_channels, (constant.name,), (inputs,))
-    key = (constant, "taps by channels")
-    weight = low.parameter(constant.name, x.dtype, (outputs, taps * inputs), recipe, key)
+    numbers = (groups.deep, groups.count, groups.together)
+    recipe = Recipe(packing.taps_by_channels, (constant.name,), numbers)
+    key = (constant, "taps by channels", groups.count)
+    weight = low.parameter(constant.name, x.dtype, (outputs, taps * groups.deep), recipe, key)
 
     def build(kernel: Kernel, store: Store) -> str:
         code = kernel.code
@@ -97,20 +101,21 @@ def of_halves(
             def finish_flat(index: list[Expr], column: Expr, value: Expr) -> None:
                 finish_row(index[2], column, value)
 
-            conv_boxes.convolve(code, dtype, operands, lines, windows, flat, finish_flat)
+            conv_boxes.convolve(code, dtype, operands, lines, windows, groups, flat, finish_flat)
         elif boxes:
             source = conv_boxes.Source(
                 sizes, [sizes[3], sizes[2] * sizes[3], sizes[1] * sizes[2] * sizes[3]]
             )
-            cut = windows
+            cut, whole = windows, groups
             if joined:
                 source, cut = source.joined(windows, out[2])
-            conv_boxes.convolve(code, dtype, operands, source, cut, out, finish)
-        elif plain:
+                whole = replace(groups, inputs=windows.kernel[1] * inputs)
+            conv_boxes.convolve(code, dtype, operands, source, cut, whole, out, finish)
+        elif plain and groups.count == 1:
             tensor.warps(code, dtype, *operands, (rows, i64(inputs), i64(outputs)), finish_row)
             return "gemm.warps"
         else:
-            _gathered(code, dtype, operands, windows, sizes, out, finish_row)
+            _gathered(code, dtype, operands, windows, groups, sizes, out, finish_row)
             return "conv.warps"
         return "conv.warpgroups"
 
@@ -179,6 +184,7 @@ def _gathered(
     dtype: str,
     operands: tuple[Expr, Expr],
     windows: Windows,
+    groups: Groups,
     x: list[Expr],
     out: list[Expr],
     finish: Callable[[Expr, Expr, Expr], None],
@@ -188,8 +194,9 @@ def _gathered(
     inputs = known(x[3])
     text = source(dtype)
     down = idiv(rows + i64(ampere.TILE - 1), ampere.TILE)
-    across = idiv(columns + i64(ampere.TILE - 1), ampere.TILE)
-    numbers = [inputs, windows.kernel[1], prod(windows.kernel)]
+    tiles = groups.tiles(ampere.TILE)
+    across = i64(groups.bundles * tiles)
+    numbers = [inputs, groups.deep, windows.kernel[1], prod(windows.kernel)]
     numbers += [*windows.strides, *windows.dilations, *windows.begins]
     convolve = f"netlathe_conv_{dtype}::convolve<{', '.join(map(str, numbers))}>"
     with code.launch(down * across, ampere.THREADS, least=2) as (block, thread):
@@ -197,11 +204,15 @@ def _gathered(
         shared = code.address(memory)
         # Neighbouring blocks read the same places.
         top = code.bind(idiv(block, across) * i64(ampere.TILE))
-        left = code.bind(imod(block, across) * i64(ampere.TILE))
-        pointers = [code.address(operand) for operand in operands]
+        tile = code.bind(imod(block, across))
+        bundle, begin = code.bind(idiv(tile, tiles)), imod(tile, tiles) * i64(ampere.TILE)
+        left = code.bind(bundle * i64(groups.wide) + begin)
+        end = tirx.min((bundle + i64(1)) * i64(groups.wide), columns)
+        pointers = [code.address(operands[0], bundle * i64(groups.together * groups.inputs))]
+        pointers.append(code.address(operands[1]))
         sizes = [cast(size, "int32") for size in (x[1], x[2], out[1], out[2], rows, columns)]
         code.run(convolve, text, shared, *pointers, *sizes, cast(top, "int32"), cast(left, "int32"))
-        tensor.tile_results(code, dtype, shared, thread, (top, left), (rows, columns), finish)
+        tensor.tile_results(code, dtype, shared, thread, (top, left), (rows, end), finish)
 
 
 def source(dtype: str) -> str:
@@ -212,9 +223,9 @@ def source(dtype: str) -> str:
 namespace netlathe_conv_{dtype} {{
 using namespace netlathe_ampere_{dtype};
 // Sums of 128 places from `top` on by 128 outputs from `left` on, left in shared memory. A thread copies two
-// pieces of 8 channels in each stage, of the same two places in all of them.
-template <int kInputs, int kWide, int kTaps, int kDown, int kAcross, int kDilatedDown, int kDilatedAcross,
-          int kAbove, int kBefore>
+// pieces of 8 channels in each stage, of the same two places in all of them: the first kDeep of kInputs.
+template <int kInputs, int kDeep, int kWide, int kTaps, int kDown, int kAcross, int kDilatedDown,
+          int kDilatedAcross, int kAbove, int kBefore>
 __device__ __forceinline__ void convolve(
     uint8_t* shared, const void* x_, const void* weight, int height, int width, int out_height, int out_width,
     int rows, int columns, int top, int left) {{
@@ -233,7 +244,7 @@ __device__ __forceinline__ void convolve(
 #pragma unroll
     for (int part = 0; part < 2; ++part) {{
       const int number = part * {ampere.THREADS} + threadIdx.x, at = number % 4;
-      const int tap = ((int)k + at * 8) / kInputs, channel = ((int)k + at * 8) % kInputs;
+      const int tap = ((int)k + at * 8) / kDeep, channel = ((int)k + at * 8) % kDeep;
       const int row = first_row[part] + tap / kWide * kDilatedDown;
       const int column = first_column[part] + tap % kWide * kDilatedAcross;
       const bool on_image = (unsigned)row < (unsigned)height && (unsigned)column < (unsigned)width;
@@ -243,7 +254,7 @@ __device__ __forceinline__ void convolve(
                    ::"r"(piece(tile, number / 4, at)), "l"(from), "r"(inside ? 16 : 0) : "memory");
     }}
   }};
-  const int64_t inner = kTaps * kInputs;
+  const int64_t inner = kTaps * kDeep;
   const Side<> b{{static_cast<const uint16_t*>(weight), inner, columns, inner, left}};
   tile_product(shared, gather, b, inner);
 }}

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 
 from tvm import tirx
 
 from netlathe.backends.tvm.cuda import conv_hopper, tensor
 from netlathe.backends.tvm.cuda.code import GpuCode
+from netlathe.backends.tvm.cuda.groups import Groups
 from netlathe.backends.tvm.cuda.machine import PROCESSORS
 from netlathe.backends.tvm.cuda.warpgroup import GROUP, THREADS, Staging
 from netlathe.backends.tvm.cuda.windows import Windows, narrow
@@ -50,6 +53,7 @@ def convolve(
     operands: tuple[Expr, Expr],
     x: Source,
     windows: Windows,
+    channels: Groups,
     out: list[Expr],
     finish: Callable[[list[Expr], Expr, Expr], None],
 ) -> None:
@@ -58,7 +62,7 @@ def convolve(
     The grid is as large as the GPU; a block walks over tiles, one warpgroup copying ahead while two multiply.
     """
     with tensor.unless_empty(code, out[0] * out[1] * out[2]):
-        _convolve(code, dtype, operands, x, windows, out, finish)
+        _convolve(code, dtype, operands, x, windows, channels, out, finish)
 
 
 def _convolve(
@@ -67,18 +71,18 @@ def _convolve(
     operands: tuple[Expr, Expr],
     x: Source,
     windows: Windows,
+    channels: Groups,
     out: list[Expr],
     finish: Callable[[list[Expr], Expr, Expr], None],
 ) -> None:
-    inputs, outputs = known(x.sizes[3]), known(out[3])
-    assert inputs is not None and outputs is not None
+    inputs, outputs = channels.deep, channels.count * channels.outputs
     steps = prod(windows.kernel) * -(-inputs // conv_hopper.DEEP)
     images, high, wide = (known(size) for size in out[:3])
     square = 64 if high == 1 else 8  # where sizes are known at run time only
     box = conv_hopper.box(images or 1, high or 8, wide or square, windows.strides)
     each = (box.images, box.rows, box.columns)
     counts = [idiv(n + i64(size - 1), size) for n, size in zip(out[:3], each, strict=True)]
-    shape = conv_hopper.chosen(known(counts[0] * counts[1] * counts[2]), outputs, steps)
+    shape = conv_hopper.chosen(known(counts[0] * counts[1] * counts[2]), channels, steps)
     text = conv_hopper.source(shape, dtype)
 
     def named(function: str) -> str:
@@ -88,7 +92,8 @@ def _convolve(
         return cast(i64(value), "int32")
 
     cluster = shape.cluster
-    across = -(-outputs // shape.columns)
+    tiles_each = channels.tiles(shape.columns)
+    across = channels.bundles * tiles_each
     boxes = counts[0] * counts[1] * counts[2]
     tiles = idiv(boxes + i64(2 * cluster - 1), 2 * cluster) * i64(across)
     groups = tirx.min(tiles, i64(PROCESSORS * shape.blocks // cluster))
@@ -116,8 +121,10 @@ def _convolve(
         def copy() -> None:
             maps = (tirx.address_of(map_x), tirx.address_of(map_w))
             walk = [int32(n) for n in (first, groups, tiles, across, counts[1], counts[2])]
-            window = [int32(n) for n in (*windows.kernel, inputs)]
-            code.run(named(produce), text, shared, *maps, *walk, *window)
+            window = [int32(n) for n in windows.kernel]
+            apart = channels.together * channels.inputs
+            bundle = [int32(n) for n in (tiles_each, apart, inputs, channels.wide)]
+            code.run(named(produce), text, shared, *maps, *walk, *window, *bundle)
 
         def multiply() -> None:
             code.run(named("prepare"), text)
@@ -135,7 +142,14 @@ def _convolve(
                 where = narrow(code, held, counts)
                 corner = [code.bind(w * i64(n)) for w, n in zip(where, each, strict=True)]
                 # Columns are products without a name: vectors must see what they are multiples of.
-                left = code.bind(imod(tile, across)) * i64(shape.columns)
+                over, end = code.bind(imod(tile, across)), i64(outputs)
+                left = code.bind(imod(over, tiles_each)) * i64(shape.columns)
+                if channels.bundles > 1:
+                    bundle = code.bind(idiv(over, tiles_each))
+                    left = bundle * i64(channels.wide) + left
+                    end = code.bind(tirx.min((bundle + i64(1)) * i64(channels.wide), end))
+                in_whole = all(n % conv_hopper.LANES == 0 for n in (outputs, channels.wide))
+                is_full = channels.wide % shape.columns == outputs % channels.wide == 0
 
                 def results(first: int, wide: int, inside: bool) -> None:
                     threads = wide // conv_hopper.LANES  # to a row
@@ -152,20 +166,23 @@ def _convolve(
 
                         def all_() -> None:
                             quad = staging.at(f"float32x{conv_hopper.LANES}", line, at)
-                            _quad(code, quad, outputs, column, lambda c, v: finish(index, c, v))
+                            _quad(code, quad, in_whole, end, column, partial(finish, index))
 
                         if inside:
-                            all_()
+                            with contextlib.nullcontext() if is_full else code.when(column < end):
+                                all_()
                             return
-                        fits = tirx.And(line < i64(box.places), column < i64(outputs))
+                        fits = tirx.And(line < i64(box.places), column < end)
                         for i, size in zip(index, out[:3], strict=True):
                             fits = tirx.And(fits, i < size)
                         with code.when(fits):
                             all_()
 
-                whole = left + i64(shape.columns) <= i64(outputs)
+                # Of columns, each thread asks once where they are whole pieces.
+                whole = None if in_whole else left + i64(shape.columns) <= end
                 for c, n, size in zip(corner, each, out[:3], strict=True):
-                    whole = tirx.And(whole, c + i64(n) <= size)
+                    fits = c + i64(n) <= size
+                    whole = fits if whole is None else tirx.And(whole, fits)
                 full = whole if box.places == conv_hopper.PLACES else None
                 staging.bring_out(sums, shape.columns, full, results)
 
@@ -176,17 +193,18 @@ def _convolve(
 def _quad(
     code: GpuCode,
     values: Expr,
-    outputs: int,
+    in_whole: bool,
+    end: Expr,
     column: Expr,
     finish: Callable[[Expr, Expr], None],
 ) -> None:
-    """finish(column, value) for neighbouring results of a thread: in one piece where rows are whole ones."""
+    """finish(column, value) for neighbouring results of a thread: in one piece, or each up to ``end``."""
     lanes = conv_hopper.LANES
     quad = code.alloc([lanes], "float32")
     code.vstore(quad, 0, values, lanes)
-    if outputs % lanes == 0:
+    if in_whole:
         with code.lanes(lanes) as lane:
             finish(column + lane, tirx.BufferLoad(quad, [lane]))
         return
-    with code.loop(lanes, VECTORIZED) as lane, code.when(column + lane < i64(outputs)):
+    with code.loop(lanes, VECTORIZED) as lane, code.when(column + lane < end):
         finish(code.bind(column + lane), tirx.BufferLoad(quad, [lane]))

@@ -16,6 +16,7 @@ from functools import lru_cache
 from itertools import product
 
 from netlathe.backends.tvm.cuda import warpgroup
+from netlathe.backends.tvm.cuda.groups import Groups
 from netlathe.backends.tvm.cuda.machine import PROCESSORS
 from netlathe.backends.tvm.cuda.warpgroup import (
     CACHE_BYTES,
@@ -98,7 +99,7 @@ def box(images: int, rows: int, columns: int, stride: tuple[int, int]) -> Box:
     return min(fits, key=lambda made: (count(made), -made.columns, -made.rows, made.images))
 
 
-def chosen(boxes: int | None, outputs: int, steps: int) -> Shape:
+def chosen(boxes: int | None, groups: Groups, steps: int) -> Shape:
     """The shape that takes the fewest cycles for ``boxes`` boxes, many if that is known at run time only.
 
     What is read comes from the level-2 cache for all multiprocessors at one rate; products go round by
@@ -106,7 +107,8 @@ def chosen(boxes: int | None, outputs: int, steps: int) -> Shape:
     """
 
     def cycles(shape: Shape) -> int:
-        tiles = -(-(boxes or 1 << 16) // (2 * shape.cluster)) * -(-outputs // shape.columns)
+        across = groups.bundles * groups.tiles(shape.columns)
+        tiles = -(-(boxes or 1 << 16) // (2 * shape.cluster)) * across
         rounds = -(-tiles * shape.cluster // (PROCESSORS * shape.blocks))
         own = (2 * PLACES + shape.columns // shape.cluster) * DEEP * 2
         reading = tiles * shape.cluster * steps * own // (PROCESSORS * CACHE_BYTES)
@@ -178,12 +180,13 @@ __device__ __forceinline__ int box_number(int tile, int across, int group) {{
 }}
 
 // Copies for every step of every tile: `channels` of each of `down` x `wide` taps. A box is kImages x kRows x
-// kBox places; a plane has `high` x `long_` boxes.
+// kBox places; a plane has `high` x `long_` boxes. A bundle of groups has `tiles_each` tiles, the next one is
+// `apart` channels and `outputs` outputs on.
 template <int kImages, int kRows, int kBox, int kDown, int kAcross, int kDilatedDown, int kDilatedAcross,
           int kAbove, int kBefore>
 __device__ __forceinline__ void produce(
     uint8_t* shared, uint64_t map_x, uint64_t map_w, int first, int step, int tiles, int across, int high,
-    int long_, int down, int wide, int channels) {{
+    int long_, int down, int wide, int tiles_each, int apart, int channels, int outputs) {{
   const CUtensorMap *x = reinterpret_cast<const CUtensorMap*>(map_x);
   const CUtensorMap *w = reinterpret_cast<const CUtensorMap*>(map_w);
   asm volatile("setmaxnreg.dec.sync.aligned.u32 {copying};");
@@ -200,7 +203,8 @@ __device__ __forceinline__ void produce(
       row[group] = line % high * (kRows * kDown) - kAbove;
       image[group] = line / high * kImages;
     }}
-    const int mine = rank<kCluster>(), output = tile % across * kColumns + mine * kShare;
+    const int bundle = tile % across / tiles_each, first_channel = bundle * apart, mine = rank<kCluster>();
+    const int output = bundle * outputs + tile % across % tiles_each * kColumns + mine * kShare;
     for (int i = 0; i < down; ++i)
       for (int j = 0; j < wide; ++j)
         for (int channel = 0; channel < channels; channel += {DEEP}) {{
@@ -209,8 +213,8 @@ __device__ __forceinline__ void produce(
           expect(barrier, kBytes);
 #pragma unroll
           for (int group = 0; group < 2; ++group)
-            copy_box(to + group * kBoxBytes, x, barrier, channel, column[group] + j * kDilatedAcross,
-                     row[group] + i * kDilatedDown, image[group]);
+            copy_box(to + group * kBoxBytes, x, barrier, first_channel + channel,
+                     column[group] + j * kDilatedAcross, row[group] + i * kDilatedDown, image[group]);
           copy_weight(to + 2 * kBoxBytes + mine * kShare * {DEEP * 2}, w, barrier, channel, i * wide + j,
                       output);
           if (++stage == kStages) stage = 0, parity ^= 1;

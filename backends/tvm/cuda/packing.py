@@ -57,12 +57,18 @@ def dequantized(data: ir.TensorProtocol, scale: ir.TensorProtocol) -> Array:
     )
 
 
-def taps_by_channels(tensor: ir.TensorProtocol, channels: int) -> Array:
-    """A weight [outputs, inputs, r, s] as [outputs, r * s * channels]: zeros where it has no channels."""
+def taps_by_channels(tensor: ir.TensorProtocol, channels: int, groups: int, together: int) -> Array:
+    """A weight [outputs, inputs of a group, r, s] as [outputs, r * s * channels], with zeros elsewhere.
+
+    ``channels`` are those of ``together`` groups, whose inputs lie one after the other.
+    """
     values = array(tensor)
     outputs, inputs, *taps = values.shape
     made = np.zeros((outputs, *taps, channels), values.dtype)
-    made[..., :inputs] = np.moveaxis(values, 1, -1)
+    turned, each = np.moveaxis(values, 1, -1), outputs // groups
+    for group in range(groups):
+        own, first = slice(group * each, (group + 1) * each), group % together * inputs
+        made[own, ..., first : first + inputs] = turned[own]
     return made.reshape(outputs, -1)
 
 

@@ -13,6 +13,7 @@ from netlathe.backends.tvm import packing, storage
 from netlathe.backends.tvm.arm import conv as arm
 from netlathe.backends.tvm.cuda import conv as cuda_conv
 from netlathe.backends.tvm.cuda import products
+from netlathe.backends.tvm.cuda.groups import Groups
 from netlathe.backends.tvm.cuda.machine import Gpu
 from netlathe.backends.tvm.cuda.operands import HALVES
 from netlathe.backends.tvm.cuda.windows import Windows as CudaWindows
@@ -131,21 +132,24 @@ def convolved(
     spans = windows(op, kernel, x.shape)
     groups = op.integer("group", 1)
     channels = (groups, outputs // groups, inputs)
+    each = Groups(groups, inputs, outputs // groups)
     made: Value
     if (
         isinstance(low.machine, Gpu)
         and constant is not None
         and len(kernel) == 2
-        and groups == 1
+        and not each.is_depthwise
+        and each.together
         and x.dtype == constant.dtype == dtype
         and dtype in HALVES
     ):
         cut = CudaWindows(*_two(spans))
+        turned, plain = tuple(to_last(shape)), spans.is_plain
         last = cuda_conv.of_halves(
-            low, channels_last(low, x, 4), constant, cut, spans.is_plain, tuple(to_last(shape))
+            low, channels_last(low, x, 4), constant, cut, plain, each, turned
         )
         made = ChannelsLast(dtype, shape, last)
-    elif isinstance(low.machine, Gpu) and not (outputs == groups and inputs == 1):
+    elif isinstance(low.machine, Gpu) and not each.is_depthwise:
         x, weight = (v if is_cheap(v) else low.force(v) for v in (x, weight))
         made = products.convolution(
             x, weight, spans.strides, spans.dilations, spans.begins, groups, dtype, shape

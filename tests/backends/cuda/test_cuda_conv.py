@@ -17,6 +17,7 @@ from tvm import tirx
 
 from netlathe.backends.tvm.cuda import conv_hopper, warpgroup
 from netlathe.backends.tvm.cuda.artifact import CudaArtifact
+from netlathe.backends.tvm.cuda.groups import Groups
 from netlathe.backends.tvm.cuda.machine import ARCHITECTURES, gpu
 from netlathe.backends.tvm.cuda.toolkit import Resources
 from netlathe.backends.tvm.kernel import SCHEDULE
@@ -57,7 +58,7 @@ def network(
 
 
 def every_kind(half: str) -> ir.Model:
-    """A stem of 3 channels, a pool, windows of 3 x 3 with strides, a residual, and a depthwise one."""
+    """A stem of 3 channels, a pool, windows of 3 x 3 with strides, groups, a residual, and depthwise ones."""
     body = f"""
         a = Conv <{window("conv", 7, 2)}> (x, stem)
         b = Relu (a)
@@ -65,13 +66,17 @@ def every_kind(half: str) -> ir.Model:
         d = Conv <{window("conv", 3)}> (c, deep)
         e = Add (d, c)
         f = Conv <{window("conv", 3, 2)}> (e, wide)
-        h = Conv <{window("conv", 1)}> (f, mixed)
+        j = Conv <{window("conv", 3, 1, 32)}> (f, small)
+        k = Conv <{window("conv", 3, 1, 2)}> (j, half)
+        h = Conv <{window("conv", 1)}> (k, mixed)
         i = Conv <{window("conv", 3, 1, 300)}> (h, own)
         y = Transpose <perm = [0, 2, 3, 1]> (i)"""
     shapes = {
         "stem": (64, 3, 7, 7),
         "deep": (64, 64, 3, 3),
         "wide": (128, 64, 3, 3),
+        "small": (96, 4, 3, 3),
+        "half": (128, 48, 3, 3),
         "mixed": (300, 128, 1, 1),
         "own": (300, 1, 3, 3),
     }
@@ -108,10 +113,33 @@ def test_tiles_fit_and_keep_every_multiprocessor_busy() -> None:
         assert shape.shared_bytes <= most
         assert (shape.shared_bytes + 1024) * shape.blocks <= most + 1024
     # 49 boxes by 512 outputs: wide tiles would leave most of the GPU without work.
-    small = conv_hopper.chosen(49, 512, 72)
+    small = conv_hopper.chosen(49, Groups(1, 512, 512), 72)
     assert ceil(49 / 2) * 512 // small.columns >= 100
-    assert conv_hopper.chosen(1 << 14, 64, 9).columns == 64
-    assert conv_hopper.chosen(None, 256, 36).columns == 256
+    assert conv_hopper.chosen(1 << 14, Groups(1, 64, 64), 9).columns == 64
+    assert conv_hopper.chosen(None, Groups(1, 256, 256), 36).columns == 256
+    assert conv_hopper.chosen(1 << 14, Groups(32, 4, 4), 9).columns == 64
+
+
+@pytest.mark.parametrize(
+    "groups, together, deep, wide",
+    [
+        (Groups(1, 3, 70), 1, 8, 70),
+        (Groups(32, 4, 4), 16, 64, 64),
+        (Groups(9, 24, 24), 2, 48, 48),
+        (Groups(4, 112, 112), 1, 112, 112),
+        (Groups(33, 1, 2), 32, 32, 64),
+        (Groups(11, 6, 4), 11, 72, 44),  # all of them: nothing else has to begin at whole pieces
+        (Groups(50, 3, 3), 16, 48, 48),
+        (Groups(2, 65, 65), 0, 0, 0),
+    ],
+)
+def test_bundles_of_groups_begin_at_whole_pieces(
+    groups: Groups, together: int, deep: int, wide: int
+) -> None:
+    assert (groups.together, groups.deep, groups.wide) == (together, deep, wide)
+    if together:
+        assert groups.bundles == ceil(groups.count / together)
+        assert groups.bundles == 1 or together * groups.inputs % 8 == 0
 
 
 # -- code ------------------------------------------------------------------------------------------
@@ -169,6 +197,24 @@ def test_strides_beyond_the_copy_engine_are_gathered(inputs: int, stride: int, k
     assert f"conv.warp{kind}" in kernels(model, "sm_90a")
 
 
+@pytest.mark.parametrize(
+    ("channels", "groups", "size", "kind"),
+    [(128, 32, 3, "warp"), (224, 2, 3, "warp"), (240, 3, 1, "warp"), (130, 2, 3, "gemm.blocks")],
+)
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
+def test_what_takes_groups(channels: int, groups: int, size: int, kind: str, arch: str) -> None:
+    """Tensor cores do, if a bundle of them can begin at a whole piece of channels."""
+    model = network(
+        "float16",
+        f"2, {channels}, 9, 9",
+        f"y = Conv <{window('conv', size, 1, groups)}> (x, w)",
+        f"2, {channels}, 9, 9",
+        {"w": (channels, channels // groups, size, size)},
+    )[0]
+    wanted = {"sm_80": "conv.warps", "sm_90a": "conv.warpgroups"}[arch] if kind == "warp" else kind
+    assert wanted in kernels(model, arch)
+
+
 def test_nothing_is_launched_for_no_images() -> None:
     """There is no descriptor of an empty tensor."""
     body = f"y = Conv <{window('conv', 3)}> (x, w)"
@@ -216,5 +262,29 @@ def test_windows(half: str, channels: int, size: int, stride: int, dilation: int
     pad = dilation * (size // 2)
     wanted = torch.conv2d(image, taps, None, stride, pad, dilation, channels)
     wanted = torch.max_pool2d(wanted, 3, 2, 1)
+    assert found.shape == tuple(wanted.shape)
+    assert np.linalg.norm(found - wanted.numpy()) / float(wanted.norm()) < BOUNDS[half]
+
+
+@pytest.mark.skipif(not HERE, reason="no GPU that there are kernels for")
+@pytest.mark.parametrize("half", ["bfloat16", "float16"])
+@pytest.mark.parametrize(
+    ("inputs", "outputs", "groups"), [(96, 96, 24), (144, 72, 3), (224, 224, 2), (66, 44, 11)]
+)
+@pytest.mark.parametrize("stride", [1, 2])
+def test_groups(half: str, inputs: int, outputs: int, groups: int, stride: int) -> None:
+    import torch
+
+    model, made = network(
+        half,
+        f"3, {inputs}, 11, 14",
+        f"y = Conv <{window('conv', 3, stride, groups)}> (x, w)",
+        f"3, {outputs}, h, v",
+        {"w": (outputs, inputs // groups, 3, 3)},
+    )
+    x = np.random.default_rng(2).standard_normal((3, inputs, 11, 14)).astype(HALVES[half])
+    found = OnGpu(model, gpu([HERE[-1]])).run({"x": x})["y"].astype(np.float64)
+    image, weight = (torch.from_numpy(a.astype(np.float64)) for a in (x, made["w"]))
+    wanted = torch.conv2d(image, weight, None, stride, 1, 1, groups)
     assert found.shape == tuple(wanted.shape)
     assert np.linalg.norm(found - wanted.numpy()) / float(wanted.norm()) < BOUNDS[half]

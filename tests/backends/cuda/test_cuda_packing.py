@@ -103,6 +103,18 @@ def test_a_transposed_weight() -> None:
 
 def test_a_window_lies_by_channels() -> None:
     values = np.random.default_rng(0).standard_normal((5, 3, 2, 4)).astype(np.float16)
-    made = packing.taps_by_channels(tensor(values, ir.DataType.FLOAT16), 8).reshape(5, 2, 4, 8)
+    made = packing.taps_by_channels(tensor(values, ir.DataType.FLOAT16), 8, 1, 1)
+    made = made.reshape(5, 2, 4, 8)
     np.testing.assert_array_equal(made[..., :3], values.transpose(0, 2, 3, 1))
     np.testing.assert_array_equal(made[..., 3:], 0)
+
+
+def test_groups_side_by_side_have_zeros_between() -> None:
+    """Six groups of 4 inputs and 2 outputs, three of them together."""
+    values = np.arange(1, 12 * 4 * 3 + 1).reshape(12, 4, 1, 3).astype(np.float16)
+    made = packing.taps_by_channels(tensor(values, ir.DataType.FLOAT16), 16, 6, 3)
+    made = made.reshape(12, 3, 16)
+    for output in range(12):
+        first = output // 2 % 3 * 4
+        assert np.array_equal(made[output, :, first : first + 4], values[output, :, 0].T)
+        assert np.count_nonzero(made[output]) == 12
