@@ -245,6 +245,9 @@ def _streamed(
 
     wide = shape.slice // together
     count = wide * shape.rows
+    apart, rest = divmod(shape.multiplying, wide)  # rows between two that a thread finishes
+    assert not rest, "a thread has one column"
+    steps = -(-shape.rows // apart)
     summing = min(-(-count // 32), shape.multiplying // 32)  # warps; they take turns, tile by tile
     blocks = i64(clusters * shape.splits)
     launch = code.launch(blocks, shape.threads, shape.splits, least=1 + shape.beside, waits=False)
@@ -278,7 +281,9 @@ def _streamed(
                 epsilon = tirx.const(0.0 if norm is None else norm.epsilon, "float32")
                 numbers = (epsilon, small(rows), small(inner))
                 code.run(named("prepare"), text, shared, code.address(a), gain, *numbers)
-            last = code.bind(idiv(i64(tiles - 1) - first, clusters))
+            last = i64(0)
+            if tiles > clusters:
+                last = code.bind(idiv(i64(tiles - 1) - first, clusters))
             with code.loop(last + i64(1)) as number:
                 ask(number)
                 turns = map(small, (number, end, summing))
@@ -287,18 +292,21 @@ def _streamed(
                 left = code.bind(idiv(left, together))
                 before = imod(number * i64(32 * summing), shape.multiplying)
                 turn = code.bind(imod(thread + i64(shape.multiplying) - before, shape.multiplying))
-                with code.loop(-(-count // shape.multiplying), VECTORIZED) as step:
-                    at = code.bind(step * i64(shape.multiplying) + turn)
-                    row, within = (code.bind(op(at, wide)) for op in (idiv, imod))
-                    column = code.bind(left + within)
-                    # There are no more rows than sums, so that this leaves out what is beyond `count`.
-                    with code.when(tirx.And(row < rows, column < i64(columns // together))):
-                        places = [within * i64(together) + i64(i) for i in range(together)]
-                        values = [
-                            code.call(named("sum"), text, "float32", shared, row, place)
-                            for place in places
-                        ]
-                        finish(row, column, *map(code.bind, values))
+                first_row, within = (code.bind(op(turn, wide)) for op in (idiv, imod))
+                column = code.bind(left + within)
+                with code.when(tirx.And(turn < i64(count), column < i64(columns // together))):
+                    # All of a thread's sums are read before the first result waits for anything.
+                    sums = code.alloc([steps * together], "float32")
+                    with code.loop(steps, VECTORIZED) as step, code.loop(together, VECTORIZED) as i:
+                        place = (first_row + step * i64(apart), within * i64(together) + i)
+                        value = code.call(named("sum"), text, "float32", shared, *place)
+                        code.store(sums, step * i64(together) + i, value)
+                    with code.loop(steps, VECTORIZED) as step:
+                        row = code.bind(first_row + step * i64(apart))
+                        with code.when(row < rows):
+                            places = [step * i64(together) + i64(i) for i in range(together)]
+                            values = [tirx.BufferLoad(sums, [place]) for place in places]
+                            finish(row, column, *map(code.bind, values))
                 with code.when(tirx.And(number < last, turn < i64(32 * summing))):
                     code.run(named("release"), text, shared)
 

@@ -25,8 +25,9 @@ def source(s: Shape, warps: int) -> str:
 constexpr int kLine = kSlice + {SPARE}, kPart = {8 * s.tiles} * kLine * 4;  // what a warp has of the sums
 {_KEEP if s.held else ""}
 // A multiplying warp's 32 columns and one chunk of K in a stage; `rows`: where x that is kept has the stage.
-__device__ __forceinline__ void use(const uint8_t* at, const uint8_t* rows, float (*total)[2][4]) {{
-  const int warp = threadIdx.x / 32 % {warps}, lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
+__device__ __forceinline__ void use(
+    int thread, const uint8_t* at, const uint8_t* rows, float (*total)[2][4]) {{
+  const int warp = thread / 32 % {warps}, lane = thread % 32, g = lane / 4, q = lane % 4;
   const int across = warp % kAcross, down = warp / kAcross, row = dealt(g);
   uint4 weight[4];
   uint32_t zero[4];
@@ -76,9 +77,11 @@ __device__ __forceinline__ void use(const uint8_t* at, const uint8_t* rows, floa
 // wait for all of them; the others go on with the next tile.
 __device__ __forceinline__ void consume(uint8_t* shared, int tile_number, int end, int summing) {{
   const uint32_t at = base(shared);
-  const int warp = threadIdx.x / 32 % {warps}, lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
+  int thread = threadIdx.x;
+  asm volatile("" : "+r"(thread));  // or what follows from it may be worked out again in each step
+  const int warp = thread / 32 % {warps}, lane = thread % 32, g = lane / 4, q = lane % 4;
   const int across = warp % kAcross, down = warp / kAcross, each = share(end);
-  const int team = threadIdx.x / {32 * warps};
+  const int team = thread / {32 * warps};
   const uint8_t* stages = shared + (at - static_cast<uint32_t>(__cvta_generic_to_shared(shared)));
   float total[kTiles][2][4] = {{}};
   const int before = tile_number * each;
@@ -86,7 +89,7 @@ __device__ __forceinline__ void consume(uint8_t* shared, int tile_number, int en
     const int number = before + step, slot = number % kStages;
     wait(full(at, slot), (number / kStages) & 1);
     if ((rank() + step * kSplits) * kDeep + down * kChunk < end) 
-      use(stages + slot * kStageBytes, {kept}, total);
+      use(thread, stages + slot * kStageBytes, {kept}, total);
     __syncwarp();
     if (lane == 0)
       asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(empty(at, slot)) : "memory");
@@ -103,8 +106,7 @@ __device__ __forceinline__ void consume(uint8_t* shared, int tile_number, int en
     for (int tile = 0; tile < kTiles; ++tile)
 #pragma unroll
       for (int j = 0; j < 2; ++j)
-        asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(to + (tile * 8 + j * 4) * kLine * 4),
-                     "f"(total[tile][half / 2][half % 2 * 2 + j]) : "memory");
+        send(to + (tile * 8 + j * 4) * kLine * 4, total[tile][half / 2][half % 2 * 2 + j]);
   }}
   gathered(at, tile_number, summing);
 }}

@@ -369,8 +369,7 @@ def _sent(s: Shape) -> str:
     for (int half = 0; half < 4; ++half) {{
       const int column = across * 32 + half * 8 + g;
       const int place = ((rank() * {s.teams} + team) * kDown + down) * kSlice + column % kSlice;
-      const uint32_t to = at_block(at + kSums + (place * kR + q) * 4, column / kSlice);
-      asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(to), "f"(total[half]) : "memory");
+      send(at_block(at + kSums + (place * kR + q) * 4, column / kSlice), total[half]);
     }}"""
 
 
@@ -382,5 +381,4 @@ def _sent_one(s: Shape) -> str:
   const float whole = (q < 2 ? low : high) + __shfl_xor_sync(0xffffffffu, q < 2 ? high : low, 2);
   const int column = across * 32 + q * 8 + g;
   const int place = ((rank() * {s.teams} + team) * kDown + down) * kSlice + column % kSlice;
-  const uint32_t to = at_block(at + kSums + place * 4, column / kSlice);
-  asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(to), "f"(whole) : "memory");"""
+  send(at_block(at + kSums + place * 4, column / kSlice), whole);"""

@@ -56,10 +56,10 @@ class Shape:
 
     @property
     def registers(self) -> int:
-        """Of a multiplying thread: what one that copies, with 40, leaves over; 0 where all have enough."""
+        """Of a multiplying thread: what one that copies, with 56, leaves over; 0 where all have enough."""
         if self.warpgroups == 1:
             return 0
-        return min(232, ((64 << 10) - 40 * GROUP) // (self.warpgroups * GROUP) // 8 * 8)
+        return min(232, ((64 << 10) - 56 * GROUP) // (self.warpgroups * GROUP) // 8 * 8)
 
     @property
     def down(self) -> int:
@@ -182,7 +182,7 @@ __device__ __forceinline__ void start(uint8_t* shared) {{
 __device__ __forceinline__ void produce(
     uint8_t* shared, uint64_t map_x, uint64_t map_weight, uint64_t map_scales, uint64_t map_zeros, int high,
     int top, int column, int first, int steps) {{
-  {"" if not s.registers else 'asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");'}
+  {"" if not s.registers else 'asm volatile("setmaxnreg.dec.sync.aligned.u32 56;");'}
   const uint32_t at = base(shared);
   if (threadIdx.x == 0) {{
     for (int k = 0; k < steps; ++k) {{

@@ -270,8 +270,7 @@ __device__ __forceinline__ void consume(uint8_t* shared, int tile_number, int en
       const uint32_t to = at_block(at + kSums + place, column / kSlice);
 #pragma unroll
       for (int j = 0; j < {2 * TILES}; ++j)
-        asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(to + (j / 2 * 8 + j % 2 * 4) * kLine),
-                     "f"(total[i][j / 2 * 4 + half * 2 + j % 2]) : "memory");
+        send(to + (j / 2 * 8 + j % 2 * 4) * kLine, total[i][j / 2 * 4 + half * 2 + j % 2]);
     }}
   gathered(at, tile_number, summing);
 }}

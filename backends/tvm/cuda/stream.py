@@ -406,6 +406,11 @@ __device__ __forceinline__ uint32_t at_block(uint32_t address, int block) {{
   asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(far) : "r"(address), "r"(block));
   return far;
 }}
+// A sum for a block of the cluster, or for this one.
+__device__ __forceinline__ void send(uint32_t to, float sum) {{
+  if (kSplits == 1) asm volatile("st.shared.f32 [%0], %1;" ::"r"(to), "f"(sum) : "memory");
+  else asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(to), "f"(sum) : "memory");
+}}
 // One arrival of the warp, after what its threads did, at the same barrier of every block of the cluster.
 __device__ __forceinline__ void tell_all(uint32_t barrier) {{
   __syncwarp();
