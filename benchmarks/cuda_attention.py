@@ -7,8 +7,8 @@
 ``check`` compares with float64, as ||out - reference|| / ||reference||, on fresh random data. ``speed`` times
 causal prefill in turn with torch's scaled_dot_product_attention, its own choice and each of its kernels, by
 CUDA events; and decoding in a CUDA graph that walks over caches which no level-2 cache holds: its share is
-of what copying a gigabyte moves, counted in bytes of keys, values and scales. That is by calls of one
-Attention, and by a call of sixteen in a row ("layers"), where the result of one is the query of the next.
+of what copying a gigabyte moves, counted in bytes of keys, values, scales and zero points. That is by calls
+of one Attention, and by a call of sixteen in a row ("layers"), one's result being the query of the next.
 Times of decoding are medians of seven times ten replays: the host's time to launch the first is not counted
 to it alone. ``check`` also decodes tokens into caches in place ("placed"), whose new rows come from the
 kernel in front, from calls before and from kernels of torch's. ``--only`` takes the rows whose name contains
@@ -35,6 +35,8 @@ OTHERS = {"step": 32, "shared": 4}  # heads of keys, where there are others
 FORMATS = [("bf16", 64), ("bf16", 96), ("bf16", 128), ("f16", 64), ("f16", 128)]
 NAMES = {"bf16": "bfloat16", "f16": "float16"}
 BOUND = {"bf16": 4e-3, "f16": 5e-4}  # a rounded result is off by 1.7e-3 or 2.1e-4, weights likewise
+# Many queries read codes as rounded halves. Those of 1, 2, 4 and 8 times a scale are off alike.
+BOUND_CODES = {"bf16": 5.5e-3, "f16": 6.5e-4}
 SHARED = 600_000_000  # bytes of caches that one graph reads
 
 # batch, queries, past, keys there is room for
@@ -49,7 +51,8 @@ RAGGED += [
 RAGGED += [(1, 1, 4999, 5000), (4, 2, 8190, 8192), (1, 1000, 0, 1000)]
 PREFILL = (2048, 4096, 8192, 16384, 32768)
 DECODE = [(1, 32768), (4, 32768), (16, 8192)]
-NODES = {"layers": 16, "layers8": 16, "placed": 2, "placed8": 2}  # of models of several
+# Of models of several; those that end in 8 or 4 read caches in int8 or int4.
+NODES = {"layers": 16, "layers8": 16, "layers4": 16, "placed": 2, "placed8": 2, "placed4": 2}
 # batch, queries, tokens there, room of caches that tokens are decoded into
 PLACED = [(1, 1, 0, 8), (2, 1, 511, 1024), (1, 1, 4000, 4099), (3, 2, 130, 161), (2, 5, 1000, 1027)]
 STEPS = 3  # of them
@@ -87,54 +90,84 @@ BODIES = {
     # a cache with room for t keys, of which a sequence has as many as its length
     "room": ("{t}[b,{h},s,{d}] q, {t}[b,{k},t,{d}] k, {t}[b,{k},t,{d}] v, int64[b] n",
              "y = Attention <is_causal = 1> (q, k, v, , , , n)"),
-    # a cache in int8, as quantize_cache leaves it
-    "int8": ("{t}[b,{h},s,{d}] q, int8[b,{k},t,{d}] k, int8[b,{k},t,{d}] v,"
-             " float16[b,{k},t,1] ks, float16[b,{k},t,1] vs",
-             """kw = Cast <to = 1> (ks)
-            kf = DequantizeLinear <axis = 3, block_size = {d}> (k, kw)
-            kh = Cast <to = {code}> (kf)
-            vw = Cast <to = 1> (vs)
-            vf = DequantizeLinear <axis = 3, block_size = {d}> (v, vw)
-            vh = Cast <to = {code}> (vf)
-            y = Attention (q, kh, vh)"""),
 }  # fmt: skip
 # One sequence, and a head of keys for each of queries.
 BODIES["step"] = (BODIES["room"][0].replace("[b", "[1"), BODIES["room"][1])
+# The tensors of a cache in so many bits, as quantize_cache leaves it: what their names end in, types, widths.
+CACHES = {
+    16: [("", "{t}", "{d}")],
+    8: [("", "int8", "{d}"), ("s", "float16", "1")],
+    4: [("", "uint8", "{half}"), ("s", "float16", "1"), ("z", "uint8", "1")],
+}
+
+
+def bits(kind: str) -> int:
+    """Of what a kind's caches hold."""
+    return 8 if kind == "shared" else {"8": 8, "4": 4}.get(kind[-1], 16)
+
+
+def read(name: str, held: int) -> tuple[str, str]:
+    """Statements that make halves of a cache of so many bits, and the name of these."""
+    if held == 16:
+        return "", name
+    codes, body = name, ""
+    if held == 4:
+        body = f"""{name}f15 = Constant <value = uint8 {{{{15}}}}> ()
+            {name}f4 = Constant <value = uint8 {{{{4}}}}> ()
+            {name}low = BitwiseAnd ({name}, {name}f15)
+            {name}high = BitShift <direction = "RIGHT"> ({name}, {name}f4)
+            {name}a = Concat <axis = 3> ({name}low, {name}high)"""
+        codes = f"{name}a"
+    beside = f"{codes}, {name}w" + (f", {name}z" if held == 4 else "")
+    body += f"""
+            {name}w = Cast <to = 1> ({name}s)
+            {name}f = DequantizeLinear <axis = 3, block_size = {{d}}> ({beside})
+            {name}h = Cast <to = {{code}}> ({name}f)"""
+    return body, f"{name}h"
+
+
+def over_codes(held: int) -> tuple[str, str]:
+    """Inputs and statements of a node that reads a cache in so many bits."""
+    inputs = [
+        f"{dtype}[b,{{k}},t,{wide}] {name}{end}"
+        for end, dtype, wide in CACHES[held]
+        for name in "kv"
+    ]
+    statements = [*(read(name, held)[0] for name in "kv"), "y = Attention (q, kh, vh)"]
+    return ", ".join(["{t}[b,{h},s,{d}] q", *inputs]), "\n".join(statements)
+
+
+BODIES |= {"int8": over_codes(8), "int4": over_codes(4)}
 BODIES["shared"] = BODIES["int8"]  # by 8 query heads
 
 
 def in_a_row(kind: str) -> tuple[str, str, str]:
     """Inputs, statements and outputs of nodes with caches of their own; one's result is the next's query.
 
-    Of "placed" ones new keys and values are written into the caches first. Kinds that end in 8 are of int8.
+    Of "placed" ones new keys and values are written into the caches first.
     """
-    coded, placed, count = kind.endswith("8"), kind.startswith("placed"), NODES[kind]
+    placed, count = kind.startswith("placed"), NODES[kind]
     inputs = ["{t}[b,{h},%s,{d}] q" % ("s" if placed else "1")]
     inputs += ["int64[b] first, int64[b] n"] if placed else []
     body, outputs = [], []
     for i in range(count):
-        read = []
+        halves = []
         for c in (f"k{i}", f"v{i}"):
             made = f"next_{c}" if placed else c
-            parts = [("int8", c, made, "{d}"), ("float16", f"{c}s", f"{made}s", "1")]
-            for dtype, name, after, wide in parts if coded else [("{t}", c, made, "{d}")]:
-                inputs.append(f"{dtype}[b,{{k}},t,{wide}] {name}")
+            for end, dtype, wide in CACHES[bits(kind)]:
+                inputs.append(f"{dtype}[b,{{k}},t,{wide}] {c}{end}")
                 if placed:
-                    inputs.append(f"{dtype}[b,{{k}},s,{wide}] new_{name}")
-                    body.append(f"{after} = TensorScatter <axis = 2> ({name}, new_{name}, first)")
-                    outputs.append(f"{dtype}[b,{{k}},t,{wide}] {after}")
-            if coded:
-                body.append(f"{c}w = Cast <to = 1> ({made}s)")
-                body.append(
-                    f"{c}f = DequantizeLinear <axis = 3, block_size = {{d}}> ({made}, {c}w)"
-                )
-                body.append(f"{c}h = Cast <to = {{code}}> ({c}f)")
-                made = f"{c}h"
-            read.append(made)
+                    inputs.append(f"{dtype}[b,{{k}},s,{wide}] new_{c}{end}")
+                    given = f"({c}{end}, new_{c}{end}, first)"
+                    body.append(f"{made}{end} = TensorScatter <axis = 2> {given}")
+                    outputs.append(f"{dtype}[b,{{k}},t,{wide}] {made}{end}")
+            statements, name = read(made, bits(kind))
+            body.append(statements)
+            halves.append(name)
         query, result = f"y{i - 1}" if i else "q", f"y{i}" if i + 1 < count else "y"
         rest = ", , , , n" if placed else ""
         causal = " <is_causal = 1>" if placed else ""
-        body.append(f"{result} = Attention{causal} ({query}, {', '.join(read)}{rest})")
+        body.append(f"{result} = Attention{causal} ({query}, {', '.join(halves)}{rest})")
     return ", ".join(inputs), "\n".join(body), "".join(f", {x}" for x in outputs)
 
 
@@ -153,6 +186,7 @@ def model(kind: str, half: str, depth: int) -> Any:
     facts = {
         "t": NAMES[half],
         "d": depth,
+        "half": depth // 2,
         "h": HEADS,
         "k": OTHERS.get(kind, KV_HEADS),
         "code": 16 if half == "bf16" else 10,
@@ -217,16 +251,9 @@ class AttentionBench(Bench):
             return torch.randn((batch, heads, rows, depth), device="cuda").to(half)
 
         q = normal(HEADS, queries)
-        if kind in ("int8", "shared"):
-            shape = (batch, kv, keys)
-            codes = [
-                torch.randint(-128, 128, (*shape, depth), dtype=torch.int8, device="cuda")
-                for _ in range(2)
-            ]
-            scales = [
-                ((torch.rand((*shape, 1), device="cuda") + 0.5) / 64).half() for _ in range(2)
-            ]
-            return [q, *codes, *scales]
+        if bits(kind) < 16:
+            made = [self.codes(bits(kind), (batch, kv, keys), depth) for _ in range(2)]
+            return [q, *(x for pair in zip(*made, strict=True) for x in pair)]
         made = [q, normal(kv, keys), normal(kv, keys)]
         if kind == "masked":
             flags = torch.rand((batch, 1, 1, keys), device="cuda") > 0.2
@@ -237,12 +264,31 @@ class AttentionBench(Bench):
             made.append((past + queries - least).clamp(min=queries))
         return made
 
+    def codes(self, held: int, shape: tuple[int, ...], depth: int) -> list[Any]:
+        """Random codes of so many bits, scales and, of 4 bits, zero points."""
+        torch = self.torch
+        scale = (torch.rand((*shape, 1), device="cuda") + 0.5) / (64 if held == 8 else 6)
+        if held == 8:
+            sizes = (*shape, depth)
+            made = torch.randint(-128, 128, sizes, dtype=torch.int8, device="cuda")
+            return [made, scale.half()]
+        sizes = (*shape, depth // 2)
+        made = torch.randint(0, 256, sizes, dtype=torch.uint8, device="cuda")
+        zeros = torch.randint(0, 16, (*shape, 1), dtype=torch.uint8, device="cuda")
+        return [made, scale.half(), zeros]
+
+    def wide(self, parts: list[Any]) -> Any:
+        """What a cache stands for, in float64."""
+        codes, *scale = parts
+        if len(parts) == 3:
+            codes = self.torch.cat((codes & 15, codes >> 4), -1).double() - parts[2].double()
+        return codes.double() * scale[0].double() if scale else codes.double()
+
     def reference(self, facts: dict[str, Any], given: list[Any]) -> Any:
         """float64."""
         torch, kind = self.torch, facts["kind"]
-        q, k, v = (x.double() for x in given[:3])
-        if kind in ("int8", "shared"):
-            k, v = k * given[3].double(), v * given[4].double()
+        q, parts = given[0].double(), len(CACHES[bits(kind)])
+        k, v = (self.wide(given[first : 2 * parts + 1 : 2]) for first in (1, 2))
         k, v = (x.repeat_interleave(HEADS // x.shape[1], 1) for x in (k, v))
         scores = q @ k.transpose(2, 3) / math.sqrt(facts["depth"])
         queries, keys = scores.shape[2:]
@@ -271,7 +317,7 @@ class AttentionBench(Bench):
             made = self.torch.from_dlpack(main(*(self.given(x) for x in given))[0])
             found, wanted = made.view(given[0].dtype).double(), self.reference(facts, given)
             error = float((found - wanted).norm() / wanted.norm())
-            if not error <= BOUND[facts["half"]]:
+            if not error <= self.bound(facts):
                 good = False
                 print(f"{name} {sizes}: error {error:.2e}", flush=True)
             worst = max(worst, error)
@@ -283,21 +329,19 @@ class AttentionBench(Bench):
         half = torch.bfloat16 if facts["half"] == "bf16" else torch.float16
         made = []
         for _ in range(2):
-            if not facts["kind"].endswith("8"):
+            held = bits(facts["kind"])
+            if held == 16:
                 made.append(torch.randn((*shape, facts["depth"]), device="cuda").to(half))
-                continue
-            sizes = (*shape, facts["depth"])
-            made.append(torch.randint(-128, 128, sizes, dtype=torch.int8, device="cuda"))
-            made.append(((torch.rand((*shape, 1), device="cuda") + 0.5) / 64).half())
+            else:
+                made += self.codes(held, shape, facts["depth"])
         return made
 
     def through(self, facts: dict[str, Any], q: Any, caches: list[list[Any]], length: Any) -> Any:
         """What nodes in a row make of ``q``, in float64: ``length`` [batch] keys, queries at their end."""
         torch = self.torch
         for cache in caches:
-            if facts["kind"].endswith("8"):
-                cache = [cache[i].double() * cache[i + 1].double() for i in (0, 2)]
-            k, v = (x.double().repeat_interleave(HEADS // KV_HEADS, 1) for x in cache)
+            parts = (cache[: len(cache) // 2], cache[len(cache) // 2 :])
+            k, v = (self.wide(x).repeat_interleave(HEADS // KV_HEADS, 1) for x in parts)
             scores = q.double() @ k.transpose(2, 3) / math.sqrt(facts["depth"])
             i = torch.arange(q.shape[2], device="cuda")[:, None]
             j = torch.arange(k.shape[2], device="cuda")
@@ -341,7 +385,8 @@ class AttentionBench(Bench):
             for cache in caches:
                 for x in cache:
                     x[:, :, last:] = 0
-                    lost = torch.full_like(x, 127 if x.dtype == torch.int8 else math.nan)
+                    codes = x.dtype in (torch.int8, torch.uint8)
+                    lost = torch.full_like(x, 127 if codes else math.nan)
                     empty.append(lost)
                     held.append(lost.clone())
             qs = [
@@ -391,15 +436,19 @@ class AttentionBench(Bench):
                     wanted = self.through(facts, qs[step], whole, starts[step + 1])
                     found = torch.from_dlpack(made[step]).view(half).double()
                     error = float((found - wanted).norm() / wanted.norm())
-                    if not error <= BOUND[facts["half"]]:
+                    if not error <= self.bound(facts):
                         print(f"{name} {(batch, queries, there, room)} {step}: error {error:.2e}")
                         worst = math.inf
                     worst = max(worst, error)
         return self.judged(name, facts, worst)
 
+    def bound(self, facts: dict[str, Any]) -> float:
+        """Of an error."""
+        return (BOUND_CODES if bits(facts["kind"]) == 4 else BOUND)[facts["half"]]
+
     def judged(self, name: str, facts: dict[str, Any], worst: float) -> bool:
         """Say how large the error is, and whether that is within the bound."""
-        good = worst <= BOUND[facts["half"]]
+        good = worst <= self.bound(facts)
         self.results[f"{name} error"] = worst
         print(f"{name:18s} worst error {worst:.2e} {'' if good else 'FAILED'}", flush=True)
         return good
@@ -530,7 +579,7 @@ def main() -> None:
         for name in bench.names(args.only):
             if name.startswith("causal"):
                 bench.prefill(name, args.small)
-            if name.startswith(("whole", "int8")):
+            if name.startswith(("whole", "int8", "int4")):
                 bench.decode(name, rate, args.small)
             if name.startswith("layers"):
                 bench.layers(name, rate, args.small)

@@ -4,7 +4,7 @@ Keys are split over blocks, each with the online softmax of FlashAttention-2 (ar
 The parts are merged by a second launch (:mod:`netlathe.backends.tvm.cuda.decode_merged`), unless a head has
 one alone. Query heads that share a head of keys are columns of one product, so that keys are read once for
 all of them. Keys are its left operand, and values, transposed, that of the second product; there is one way
-for caches of halves (:mod:`netlathe.backends.tvm.cuda.decode_halves`) and one for those of int8
+for caches of halves (:mod:`netlathe.backends.tvm.cuda.decode_halves`) and one for those of int8 and int4
 (:mod:`netlathe.backends.tvm.cuda.decode_bytes`).
 
 Each warp copies tiles of keys and of values to shared memory for itself, and waits for no other. Blocks start
@@ -30,12 +30,15 @@ DEPTHS = (64, 96, 128)
 _TILE = 4 << 10  # most bytes of keys that a warp takes at once
 # Bytes of keys and values that a warp asks for ahead. sm_86 and sm_89 have no room for more than the latter.
 FAR, NEAR = 24 << 10, 8 << 10
+# The most of keys of up to 64 bytes: no multiprocessor has room for two blocks of a node, which would leave
+# another one without.
+_SMALL = 16 << 10
 _PEEKED = 16 << 10  # bytes that it reads before they are sure to be there, where it asks for FAR
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Heads of ``depth`` elements; a cache of halves, or of int8 with scales of ``scale_bits``.
+    """Heads of ``depth`` elements; a cache of halves, or of int8 or int4 with scales of ``scale_bits``.
 
     ``products``, 1 or 2, are side by side. A warp asks for ``ahead`` bytes, FAR or NEAR, before it needs
     them.
@@ -49,8 +52,18 @@ class Shape:
 
     @property
     def rows(self) -> int:
-        """Of a block: query heads that share keys, by queries. With int8, one takes two columns."""
-        return self.bits // 2 * self.products
+        """Of a block: query heads that share keys, by queries."""
+        return self.columns * self.products
+
+    @property
+    def columns(self) -> int:
+        """Queries of a product. With codes, one takes two columns."""
+        return 8 if self.bits == 16 else 4
+
+    @property
+    def steps(self) -> int:
+        """Of a product over the elements of a key."""
+        return self.depth // (16 if self.bits == 16 else 32)
 
     @property
     def bytes(self) -> int:
@@ -70,9 +83,9 @@ class Shape:
 
     @property
     def slots(self) -> int:
-        """Tiles, of keys and of values in turn, that a warp asks for: no more than 4 of the smallest keys."""
-        fit = self.ahead // (self.keys * self.bytes)
-        return min(fit, 4) if self.bytes == 64 else fit
+        """Tiles, of keys and of values in turn, that a warp asks for."""
+        ahead = min(self.ahead, _SMALL) if self.bytes <= 64 else self.ahead
+        return ahead // (self.keys * self.bytes)
 
     @property
     def few(self) -> int:
@@ -97,8 +110,9 @@ class Shape:
 
     @property
     def scale_bytes(self) -> int:
-        """What scales of a tile take in shared memory: whole pieces of 16 bytes, which may begin before."""
-        return 0 if self.bits == 16 else self.keys * self.scale_bits // 8 + 16
+        """What scales and zero points of a tile take in shared memory: pieces of 16 bytes, see `Scales`."""
+        scales = self.keys * self.scale_bits // 8 + 16
+        return {16: 0, 8: scales, 4: scales + self.keys + 16}[self.bits]
 
     @property
     def partial(self) -> int:
@@ -120,7 +134,7 @@ class Shape:
 def source(shape: Shape, dtype: str) -> str:
     """The device functions; ``dtype`` is ``bf16`` or ``f16``."""
     space, s = _space(shape, dtype), shape
-    products = decode_bytes if s.bits == 8 else decode_halves
+    products = decode_halves if s.bits == 16 else decode_bytes
     return f"""
 #ifndef {space.upper()}
 #define {space.upper()}
@@ -131,8 +145,8 @@ constexpr int kKeys = {s.keys}, kSlots = {s.slots}, kBytes = {s.bytes};  // of a
 constexpr int kFew = {s.few}, kPeeked = {s.peeked};      // tiles, see `start`
 constexpr bool kQueriesFirst = {str(s.queries_first).lower()};
 constexpr int kTile = kKeys * kBytes, kCopies = kTile / 512, kRing = {s.ring_bytes};
-constexpr int kSteps = kBytes / 32;                      // of a product over the elements of a key
-constexpr int kN = {s.products}, kColumns = kBits / 2;   // products side by side, queries of each
+constexpr int kSteps = {s.steps};                        // of a product over the elements of a key
+constexpr int kN = {s.products}, kColumns = {s.columns};   // products side by side, queries of each
 constexpr int kRows = kN * kColumns, kOwn = kColumns / 4;  // of a product, that a thread has results of
 using Scores = float[kKeys / 8][kN][kOwn];               // of key g + 8 i of a tile, for thread g of a quad
 
@@ -186,6 +200,14 @@ __device__ __forceinline__ void wait_in_front() {{
   asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }}
+// What kernels in front have made. By plain loads the compiler would take it for constants, which may be read
+// before the wait.
+__device__ __forceinline__ void read(uint32_t& to, const void* from) {{
+  asm volatile("ld.global.b32 %0, [%1];" : "=r"(to) : "l"(from) : "memory");
+}}
+__device__ __forceinline__ void read(uint2& to, const void* from) {{
+  asm volatile("ld.global.v2.b32 {{%0, %1}}, [%2];" : "=r"(to.x), "=r"(to.y) : "l"(from) : "memory");
+}}
 {products.source(dtype)}
 {decode_merged.source(WARPS)}
 // One part of the keys of one head, for kRows rows: what they add up to, by the softmax of this part alone,
@@ -200,9 +222,10 @@ __device__ __forceinline__ void wait_in_front() {{
 template <bool early>
 __device__ __forceinline__ void part(
     uint8_t* shared, const void* q_, const void* k_, const void* v_, const void* k_scales,
-    const void* v_scales, const void* allowed_, const void* lengths, const void* fresh_from, void* work,
-    float scale, int64_t block, int64_t parts_, int64_t groups, int64_t heads, int64_t queries_, int64_t most,
-    int64_t offset, int64_t causal, int64_t fresh) {{
+    const void* v_scales, const void* k_zeros, const void* v_zeros, const void* allowed_,
+    const void* lengths, const void* fresh_from, void* work, float scale, int64_t block, int64_t parts_,
+    int64_t groups, int64_t heads, int64_t queries_, int64_t most, int64_t offset, int64_t causal,
+    int64_t fresh) {{
   const int queries = (int)queries_, parts = (int)parts_, rows = (int)groups * queries;
   const int tiles = (rows + kRows - 1) / kRows, number = (int)block % parts;
   const int first = (int)block / parts % tiles * kRows;
@@ -211,7 +234,7 @@ __device__ __forceinline__ void part(
   const uint16_t* q = static_cast<const uint16_t*>(q_) + ((int64_t)pair * rows + first) * kDepth;
   const uint8_t* k = static_cast<const uint8_t*>(k_) + line * kBytes;
   const uint8_t* v = static_cast<const uint8_t*>(v_) + line * kBytes;
-  const uint8_t* allowed = static_cast<const uint8_t*>(allowed_);
+  const volatile uint8_t* allowed = static_cast<const volatile uint8_t*>(allowed_);  // see `read`
   if (allowed) allowed += batch * most;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   float* ring = reinterpret_cast<float*>(shared + warp * kRing);
@@ -234,7 +257,7 @@ __device__ __forceinline__ void part(
   divide();
   let_go();
   // The tiles of keys and of values lie in turn in the warp's ring.
-  Scales scales(k_scales, v_scales, line, shared + warp * kRing + kSlots * kTile);
+  Scales scales(k_scales, v_scales, k_zeros, v_zeros, line, shared + warp * kRing + kSlots * kTile);
   // Ask for a tile from key `at` on, with zeros behind the end.
   auto ask = [&](int slot, bool is_values, int at) {{
     if (at >= end) return;
@@ -344,8 +367,7 @@ __device__ __forceinline__ void part(
     if (allowed) look(at + kStep);
     arrived<kSlots - 1>();
     Scores s;
-    x.multiply_keys(s, base + slot * kTile);
-    scales.times(s, slot);
+    x.multiply_keys(s, base + slot * kTile, scales, slot);
     taken(at + kSlots / 2 * kStep, kSlots % 2);
     bool grown = false;
 #pragma unroll
@@ -386,8 +408,7 @@ __device__ __forceinline__ void part(
         }}
       }}
     arrived<kSlots - 1>();
-    scales.times(s, slot);
-    o.add(s, base + slot * kTile);
+    o.add(s, base + slot * kTile, scales, slot);
     taken(at + (kSlots + 1) / 2 * kStep, (kSlots + 1) % 2);
   }}
 
@@ -417,11 +438,14 @@ __device__ __forceinline__ void part(
 __device__ __forceinline__ float result(const void* shared, int64_t row, int64_t column) {{
   return merged_warps(static_cast<const float*>(shared) + row * kRow, kRing / 4, (int)column);
 }}
-// An int8 vector's element in the half type.
+// The element of a vector of codes in the half type.
 __device__ __forceinline__ uint16_t widened(
-    const void* codes, const void* scales, int64_t vector, int64_t column) {{
+    const void* codes, const void* scales, const void* zeros, int64_t vector, int64_t column) {{
   const float scale = real(static_cast<const Scale*>(scales)[vector]);
-  const float value = static_cast<const int8_t*>(codes)[vector * kDepth + column] * scale;
+  int code = static_cast<const int8_t*>(codes)[vector * kBytes + column % kBytes];
+  if (kBits == 4) code = (column < kBytes ? code : code >> 4) & 15;
+  if (kBits == 4) code -= static_cast<const uint8_t*>(zeros)[vector];
+  const float value = code * scale;
   uint16_t bits;
   asm("cvt.rn.{dtype}.f32 %0, %1;" : "=h"(bits) : "f"(value));
   return bits;
@@ -433,7 +457,8 @@ __device__ __forceinline__ uint16_t widened(
 
 _NUMBER = {32: "__uint_as_float(bits)", 16: "__half2float(__ushort_as_half(bits))"}
 # By a key's bytes: the 16 bytes that change places are neighbours among 8, 4 or 2.
-_SHIFT = {64: 1, 96: 2, 128: 0, 192: 1, 256: 0}
+# Three pieces of 48 bytes stay: 8 keys in a row lie in different banks as they are.
+_SHIFT = {32: 2, 48: 3, 64: 1, 96: 2, 128: 0, 192: 1, 256: 0}
 
 
 def _space(shape: Shape, dtype: str) -> str:

@@ -12,9 +12,8 @@ def source(dtype: str) -> str:
     return f"""
 struct Scales {{  // of which a cache of halves has none
   static constexpr int skip = 0;
-  __device__ Scales(const void*, const void*, int64_t, void*) {{}}
+  __device__ Scales(const void*, const void*, const void*, const void*, int64_t, void*) {{}}
   __device__ void ask(int, bool, int, int) const {{}}
-  __device__ void times(Scores&, int) const {{}}
 }};
 __device__ __forceinline__ void multiply(float* d, const uint32_t* a, const uint32_t* b) {{
   asm("mma.sync.aligned.m16n8k16.row.col.f32.{dtype}.{dtype}.f32 {{%0, %1, %2, %3}}, {{%4, %5, %6, %7}},"
@@ -34,7 +33,7 @@ struct Words {{
 #pragma unroll
         for (int half = 0; half < 2; ++half) {{
           const uint16_t* from = q + (n * 8 + g) * kDepth + step * 16 + half * 8 + t * 2;
-          if (n * 8 + g < rows) of[step][n][half] = *reinterpret_cast<const uint32_t*>(from);
+          if (n * 8 + g < rows) read(of[step][n][half], from);
         }}
   }}
 }};
@@ -43,7 +42,7 @@ struct Queries {{
   float scale;
   __device__ __forceinline__ Queries(const Words& words_, float scale_) : words(words_), scale(scale_) {{}}
   // Scores of a tile: of key g + 8 i.
-  __device__ __forceinline__ void multiply_keys(Scores& s, uint32_t tile) const {{
+  __device__ __forceinline__ void multiply_keys(Scores& s, uint32_t tile, const Scales&, int) const {{
     const int key = threadIdx.x % 16, piece = threadIdx.x % 32 / 16;
 #pragma unroll
     for (int m = 0; m < kKeys / 16; ++m) {{
@@ -73,7 +72,7 @@ struct Results {{
 #pragma unroll
         for (int i = 0; i < 4; ++i) o[d][n][i] *= by[n][i % 2];
   }}
-  __device__ __forceinline__ void add(const Scores& weights, uint32_t tile) {{
+  __device__ __forceinline__ void add(const Scores& weights, uint32_t tile, const Scales&, int) {{
     const int lane = threadIdx.x % 32, key = lane / 16 * 8 + lane % 8, piece = lane / 8 % 2;
 #pragma unroll
     for (int m = 0; m < kKeys / 16; ++m) {{

@@ -2,7 +2,7 @@
 
 attention.flash    tiles of queries by tiles of keys (``flash_hopper.py``, ``flash_ampere.py``)
 attention.decode   few queries: the keys are split over blocks, whose parts a second launch merges
-                   (``decode.py``); a cache of int8 stays so
+                   (``decode.py``); a cache of int8 or int4 stays so
 
 Taken are heads of 64, 96 or 128 halves, of keys and values alike, any number of query heads to a head of
 keys, and masks that are causal, lengths, one flag for each key, or all of that at once. Any other mask, a
@@ -132,7 +132,8 @@ class _Problem:
     def _shape(self, products: int = 1) -> decode.Shape:
         bits, scale_bits = 16, 16
         if self.spec.coded is not None:
-            bits, scale_bits = 8, 32 if self.spec.coded[2].dtype == D.FLOAT else 16
+            bits = 4 if len(self.spec.coded) > 4 else 8
+            scale_bits = 32 if self.spec.coded[2].dtype == D.FLOAT else 16
         ahead = decode.FAR if self.code.has_wgmma else decode.NEAR
         return decode.Shape(self.depth, bits, scale_bits, products, ahead)
 
@@ -161,7 +162,7 @@ class _Problem:
         grid = self.pairs * tiles * parts
         with code.launch(grid, decode.THREADS, least=1, waits=False) as (block, thread):
             memory = code.alloc([shape.shared_bytes], "uint8", scope="shared.dyn")
-            caches = (*self.caches, *(None,) * (4 - len(self.caches)))
+            caches = (*self.caches, *(None,) * (6 - len(self.caches)))
             first, fresh = self.fresh or (None, i64(0))
             buffers = (self.q, *caches, self.allowed, self.lengths, first, work)
             pointers = [self.pointer(buffer) for buffer in buffers]
@@ -229,17 +230,18 @@ class _Problem:
             self._warps(*caches)
 
     def _expanded(self) -> tuple[Any, Any]:
-        """A cache of int8 as halves in scratch memory."""
+        """A cache of codes as halves in scratch memory."""
         code, shape = self.code, self._shape()
         text, name = decode.source(shape, self.dtype), decode.name(shape, self.dtype, "widened")
-        k, v, k_scales, v_scales = self.caches
         count = self.pairs * self.keys * i64(self.depth)
         made = []
-        for codes, scales in ((k, k_scales), (v, v_scales)):
+        for which in range(2):
+            codes, scales, *zeros = self.caches[which::2]
             wide = self.kernel.workspace(count, "uint16")
             with code.loop(count, PARALLEL) as at:
                 place = (idiv(at, self.depth), imod(at, self.depth))
-                pointers = (self.pointer(codes), self.pointer(scales))
+                held = (codes, scales, zeros[0] if zeros else None)
+                pointers = [self.pointer(buffer) for buffer in held]
                 code.store(wide, at, code.call(name, text, "uint16", *pointers, *place))
             made.append(wide)
         return made[0], made[1]

@@ -1,4 +1,4 @@
-"""What an Attention node lets its queries see, and the int8 cache it reads, recognized in the graph.
+"""What an Attention node lets its queries see, and the cache of codes it reads, recognized in the graph.
 
 A causal language model brings its mask along as a tensor: ``arange(keys) <= arange(queries) + past`` and a
 flag for each key. Kernels that know what it means need not read it, and leave out what it hides.
@@ -45,38 +45,67 @@ def plain(op: Op, batch: Dim, queries: Dim, keys: Dim, past: Dim) -> Plain | Non
     return Plain(causal, past, lengths, allowed)
 
 
-def coded(op: Op) -> tuple[Ready, Ready, Ready, Ready] | None:
-    """Codes of keys and of values, then their scales: of a cache in int8 with a scale for each vector.
+def coded(op: Op) -> tuple[Ready, ...] | None:
+    """Codes of keys and of values, then their scales, then zero points: of a cache in int8 or int4.
 
-    That is how :class:`netlathe.passes.quantize_cache.QuantizeCache` leaves it, in float32 or converted.
+    There is a scale for each vector, and a zero point with int4. That is how
+    :class:`netlathe.passes.quantize_cache.QuantizeCache` leaves it, in float32 or converted.
     """
-    found: list[tuple[ir.Value, ir.Value]] = []
-    for value in op.node.inputs[1:3]:
-        assert value is not None
-        node = value.producer()
-        if node is not None and node.op_type == "Cast":
-            node = node.inputs[0].producer() if node.inputs[0] is not None else None
-        if node is None or node.op_type != "DequantizeLinear" or len(node.inputs) > 2:
-            return None
-        codes, scale = node.inputs[0], node.inputs[1]
-        assert codes is not None and scale is not None
-        shape = op.low.found.type(codes).shape
-        if codes.dtype != D.INT8 or shape is None or len(shape) != 4:
-            return None
-        axis = node.attributes.get_int("axis", 1)
-        if axis not in (3, -1) or node.attributes.get_int("block_size", 0) != shape[3]:
-            return None
-        cast = scale.producer()
-        if cast is not None and cast.op_type == "Cast" and cast.inputs[0] is not None:
-            scale = cast.inputs[0]
-        if scale.dtype not in (D.FLOAT, D.FLOAT16):
-            return None
-        found.append((codes, scale))
-    if found[0][1].dtype != found[1][1].dtype:
+    keys, values = (_stored(op, value) for value in op.node.inputs[1:3])
+    if keys is None or values is None or [v.dtype for v in keys] != [v.dtype for v in values]:
         return None
-    values = [pair[part] for part in range(2) for pair in found]
-    k, v, k_scale, v_scale = op.low.together([op.low.value(value) for value in values])
-    return k, v, k_scale, v_scale
+    pairs = zip(keys, values, strict=True)
+    return tuple(op.low.together([op.low.value(value) for pair in pairs for value in pair]))
+
+
+def _stored(op: Op, value: ir.Value | None) -> list[ir.Value] | None:
+    """What the cache holds instead of a value: its codes, scales and, of int4, zero points."""
+    assert value is not None
+    node = _producer(value)
+    if node is not None and node.op_type == "Cast":
+        node = _producer(node.inputs[0])
+    if node is None or node.op_type != "DequantizeLinear":
+        return None
+    codes, scale, *zero = (v for v in node.inputs if v is not None)
+    shape = op.low.found.type(codes).shape
+    axis, size = node.attributes.get_int("axis", 1), node.attributes.get_int("block_size", 0)
+    if shape is None or len(shape) != 4 or axis not in (3, -1) or size != shape[3]:
+        return None
+    cast = _producer(scale)
+    if cast is not None and cast.op_type == "Cast" and cast.inputs[0] is not None:
+        scale = cast.inputs[0]
+    if scale.dtype not in (D.FLOAT, D.FLOAT16):
+        return None
+    if codes.dtype == D.INT8 and not zero:
+        return [codes, scale]
+    packed = halves(codes)
+    return None if packed is None or not zero else [packed, scale, *zero]
+
+
+def halves(codes: ir.Value) -> ir.Value | None:
+    """The bytes whose lower halves, and then, along the last axis of four, their upper ones are ``codes``."""
+    join = _producer(codes)
+    if join is None or join.op_type != "Concat" or len(join.inputs) != 2:
+        return None
+    if join.attributes.get_int("axis", 0) not in (3, -1) or codes.dtype != D.UINT8:
+        return None
+    low, high = (_producer(value) for value in join.inputs)
+    if low is None or high is None or (low.op_type, high.op_type) != ("BitwiseAnd", "BitShift"):
+        return None
+    way = high.attributes.get_string("direction")
+    numbers = [_constant(node.inputs[1]) for node in (low, high)]
+    same = low.inputs[0] is high.inputs[0]
+    return low.inputs[0] if same and way == "RIGHT" and numbers == [15, 4] else None
+
+
+def _producer(value: ir.Value | None) -> ir.Node | None:
+    return None if value is None else value.producer()
+
+
+def _constant(value: ir.Value | None) -> int | None:
+    """A whole number of the graph's constants."""
+    held = None if value is None else value.const_value
+    return int(held.numpy().item()) if held is not None and held.size == 1 else None
 
 
 def _conjunction(mask: ir.Value) -> Iterator[ir.Value]:

@@ -47,8 +47,9 @@ class Spec:
     limit: Callable[[Code, Expr, Expr], Expr] | None
     # what allowed and limit say, for kernels that know no more than that; None if they say more
     plain: Plain | None = None
-    # codes of k, codes of v, scales of k, scales of v: int8 caches that k and v are read from
-    coded: tuple[Ready, Ready, Ready, Ready] | None = None
+    # codes of k, codes of v, scales of k, scales of v: int8 caches that k and v are read from; of int4 ones,
+    # whose bytes have two codes, zero points of k and of v too
+    coded: tuple[Ready, ...] | None = None
 
 
 def attention(kernel: Kernel, spec: Spec, store: Store) -> str:

@@ -8,6 +8,7 @@ import onnx_ir as ir
 from tvm import tirx
 
 from netlathe.backends.tvm import packing, storage
+from netlathe.backends.tvm.cuda import masks
 from netlathe.backends.tvm.cuda.machine import Gpu
 from netlathe.backends.tvm.kernel import Kernel
 from netlathe.backends.tvm.kernels import general
@@ -432,9 +433,16 @@ def _concat(op: Op) -> Sequence[Value]:
     total_size = dims.product(shape)
     small = isinstance(total_size, int) and total_size <= 64
     # Along a short axis a choice is cheap: coordinates for GatherND, the halves of a rotation.
-    if static and (small or (len(parts) <= 4 and shape[axis] == len(parts))):
+    short = len(parts) <= 4 and shape[axis] == len(parts)
+    if static and (small or short or is_apart(op.low, op.node.outputs[0])):
         return [Lazy(op.dtype(), shape, _choose(parts, axis), cost=cost)]
     return [concatenated(op.low, op.dtype(), parts, shape, axis)]
+
+
+def is_apart(low: Lowering, codes: ir.Value | None) -> bool:
+    """Whether these are halves of bytes, which no kernel of a GPU writes: attention reads the bytes."""
+    apart = codes is not None and masks.halves(codes) is not None
+    return apart and isinstance(low.machine, Gpu)
 
 
 def _choose(parts: Sequence[Value], axis: int) -> Callable[[Code, Index], Expr]:

@@ -14,6 +14,7 @@ from netlathe.backends.tvm.cuda.machine import Gpu
 from netlathe.backends.tvm.ops import dots
 from netlathe.backends.tvm.ops.contraction import product
 from netlathe.backends.tvm.ops.elementwise import convert, is_float, like
+from netlathe.backends.tvm.ops.movement import is_apart
 from netlathe.backends.tvm.ops.norm import channel
 from netlathe.backends.tvm.ops.op import D, Op, Rule, combine, is_cheap
 from netlathe.backends.tvm.ops.reduction import reduced
@@ -148,6 +149,8 @@ def _dequantize(op: Op) -> Sequence[Value]:
         if (made := _rounded(op)) is not None:
             return [made]
         x = op.value(0)
+    elif is_apart(op.low, op.node.inputs[0]):
+        x = op.operand(0)
     else:
         x = dots.stored(op.low, op.value(0))
     axis = op.axis(max(x.rank, 1), 1) if x.rank else 0

@@ -209,6 +209,58 @@ def test_an_int8_cache_is_read_as_it_is(specs: list[Spec], scales: Any) -> None:
     assert types == ["INT8", "INT8", *[{"float16": "FLOAT16", "float32": "FLOAT"}[scales]] * 2]
 
 
+# Keys and values from codes of 4 bits, as quantize_cache leaves them.
+PACKED = """fifteen = Constant <value = uint8 {15}> ()
+    four = Constant <value = uint8 {4}> ()
+    kl = BitwiseAnd (k, fifteen)
+    ku = BitShift <direction = "RIGHT"> (k, four)
+    ka = Concat <axis = 3> (kl, ku)
+    vl = BitwiseAnd (v, fifteen)
+    vu = BitShift <direction = "RIGHT"> (v, four)
+    va = Concat <axis = 3> (vl, vu)
+    kf = DequantizeLinear <axis = 3, block_size = {depth}> (ka, ks, kz)
+    vf = DequantizeLinear <axis = 3, block_size = {depth}> (va, vs, vz)
+    kh = Cast <to = {code}> (kf)
+    vh = Cast <to = {code}> (vf)
+    y = Attention <is_causal = 1> (q, kh, vh)"""
+
+
+def packed(half: str, depth: int, body: str = PACKED) -> ir.Model:
+    """A node that reads a cache in int4."""
+    body = body.replace("{depth}", str(depth)).replace("{code}", {"float16": "10"}.get(half, "16"))
+    codes, beside = f"[b,2,t,{depth // 2}]", "[b,2,t,1]"
+    inputs = f"{half}[b,8,s,{depth}] q, uint8{codes} k, uint8{codes} v"
+    inputs += f", float{beside} ks, float{beside} vs, uint8{beside} kz, uint8{beside} vz"
+    return graph(body, inputs, f"{half}[b,8,s,{depth}] y")
+
+
+def test_an_int4_cache_is_read_as_it_is(specs: list[Spec]) -> None:
+    """No kernel writes its codes apart."""
+    assert schedules(packed("bfloat16", 64)) == {"attention.flash"}
+    (spec,) = specs
+    assert spec.coded is not None
+    kinds = [value.dtype.name for value in spec.coded]
+    assert kinds == ["UINT8", "UINT8", "FLOAT", "FLOAT", "UINT8", "UINT8"]
+
+
+@pytest.mark.parametrize(
+    "this, other",
+    [
+        ("{15}", "{7}"),
+        ("{4}", "{3}"),
+        ("RIGHT", "LEFT"),
+        ('ku = BitShift <direction = "RIGHT"> (k,', 'ku = BitShift <direction = "RIGHT"> (v,'),
+        ("(kl, ku)", "(ku, kl)"),
+    ],
+    ids=["mask", "shift", "direction", "bytes", "order"],
+)
+def test_other_halves_are_no_such_cache(specs: list[Spec], this: str, other: str) -> None:
+    assert this in PACKED
+    schedules(packed("bfloat16", 64, PACKED.replace(this, other)))
+    (spec,) = specs
+    assert spec.coded is None
+
+
 def test_scales_for_other_groups_are_no_such_cache(specs: list[Spec]) -> None:
     model = graph(
         """kf = DequantizeLinear <axis = 3, block_size = 32> (k, ks)
@@ -222,8 +274,8 @@ def test_scales_for_other_groups_are_no_such_cache(specs: list[Spec]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("cached", [False, True], ids=["bfloat16", "int8"])
-def test_a_captured_language_model(specs: list[Spec], cached: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("codes", ["", "int8", "int4"], ids=["bfloat16", "int8", "int4"])
+def test_a_captured_language_model(specs: list[Spec], codes: Any, tmp_path: Path) -> None:
     """Its mask and its cache, as capture and the passes leave them."""
     import transformers
 
@@ -233,13 +285,13 @@ def test_a_captured_language_model(specs: list[Spec], cached: bool, tmp_path: Pa
     config = transformers.LlamaConfig(vocab_size=zoo.VOCAB, **sizes, **heads, use_cache=True)
     transformers.LlamaForCausalLM(config).save_pretrained(tmp_path)
     captured = HuggingFaceDirectory(cache=True).capture(tmp_path)
-    passes = [*([QuantizeCache()] if cached else []), Convert(dtype="bfloat16")]
+    passes = [*([QuantizeCache(codes=codes)] if codes else []), Convert(dtype="bfloat16")]
     made = schedules(run(captured, passes, Context()).model)
     assert made.isdisjoint({"attention.warp", "attention.products"}) and len(specs) == 2
     for spec in specs:
         assert spec.plain is not None and spec.plain.causal
         assert str(spec.plain.offset) == "past_sequence" and spec.plain.allowed is not None
-        assert (spec.coded is not None) == cached
+        assert len(spec.coded or ()) == {"": 0, "int8": 4, "int4": 6}[codes]
 
 
 # -- caches that are asked for before the kernels in front have ended -------------------------------------
@@ -342,7 +394,7 @@ def test_long_prompts_alone_hold_nothing() -> None:
 
 
 @pytest.mark.parametrize("arch", sorted(ARCHITECTURES))
-@pytest.mark.parametrize("bits", [16, 8])
+@pytest.mark.parametrize("bits", [16, 8, 4])
 @pytest.mark.parametrize("depth", decode.DEPTHS)
 def test_what_decoding_asks_for_ahead_fits(arch: str, bits: int, depth: int) -> None:
     ahead = decode.FAR if gpu((arch,)).has_wgmma else decode.NEAR
@@ -353,7 +405,7 @@ def test_what_decoding_asks_for_ahead_fits(arch: str, bits: int, depth: int) -> 
         assert shape.keys * shape.bytes % 512 == 0 and shape.keys % (256 // bits) == 0
 
 
-@pytest.mark.parametrize("bits", [16, 8])
+@pytest.mark.parametrize("bits", [16, 8, 4])
 @pytest.mark.parametrize("depth", decode.DEPTHS)
 def test_blocks_that_merge_leave_room_for_those_that_decode(bits: int, depth: int) -> None:
     """As many as a multiprocessor can have, so that none keeps a block of the next call from starting."""
@@ -404,3 +456,4 @@ def test_every_size_compiles(archs: Sequence[str], half: str, code: int, depth: 
         f"{half}[b,8,s,{depth}] y, {half}[b,8,s,{depth}] z",
     )
     compiled(model, archs)
+    compiled(packed(half, depth), archs)
