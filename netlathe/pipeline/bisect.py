@@ -104,10 +104,12 @@ class Trial:
         self.pass_: ChoosingPass = step.pass_
         self._before, self._ctx, self._scale = before, ctx, scale
         self._dense = Subject(before)
-        # What loses nothing by itself is there always: others rely on it.
+        # What loses nothing by itself is there always: others rely on it, or bring it along.
         self._entries = step.entries
         self.candidates = [
-            e for e in step.entries if e.status == "applied" and not e.detail.get("exact")
+            e
+            for e in step.entries
+            if e.status == "applied" and not e.detail.get("exact") and "follows" not in e.detail
         ]
         if not self.candidates:
             message = f"{step.pass_} applied nothing: there is nothing to look for"

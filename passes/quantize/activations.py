@@ -88,7 +88,7 @@ def _static(
     for value in values:
         scale, zero = grids[value]
         reason = f"int8, scale {scale:.3g}, zero point {zero}"
-        detail = {"activation": value.name, "scale": scale, "zero": zero}
+        detail = {"activation": value.name, "scale": scale, "zero": zero, **ledger.FOLLOWS}
         entries.append(Entry(value.name or "", "applied", reason, module_path(value), detail))
     return entries
 
@@ -106,7 +106,7 @@ def _dynamic(settings: Settings, model: ir.Model, chosen: Sequence[Entry]) -> li
             "applied",
             f"{settings.number}, one scale {each}",
             module_path(x),
-            {"token": name, "weights": read, "scales": settings.scales},
+            {"token": name, "weights": read, "scales": settings.scales, **ledger.FOLLOWS},
         )
         for name, (x, read) in readers.items()
     ]
@@ -153,6 +153,7 @@ def _pairs(
             "number": settings.number,
             "scales": settings.scales,
             "readers": readers,
+            **ledger.FOLLOWS,
         }
         reason = f"{settings.number}, one scale per token"
         if settings.scales == "tensor":
@@ -179,7 +180,7 @@ def _biases(
         assert x is not None and weight is not None
         if weight.name in plain:
             scale, _ = grids[found.grid_of(x)]
-            detail = {"bias": name, "weight": weight.name, "scale": scale}
+            detail = {"bias": name, "weight": weight.name, "scale": scale, **ledger.FOLLOWS}
             reason = f"int32, in units of the scales of {x.name} and {weight.name}"
             yield Entry(name, "applied", reason, module_path(node), detail)
 
@@ -359,6 +360,8 @@ def rewrite_pairs(
     }
     steps = {}
     for detail in (entry.detail for entry in applied if "bias" in entry.detail):
+        if detail["weight"] not in scales_of:
+            continue
         scales = scales_of[detail["weight"]].astype(np.float64).reshape(-1)
         channels = model.graph.initializers[detail["bias"]].shape
         assert channels is not None

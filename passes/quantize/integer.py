@@ -219,6 +219,19 @@ def _averaged(node: ir.Node) -> int:
     return math.prod(static) if len(static) == len(dims) else 0
 
 
+def _moved(value: ir.Value, grids: Mapping[str, Grid]) -> str:
+    """The name of what is moved to ``value`` and has a grid: all have it that were one integer value.
+
+    Where some weights of the plan that was measured are left out, ``value`` may start such a part anew.
+    """
+    maker = value.producer()
+    while value.name not in grids and maker is not None and maker.op_type in _MOVES:
+        assert maker.inputs[0] is not None
+        value = maker.inputs[0]
+        maker = value.producer()
+    return value.name or ""
+
+
 # -- the edit -----------------------------------------------------------------------------------------
 
 
@@ -238,7 +251,7 @@ class Rewriter:
     ) -> None:
         self.graph, self.plan, self.held = model.graph, plan_, held
         self.taken = edit.names_in(model.graph)
-        self.grids = {value: grids[value.name or ""] for value in plan_.measured()}
+        self.grids = {value: grids[_moved(value, grids)] for value in plan_.measured()}
         self.codes: dict[ir.Value, ir.Value] = {}  # float value -> its int8 form
         self.nodes: list[ir.Node] = []
         self.like: ir.Node | None = None

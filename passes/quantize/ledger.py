@@ -64,10 +64,15 @@ def scheme_of(entry: Entry) -> Scheme:
     )
 
 
+# What an activation's entry says: it is carried out where the weights are that it meets in products.
+FOLLOWS = {"follows": "weights"}
+
+
 def weights_of_tokens(chosen: Sequence[Entry]) -> list[str]:
     """The weights that are multiplied with activations which get a scale per token."""
+    stored = {entry.detail["value"] for entry in chosen if "value" in entry.detail}
     entries = [entry for entry in chosen if "token" in entry.detail]
-    return [name for entry in entries for name in entry.detail["weights"]]
+    return [name for entry in entries for name in entry.detail["weights"] if name in stored]
 
 
 def scales_of_tokens(chosen: Sequence[Entry]) -> str:

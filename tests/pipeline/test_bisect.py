@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -140,6 +141,57 @@ def test_orders_stay_when_weights_are_left_out() -> None:
     of = trial(stream(), "sparsify(min_size=0, permute=True)")
     found = last(of, 64)
     assert found.complete and all("value" in c.entry.detail for c in found.candidates)
+
+
+def image() -> Captured:
+    """Convolutions, one of them in a sum, and matrix products behind a move."""
+    text = """(float[b,4,6,6] x) => (float[b,3] y) {
+        c = Conv<pads = [1, 1, 1, 1]>(x, w0, b0) r = Relu(c)
+        d = Conv<pads = [1, 1, 1, 1]>(r, w1, b1) s = Add(d, r)
+        e = Conv(s, w2, b2) f = Flatten(e) g = MatMul(f, w3) h = Relu(g) y = MatMul(h, w4) }"""
+    rng = np.random.default_rng(0)
+    shapes = {
+        "w0": (8, 4, 3, 3),
+        "w1": (8, 8, 3, 3),
+        "w2": (4, 8, 3, 3),
+        "w3": (64, 16),
+        "w4": (16, 3),
+    }
+    shapes |= {"b0": (8,), "b1": (8,), "b2": (4,)}
+    held = {name: rng.normal(0, 0.3, dims).astype(np.float32) for name, dims in shapes.items()}
+    return from_text("image", text, held)
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        'activations="int8"',
+        'activations="int8", activation_form="qdq"',
+        'activations="uint8", activation_scales="tensor"',
+        'activations="uint8", activation_scales="tensor", activation_form="qdq"',
+        'activations="int8", activation_scales="token"',
+        'activations="int8", activation_scales="token", activation_form="qdq"',
+    ],
+)
+def test_activations_go_with_their_weights(form: str) -> None:
+    """With some weights only, the model is the one that leaving the others out makes."""
+    captured = image()
+    rng = np.random.default_rng(1)
+    feeds = [{"x": rng.standard_normal((5, 4, 6, 6), np.float32)}]
+    scale = Scale(feeds, "samples", None, SilentProgress())
+    (made,) = runs.walk(captured, text.parse(f"quantize(min_size=0, {form})"), Context(feeds))
+    before, step, _, ctx = made
+    of = Trial(before, step, ctx, scale)
+    assert [entry.candidate for entry in of.candidates] == ["w0", "w1", "w2", "w3", "w4"]
+    for count in (1, 2):
+        for some in itertools.combinations(of.candidates, count):
+            rest = tuple(e.candidate for e in of.candidates if e not in some)
+            passes = text.parse(f"quantize(min_size=0, ignore={rest}, {form})")
+            ((_, _, alone, _),) = runs.walk(captured, passes, Context(feeds))
+            lost = scale.loss(Subject(before), Subject(alone))
+            assert lost is not None
+            expected = lost.relative_rms**2 if lost.kl is None else lost.kl
+            assert of.loss(some) == pytest.approx(expected, rel=1e-6)
 
 
 def test_logits_are_judged_by_divergence() -> None:
