@@ -139,7 +139,15 @@ def read_proto(path: Path) -> onnx.ModelProto:
         InputError: with everything that is wrong with the file or its external data.
     """
     if not path.is_file():
-        raise InputError(Diagnostic("onnx.missing", "there is no such file", at=str(path)))
+        help_ = ""
+        if (
+            not path.suffix and len(path.parts) == 2
+        ):  # an organisation and a model, as hubs name them
+            help_ = f"NetLathe downloads nothing: `hf download {path} --local-dir {path.name}`, then give"
+            help_ += f" {path.name}"
+        raise InputError(
+            Diagnostic("onnx.missing", "there is no such file", at=str(path), help=help_)
+        )
     size = path.stat().st_size
     if size > MAX_PROTO:
         raise InputError(

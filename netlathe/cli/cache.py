@@ -8,6 +8,7 @@ import click
 
 from netlathe.cli import options, render
 from netlathe.cli.request import open_cache
+from netlathe.diagnostics import Diagnostic, InputError
 
 _KINDS = {
     "capture": "captured models",
@@ -41,6 +42,8 @@ def cache(cache: Path | None, clear: bool, limit: str | None, as_json: bool) -> 
     from netlathe.pipeline.cache import parse_size, show
 
     wanted = None if limit is None else parse_size(limit)
+    if cache is not None and not cache.is_dir():
+        raise InputError(Diagnostic("cache.missing", "there is no such folder", at=str(cache)))
     opened = open_cache(cache, none=False)
     assert opened is not None
     if wanted is not None:

@@ -238,6 +238,8 @@ def test_the_cache_is_shown_bounded_and_cleared(
     run: Run, words: tuple[object, ...], tmp_path: Path, kept: Path
 ) -> None:
     assert run(*words, "-o", tmp_path / "a").code == 0
+    typo = run("cache", "--cache", f"{kept}x")
+    assert typo.code == 2 and f"{kept}x" in typo.err and not Path(f"{kept}x").exists()
     shown = run("cache", "--cache", kept)
     assert shown.code == 0 and str(kept) in shown.out and "20.00 GB" in shown.out
     said = run("cache", "--cache", kept, "--json").json

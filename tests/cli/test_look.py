@@ -47,6 +47,12 @@ def test_inspect_shows_what_is_there(run: Run, model: Path) -> None:
     assert row(done, "head.up").split()[:3] == ["head.up", "1.09", "k"]  # 16 * 64 + 64
 
 
+def test_a_name_of_a_hub_is_told_how_to_get(run: Run) -> None:
+    done = run("inspect", "no-such-organisation/model")
+    assert done.code == 2
+    assert "hf download no-such-organisation/model --local-dir model" in done.err
+
+
 def test_inspect_takes_dims_as_fixed(run: Run, model: Path, tmp_path: Path) -> None:
     done = run("inspect", model, "--fix-dims", "batch=3")
     assert row(done, "input", "x").split() == ["input", "x", "float", "[3,4,8,8]"]
