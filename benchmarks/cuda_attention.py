@@ -13,6 +13,9 @@ Times of decoding are medians of seven times ten replays: the host's time to lau
 to it alone. ``check`` also decodes tokens into caches in place ("placed"), whose new rows come from the
 kernel in front, from calls before and from kernels of torch's. ``--only`` takes the rows whose name contains
 a text; ``--small`` the smallest sizes of each alone, for memory checkers.
+
+Of nodes with a bias, a mask or a cap, and of heads of other sizes (FORMS), ``speed`` shows microseconds, and
+those of torch's scaled_dot_product_attention with the same mask, replayed in turn.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ import math
 import os
 import shutil
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -140,6 +143,22 @@ def over_codes(held: int) -> tuple[str, str]:
 BODIES |= {"int8": over_codes(8), "int4": over_codes(4)}
 BODIES["shared"] = BODIES["int8"]  # by 8 query heads
 
+# What scores get besides, with as many heads of keys as of queries: attributes of the node, and a mask of a
+# type (or that of the node) and of these dims; then the sizes of heads that are built.
+FORMS: dict[str, tuple[str, str, str, tuple[tuple[str, int], ...]]] = {
+    "biased": ("", "", "1hst", (("bf16", 32), ("bf16", 64), ("bf16", 128), ("f16", 72))),
+    "exact": ("", "float", "bhst", (("bf16", 64), ("bf16", 128), ("f16", 256))),
+    "seen": ("is_causal = 1", "bool", "b1st", (("bf16", 64), ("bf16", 96), ("bf16", 128))),
+    "line": ("", "", "b11t", (("f16", 40), ("bf16", 200))),
+    "capped": ("softcap = 30.0", "bool", "11st", (("bf16", 128), ("f16", 64), ("bf16", 256))),
+    "sized": ("", "", "", (("bf16", 80), ("bf16", 112), ("bf16", 256))),
+}
+# batch, heads, queries, keys
+FORM_RAGGED = [(1, 8, 1, 1), (2, 8, 5, 7), (1, 8, 33, 40), (2, 16, 128, 128), (3, 8, 129, 136)]
+FORM_RAGGED += [(2, 8, 300, 577), (1, 8, 257, 1000), (1, 16, 1000, 1000), (2, 8, 64, 2048)]
+# batch, heads, queries, which are as many as keys
+FORM_SIZES = [(4, 16, 2048), (8, 12, 512), (4, 16, 577), (256, 6, 49), (1, 32, 4096)]
+
 
 def in_a_row(kind: str) -> tuple[str, str, str]:
     """Inputs, statements and outputs of nodes with caches of their own; one's result is the next's query.
@@ -171,7 +190,22 @@ def in_a_row(kind: str) -> tuple[str, str, str]:
     return ", ".join(inputs), "\n".join(body), "".join(f", {x}" for x in outputs)
 
 
-KINDS = [*BODIES, *NODES]
+KINDS = [*BODIES, *NODES, *FORMS]
+
+
+def formats(kind: str) -> Sequence[tuple[str, int]]:
+    """Half types and sizes of heads that there are libraries of."""
+    return FORMS[kind][3] if kind in FORMS else FORMATS
+
+
+def formed(kind: str) -> tuple[str, str, str]:
+    """Inputs, statements and further outputs of a node of FORMS."""
+    attributes, dtype, dims, _ = FORMS[kind]
+    inputs = "{t}[b,{h},s,{d}] q, {t}[b,{h},t,{d}] k, {t}[b,{h},t,{d}] v"
+    if dims:
+        inputs += f", {dtype or '{t}'}[{','.join('{h}' if dim == 'h' else dim for dim in dims)}] m"
+    node = f"y = Attention{attributes and f' <{attributes}>'} (q, k, v{', m' if dims else ''})"
+    return inputs, node, ""
 
 
 def model(kind: str, half: str, depth: int) -> Any:
@@ -180,19 +214,23 @@ def model(kind: str, half: str, depth: int) -> Any:
 
     from netlathe.ir import normal
 
-    inputs, body, outputs = in_a_row(kind) if kind in NODES else (*BODIES[kind], "")
+    if kind in FORMS:
+        inputs, body, outputs = formed(kind)
+    else:
+        inputs, body, outputs = in_a_row(kind) if kind in NODES else (*BODIES[kind], "")
+    heads = "h" if kind in FORMS else str(HEADS)
     queries = "1" if kind.startswith("layers") else "s"
     batch = 1 if kind == "step" else "b"
     facts = {
         "t": NAMES[half],
         "d": depth,
         "half": depth // 2,
-        "h": HEADS,
+        "h": heads,
         "k": OTHERS.get(kind, KV_HEADS),
         "code": 16 if half == "bf16" else 10,
     }
     text = f"""<ir_version: 11, opset_import: ["" : 25]> g ({inputs.format(**facts)})
-        => ({NAMES[half]}[{batch},{HEADS},{queries},{depth}] y{outputs.format(**facts)})
+        => ({NAMES[half]}[{batch},{heads},{queries},{depth}] y{outputs.format(**facts)})
         {{ {body.format(**facts)} }}"""
     made = ir.from_onnx_text(text)
     normal.normalize(made)
@@ -210,7 +248,7 @@ def build(folder: Path, archs: str, only: str) -> None:
         shutil.copyfile(source, folder / source.name)
     machine = gpu(archs.split(","))
     for kind in KINDS:
-        for half, depth in FORMATS:
+        for half, depth in formats(kind):
             name = f"{kind}-{half}-{depth}"
             if only not in name:
                 continue
@@ -230,7 +268,7 @@ class AttentionBench(Bench):
     def names(self, only: str) -> Iterator[str]:
         """Libraries of the folder."""
         for kind in KINDS:
-            for half, depth in FORMATS:
+            for half, depth in formats(kind):
                 name = f"{kind}-{half}-{depth}"
                 if only in name and (self.folder / f"{name}.so").exists():
                     yield name
@@ -307,6 +345,8 @@ class AttentionBench(Bench):
     def check(self, name: str, small: bool) -> bool:
         """Whether every ragged size is within the bound."""
         main, facts = self.load(name)
+        if facts["kind"] in FORMS:
+            return self.check_form(name, small)
         if facts["kind"] in NODES:
             check = self.check_placed if facts["kind"].startswith("placed") else self.check_row
             return check(name, small)
@@ -322,6 +362,63 @@ class AttentionBench(Bench):
                 print(f"{name} {sizes}: error {error:.2e}", flush=True)
             worst = max(worst, error)
         return self.judged(name, facts, worst) and good
+
+    def formed(self, facts: dict[str, Any], sizes: tuple[int, int, int, int]) -> list[Any]:
+        """Random queries, keys, values and mask of a node of FORMS: batch, heads, queries, keys.
+
+        A third of the keys is hidden; where there are several queries, the second sees none, and, by a bias,
+        all others are as low as a float can be for the third.
+        """
+        torch, (_, dtype, dims, _) = self.torch, FORMS[facts["kind"]]
+        half = torch.bfloat16 if facts["half"] == "bf16" else torch.float16
+        batch, heads, queries, keys = sizes
+        made = [
+            torch.randn((batch, heads, rows, facts["depth"]), device="cuda").to(half)
+            for rows in (queries, keys, keys)
+        ]
+        if not dims:
+            return made
+        shape = [dict(zip("bhst1", (*sizes, 1), strict=True))[dim] for dim in dims]
+        hidden = torch.rand(shape, device="cuda") > 0.7
+        if shape[2] > 2:
+            hidden[..., 1, :] = True
+        if dtype == "bool":
+            return [*made, ~hidden]
+        mask = torch.randn(shape, device="cuda").to(torch.float32 if dtype == "float" else half)
+        mask.masked_fill_(hidden, -math.inf)
+        if shape[2] > 2:
+            mask[..., 2, :] = torch.finfo(mask.dtype).min
+        return [*made, mask]
+
+    def form_reference(self, facts: dict[str, Any], given: list[Any]) -> Any:
+        """float64, but for sums of scores and a bias: beside the lowest of floats a score counts nothing."""
+        torch, (attributes, _, _, _) = self.torch, FORMS[facts["kind"]]
+        q, k, v = (x.double() for x in given[:3])
+        scores = q @ k.transpose(2, 3) / math.sqrt(facts["depth"])
+        if attributes.startswith("softcap"):
+            cap = float(attributes.split("=")[1])
+            scores = torch.tanh(scores / cap) * cap
+        for mask in given[3:]:
+            if mask.dtype == torch.bool:
+                scores = scores.masked_fill(~mask, -math.inf)
+            else:
+                scores = (scores.float() + mask.float()).double()
+        if attributes.startswith("is_causal"):
+            i = torch.arange(scores.shape[2], device="cuda")[:, None]
+            scores.masked_fill_(torch.arange(scores.shape[3], device="cuda") > i, -math.inf)
+        return torch.softmax(scores, -1).nan_to_num(0.0) @ v
+
+    def check_form(self, name: str, small: bool) -> bool:
+        """Whether a node of FORMS is within the bound."""
+        main, facts = self.load(name)
+        worst = 0.0
+        for sizes in FORM_RAGGED[:5] if small else FORM_RAGGED:
+            given = self.formed(facts, sizes)
+            made = self.torch.from_dlpack(main(*(self.given(x) for x in given))[0])
+            found, wanted = made.view(given[0].dtype).double(), self.form_reference(facts, given)
+            error = float((found - wanted).norm() / wanted.norm().clamp(min=1e-30))
+            worst = max(worst, error if math.isfinite(error) else math.inf)
+        return self.judged(name, facts, worst)
 
     def caches(self, facts: dict[str, Any], batch: int, room: int) -> list[Any]:
         """A random cache of one node: keys and values, each with scales behind it where there are any."""
@@ -497,6 +594,43 @@ class AttentionBench(Bench):
                 flush=True,
             )
 
+    def form(self, name: str, small: bool) -> None:
+        """A node of FORMS, by replays of graphs in turn with torch's; torch applies no cap."""
+        torch = self.torch
+        main, facts = self.load(name)
+        causal = FORMS[facts["kind"]][0].startswith("is_causal")
+        for batch, heads, queries in FORM_SIZES[:1] if small else FORM_SIZES:
+            given = self.formed(facts, (batch, heads, queries, queries))
+            if len(given) > 3 and given[3].dtype != torch.bool:
+                given[3] = torch.randn_like(given[3])
+            own, mask = [self.given(x) for x in given], given[3] if len(given) > 3 else None
+            if mask is not None:
+                mask = mask.tril() if causal else mask
+                mask = mask if mask.dtype == torch.bool else mask.to(given[0].dtype)
+            attend = torch.nn.functional.scaled_dot_product_attention
+            theirs = partial(attend, *given[:3], attn_mask=mask, is_causal=causal and mask is None)
+            graphs = []
+            for side in (partial(main, *own), theirs):
+                kept = [side() for _ in range(2)]  # memory for the graph to take
+                del kept
+                graph = torch.cuda.CUDAGraph()
+                with self.ffi.use_torch_stream(torch.cuda.graph(graph)):
+                    for _ in range(INSIDE):
+                        side()
+                self.milliseconds(graph.replay, 2)
+                graphs.append(graph)
+            times = [
+                [self.milliseconds(graph.replay, 2) / INSIDE for graph in graphs]
+                for _ in range(ROUNDS)
+            ]
+            ours, other = (statistics.median(column) * 1e3 for column in zip(*times, strict=True))
+            self.results[f"{name} {batch} x {heads} x {queries}"] = {"own": ours, "torch": other}
+            print(
+                f"{name:18s} {batch:3d} x {heads:2d} x {queries:5d}: {ours:7.1f} us,"
+                f" torch {other:7.1f}, share {other / ours:.2f}",
+                flush=True,
+            )
+
     def decode(self, name: str, rate: float, small: bool) -> None:
         """One query, over caches that are read once."""
         torch = self.torch
@@ -583,6 +717,8 @@ def main() -> None:
                 bench.decode(name, rate, args.small)
             if name.startswith("layers"):
                 bench.layers(name, rate, args.small)
+            if name.partition("-")[0] in FORMS:
+                bench.form(name, args.small)
     if args.json is not None:
         args.json.write_text(json.dumps(bench.results, indent=1) + os.linesep)
     if not good:

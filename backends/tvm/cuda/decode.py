@@ -22,12 +22,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from netlathe.backends.tvm.cuda import decode_bytes, decode_halves, decode_merged
+from netlathe.backends.tvm.cuda import decode_bytes, decode_halves, decode_merged, flash_bias
 
 WARPS = 8
 THREADS = 32 * WARPS
-DEPTHS = (64, 96, 128)
-_TILE = 4 << 10  # most bytes of keys that a warp takes at once
+CODED_DEPTHS = (64, 96, 128)  # of heads of int8 and int4
+_TILE = 4 << 10  # most bytes of keys that a warp takes at once, unless 16 keys are more
 # Bytes of keys and values that a warp asks for ahead. sm_86 and sm_89 have no room for more than the latter.
 FAR, NEAR = 24 << 10, 8 << 10
 # The most of keys of up to 64 bytes: no multiprocessor has room for two blocks of a node, which would leave
@@ -41,7 +41,8 @@ class Shape:
     """Heads of ``depth`` elements; a cache of halves, or of int8 or int4 with scales of ``scale_bits``.
 
     ``products``, 1 or 2, are side by side. A warp asks for ``ahead`` bytes, FAR or NEAR, before it needs
-    them.
+    them. Halves are multiples of 16 up to 256, or, NEAR, up to 128; ``bias`` and ``capped`` are as in
+    ``flash_hopper``.
     """
 
     depth: int
@@ -49,6 +50,8 @@ class Shape:
     scale_bits: int = 16
     products: int = 1
     ahead: int = NEAR
+    bias: str = ""
+    capped: bool = False
 
     @property
     def rows(self) -> int:
@@ -74,7 +77,7 @@ class Shape:
     def keys(self) -> int:
         """Of a tile: as many as a product takes, or twice as many."""
         least = 16 if self.bits == 16 else 32
-        return least * (_TILE // (least * self.bytes))
+        return least * max(1, _TILE // (least * self.bytes))
 
     @property
     def step(self) -> int:
@@ -148,6 +151,8 @@ constexpr int kTile = kKeys * kBytes, kCopies = kTile / 512, kRing = {s.ring_byt
 constexpr int kSteps = {s.steps};                        // of a product over the elements of a key
 constexpr int kN = {s.products}, kColumns = {s.columns};   // products side by side, queries of each
 constexpr int kRows = kN * kColumns, kOwn = kColumns / 4;  // of a product, that a thread has results of
+constexpr float kLog2E = 1.44269504f;
+constexpr bool kAdjusted = {str(bool(s.bias) or s.capped).lower()};  // scores are, and no powers of 2 then
 using Scores = float[kKeys / 8][kN][kOwn];               // of key g + 8 i of a tile, for thread g of a quad
 
 __device__ __forceinline__ float power(float x) {{
@@ -155,6 +160,11 @@ __device__ __forceinline__ float power(float x) {{
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }}
+// The weight of a score beside a larger one, whose is 1.
+__device__ __forceinline__ float weight(float score, float top) {{
+  return power(kAdjusted ? (score - top) * kLog2E : score - top);
+}}
+{flash_bias.source(s.bias, s.capped) if s.bias or s.capped else ""}
 // The largest number of all threads with results of the same columns.
 __device__ __forceinline__ float over_keys(float x) {{
 #pragma unroll
@@ -169,7 +179,7 @@ __device__ __forceinline__ float real(Scale bits) {{ return {_NUMBER[s.scale_bit
 // those of one place in the key lie in different banks.
 __device__ __forceinline__ int place(int key, int piece) {{
   const int turn = (key & 3) | ((key >> 2 ^ key >> 3) & 1) << 2;
-  return key * kBytes + (piece ^ turn >> {_SHIFT[s.bytes]}) * 16;
+  return key * kBytes + (piece ^ turn >> {_shift(s.bytes // 16)}) * 16;
 }}
 __device__ __forceinline__ void load(uint32_t* to, uint32_t from) {{
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {{%0, %1, %2, %3}}, [%4];"
@@ -219,13 +229,17 @@ __device__ __forceinline__ void read(uint2& to, const void* from) {{
 // `early`: keys, values and lengths were there before any kernel that may still run, but for the keys that
 // kernels in front write: `fresh` of them from `fresh_from` [batch] on, where that is not null. All others
 // are asked for before those kernels have ended.
+//
+// `bias`, for kernels that have one: lines of `line_` elements in matrices of `matrix`; query i of head h in
+// sequence b has line i * `by_row` of matrix b * `by_batch` + h * `by_head`.
 template <bool early>
 __device__ __forceinline__ void part(
     uint8_t* shared, const void* q_, const void* k_, const void* v_, const void* k_scales,
     const void* v_scales, const void* k_zeros, const void* v_zeros, const void* allowed_,
-    const void* lengths, const void* fresh_from, void* work, float scale, int64_t block, int64_t parts_,
-    int64_t groups, int64_t heads, int64_t queries_, int64_t most, int64_t offset, int64_t causal,
-    int64_t fresh) {{
+    const void* lengths, const void* fresh_from, void* work, const void* bias, float scale, float cap,
+    int64_t block, int64_t parts_, int64_t groups, int64_t heads, int64_t queries_, int64_t most,
+    int64_t offset, int64_t causal, int64_t fresh, int64_t matrix, int64_t line_, int64_t by_batch,
+    int64_t by_head, int64_t by_row) {{
   const int queries = (int)queries_, parts = (int)parts_, rows = (int)groups * queries;
   const int tiles = (rows + kRows - 1) / kRows, number = (int)block % parts;
   const int first = (int)block / parts % tiles * kRows;
@@ -338,7 +352,7 @@ __device__ __forceinline__ void part(
     }}
   }};
   look(at);
-  if (!kQueriesFirst) words.load(q, rows - first);
+{_BIAS if s.bias else ""}  if (!kQueriesFirst) words.load(q, rows - first);
   const Queries x(words, scale);
   Results o;
   const int limit = (int)offset + 1 + (lengths ? length - queries : 0);
@@ -368,7 +382,7 @@ __device__ __forceinline__ void part(
     arrived<kSlots - 1>();
     Scores s;
     x.multiply_keys(s, base + slot * kTile, scales, slot);
-    taken(at + kSlots / 2 * kStep, kSlots % 2);
+{_adjustment(s)}    taken(at + kSlots / 2 * kStep, kSlots % 2);
     bool grown = false;
 #pragma unroll
     for (int i = 0; i < kKeys / 8; ++i)
@@ -390,7 +404,7 @@ __device__ __forceinline__ void part(
 #pragma unroll
           for (int i = 1; i < kKeys / 8; ++i) most_ = fmaxf(most_, s[i][n][e]);
           most_ = fmaxf(over_keys(most_), top[n][e]);
-          shrink[n][e] = most_ == -INFINITY ? 1.0f : power(top[n][e] - most_);
+          shrink[n][e] = most_ == -INFINITY ? 1.0f : weight(top[n][e], most_);
           top[n][e] = most_;
           whole[n][e] *= shrink[n][e];
         }}
@@ -403,7 +417,7 @@ __device__ __forceinline__ void part(
         const float zero = top[n][e] == -INFINITY ? 0.0f : top[n][e];
 #pragma unroll
         for (int i = 0; i < kKeys / 8; ++i) {{
-          s[i][n][e] = power(s[i][n][e] - zero);
+          s[i][n][e] = weight(s[i][n][e], zero);
           whole[n][e] += s[i][n][e];
         }}
       }}
@@ -456,14 +470,59 @@ __device__ __forceinline__ uint16_t widened(
 
 
 _NUMBER = {32: "__uint_as_float(bits)", 16: "__half2float(__ushort_as_half(bits))"}
-# By a key's bytes: the 16 bytes that change places are neighbours among 8, 4 or 2.
-# Three pieces of 48 bytes stay: 8 keys in a row lie in different banks as they are.
-_SHIFT = {32: 2, 48: 3, 64: 1, 96: 2, 128: 0, 192: 1, 256: 0}
+# A thread's elements of the bias of the next tile, which are read a tile ahead.
+_BIAS = """  const volatile Element* biases[kN][kOwn];  // see `read`
+#pragma unroll
+  for (int n = 0; n < kN; ++n)
+#pragma unroll
+    for (int e = 0; e < kOwn; ++e) {
+      const int row = min(first + n * kColumns + t * kOwn + e, rows - 1);
+      const int64_t head = pair % (int)heads * groups + row / queries;
+      const int64_t at = (batch * by_batch + head * by_head) * matrix + row % queries * by_row * line_;
+      biases[n][e] = static_cast<const volatile Element*>(bias) + at;
+    }
+  Element added[kKeys / 8][kN][kOwn];
+  auto look_at_bias = [&](int at) {
+#pragma unroll
+    for (int i = 0; i < kKeys / 8; ++i)
+#pragma unroll
+      for (int n = 0; n < kN; ++n)
+#pragma unroll
+        for (int e = 0; e < kOwn; ++e) {
+          const int key = at + i * 8 + g;
+          added[i][n][e] = key < end ? biases[n][e][key] : Element(0);
+        }
+  };
+  look_at_bias(at);
+"""
+
+
+def _adjustment(shape: Shape) -> str:
+    """Scores, from products of queries and keys, to what the softmax takes: capped, with the bias."""
+    if not shape.bias and not shape.capped:
+        return ""
+    value = "scaled(s[i][n][e], 1.0f, cap)"
+    if shape.bias:
+        value += f" + {'of(added[i][n][e], 0)' if shape.bias != 'f32' else 'added[i][n][e]'}"
+    ahead = "    look_at_bias(at + kStep);\n" if shape.bias else ""
+    return f"""#pragma unroll
+    for (int i = 0; i < kKeys / 8; ++i)
+#pragma unroll
+      for (int n = 0; n < kN; ++n)
+#pragma unroll
+        for (int e = 0; e < kOwn; ++e) s[i][n][e] = {value};
+{ahead}"""
+
+
+def _shift(pieces: int) -> int:
+    """Of a key's pieces of 16 bytes those that change places are neighbours among 8, 4, 2 or 1."""
+    return next(shift for shift in range(4) if pieces % (8 >> shift) == 0)
 
 
 def _space(shape: Shape, dtype: str) -> str:
     s = shape
-    return f"netlathe_decode_{dtype}_{s.depth}_{s.bits}_{s.scale_bits}_{s.products}_{s.ahead}"
+    sizes = f"{s.depth}_{s.bits}_{s.scale_bits}_{s.products}_{s.ahead}"
+    return f"netlathe_decode_{dtype}_{sizes}{flash_bias.suffix(s.bias, s.capped)}"
 
 
 def name(shape: Shape, dtype: str, function: str) -> str:

@@ -21,7 +21,7 @@ def source(warps: int) -> str:
     return f"""
 // What a part with this largest score is multiplied with beside one whose largest is `top`.
 __device__ __forceinline__ float shrunk(float score, float top) {{
-  return power(score - (top == -INFINITY ? 0.0f : top));
+  return weight(score, top == -INFINITY ? 0.0f : top);
 }}
 // Two columns of a row as the block's warps add up to them, whose parts are `stride` floats apart. Nothing of
 // the row is left out.
@@ -65,10 +65,11 @@ __device__ __forceinline__ float merged_warps(const float* row, int stride, int 
 // thread's result is that of its lane's column. A warp reads every {_TEAMS}th part, {_AT_ONCE} at one time.
 __device__ __forceinline__ float merged(
     float* shared, const void* work, int64_t block, int64_t parts_, int64_t rows_) {{
-  constexpr int kAcross = kDepth / {COLUMNS}, kTeams = {_TEAMS}, kAtOnce = {_AT_ONCE};
+  constexpr int kAcross = (kDepth + {COLUMNS - 1}) / {COLUMNS}, kTeams = {_TEAMS}, kAtOnce = {_AT_ONCE};
   const int parts = (int)parts_, rows = (int)rows_, row = (int)block / kAcross, stride = rows * kRow;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int column = (int)block % kAcross * {COLUMNS} + lane;
+  const int own = (int)block % kAcross * {COLUMNS} + lane;
+  const int column = kDepth % {COLUMNS} ? min(own, kDepth - 1) : own;
   const float* from = static_cast<const float*>(work);
   from += (int64_t)(row / rows) * parts * stride + row % rows * kRow;
   let_go();

@@ -1,12 +1,14 @@
 """Attention on tensor cores: which kernel takes it, and the kernels around the device code.
 
-attention.flash    tiles of queries by tiles of keys (``flash_hopper.py``, ``flash_ampere.py``)
+attention.flash    tiles of queries by tiles of keys (``flash_hopper.py``, ``flash_ampere.py``), to whose
+                   scores a cap and a bias or a mask may be applied (``flash_bias.py``)
 attention.decode   few queries: the keys are split over blocks, whose parts a second launch merges
                    (``decode.py``); a cache of int8 or int4 stays so
 
-Taken are heads of 64, 96 or 128 halves, of keys and values alike, any number of query heads to a head of
-keys, and masks that are causal, lengths, one flag for each key, or all of that at once. Any other mask, a
-bias, a window, a cap is :mod:`netlathe.backends.tvm.cuda.product_attention`'s.
+Taken are heads of halves, of keys and values alike, whose size is a multiple of 8, any number of query heads
+to a head of keys, and what is causal, lengths, a flag for each key, one bias or mask of any kind that has all
+keys, or all of that at once. Larger heads and windows are
+:mod:`netlathe.backends.tvm.cuda.product_attention`'s.
 """
 
 from __future__ import annotations
@@ -23,11 +25,12 @@ from netlathe.backends.tvm.cuda import (
     decode_merged,
     few,
     flash_ampere,
+    flash_bias,
     flash_hopper,
     warpgroup,
 )
 from netlathe.backends.tvm.cuda.code import GpuCode
-from netlathe.backends.tvm.cuda.machine import PROCESSORS
+from netlathe.backends.tvm.cuda.machine import PROCESSORS, Gpu
 from netlathe.backends.tvm.cuda.operands import HALVES
 from netlathe.backends.tvm.tir import (
     PARALLEL,
@@ -38,9 +41,11 @@ from netlathe.backends.tvm.tir import (
     idiv,
     imod,
     known,
+    select,
     unflatten,
 )
 from netlathe.backends.tvm.values import Ready
+from netlathe.ir.dims import Dim
 
 if TYPE_CHECKING:
     from netlathe.backends.tvm.kernel import Kernel
@@ -48,32 +53,45 @@ if TYPE_CHECKING:
     from netlathe.backends.tvm.values import Store, Value
 
 D = ir.DataType
-# Rows (queries by query heads that share keys) up to which the keys are split; above, tiles fill the GPU.
-MOST_ROWS = 64
+# Rows (queries by query heads that share keys) up to which the keys are split: where there are few heads, and
+# where each of them may have a multiprocessor. Above, tiles fill the GPU.
+MOST_ROWS, FEW_ROWS = 64, 16
 _CACHED = (
     32 << 20
 )  # bytes of keys and values that blocks at work at one time may share in the cache
 
 
-def suits(q: Value, k: Value, v: Value) -> bool:
+def suits(machine: Gpu, q: Value, k: Value, v: Value) -> bool:
     """Whether the kernels take heads like these: [b, h, s, d], [b, kv, t, d] and the same."""
     depth = q.shape[3]
     alike = q.dtype == k.dtype == v.dtype and depth == k.shape[3] == v.shape[3]
-    return alike and q.dtype in HALVES and depth in flash_hopper.DEPTHS
+    most = flash_hopper.MOST_DEPTH if machine.has_wgmma else flash_ampere.MOST_DEPTH
+    fits = isinstance(depth, int) and depth % 8 == 0 and 0 < depth <= most
+    return alike and q.dtype in HALVES and fits
+
+
+def splits_keys(depth: Dim) -> bool:
+    """Whether few queries have a kernel of their own."""
+    return isinstance(depth, int) and depth % 16 == 0
 
 
 def attention(kernel: Kernel, code: GpuCode, spec: Spec, store: Store) -> str:
     """store([b, h, query, v], element), for a ``spec`` whose mask is plain and whose heads suit."""
-    queries = known(kernel.size(spec.q.shape[2]))
     problem = _Problem(kernel, code, spec, store)
-    if queries is not None:
-        if queries * spec.groups <= MOST_ROWS:
-            problem.few()
-            return "attention.decode"
+    is_few = problem.are_few()
+    if is_few is True:
+        problem.few()
+        return "attention.decode"
+    if is_few is False:
         problem.many()
-        return "attention.flash"
-    code.branch(problem.rows <= i64(MOST_ROWS), problem.few, problem.many)
+    else:
+        code.branch(is_few, problem.few, problem.many)
     return "attention.flash"
+
+
+def _lines(bias: flash_bias.Bias | None) -> tuple[Expr, ...]:
+    """Of a bias: elements of a matrix and of a line, and which of them is whose."""
+    return (i64(0),) * 5 if bias is None else (bias.sizes[1] * bias.line, bias.line, *bias.by)
 
 
 class _Problem:
@@ -119,13 +137,47 @@ class _Problem:
             return None, i64(0)
         return self.kernel.read(rows[0].first), self.kernel.size(rows[0].count)
 
+    @property
+    def adjusted(self) -> tuple[str, bool]:
+        """What is done to scores: the type of their bias, if there is one, and whether they have a cap."""
+        mask, half = self.plain.mask, self.spec.q.dtype
+        return "" if mask is None else flash_bias.kind(mask, half), bool(self.spec.softcap)
+
+    def bias(self, align: int, least: int = 1) -> flash_bias.Bias | None:
+        """The node's mask as a kernel reads it."""
+        mask, half = self.plain.mask, self.spec.q.dtype
+        if mask is None:
+            return None
+        return flash_bias.bias(self.kernel, self.code, mask, half, align, least)
+
     def pointer(self, buffer: Any, at: Expr | int = 0) -> Expr:
         """The address of an element; of what is not there, null."""
         return self.code.null() if buffer is None else self.code.address(buffer, at)
 
-    def scale(self) -> Expr:
-        """Of scores, so that weights are powers of 2."""
-        return const(self.spec.scale * math.log2(math.e), "float32")
+    def adjusting(self) -> tuple[Expr, Expr]:
+        """What scores are multiplied with, and their cap.
+
+        So weights are powers of 2, or scores what the node says, or, with a cap, exponents of 2 in its tanh.
+        """
+        scale, cap = self.spec.scale, self.spec.softcap
+        if cap:
+            scale *= 2 * math.log2(math.e) / cap
+        elif self.plain.mask is None:
+            scale *= math.log2(math.e)
+        return const(scale, "float32"), const(cap, "float32")
+
+    def are_few(self) -> bool | Expr:
+        """Whether keys are split over blocks, if that is known."""
+        if not splits_keys(self.depth):
+            return False
+        number, heads = known(self.rows), self.batch * self.heads
+        # Tiles would need a cache of int8 to become halves first.
+        idle = const(True, "bool") if self.spec.coded else heads < i64(PROCESSORS)
+        if number is None:
+            return self.rows <= select(idle, i64(MOST_ROWS), i64(FEW_ROWS))
+        if number <= FEW_ROWS or number > MOST_ROWS:
+            return number <= FEW_ROWS
+        return idle if known(idle) is None else bool(known(idle))
 
     # -- few queries ----------------------------------------------------------------------------------
 
@@ -135,15 +187,17 @@ class _Problem:
             bits = 4 if len(self.spec.coded) > 4 else 8
             scale_bits = 32 if self.spec.coded[2].dtype == D.FLOAT else 16
         ahead = decode.FAR if self.code.has_wgmma else decode.NEAR
-        return decode.Shape(self.depth, bits, scale_bits, products, ahead)
+        return decode.Shape(self.depth, bits, scale_bits, products, ahead, *self.adjusted)
 
     def few(self) -> None:
-        """One product where it holds all the rows there are, else two side by side."""
-        one, two = (self._shape(products) for products in (1, 2))
-        kernels = [(one.rows, partial(self._split, one))] if self.spec.groups <= one.rows else []
-        few.by_rows(self.code, self.rows, kernels, partial(self._split, two))
+        """One product where it holds all the rows there are, or heads are large, else two side by side."""
+        bias = self.bias(align=1)
+        *fewer, most = (self._shape(count) for count in ((1, 2) if self.depth <= 128 else (1,)))
+        fewer = [shape for shape in fewer if self.spec.groups <= shape.rows]
+        kernels = [(shape.rows, partial(self._split, shape, bias)) for shape in fewer]
+        few.by_rows(self.code, self.rows, kernels, partial(self._split, most, bias))
 
-    def _split(self, shape: decode.Shape) -> None:
+    def _split(self, shape: decode.Shape, bias: flash_bias.Bias | None) -> None:
         """Parts of the keys over blocks, then the parts' sum."""
         code, groups = self.code, i64(self.spec.groups)
         text = decode.source(shape, self.dtype)
@@ -168,15 +222,16 @@ class _Problem:
             pointers = [self.pointer(buffer) for buffer in buffers]
             numbers = (block, parts, groups, own, self.queries, self.keys, self.offset)
             causal = i64(int(self.plain.causal))
-            given = (code.address(memory), *pointers, self.scale(), *numbers, causal, fresh)
+            pointers.append(code.null() if bias is None else bias.pointer)
+            given = (code.address(memory), *pointers, *self.adjusting(), *numbers, causal, fresh)
             early = "false" if self.fresh is None else "true"
-            code.run(named(f"part<{early}>"), text, *given)
+            code.run(named(f"part<{early}>"), text, *given, *_lines(bias))
             if known(parts) in (None, 1):
                 with code.when(parts == i64(1)):
                     self._whole(shape, named("result"), text, code.address(memory), block, thread)
         if known(parts) == 1:
             return
-        across = self.depth // decode_merged.COLUMNS
+        across = -(-self.depth // decode_merged.COLUMNS)
         grid, count = self.pairs * self.rows * i64(across), decode_merged.THREADS
         launch = code.launch(grid, count, waits=False)
         with code.when(parts > i64(1)), launch as (block, thread):
@@ -188,7 +243,10 @@ class _Problem:
             shared = code.address(code.alloc([decode_merged.SHARED], "float32", scope="shared"))
             place = (self.pointer(work), block, parts, self.rows)
             value = code.bind(code.call(named("merged"), text, "float32", shared, *place))
-            with code.when(thread < i64(decode_merged.COLUMNS)):
+            there = thread < i64(decode_merged.COLUMNS)
+            if self.depth % decode_merged.COLUMNS:
+                there = tirx.And(there, column < i64(self.depth))
+            with code.when(there):
                 self.store(code, [b, head, i, column], value)
 
     def _whole(
@@ -249,7 +307,8 @@ class _Problem:
     def _warpgroups(self, k: Any, v: Any) -> None:
         """On sm_90a. The grid is as large as the GPU; a block walks over tiles."""
         code, dtype = self.code, self.dtype
-        shape = flash_hopper.Shape(self.depth)
+        bias = self.bias(align=16, least=warpgroup.PART)
+        shape = flash_hopper.Shape(self.depth, *self.adjusted)
         text = flash_hopper.source(shape, dtype)
 
         def named(function: str) -> str:
@@ -264,19 +323,31 @@ class _Problem:
         fit = idiv(i64(_CACHED), tirx.max(self.keys, one) * i64(4 * self.depth))
         section = tirx.min(tirx.max(fit, one) * i64(self.spec.groups), tirx.max(every, one))
         rows = tirx.max(self.keys, one)
-        width, box = i64(self.depth), (64, flash_hopper.KEYS, 1)
+        width = i64(self.depth)
         maps = [
             tirx.address_of(
                 code.tensor_map(
                     code.address(buffer), (width, size, outer), (width, width * size), box, 2
                 )
             )
-            for buffer, size, outer in (
-                (self.q, self.queries, every),
-                (k, rows, self.pairs),
-                (v, rows, self.pairs),
+            for buffer, size, outer, box in (
+                (self.q, self.queries, every, (64, flash_hopper.ROWS, 1)),
+                (k, rows, self.pairs, (64, shape.keys, 1)),
+                (v, rows, self.pairs, (64, shape.keys, 1)),
             )
         ]
+        added = None
+        if bias is not None:
+            across, down, matrices = bias.sizes
+            added = tirx.address_of(
+                code.tensor_map(
+                    bias.pointer,
+                    (tirx.max(across, one), down, matrices),
+                    (bias.line, bias.line * down),
+                    (flash_hopper.WIDE // bias.bytes, warpgroup.PART, 1),
+                    bias.bytes,
+                )
+            )
         numbers = (every, self.heads, i64(self.spec.groups), self.queries, self.keys, self.offset)
         with code.launch(grid, flash_hopper.THREADS, least=1) as (_, thread):
             shared = code.address(code.alloc([shape.shared_bytes], "uint8", scope="shared.dyn"))
@@ -286,6 +357,8 @@ class _Problem:
 
             def copy() -> None:
                 code.run(named("produce"), text, shared, *maps, rounds, *problem)
+                if bias is not None:
+                    code.run(named("produce_bias"), text, shared, added, *bias.by, rounds, *problem)
 
             def multiply() -> None:
                 code.run(named("prepare"), text)
@@ -295,26 +368,37 @@ class _Problem:
                 code.store(state, 1, const(0, "int32"))
                 with code.loop(rounds) as number:
                     places = (code.address(results), code.address(state), number)
-                    mask = (self.pointer(self.allowed), self.scale())
-                    code.run(named("consume"), text, shared, *places, *mask, *problem)
+                    given = (self.pointer(self.allowed), *self.adjusting())
+                    code.run(named("consume"), text, shared, *places, *given, *problem)
                     head = code.bind(code.call(named("tile_head"), text, "int64", number, *problem))
                     top = code.bind(code.call(named("tile_top"), text, "int64", number, *problem))
                     with code.when(head >= i64(0)):
-                        self._staged(named, text, shared, results, thread, head, top)
+                        self._staged(shape, text, shared, results, thread, head, top)
                 code.run(named("finish"), text)
 
             code.branch(thread < i64(warpgroup.GROUP), copy, multiply)
 
     def _staged(
-        self, named: Any, text: str, shared: Expr, results: Any, thread: Expr, head: Expr, top: Expr
+        self,
+        shape: flash_hopper.Shape,
+        text: str,
+        shared: Expr,
+        results: Any,
+        thread: Expr,
+        head: Expr,
+        top: Expr,
     ) -> None:
-        """The results of a tile, through shared memory, 64 columns at a time."""
+        """The results of a tile, through shared memory, as many columns at a time as it has room for."""
         code = self.code
+
+        def named(function: str) -> str:
+            return flash_hopper.name(shape, self.dtype, function)
+
         b, h = (code.bind(item) for item in unflatten(head, [self.batch, self.heads]))
         group = idiv(thread, warpgroup.GROUP) - i64(1)
         top = code.bind(top + group * i64(64))
-        for left in range(0, self.depth, 64):
-            wide = min(64, self.depth - left)
+        for left in range(0, self.depth, shape.columns):
+            wide = min(shape.columns, self.depth - left)
             stage = named(f"stage<{wide}>")
             code.run(stage, text, shared, code.address(results, left // 2))
             member = code.bind(cast(code.call(named("member"), text, "int32"), "int64"))
@@ -331,12 +415,13 @@ class _Problem:
 
     def _warps(self, k: Any, v: Any) -> None:
         """On sm_80 and later, a block for 64 queries; the longest rows of keys first."""
-        code, dtype, depth = self.code, self.dtype, self.depth
-        text = flash_ampere.source(depth, dtype)
+        code, dtype, depth, bias = self.code, self.dtype, self.depth, self.bias(align=8)
+        shape = flash_ampere.Shape(depth, *self.adjusted)
+        text = flash_ampere.source(shape, dtype)
         down = idiv(self.queries + i64(flash_ampere.ROWS - 1), flash_ampere.ROWS)
         every = self.batch * self.heads
         with code.launch(down * every, flash_ampere.THREADS, least=1) as (block, thread):
-            memory = code.alloc([flash_ampere.shared_bytes(depth)], "uint8", scope="shared.dyn")
+            memory = code.alloc([shape.shared_bytes], "uint8", scope="shared.dyn")
             shared = code.address(memory)
             number, b, h = (
                 code.bind(item) for item in unflatten(block, [down, self.batch, self.heads])
@@ -347,15 +432,18 @@ class _Problem:
             limit, step = (top + offset + i64(1), 1) if self.plain.causal else (keys, 0)
             pointers = [self.pointer(buffer) for buffer in (self.q, k, v)]
             pointers.append(self.pointer(self.allowed, b * self.keys))
+            pointers.append(code.null() if bias is None else bias.pointer)
+            matrix, line, by_batch, by_head, by_row = _lines(bias)
+            lines = ((b * by_batch + h * by_head) * matrix, line, by_row)
             numbers = (head, idiv(head, self.spec.groups), self.queries, keys, self.keys)
             places = (top, limit, i64(step))
-            name = flash_ampere.name(depth, dtype, "attend")
-            code.run(name, text, shared, *pointers, self.scale(), *numbers, *places)
+            name = flash_ampere.name(shape, dtype, "attend")
+            code.run(name, text, shared, *pointers, *self.adjusting(), *numbers, *places, *lines)
             with code.loop(flash_ampere.ROWS * depth // flash_ampere.THREADS) as part:
                 at = code.bind(part * i64(flash_ampere.THREADS) + thread)
                 line, column = code.bind(idiv(at, depth)), code.bind(imod(at, depth))
                 row = code.bind(top + line)
                 with code.when(row < self.queries):
-                    name = flash_ampere.name(depth, dtype, "result")
+                    name = flash_ampere.name(shape, dtype, "result")
                     value = code.bind(code.call(name, text, "float32", shared, line, column))
                     self.store(code, [b, h, row, column], value)

@@ -3,34 +3,58 @@
 The online softmax of FlashAttention-2 (arXiv 2307.08691, algorithm 1). Queries stay in registers, keys and
 values come by copies that do not wait, one tile of each ahead. Instructions as in the PTX ISA 8.5, sections
 9.7.8.22 (cp.async), 9.7.13.4.8 (mma.m16n8k16) and 9.7.13.4.15 (ldmatrix). 16-byte pieces of a row in shared
-memory are permuted by row against bank conflicts.
+memory are permuted by row against bank conflicts. Rows have 64, 96 or 128 columns there: zeros stand behind
+smaller heads. Each thread reads its own elements of a bias, in front of the products that they are added to.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+from netlathe.backends.tvm.cuda import flash_bias
+
 THREADS = 128
 ROWS = 64  # queries of a block, 16 for each warp
 KEYS = 64
+MOST_DEPTH = 128
 
 
-def shared_bytes(depth: int) -> int:
-    """Two tiles of keys and two of values; the block's results in float32 take half of that."""
-    return 4 * KEYS * depth * 2
+@dataclass(frozen=True)
+class Shape:
+    """Heads of ``depth`` elements, a multiple of 8 up to 128; the rest as of ``flash_hopper``."""
+
+    depth: int
+    bias: str = ""
+    capped: bool = False
+
+    @property
+    def wide(self) -> int:
+        """Columns of a row in shared memory."""
+        return next(wide for wide in (64, 96, 128) if self.depth <= wide)
+
+    @property
+    def shared_bytes(self) -> int:
+        """Two tiles of keys and two of values; the block's results in float32 take half of that."""
+        return 4 * KEYS * self.wide * 2
 
 
-def source(depth: int, dtype: str) -> str:
-    """The device functions for heads of ``depth`` elements; ``dtype`` is ``bf16`` or ``f16``."""
-    swizzle = (
-        "(row >> 1) & 3" if depth == 96 else "row & 7"
-    )  # 12 pieces: only fours may be permuted
+def source(shape: Shape, dtype: str) -> str:
+    """The device functions for one shape; ``dtype`` is ``bf16`` or ``f16``."""
+    # 12 pieces: only fours may be permuted
+    swizzle = "(row >> 1) & 3" if shape.wide == 96 else "row & 7"
+    space, adjusted = _space(shape, dtype), bool(shape.bias) or shape.capped
     return f"""
-#ifndef NETLATHE_FLASH_AMPERE_{dtype}_{depth}
-#define NETLATHE_FLASH_AMPERE_{dtype}_{depth}
-namespace netlathe_flash_ampere_{dtype}_{depth} {{
-constexpr int kDepth = {depth}, kPieces = kDepth / 8, kTile = {KEYS} * kDepth * 2;
+#ifndef {space.upper()}
+#define {space.upper()}
+#include <cuda_fp16.h>
+namespace {space} {{
+constexpr int kDepth = {shape.depth}, kWide = {shape.wide}, kPieces = kWide / 8, kTile = {KEYS} * kWide * 2;
+constexpr int kSteps = (kDepth + 15) / 16;  // of a product over the elements of a head
+constexpr float kLog2E = 1.44269504f;
+constexpr bool kAdjusted = {str(adjusted).lower()};
 
 __device__ __forceinline__ uint32_t piece(uint32_t tile, int row, int at) {{
-  return tile + row * kDepth * 2 + ((at ^ ({swizzle})) << 4);
+  return tile + row * kWide * 2 + ((at ^ ({swizzle})) << 4);
 }}
 __device__ __forceinline__ void load(uint32_t from, uint32_t* to) {{
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {{%0, %1, %2, %3}}, [%4];"
@@ -52,12 +76,13 @@ __device__ __forceinline__ float power(float x) {{
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }}
+{flash_bias.source(shape.bias, shape.capped) if adjusted else ""}
 // A tile of a head's rows from `first` on; zeros beyond the last. One group of copies.
 __device__ __forceinline__ void copy(uint32_t tile, const uint16_t* from, int rows, int first) {{
 #pragma unroll
   for (int part = 0; part < {KEYS} * kPieces / {THREADS}; ++part) {{
     const int number = part * {THREADS} + threadIdx.x, row = number / kPieces, at = number % kPieces;
-    const bool inside = first + row < rows;
+    const bool inside = first + row < rows && at * 8 < kDepth;
     const uint16_t* source = inside ? from + (int64_t)(first + row) * kDepth + at * 8 : from;
     asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;"
                  ::"r"(piece(tile, row, at)), "l"(source), "r"(inside ? 16 : 0) : "memory");
@@ -72,10 +97,11 @@ __device__ __forceinline__ void arrived() {{
 
 // The results of queries from `top` on, left in shared memory as float32. `head` counts the query heads of
 // the whole batch; `limit`: how many keys query `top` sees, and `step` how many more each query behind it.
+// A bias of the head begins at element `place` and has lines of `line_`, or, where `by_row` is 0, one alone.
 __device__ __forceinline__ void attend(
-    uint8_t* shared, const void* q_, const void* k_, const void* v_, const void* allowed_, float scale,
-    int64_t head, int64_t kv, int64_t queries, int64_t keys, int64_t most, int64_t top, int64_t limit_,
-    int64_t step) {{
+    uint8_t* shared, const void* q_, const void* k_, const void* v_, const void* allowed_, const void* bias_,
+    float scale, float cap, int64_t head, int64_t kv, int64_t queries, int64_t keys, int64_t most,
+    int64_t top, int64_t limit_, int64_t step, int64_t place, int64_t line_, int64_t by_row) {{
   const uint16_t* q = static_cast<const uint16_t*>(q_) + head * queries * kDepth;
   const uint16_t* k = static_cast<const uint16_t*>(k_) + kv * most * kDepth;
   const uint16_t* v = static_cast<const uint16_t*>(v_) + kv * most * kDepth;
@@ -89,16 +115,18 @@ __device__ __forceinline__ void attend(
   const int seen = min(end, (int)(limit_ + behind * step));
   const int blocks = seen <= 0 ? 0 : (seen + {KEYS - 1}) / {KEYS};
 
-  uint32_t x[kDepth / 16][4];
+  uint32_t x[kSteps][4];
 #pragma unroll
-  for (int i = 0; i < kDepth / 16; ++i)
+  for (int i = 0; i < kSteps; ++i)
 #pragma unroll
     for (int part = 0; part < 4; ++part) {{
       const int64_t row = top + line + part % 2 * 8;
       const uint16_t* from = q + row * kDepth + i * 16 + part / 2 * 8 + lane % 4 * 2;
-      x[i][part] = row < queries ? *reinterpret_cast<const uint32_t*>(from) : 0;
+      const bool inside = row < queries && i * 16 + part / 2 * 8 < kDepth;
+      x[i][part] = inside ? *reinterpret_cast<const uint32_t*>(from) : 0;
     }}
-  float o[kDepth / 8][4] = {{}}, top_[2] = {{-INFINITY, -INFINITY}}, whole[2] = {{0.0f, 0.0f}};
+{_bias_rows(shape)}  float o[2 * kSteps][4] = {{}};
+  float top_[2] = {{-INFINITY, -INFINITY}}, whole[2] = {{0.0f, 0.0f}};
   if (blocks > 0) {{
     copy(base + (blocks - 1) % 2 * kTile, k, end, (blocks - 1) * {KEYS});
     commit();
@@ -108,12 +136,12 @@ __device__ __forceinline__ void attend(
   for (int block = blocks - 1; block >= 0; --block) {{
     const int first = block * {KEYS};
     const uint32_t keys_at = base + block % 2 * kTile, values_at = base + (2 + block % 2) * kTile;
-    arrived();
+{_bias_loads(shape)}    arrived();
     if (block > 0) copy(base + (block - 1) % 2 * kTile, k, end, first - {KEYS});
     commit();
     float s[{KEYS // 8}][4] = {{}};
 #pragma unroll
-    for (int i = 0; i < kDepth / 16; ++i)
+    for (int i = 0; i < kSteps; ++i)
 #pragma unroll
       for (int j = 0; j < {KEYS // 16}; ++j) {{
         uint32_t y[4];
@@ -121,7 +149,7 @@ __device__ __forceinline__ void attend(
         multiply(s[2 * j], x[i], y[0], y[1]);
         multiply(s[2 * j + 1], x[i], y[2], y[3]);
       }}
-    if (allowed || first + {KEYS} > limit) {{
+{_adjustment(shape)}    if (allowed || first + {KEYS} > limit) {{
 #pragma unroll
       for (int i = 0; i < {KEYS // 8}; ++i)
 #pragma unroll
@@ -141,20 +169,24 @@ __device__ __forceinline__ void attend(
       most_ = fmaxf(most_, __shfl_xor_sync(0xffffffffu, most_, 1));
       most_ = fmaxf(most_, __shfl_xor_sync(0xffffffffu, most_, 2));
       // Where nothing may be attended yet all scores are -inf, and weights are zero.
-      const float zero = most_ == -INFINITY ? 0.0f : most_ * scale;
-      const float shrink = power(top_[half] * scale - zero);
+      const float zero = most_ == -INFINITY ? 0.0f : kAdjusted ? most_ : most_ * scale;
+      const float shrink = power(kAdjusted ? (top_[half] - zero) * kLog2E : top_[half] * scale - zero);
       top_[half] = most_;
       float sum = 0.0f;
 #pragma unroll
       for (int i = 0; i < {KEYS // 8}; ++i) {{
-        const float first_ = power(fmaf(s[i][half * 2], scale, -zero));
-        const float second = power(fmaf(s[i][half * 2 + 1], scale, -zero));
-        sum += first_ + second;
-        asm("cvt.rn.{dtype}x2.f32 %0, %1, %2;" : "=r"(p[i / 2][i % 2 * 2 + half]) : "f"(second), "f"(first_));
+        float w[2];
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {{
+          const float x = s[i][half * 2 + e];
+          w[e] = power(kAdjusted ? (x - zero) * kLog2E : fmaf(x, scale, -zero));
+        }}
+        sum += w[0] + w[1];
+        asm("cvt.rn.{dtype}x2.f32 %0, %1, %2;" : "=r"(p[i / 2][i % 2 * 2 + half]) : "f"(w[1]), "f"(w[0]));
       }}
       whole[half] = whole[half] * shrink + sum;
 #pragma unroll
-      for (int i = 0; i < kDepth / 8; ++i) {{
+      for (int i = 0; i < 2 * kSteps; ++i) {{
         o[i][half * 2] *= shrink;
         o[i][half * 2 + 1] *= shrink;
       }}
@@ -165,7 +197,7 @@ __device__ __forceinline__ void attend(
 #pragma unroll
     for (int i = 0; i < {KEYS // 16}; ++i)
 #pragma unroll
-      for (int j = 0; j < kDepth / 16; ++j) {{
+      for (int j = 0; j < kSteps; ++j) {{
         uint32_t y[4];
         load_turned(piece(values_at, i * 16 + lane % 16, j * 2 + lane / 16), y);
         multiply(o[2 * j], p[i], y[0], y[1]);
@@ -183,13 +215,13 @@ __device__ __forceinline__ void attend(
     const int row = line + half * 8;
 #pragma unroll
     for (int i = 0; i < kDepth / 8; ++i)
-      *reinterpret_cast<float2*>(to + row * kDepth + ((i ^ (row & 3)) << 3) + lane % 4 * 2) =
+      *reinterpret_cast<float2*>(to + row * kWide + ((i ^ (row & 3)) << 3) + lane % 4 * 2) =
           make_float2(o[i][half * 2] * factor, o[i][half * 2 + 1] * factor);
   }}
   __syncthreads();
 }}
 __device__ __forceinline__ float result(const uint8_t* shared, int64_t row, int64_t column) {{
-  const float* from = reinterpret_cast<const float*>(shared) + row * kDepth;
+  const float* from = reinterpret_cast<const float*>(shared) + row * kWide;
   return from[(((column >> 3) ^ (row & 3)) << 3) + (column & 7)];
 }}
 }}  // namespace
@@ -197,6 +229,46 @@ __device__ __forceinline__ float result(const uint8_t* shared, int64_t row, int6
 """
 
 
-def name(depth: int, dtype: str, function: str) -> str:
+def _bias_rows(shape: Shape) -> str:
+    """Where a thread's two rows of a bias begin; those behind the last query are as that."""
+    if not shape.bias:
+        return ""
+    return """  const Pair* biases[2];
+  for (int half = 0; half < 2; ++half) {
+    const int64_t row = top + line + half * 8 < queries ? top + line + half * 8 : queries - 1;
+    biases[half] = static_cast<const Pair*>(bias_) + (place + row * by_row * line_ + lane % 4 * 2) / 2;
+  }
+"""
+
+
+def _bias_loads(shape: Shape) -> str:
+    if not shape.bias:
+        return ""
+    return f"""    Pair bias[{KEYS // 8}][2] = {{}};
+#pragma unroll
+    for (int i = 0; i < {KEYS // 8}; ++i)
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+        if (first + i * 8 + lane % 4 * 2 < line_) bias[i][half] = biases[half][(first + i * 8) / 2];
+"""
+
+
+def _adjustment(shape: Shape) -> str:
+    if not shape.bias and not shape.capped:
+        return ""
+    added = " + of(bias[i][e / 2], e % 2)" if shape.bias else ""
+    return f"""#pragma unroll
+    for (int i = 0; i < {KEYS // 8}; ++i)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) s[i][e] = scaled(s[i][e], scale, cap){added};
+"""
+
+
+def _space(shape: Shape, dtype: str) -> str:
+    adjusted = flash_bias.suffix(shape.bias, shape.capped)
+    return f"netlathe_flash_ampere_{dtype}_{shape.depth}{adjusted}"
+
+
+def name(shape: Shape, dtype: str, function: str) -> str:
     """The function's name in C++."""
-    return f"netlathe_flash_ampere_{dtype}_{depth}::{function}"
+    return f"{_space(shape, dtype)}::{function}"

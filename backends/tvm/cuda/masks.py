@@ -7,6 +7,7 @@ flag for each key. Kernels that know what it means need not read it, and leave o
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import onnx_ir as ir
 
@@ -19,30 +20,54 @@ from netlathe.ir.dims import Dim, Shape
 _SEE_THROUGH = ("Unsqueeze", "Reshape", "Identity")
 
 
-def plain(op: Op, batch: Dim, queries: Dim, keys: Dim, past: Dim) -> Plain | None:
-    """What the node's mask says, if causal, lengths and a flag for each key say all of it; else None."""
+def plain(op: Op, scores: Shape, past: Dim) -> Plain | None:
+    """What the node lets its queries see: of ``scores`` [b, h, s, t]; None where windows do, or a short mask.
+
+    Of a mask that is a conjunction, causal and a flag for each key are known as such, and at most one part
+    that is neither is read; of several such parts the whole is.
+    """
+    batch, _, queries, keys = scores
     right = op.integer("right_window_size", -1)
     causal = bool(op.integer("is_causal")) or right == 0
-    if op.real("softcap") or op.integer("left_window_size", -1) >= 0 or (right > 0 and not causal):
+    if op.integer("left_window_size", -1) >= 0 or (right > 0 and not causal):
         return None
     lengths = op.low.force(op.operand(6)) if op.has(6) else None
+    whole = Plain(causal, past, lengths)
     if not op.has(3):
-        return Plain(causal, past, lengths)
+        return whole
     mask = op.node.inputs[3]
     assert mask is not None
     flags: ir.Value | None = None
+    other: ir.Value | None = None
     for part in _conjunction(mask):
         offset = _causal(op, part, queries, keys)
-        if offset is not None:
-            if lengths is not None or (causal and dims.same(offset, past) is not True):
-                return None
+        agrees = lengths is None and (not causal or dims.same(offset, past) is True)
+        if offset is not None and agrees:
             causal, past = True, offset
         elif flags is None and _is_flags(op, part, batch, keys):
             flags = part
+        elif other is None:
+            other = part
         else:
-            return None
+            read = _read(op, mask, scores)
+            return None if read is None else replace(whole, mask=read)
+    read = None if other is None else _read(op, other, scores)
+    if other is not None and read is None:
+        return None
     allowed = None if flags is None else op.low.force(op.low.value(flags)).viewed((batch, keys))
-    return Plain(causal, past, lengths, allowed)
+    return Plain(causal, past, lengths, allowed, read)
+
+
+def _read(op: Op, mask: ir.Value, scores: Shape) -> Ready | None:
+    """A mask in memory, with as many axes as scores; None if it does not surely have all keys."""
+    shape = op.low.found.type(mask).shape
+    if shape is None or len(shape) > 4:
+        return None
+    shape = (*(1,) * (4 - len(shape)), *shape)
+    alike = [dims.same(own, size) is True for own, size in zip(shape, scores, strict=True)]
+    if not alike[3] or not all(a or own == 1 for a, own in zip(alike, shape, strict=True)):
+        return None
+    return op.low.force(op.low.value(mask)).viewed(shape)
 
 
 def coded(op: Op) -> tuple[Ready, ...] | None:

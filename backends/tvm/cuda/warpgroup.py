@@ -98,15 +98,15 @@ __device__ __forceinline__ void pass_turn(int group) {{
 }}
 
 // 64 rows of up to 64 results through shared memory, so that neighbouring threads have neighbouring columns.
-// Pieces of 8 columns are permuted by row against bank conflicts.
+// Pieces of 8 columns are permuted by row against bank conflicts. Rows are kPitch floats apart.
 template <typename Sum> struct alignas(8) Pair {{ Sum first, second; }};
-template <int kStages> __device__ __forceinline__ void* staging(uint8_t* shared) {{
+template <int kStages, int kPitch> __device__ __forceinline__ void* staging(uint8_t* shared) {{
   float* first = static_cast<float*>(__cvta_shared_to_generic(base(shared) + kStages));
-  return first + (threadIdx.x / {GROUP} - 1) * {PART * PART};
+  return first + (threadIdx.x / {GROUP} - 1) * {PART} * kPitch;
 }}
-template <int kStages, int kWide, typename Sum>
+template <int kStages, int kWide, int kPitch = {PART}, typename Sum>
 __device__ __forceinline__ void stage(uint8_t* shared, const Sum* d) {{
-  Sum* to = static_cast<Sum*>(staging<kStages>(shared));
+  Sum* to = static_cast<Sum*>(staging<kStages, kPitch>(shared));
   const int warp = threadIdx.x % {GROUP} / 32, lane = threadIdx.x % 32;
 #pragma unroll
   for (int j = 0; j < kWide / 8; ++j)
@@ -115,15 +115,15 @@ __device__ __forceinline__ void stage(uint8_t* shared, const Sum* d) {{
       const int row = warp * 16 + half * 8 + lane / 4;
       const int column = (j ^ (row & 3)) * 8 + lane % 4 * 2;
       const Sum* from = d + j * 4 + half * 2;
-      *reinterpret_cast<Pair<Sum>*>(to + row * {PART} + column) = {{from[0], from[1]}};
+      *reinterpret_cast<Pair<Sum>*>(to + row * kPitch + column) = {{from[0], from[1]}};
     }}
   asm volatile("bar.sync %0, {GROUP};" ::"r"((int)threadIdx.x / {GROUP}) : "memory");
 }}
 // One sum, or as many neighbouring ones as a vector has.
-template <int kStages, typename T>
+template <int kStages, typename T, int kPitch = {PART}>
 __device__ __forceinline__ T staged(uint8_t* shared, int64_t row, int64_t column) {{
-  const float* from = static_cast<const float*>(staging<kStages>(shared));
-  from += row * {PART} + (((column >> 3) ^ (row & 3)) << 3) + (column & 7);
+  const float* from = static_cast<const float*>(staging<kStages, kPitch>(shared));
+  from += row * kPitch + (((column >> 3) ^ (row & 3)) << 3) + (column & 7);
   return *reinterpret_cast<const T*>(from);
 }}
 __device__ __forceinline__ void unstage() {{

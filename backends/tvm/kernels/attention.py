@@ -20,13 +20,15 @@ class Plain:
     """Which keys are seen. ``causal``: query i sees those up to i + ``offset``, else all of them.
 
     ``lengths`` [b]: the keys of a sequence end there, and its queries stand at that end. ``allowed`` [b, t]:
-    keys that any query may see at all.
+    keys that any query may see at all. ``mask`` [b or 1, h or 1, s or 1, t]: what is added to each score, or
+    whether it counts.
     """
 
     causal: bool
     offset: Dim
     lengths: Ready | None = None
     allowed: Ready | None = None
+    mask: Ready | None = None
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ class Spec:
     allowed: Callable[[Code, Expr, Expr, Expr, Expr], Expr] | None
     # (code, b, i) -> how many leading keys the queries up to i may attend at most, or None for all
     limit: Callable[[Code, Expr, Expr], Expr] | None
-    # what allowed and limit say, for kernels that know no more than that; None if they say more
+    # what bias, allowed and limit say, for kernels that know no more than that; None if they say more
     plain: Plain | None = None
     # codes of k, codes of v, scales of k, scales of v: int8 caches that k and v are read from; of int4 ones,
     # whose bytes have two codes, zero points of k and of v too

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from tvm import tirx
 
 from netlathe.backends.tvm import mathfn, storage
-from netlathe.backends.tvm.cuda import early, flash, masks, product_attention
+from netlathe.backends.tvm.cuda import decode, early, flash, masks, product_attention
 from netlathe.backends.tvm.cuda.machine import Gpu
 from netlathe.backends.tvm.kernel import Kernel
 from netlathe.backends.tvm.kernels.attention import Plain, Spec, attention
@@ -64,7 +64,8 @@ def _attention(op: Op) -> Sequence[Value]:
     cache = None
     if tensor_cores is not None:
         _hold(op, q, k)
-        cache = None if packed or op.has(4) else masks.coded(op)
+        is_whole = not packed and not op.has(4) and q.shape[3] in decode.CODED_DEPTHS
+        cache = masks.coded(op) if is_whole else None
         if cache:
             q = low.force(q)
         else:
@@ -78,8 +79,9 @@ def _attention(op: Op) -> Sequence[Value]:
         v = v if unit else low.force(v)
     presents = [_present(op, 1, k), _present(op, 2, v)]
     if tensor_cores is not None:
+        cap = op.real("softcap")
         spec = Spec(
-            q, k, v, *_grouped(op, q, k), 0.0, None, None, None, plain=tensor_cores, coded=cache
+            q, k, v, *_grouped(op, q, k), cap, None, None, None, plain=tensor_cores, coded=cache
         )
     else:
         spec = _spec(op, q, k, v, past)
@@ -170,11 +172,12 @@ def _present(op: Op, output: int, value: Value) -> Value:
 
 def _on_tensor_cores(op: Op, q: Value, k: Value, v: Value, past: dims.Dim) -> Plain | None:
     """What the node lets its queries see, if a GPU's tensor cores take it."""
-    if not isinstance(op.low.machine, Gpu) or not flash.suits(q, k, v):
+    machine = op.low.machine
+    if not isinstance(machine, Gpu) or not flash.suits(machine, q, k, v):
         return None
     if op.wants(3) or op.integer("softmax_precision", 1) not in (0, 1, 10, 16):
         return None
-    return masks.plain(op, q.shape[0], q.shape[2], k.shape[2], past) if _scale(op, q) > 0 else None
+    return masks.plain(op, (*q.shape[:3], k.shape[2]), past) if _scale(op, q) > 0 else None
 
 
 def _hold(op: Op, q: Value, k: Value) -> None:
@@ -182,6 +185,7 @@ def _hold(op: Op, q: Value, k: Value) -> None:
     queries = q.shape[2]
     several = sum(node.op_type == "Attention" for node in op.node.graph or ()) > 1
     is_few = not isinstance(queries, int) or queries * _grouped(op, q, k)[0] <= flash.MOST_ROWS
+    is_few = is_few and flash.splits_keys(q.shape[3])
     machine = op.low.machine
     if several and is_few and isinstance(machine, Gpu) and machine.has_wgmma:
         early.hold(op.low)

@@ -16,7 +16,7 @@ pytest.importorskip("tvm", reason="the tvm extra is not installed")
 
 from tvm import tirx
 
-from netlathe.backends.tvm.cuda import decode, decode_merged, flash
+from netlathe.backends.tvm.cuda import decode, decode_merged, flash, flash_hopper
 from netlathe.backends.tvm.cuda.artifact import CudaArtifact
 from netlathe.backends.tvm.cuda.machine import ARCHITECTURES, gpu
 from netlathe.backends.tvm.kernel import SCHEDULE
@@ -99,26 +99,57 @@ def specs(monkeypatch: pytest.MonkeyPatch) -> list[Spec]:
     [
         (QKV, "y = Attention (q, k, v)", "attention.flash"),
         (QKV, "y = Attention <is_causal = 1, scale = 0.2> (q, k, v)", "attention.flash"),
-        (QKV.replace(",s,", ",16,"), "y = Attention (q, k, v)", "attention.decode"),
+        (QKV.replace(",s,", ",4,"), "y = Attention (q, k, v)", "attention.decode"),
+        (
+            QKV.replace("[b,", "[1,").replace(",s,", ",16,"),
+            "y = Attention (q, k, v)",
+            "attention.decode",
+        ),
+        # with so many sequences heads fill a GPU
+        (
+            QKV.replace("[b,", "[17,").replace(",s,", ",16,"),
+            "y = Attention (q, k, v)",
+            "attention.flash",
+        ),
         (QKV.replace(",s,", ",17,"), "y = Attention (q, k, v)", "attention.flash"),
         (QKV.replace(",64]", ",96]"), "y = Attention (q, k, v)", "attention.flash"),
-        (QKV.replace(",64]", ",80]"), "y = Attention (q, k, v)", "attention.products"),
+        (QKV.replace(",64]", ",80]"), "y = Attention (q, k, v)", "attention.flash"),
+        (
+            QKV.replace(",64]", ",80]").replace(",s,", ",4,"),
+            "y = Attention (q, k, v)",
+            "attention.decode",
+        ),
+        (
+            QKV.replace(",64]", ",72]").replace(",s,", ",4,"),
+            "y = Attention (q, k, v)",
+            "attention.flash",
+        ),
+        (
+            QKV.replace(",s,", ",1,") + ", float[b,8,1,t] m",
+            "y = Attention <softcap = 30.0> (q, k, v, m)",
+            "attention.decode",
+        ),
+        (QKV.replace(",64]", ",84]"), "y = Attention (q, k, v)", "attention.warp"),
+        (QKV.replace(",64]", ",264]"), "y = Attention (q, k, v)", "attention.products"),
         (QKV.replace("bfloat16", "float"), "y = Attention (q, k, v)", "attention.warp"),
-        (QKV, "y = Attention <softcap = 30.0> (q, k, v)", "attention.products"),
+        (QKV, "y = Attention <softcap = 30.0> (q, k, v)", "attention.flash"),
         (QKV, "y = Attention <scale = -0.2> (q, k, v)", "attention.products"),
-        (QKV + ", bfloat16[s,t] m", "y = Attention (q, k, v, m)", "attention.products"),
-        (QKV + ", bool[s,t] m", "y = Attention (q, k, v, m)", "attention.products"),
+        (QKV + ", bfloat16[s,t] m", "y = Attention (q, k, v, m)", "attention.flash"),
+        (QKV + ", float[b,8,s,t] m", "y = Attention (q, k, v, m)", "attention.flash"),
+        (QKV + ", bool[s,t] m", "y = Attention (q, k, v, m)", "attention.flash"),
+        # a mask that may have fewer keys
+        (QKV + ", bfloat16[s,u] m", "y = Attention (q, k, v, m)", "attention.products"),
         (QKV + ", bool[b,1,1,t] m", "y = Attention (q, k, v, m)", "attention.flash"),
-        (QKV + ", bool[b,8,1,t] m", "y = Attention (q, k, v, m)", "attention.products"),
+        (QKV + ", bool[b,8,1,t] m", "y = Attention (q, k, v, m)", "attention.flash"),
         (QKV, SEEN + "y = Attention (q, k, v, seen)", "attention.flash"),
         # two masks that do not agree on the offset
-        (QKV, SEEN + "y = Attention <is_causal = 1> (q, k, v, seen)", "attention.products"),
+        (QKV, SEEN + "y = Attention <is_causal = 1> (q, k, v, seen)", "attention.flash"),
         (
             QKV + ", int64[b] n",
             "y = Attention <is_causal = 1> (q, k, v, , , , n)",
             "attention.flash",
         ),
-        (QKV + ", int64[b] n", SEEN + "y = Attention (q, k, v, seen, , , n)", "attention.products"),
+        (QKV + ", int64[b] n", SEEN + "y = Attention (q, k, v, seen, , , n)", "attention.flash"),
     ],
 )
 def test_what_takes_a_node(inputs: str, body: str, schedule: str, archs: Sequence[str]) -> None:
@@ -138,8 +169,8 @@ def test_windows_are_for_products(attributes: str) -> None:
 
 @pytest.mark.parametrize("heads, expected", [(8, "products"), (9000, "warp")])
 def test_scores_take_no_more_memory_than_they_are_worth(heads: int, expected: str) -> None:
-    inputs = ", ".join(f"bfloat16[1,{heads},256,72] {name}" for name in "qkv")
-    output = f"bfloat16[1,{heads},256,72] y"
+    inputs = ", ".join(f"bfloat16[1,{heads},256,264] {name}" for name in "qkv")
+    output = f"bfloat16[1,{heads},256,264] y"
     assert schedules(graph("y = Attention (q, k, v)", inputs, output)) == {f"attention.{expected}"}
 
 
@@ -184,6 +215,38 @@ def test_a_cache_that_comes_along_is_an_offset(specs: list[Spec]) -> None:
     schedules(graph("y = Attention <is_causal = 1> (q, k, v, , pk, pv)", inputs))
     (spec,) = specs
     assert spec.plain is not None and spec.plain.causal and str(spec.plain.offset) == "p"
+
+
+@pytest.mark.parametrize(
+    "body, causal, flags",
+    [
+        # what is neither causal nor a flag for each key is read beside them
+        ("both = And (flags, seen) mask = And (both, m)", True, True),
+        ("mask = And (seen, m)", True, False),
+        ("mask = And (m, flags)", False, True),
+        # of two such parts the whole is
+        ("both = And (seen, m) mask = And (both, n)", False, False),
+    ],
+)
+def test_one_part_of_a_mask_may_be_of_any_kind(
+    specs: list[Spec], body: str, causal: bool, flags: bool
+) -> None:
+    inputs = QKV + ", bool[b,1,1,t] flags, bool[s,t] m, bool[b,8,s,t] n"
+    made = schedules(graph(SEEN + body + " y = Attention (q, k, v, mask)", inputs))
+    (spec,) = specs
+    assert spec.plain is not None and spec.plain.mask is not None
+    assert spec.plain.causal == causal and (spec.plain.allowed is not None) == flags
+    assert len(spec.plain.mask.shape) == 4 and "attention.flash" in made
+
+
+@pytest.mark.parametrize("depth", range(8, 257, 8))
+@pytest.mark.parametrize("bias", ["", "bf16", "f32"])
+def test_tiles_fit_shared_memory(depth: int, bias: str) -> None:
+    shape = flash_hopper.Shape(depth, bias)
+    assert shape.stages >= 2 and shape.shared_bytes <= gpu(["sm_90a"]).shared_bytes
+    # Slabs begin at multiples of 1 KB, as the swizzle needs, and results stay in registers.
+    assert shape.tile_bytes % 1024 == 0 and (shape.ring >= 1) == bool(bias)
+    assert depth // 2 + shape.keys // 2 + shape.keys // 4 <= 180
 
 
 @pytest.mark.parametrize("scales", ["float16", "float32"])
@@ -393,10 +456,17 @@ def test_long_prompts_alone_hold_nothing() -> None:
     assert schedules(model) == {"attention.flash"}
 
 
+DECODED = [
+    *((16, depth) for depth in range(16, 257, 16)),
+    *((bits, d) for bits in (8, 4) for d in decode.CODED_DEPTHS),
+]
+
+
 @pytest.mark.parametrize("arch", sorted(ARCHITECTURES))
-@pytest.mark.parametrize("bits", [16, 8, 4])
-@pytest.mark.parametrize("depth", decode.DEPTHS)
+@pytest.mark.parametrize("bits, depth", DECODED)
 def test_what_decoding_asks_for_ahead_fits(arch: str, bits: int, depth: int) -> None:
+    if depth > 128 and arch != "sm_90a":
+        return  # products'
     ahead = decode.FAR if gpu((arch,)).has_wgmma else decode.NEAR
     for products in (1, 2):
         shape = decode.Shape(depth, bits, 16, products, ahead)
@@ -405,8 +475,7 @@ def test_what_decoding_asks_for_ahead_fits(arch: str, bits: int, depth: int) -> 
         assert shape.keys * shape.bytes % 512 == 0 and shape.keys % (256 // bits) == 0
 
 
-@pytest.mark.parametrize("bits", [16, 8, 4])
-@pytest.mark.parametrize("depth", decode.DEPTHS)
+@pytest.mark.parametrize("bits, depth", DECODED)
 def test_blocks_that_merge_leave_room_for_those_that_decode(bits: int, depth: int) -> None:
     """As many as a multiprocessor can have, so that none keeps a block of the next call from starting."""
     whole, reserved = 228 << 10, 1 << 10  # of a multiprocessor of sm_90, and for each block
@@ -457,3 +526,26 @@ def test_every_size_compiles(archs: Sequence[str], half: str, code: int, depth: 
     )
     compiled(model, archs)
     compiled(packed(half, depth), archs)
+
+
+@needs_nvcc
+@pytest.mark.slow
+@pytest.mark.parametrize("archs", FAMILIES, ids=["mma", "wgmma"])
+@pytest.mark.parametrize(
+    "half, depth, mask, attributes",
+    [
+        ("bfloat16", 64, "bfloat16[1,8,s,t] m", ""),
+        ("float16", 72, "float16[b,1,1,t] m", "is_causal = 1"),
+        ("bfloat16", 128, "float[b,8,s,t] m", ""),
+        ("bfloat16", 128, "bool[b,1,s,t] m", "softcap = 30.0"),
+        ("float16", 40, "", "softcap = 30.0"),
+        ("bfloat16", 256, "float[s,t] m", "softcap = 30.0"),
+    ],
+)
+def test_scores_with_a_bias_or_a_cap_compile(
+    archs: Sequence[str], half: str, depth: int, mask: str, attributes: str
+) -> None:
+    inputs = ", ".join(f"{half}[b,8,{rows},{depth}] {name}" for rows, name in ("sq", "tk", "tv"))
+    body = f"y = Attention{attributes and f' <{attributes}>'} (q, k, v{', m' if mask else ''})"
+    model = graph(body, inputs + (mask and f", {mask}"), f"{half}[b,8,s,{depth}] y")
+    compiled(model, archs)

@@ -268,6 +268,63 @@ def test_convolution(
     assert np.linalg.norm(found - wanted) / np.linalg.norm(wanted) < BOUNDS[half]
 
 
+@pytest.mark.parametrize("kernels", [Gpu, OnMma])
+@pytest.mark.parametrize(
+    ("half", "depth", "kind", "dims", "cap"),
+    [
+        ("bfloat16", 64, "bfloat16", "1hst", 0),
+        ("bfloat16", 128, "float", "bhst", 30),
+        ("float16", 72, "float16", "b11t", 0),
+        ("float16", 96, "bool", "11st", 0),
+        ("bfloat16", 80, "bool", "b1st", 30),
+    ],
+)
+def test_attention_with_a_bias(
+    kernels: type[Gpu], half: str, depth: int, kind: str, dims: str, cap: int
+) -> None:
+    """Of few queries and of many; the second sees no key, and the third's biases are the lowest floats."""
+    import torch
+
+    rows = [f"{half}[b,4,{size},{depth}] {name}" for size, name in ("sq", "tk", "tv")]
+    inputs = ", ".join([*rows, f"{kind}[{','.join(dims.replace('h', '4'))}] m"])
+    node = f"y = Attention{f' <softcap = {cap}.0>' if cap else ''} (q, k, v, m)"
+    model = ir.from_onnx_text(
+        f'<ir_version: 11, opset_import: ["" : 25]> g ({inputs}) => ({half}[b,4,s,{depth}] y)'
+        f" {{ {node} }}"
+    )
+    normal.normalize(model)
+    program = OnGpu(model, kernels(**vars(gpu([HERE[-1]]))))
+    rng = np.random.default_rng(3)
+    for batch, queries, keys in [(1, 1, 40), (2, 16, 129), (3, 130, 77), (1, 200, 264)]:
+        sizes = dict(zip("bhst1", (batch, 4, queries, keys, 1), strict=True))
+        feeds = {
+            name: rng.standard_normal((batch, 4, count, depth)).astype(HALVES[half])
+            for name, count in (("q", queries), ("k", keys), ("v", keys))
+        }
+        shape = [sizes[dim] for dim in dims]
+        hidden = rng.random(shape) > 0.7
+        if shape[2] > 2:
+            hidden[..., 1, :] = True
+        if kind == "bool":
+            mask = ~hidden
+        else:
+            dtype = HALVES.get(kind, np.float32)
+            mask = np.where(hidden, -np.inf, rng.standard_normal(shape)).astype(dtype)
+            if shape[2] > 2:
+                mask[..., 2, :] = ml_dtypes.finfo(dtype).min
+        found = program.run({**feeds, "m": mask})["y"].astype(np.float64)
+        q, k, v = (torch.from_numpy(feeds[name].astype(np.float64)) for name in "qkv")
+        scores = q @ k.transpose(2, 3) / depth**0.5
+        scores = cap * torch.tanh(scores / cap) if cap else scores
+        if kind == "bool":
+            scores = scores.masked_fill(torch.from_numpy(hidden), -np.inf)
+        else:  # beside the lowest of floats a score counts nothing
+            scores = (scores.float() + torch.from_numpy(mask.astype(np.float32))).double()
+        wanted = (torch.softmax(scores, -1).nan_to_num(0.0) @ v).numpy()
+        error = np.linalg.norm(found - wanted) / np.linalg.norm(wanted)
+        assert error < 2 * BOUNDS[half]  # weights are rounded, too
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "case",
