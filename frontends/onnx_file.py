@@ -450,7 +450,7 @@ def _bounds(model: ir.Model) -> frozenset[str]:
 _COMPARING = frozenset(
     {"Clip", "Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Max", "Min", "Where"}
 )
-_ELEMENTWISE = frozenset({"Add", "Expand", "Slice", "Concat", "Cast", "Unsqueeze"})
+_ELEMENTWISE = frozenset({"Add", "Cast", "Concat", "Expand", "Pad", "Slice", "Unsqueeze"})
 
 
 def _read_only_by(model: ir.Model, op_types: frozenset[str]) -> Iterator[str]:

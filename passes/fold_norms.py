@@ -24,6 +24,7 @@ import onnx_ir as ir
 
 from netlathe.analysis import channels, linear, streams
 from netlathe.analysis.linear import Array, Vector, Weight
+from netlathe.analysis.operators import TELL_SIZES
 from netlathe.analysis.streams import Stream
 from netlathe.ir import edit, weights
 from netlathe.ir.provenance import module_path
@@ -492,11 +493,12 @@ class _Work:
             change = linear.scaled(weight, site.scale)
             linear.change(self.graph, weight, change, _untied_name(weight), self.taken)
         self._set_to_one(site.node)
-        layers = {weight.node for weight in site.layers}
+        ends = {weight.node for weight in site.layers}
         stack = [site.node.outputs[0]]
         while stack:  # what the layers read is without scale and shift from now on
             value = stack.pop()
-            moves = [reader for reader, _ in value.uses() if reader not in layers]
+            readers = (reader for reader, _ in value.uses() if reader not in ends)
+            moves = [reader for reader in readers if reader.op_type not in TELL_SIZES]
             stack += [output for move in moves for output in move.outputs]
             self._rename(value, "unscaled")
         return self.untied - before

@@ -156,7 +156,7 @@ def _is_add(node: ir.Node) -> bool:
 
 def _readers(value: ir.Value) -> list[ir.Node]:
     """The nodes that read ``value`` itself, once per operand; its shape does not count."""
-    return [use.node for use in value.uses() if use.node.op_type not in ("Shape", "Size")]
+    return [use.node for use in value.uses() if use.node.op_type not in operators.TELL_SIZES]
 
 
 def _inner(value: ir.Value) -> ir.Node | None:

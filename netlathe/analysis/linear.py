@@ -18,6 +18,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from netlathe.analysis import channels
+from netlathe.analysis.operators import TELL_SIZES
 from netlathe.ir import edit, provenance, weights
 
 Array = npt.NDArray[Any]
@@ -153,6 +154,8 @@ def readers(value: ir.Value, axis: int) -> list[Weight] | str:
         for node, index in current.uses():
             if node.graph is not value.graph:
                 return f"{node.op_type} in a subgraph reads it"
+            if node.op_type in TELL_SIZES:
+                continue
             weight = contraction(node, index, at)
             if weight is not None:
                 found.append(dataclasses.replace(weight, gain=gain))

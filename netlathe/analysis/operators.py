@@ -8,6 +8,7 @@ from netlathe.ir import weights
 from netlathe.ir.edit import const_array
 from netlathe.ir.shapes import elementwise
 
+TELL_SIZES = frozenset({"Shape", "Size"})  # they read no element
 # One operand in, the same elements out.
 RESHAPES = frozenset({"Cast", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze"})
 # Elements are moved, repeated or left out, not computed.

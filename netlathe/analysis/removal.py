@@ -10,9 +10,8 @@ import onnx_ir as ir
 
 from netlathe.analysis.cores import Caches
 from netlathe.analysis.flow import Flow
+from netlathe.analysis.operators import TELL_SIZES
 from netlathe.ir import dims, weights
-
-_SIZES = frozenset({"Shape", "Size"})
 
 
 class Operand(NamedTuple):
@@ -55,7 +54,7 @@ def remove(flow: Flow, cuts: Iterable[Operand], caches: Caches) -> Removal:
     closure = _Closure(flow, cuts)
     closure.settle(caches.outputs)
     gone = closure.dead
-    leaving = [v for v in caches.inputs if all(n.op_type in _SIZES for n in closure.readers(v))]
+    leaving = [v for v in caches.inputs if all(n.op_type in TELL_SIZES for n in closure.readers(v))]
     staying = [v for v in flow.graph.inputs if v not in leaving]
     stand_ins, reason = [], ""
     for value in leaving:

@@ -1,4 +1,7 @@
-"""Valid inputs for a model whose author left none: ids inside their table, masks with a padded tail."""
+"""Valid inputs for a model whose author left none: ids inside their table, masks with a padded tail.
+
+Lengths say the same as masks: how much of each row is no padding.
+"""
 
 from __future__ import annotations
 
@@ -34,12 +37,21 @@ _KEEP_VALUE = frozenset(
 
 
 def dynamic_dims(model: ir.Model) -> dict[str, int]:
-    """The free dims of the graph inputs by name, each with a default size (batch 2, others 16)."""
+    """The free dims of the graph inputs by name, each with a default size (batch 2, others 16).
+
+    A batch is what is called so, and the first dim of an input whose other dims are all fixed.
+    """
+    names = dict.fromkeys(name for value in model.graph.inputs for name in free_dims(value))
+    leading = {name for v in model.graph.inputs if _only_first_is_free(v) for name in free_dims(v)}
     return {
-        name: _DEFAULT_BATCH if "batch" in name else _DEFAULT_SIZE
-        for value in model.graph.inputs
-        for name in free_dims(value)
+        name: _DEFAULT_BATCH if "batch" in name or name in leading else _DEFAULT_SIZE
+        for name in names
     }
+
+
+def _only_first_is_free(value: ir.Value) -> bool:
+    dims_behind = (value.shape or ())[1:]
+    return bool(dims_behind) and all(isinstance(dim, int) for dim in dims_behind)
 
 
 def check_dims(named: Iterable[str], known: Iterable[str], at: str = "") -> None:
@@ -104,10 +116,11 @@ def synthesize(model: ir.Model, sizes: Mapping[str, int], seed: int) -> Arrays:
     check_dims(sizes, defaults)
     full = {**defaults, **sizes}
     rng = np.random.default_rng(seed)
-    return {v.name: _make(v, shape_of(v, full), rng) for v in model.graph.inputs if v.name}
+    return {v.name: _make(v, full, rng) for v in model.graph.inputs if v.name}
 
 
-def _make(value: ir.Value, shape: tuple[int, ...], rng: np.random.Generator) -> npt.NDArray[Any]:
+def _make(value: ir.Value, sizes: Mapping[str, int], rng: np.random.Generator) -> npt.NDArray[Any]:
+    shape = shape_of(value, sizes)
     dtype = (value.dtype or ir.DataType.FLOAT).numpy()
     kind = np.dtype(dtype).kind
     name = (value.name or "").lower()
@@ -117,6 +130,10 @@ def _make(value: ir.Value, shape: tuple[int, ...], rng: np.random.Generator) -> 
         return _mask(shape).astype(dtype)
     if "position" in name and shape:
         return np.broadcast_to(np.arange(shape[-1]), shape).astype(dtype)
+    if "length" in name and len(shape) == 1:
+        own = free_dims(value)
+        if others := [size for dim, size in sizes.items() if dim not in own]:
+            return np.maximum(1, min(others) - np.arange(shape[0])).astype(dtype)
     bounds = list(_table_rows(value))
     top = max(1, min([*bounds, np.iinfo(dtype).max])) if bounds else 2
     return _ids(top, shape, rng).astype(dtype)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -34,6 +35,8 @@ SIZES = (
     (2, 5, 7, 11, 13, 17),
     (3, 4, 9, 8, 10, 14),
 )  # the first, second, ... dynamic dim in two runs
+TIMES = (1, 2, 4, 8, 16, 32, 64)  # as large, where strides leave nothing of a dim
+LARGEST = 1 << 23  # elements of an input
 _BODIES = frozenset({ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS})
 _TAKE_SHAPES = frozenset({"Reshape", "Expand", "Tile", "Slice"})  # all but their first operand
 HALF = frozenset({ir.DataType.FLOAT16, ir.DataType.BFLOAT16})
@@ -155,14 +158,16 @@ class _Region:
         symbols = sorted({n for v in self.inputs if _shape(v) for n in samples.free_dims(v)})
         if len(symbols) > len(sizes):
             raise NoMatch(f"depends on {len(symbols)} dynamic dims, too many to try")
-        bound = dict(zip(symbols, sizes, strict=False))
-        feeds: dict[str, npt.NDArray[Any]] = {}
-        for i, value in enumerate(self.inputs):
-            shape = samples.shape_of(value, bound)
-            if not all(dim > 0 for dim in shape):
-                raise NoMatch(f"{value.name} has the shape {value.shape}, which cannot be tried")
-            feeds[f"i{i}"] = _random(value, shape, rng, trial)
-        return feeds
+        for times in TIMES:
+            bound = {name: times * size for name, size in zip(symbols, sizes, strict=False)}
+            shapes = [samples.shape_of(value, bound) for value in self.inputs]
+            bad = [v for v, shape in zip(self.inputs, shapes, strict=True) if not _may_be(shape)]
+            if not bad:
+                return {
+                    f"i{i}": _random(value, shape, rng, trial)
+                    for i, (value, shape) in enumerate(zip(self.inputs, shapes, strict=True))
+                }
+        raise NoMatch(f"{bad[0].name} has the shape {bad[0].shape}, which cannot be tried")
 
 
 @dataclass
@@ -226,6 +231,10 @@ def _shape(value: ir.Value) -> ir.Shape:
     if any(isinstance(d, ir.SymbolicDim) and d.value is None for d in value.shape):
         raise NoMatch(f"{value.name} has an unknown dimension")
     return value.shape
+
+
+def _may_be(shape: Sequence[int]) -> bool:
+    return all(dim > 0 for dim in shape) and math.prod(shape) <= LARGEST
 
 
 def _random(

@@ -21,6 +21,7 @@ from netlathe.passes.normalize.raise_activation import ACTIVATIONS
 from netlathe.passes.normalize.raise_attention import Attentions
 from netlathe.passes.normalize.raise_norm import GroupNorms, Norms
 from netlathe.passes.normalize.raise_rope import Ropes
+from netlathe.passes.normalize.raise_rows import Rows
 from netlathe.passes.normalize.raise_view import Views
 from netlathe.passes.normalize.rewrite import Proposal, put_in_place
 from netlathe.pipeline.ledger import Entry
@@ -39,6 +40,7 @@ class Family(Protocol):
 
 
 FAMILIES: tuple[Family, ...] = (
+    Rows(),
     *ACTIVATIONS,
     Norms(),
     GroupNorms(),

@@ -25,6 +25,7 @@ from netlathe.analysis.axes import Axes
 from netlathe.analysis.axes.algebra import Axis, atoms
 from netlathe.analysis.axes.bind import Relation
 from netlathe.analysis.axes.selection import Positions, Selection
+from netlathe.analysis.operators import TELL_SIZES
 from netlathe.ir import edit, types, weights
 from netlathe.ir.dims import Shape
 
@@ -46,9 +47,10 @@ def kept_of(axes: Axes, selection: Selection) -> dict[tuple[str, int], Positions
 def mask(model: ir.Model, kept: Kept) -> None:
     """Rewrite ``model``, in normal form with types recorded, into its masked reference, in place."""
     masking = _Masking(model, kept)
+    losing = {name for name, _ in kept}
     for node in list(model.graph):
         rule = _RULES.get(node.op_type) if node.domain == "" else None
-        if rule is not None:
+        if rule is not None and any(v is not None and v.name in losing for v in node.inputs):
             rule(masking, node)
 
 
@@ -102,7 +104,7 @@ def unmasked(relation: Relation, letter: str) -> str:
     dynamic = not isinstance(relation.axes[letter].size, int)
     if dynamic and mixes(relation, letter) and not relation.signature.moves:
         return f"{node.op_type} looks along it and a dynamic dim as one"
-    if node.op_type in _RULES or node.op_type in _SIZES or any(slot.output for slot in slots):
+    if node.op_type in _RULES or node.op_type in TELL_SIZES or any(slot.output for slot in slots):
         return ""
     if not slots or letter in relation.signature.reads.values() or relation.signature.moves:
         return ""
@@ -379,13 +381,12 @@ _RULES: Mapping[str, Callable[[_Masking, ir.Node], None]] = {
 
 
 _PRODUCTS = frozenset({"Attention", "Conv", "ConvTranspose", "Einsum", "Gemm", "MatMul"})
-_SIZES = frozenset({"Shape", "Size"})  # what tells a size looks at no position
 
 
 def mixes(relation: Relation, letter: str) -> bool:
     """Whether positions of a letter meet in a node: in a sum, a norm, a softmax or a choice over them."""
     op, slots = relation.node.op_type, relation.slots.get(letter, ())
-    if op in _SIZES or letter in relation.signature.reads.values():
+    if op in TELL_SIZES or letter in relation.signature.reads.values():
         return False
     if not any(slot.output for slot in slots):
         return True

@@ -33,6 +33,18 @@ def test_a_name_that_is_no_expression_is_one_dim() -> None:
     assert samples.synthesize(made, {"unk__12::0": 5}, 0)["x"].shape == (5, 2)
 
 
+def test_the_first_dim_is_a_batch_where_the_others_are_fixed() -> None:
+    """tf2onnx calls it ``unk__749``, others ``N``: audio and images have too many elements for sixteen."""
+    assert samples.dynamic_dims(with_dims("N", 900, 120)) == {"N": 2}
+    assert samples.dynamic_dims(with_dims("N", 3, "height")) == {"N": 16, "height": 16}
+    assert samples.dynamic_dims(with_dims("tokens")) == {"tokens": 16}
+
+
+def test_lengths_say_where_the_padding_of_a_row_begins() -> None:
+    made = model("int64[b,s] ids, int64[b] input_lengths", "int64 y", "y = Neg(ids)")
+    assert samples.synthesize(made, {"b": 3, "s": 2}, 0)["input_lengths"].tolist() == [2, 1, 1]
+
+
 def test_dims_are_never_evaluated(tmp_path: Path) -> None:
     """A dim's text comes with the model file."""
     target = tmp_path / "made"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,9 +13,12 @@ import torch
 from torch import nn
 
 from netlathe.diagnostics import CaptureError
+from netlathe.execute import ort, samples
 from netlathe.frontends import compare, torch_export
 from netlathe.frontends.torch_module import TorchModule
+from netlathe.ir import normal
 from netlathe.pipeline.pass_ import Feeds
+from tests.ir.onnx_text import model
 
 
 class Tower(nn.Module):
@@ -72,6 +76,29 @@ def _constant(model: ir.Model, values: list[int]) -> ir.Value:
     )
     model.graph.register_initializer(value)
     return value
+
+
+@pytest.mark.parametrize("last", ["Sigmoid", "Softplus"])
+def test_the_last_bit_of_a_sigmoid_is_no_difference(last: str) -> None:
+    """A detector of text that sees none says 1e-8 everywhere, and another kernel 1e-7 here and there."""
+    made = model(
+        "float[b,8] x", "float y", f"t = Tanh(x)  h = Add(t, far)  y = {last}(h)", far=-18.0
+    )
+    normal.normalize(made)
+
+    def run(feeds: Feeds) -> dict[str, Any]:
+        return {"y": ort.run(made, feeds)["y"] + np.float32(2.0**-23)}
+
+    def check() -> Any:
+        original = compare.Original(run=run, intermediates=run, moved=lambda feeds: {"y": 0.01})
+        sample = partial(samples.synthesize, made)
+        return compare.check_same(made, original, {"b": 2}, sample, what="the detector")
+
+    if last == "Sigmoid":
+        assert check()[0].status == "applied"
+    else:
+        with pytest.raises(CaptureError, match=r"capture\.differs"):
+            check()
 
 
 def test_rounding_of_an_ill_conditioned_model_is_no_difference() -> None:

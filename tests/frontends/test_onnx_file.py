@@ -577,6 +577,18 @@ def test_infinity_is_a_bound_and_no_weight(op: str, tmp_path: Path) -> None:
     )
 
 
+def test_padding_may_be_infinite(tmp_path: Path) -> None:
+    """What a largest element is looked for in is padded by what is never the largest."""
+    model = tower()
+    model.graph.node.append(helper.make_node("Pad", ["y", "by", "least"], ["padded"]))
+    model.graph.output[0].name = "padded"
+    model.graph.output[0].type.tensor_type.ClearField("shape")
+    model.graph.initializer.append(numpy_helper.from_array(np.array([0, 0, 0, 1]), "by"))
+    least = numpy_helper.from_array(np.array(-np.inf, np.float32), "least")
+    model.graph.initializer.append(least)
+    OnnxFile().capture(write(model, tmp_path))
+
+
 def windowed(kernel: int) -> onnx.ModelProto:
     """A window of ``kernel`` steps over x [batch, 1, length]: shorter ones fail."""
     graph = helper.make_graph(

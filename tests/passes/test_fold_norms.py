@@ -239,6 +239,19 @@ def test_through_moves_and_factors_to_the_layer() -> None:
     assert statuses(check(model).entries) == ["applied"] * 3
 
 
+def test_who_asks_for_a_size_reads_no_channel() -> None:
+    """As a recurrent layer does that makes its first state for what a norm gives it."""
+    body = BLOCK.replace(
+        "y = MatMul(m, u)",
+        "z = MatMul(m, u) length = Shape<start=1, end=2>(m)"
+        " at = Slice(rows, zero, length, zero) y = Add(z, at)",
+    )
+    arrays = constants(**NORMS, **LAYER, rows=(16, 5))
+    model = raising.graph("int64[b,s] ids", body, zero=[0], **arrays)
+    assert "Shape" in raising.ops(model)
+    assert statuses(check(model).entries) == ["applied"] * 3
+
+
 def test_a_convolution_takes_in_a_norm_only_where_it_does_not_pad() -> None:
     body = "n = RMSNormalization(x, g) t = Transpose<perm = [0, 3, 1, 2]>(n) y = Conv<{}>(t, w)"
     for pads, size in (("pads = [0, 0, 0, 0]", 2), ("pads = [1, 1, 1, 1]", 3)):

@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 
+from netlathe.passes.normalize import raise_operators
 from tests.passes.raising import graph, node, ops, raised, refusals
 
 X = "float[b,s,8] x"
@@ -125,6 +127,14 @@ def test_gates_are_no_candidates() -> None:
     )
     after, entries = raised(model)
     assert entries == [] and ops(after) == ops(model)
+
+
+def test_a_dim_that_strides_make_is_tried_where_something_is_left_of_it() -> None:
+    """As in a text recognizer, whose height a stem, stages and a pool divide by 48."""
+    weight = np.ones((4, 3, 48), np.float32) / 12
+    body = "c = Conv<strides=[48], kernel_shape=[48]>(x, w) g = Sigmoid(c) y = Mul(c, g)"
+    (entry,) = raise_operators(graph("float[b,3,s] x", body, w=weight))
+    assert entry.status == "applied", entry.reason
 
 
 def test_an_inner_value_that_others_read_stays() -> None:

@@ -17,10 +17,10 @@ caller pins it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
-from typing import TypeAlias
+from typing import TypeAlias, TypeVar
 
 import sympy
 
@@ -181,7 +181,7 @@ def resized(axis: Axis, known: MutableMapping[Axis, Size | None]) -> Size | None
     axis = find(axis)
     if axis not in known:
         form = axis.form
-        inner = () if form is None else form.factors if isinstance(form, Product) else form.parts
+        inner = form.factors if isinstance(form, Product) else parts(axis) if form else ()
         found = [(resized(each, known), each.size) for each in inner]
         sizes = [old if new is None else new for new, old in found]
         if all(new is None for new, _ in found):
@@ -201,7 +201,7 @@ def show(axis: Axis, name: Callable[[Axis], str] = lambda atom: str(atom.size)) 
     if isinstance(axis.form, Product):
         each = [show(factor, name) for factor in _telling(axis.form)]
         return "(" + " ".join(each) + ")" if len(each) > 1 else each[0]
-    return "[" + " | ".join(show(part, name) for part in axis.form.parts) + "]"
+    return "[" + " | ".join(show(part, name) for part in parts(axis)) + "]"
 
 
 # -- making terms -----------------------------------------------------------------------------------
@@ -235,6 +235,27 @@ def segments(of: Sequence[Axis]) -> Axis:
 
 # -- refining terms ---------------------------------------------------------------------------------
 
+_T = TypeVar("_T")
+# Work that yields the joins that it needs done before it goes on.
+_Steps: TypeAlias = Generator["_Steps[None]", None, _T]
+
+
+def _done(steps: _Steps[_T]) -> _T:
+    """What work gives that needs joins, which need others, however deep these lie in each other.
+
+    Frames of a signal that overlap, [x | 143840] and [143840 | y] seen as 900 rows of 160, make one row the
+    next: joins as deep as there are rows.
+    """
+    stack: list[_Steps[None]] = []
+    while True:
+        try:
+            stack.append(next(stack[-1] if stack else steps))
+        except StopIteration as end:
+            if not stack:
+                given: _T = end.value
+                return given
+            stack.pop()
+
 
 class Space:
     """Joins and refines axes.
@@ -252,7 +273,7 @@ class Space:
     def join(self, a: Axis, b: Axis) -> None:
         """Let two axes be one: position i of either is position i of the other."""
         try:
-            self._join(a, b)
+            _done(self._join(a, b))
         except Misfit:
             self._misfit(a, [a])
             self._misfit(b, [b])
@@ -279,15 +300,17 @@ class Space:
         Axes of size 1 carry nothing: those given are dropped, those wanted are new.
         """
         try:
-            return self._regroup(axes, sizes)
+            return _done(self._regroup(axes, sizes))
         except Misfit:
             pass
         every = [factor for axis in axes for factor in factors(axis)]
         made = [Axis(size) for size in sizes]
         try:
-            self._join_factors(
-                [factor for factor in every if factor.size != 1],
-                [axis for axis in made if axis.size != 1],
+            _done(
+                self._join_factors(
+                    [factor for factor in every if factor.size != 1],
+                    [axis for axis in made if axis.size != 1],
+                )
             )
         except Misfit:
             for axis in axes:
@@ -305,7 +328,7 @@ class Space:
 
     # -- joining ----------------------------------------------------------------------------------
 
-    def _join(self, a: Axis, b: Axis) -> None:
+    def _join(self, a: Axis, b: Axis) -> _Steps[None]:
         a, b = _reduced(a), _reduced(b)
         if a is b:
             return
@@ -318,22 +341,22 @@ class Space:
             _link(b, a)
             return
         if a.size == 1:
-            self._join_rows(factors(a), factors(b))
+            yield from self._join_rows(factors(a), factors(b))
             return
         (left, left_rows), (right, right_rows) = _solid(a), _solid(b)
-        self._join_rows(left_rows, right_rows)
+        yield from self._join_rows(left_rows, right_rows)
         if len(left) == len(right) == 1:
-            self._join_segments(left[0], right[0])
+            yield from self._join_segments(left[0], right[0])
         elif len(left) == 1:
-            self._join_product(left[0], right)
+            yield from self._join_product(left[0], right)
         elif len(right) == 1:
-            self._join_product(right[0], left)
+            yield from self._join_product(right[0], left)
         else:
-            self._join_factors(left, right)
+            yield from self._join_factors(left, right)
             if not left_rows and not right_rows:
                 a.link = b
 
-    def _join_rows(self, left: list[Axis], right: list[Axis]) -> None:
+    def _join_rows(self, left: list[Axis], right: list[Axis]) -> _Steps[None]:
         """A row in a product is one position of something: both products go when it goes.
 
         ``[a | b | c]`` cut out of 3 x 4 is 1 x 4 with the first of the 3. What is joined with it and
@@ -342,28 +365,28 @@ class Space:
         only_left = [row for row in left if row not in right and not _held(row)]
         only_right = [row for row in right if row not in left and not _held(row)]
         if len(only_left) == len(only_right) == 1:
-            self._join(only_left[0], only_right[0])
+            yield self._join(only_left[0], only_right[0])
         else:
             for row in (*only_left, *only_right):
                 self._stays(row)
 
-    def _join_segments(self, a: Axis, b: Axis) -> None:
+    def _join_segments(self, a: Axis, b: Axis) -> _Steps[None]:
         """Join two axes that are not products."""
         if a.form is None or b.form is None:
-            self._join(a, b)
+            yield self._join(a, b)
         elif a is not b:
-            self._align(parts(a), parts(b))
+            yield from self._align(parts(a), parts(b))
             find(a).link = find(b)
 
-    def _join_product(self, single: Axis, of: list[Axis]) -> None:
+    def _join_product(self, single: Axis, of: list[Axis]) -> _Steps[None]:
         """Join an atom or segments with a product."""
         if single.form is not None:
-            self._align(parts(single), [product(of)])
+            yield from self._align(parts(single), [product(of)])
         single.form = Product(tuple(of))
         if single.stays is not None:
             hold(single, single.stays)
 
-    def _lay(self, segment: Axis, piece: Axis) -> None:
+    def _lay(self, segment: Axis, piece: Axis) -> _Steps[None]:
         """Join a segment with what it is of new rows and columns.
 
         ``[(g 4) | (h 2)]`` seen as (2 6) is one of the 2: the 6 is ``[(g 4) | (h 2)]``, and the one of
@@ -372,65 +395,68 @@ class Space:
         segment = _reduced(segment)
         row, *inner = factors(piece)
         if segment.form is None or row.size != 1 or not inner or inner == _solid(segment)[0]:
-            self._join(segment, piece)
+            yield self._join(segment, piece)
         else:
-            self._join(segment, product(inner))
+            yield self._join(segment, product(inner))
             self._stays(row)
 
     def _align(
         self,
         left: list[Axis],
         right: list[Axis],
-        join: Callable[[Axis, Axis], None] | None = None,
-    ) -> None:
+        join: Callable[[Axis, Axis], _Steps[None]] | None = None,
+    ) -> _Steps[None]:
         """Join two lists of segments, which cover the same positions, on their common boundaries."""
         join = join or self._join
         left, right = left[::-1], right[::-1]
         while left and right:
             a, b = left.pop(), right.pop()
             if _same(a.size, b.size):
-                join(a, b)
+                yield join(a, b)
             elif _less(a.size, b.size):
                 b, rest = _cut(b, a.size)
                 right.append(rest)
-                join(a, b)
+                yield join(a, b)
             elif _less(b.size, a.size):
                 a, rest = _cut(a, b.size)
                 left.append(rest)
-                join(a, b)
+                yield join(a, b)
             else:
                 raise Misfit
 
-    def _join_factors(self, left: list[Axis], right: list[Axis]) -> None:
+    def _join_factors(self, left: list[Axis], right: list[Axis]) -> _Steps[None]:
         """Join two products of the same size: (2 6) with (4 3) makes (2 2 3) of both.
 
         What their ends have in common is one, and stays free: of (3 4) with (2 6) the last 2. No term
         expresses what is left between, (3 2) with (2 3).
         """
-        self._join_ends(left, right, 0)
-        self._join_ends(left, right, -1)
+        yield from self._join_ends(left, right, 0)
+        yield from self._join_ends(left, right, -1)
         for axis in left:
             self._misfit(axis, [axis])
         for axis in right:
             self._misfit(axis, left or [axis])
 
-    def _join_ends(self, left: list[Axis], right: list[Axis], end: int) -> None:
+    def _join_ends(self, left: list[Axis], right: list[Axis], end: int) -> _Steps[None]:
         """Join what two products have in common at their first (0) or last (-1) factors."""
         while left and right and (size := _common(left[end].size, right[end].size)) != 1:
-            self._join(self._taken(left, end, size), self._taken(right, end, size))
+            a = yield from self._taken(left, end, size)
+            b = yield from self._taken(right, end, size)
+            yield self._join(a, b)
 
-    def _taken(self, of: list[Axis], end: int, size: Size) -> Axis:
+    def _taken(self, of: list[Axis], end: int, size: Size) -> _Steps[Axis]:
         """Take a factor of this size off the first (0) or last (-1) one."""
         axis = of.pop(end)
         times = divide(axis.size, size)
         assert times is not None
         if times == 1:
             return axis
-        first, last = self._regroup([axis], [size, times] if end == 0 else [times, size])
+        sizes = [size, times] if end == 0 else [times, size]
+        first, last = yield from self._regroup([axis], sizes)
         of.insert(0 if end == 0 else len(of), last if end == 0 else first)
         return first if end == 0 else last
 
-    def _regroup(self, axes: Sequence[Axis], sizes: Sequence[Size]) -> list[Axis]:
+    def _regroup(self, axes: Sequence[Axis], sizes: Sequence[Size]) -> _Steps[list[Axis]]:
         """Row-major regrouping: take factors off the front until each wanted size is reached."""
         left = [factor for axis in axes if axis.size != 1 for factor in factors(axis)][::-1]
         found: list[list[Axis]] = []
@@ -449,7 +475,8 @@ class Space:
                 elif (inner := divide(factor.size, missing)) is not None:
                     rows, columns = Axis(missing), Axis(inner)
                     if factor.form is not None:
-                        self._align(parts(factor), [product([rows, columns])], self._lay)
+                        piece = product([rows, columns])
+                        yield from self._align(parts(factor), [piece], self._lay)
                     factor.form = Product((rows, columns))
                     rows.stays = columns.stays = factor.stays
                     left += [columns, rows]

@@ -226,10 +226,10 @@ def _vital(axis: Axis, known: dict[Axis, frozenset[Axis]]) -> frozenset[Axis]:
             found = frozenset({axis})
         elif isinstance(axis.form, algebra.Product):
             found = frozenset().union(*(_vital(find(f), known) for f in axis.form.factors))
-        elif len({find(part) for part in axis.form.parts if algebra.is_atom(part)}) > 1:
+        elif len({part for part in algebra.parts(axis) if algebra.is_atom(part)}) > 1:
             found = frozenset()  # either of two atoms may go
         else:
-            each = [_vital(find(part), known) for part in axis.form.parts]
+            each = [_vital(part, known) for part in algebra.parts(axis)]
             found = each[0].intersection(*each[1:])
         known[axis] = found
     return known[axis]

@@ -23,7 +23,7 @@ def labels(axis: Axis) -> list[Label]:
         parts = [labels(factor) for factor in axis.form.factors]
         return [_together(each) for each in pairs(*parts)]
     if isinstance(axis.form, algebra.Segments):
-        return [label for part in axis.form.parts for label in labels(part)]
+        return [label for part in algebra.parts(axis) for label in labels(part)]
     if axis.size == 1 and not axis.row:
         return [()]  # the one position of a dim: there is nothing to tell apart
     assert isinstance(axis.size, int)
@@ -83,7 +83,21 @@ def test_boundaries_of_two_views_are_refined_to_those_of_both() -> None:
     whole = segments([three, five])
     left, right = views.cut(whole, 4, 4)
     views.check()
-    assert sizes_of(whole, left, right, five) == ["[3 | [1 | 4]]", "[3 | 1]", "4", "[1 | 4]"]
+    assert sizes_of(whole, left, right, five) == ["[3 | 1 | 4]", "[3 | 1]", "4", "[1 | 4]"]
+
+
+def test_frames_that_overlap_are_one_row_however_many_they_are() -> None:
+    """A signal without its end and without its beginning, in rows: each row is the next one."""
+    views, signal = Views(), Axis(5005)
+    begin, _ = views.cut(signal, 5000, 5)
+    _, end = views.cut(signal, 5, 5000)
+    rows, columns = views.regroup([begin], 1000, 5)
+    others, same = views.regroup([end], 1000, 5)
+    views.join(rows, others)
+    views.join(columns, same)
+    views.check()
+    assert len(set(algebra.parts(rows))) == 1
+    assert algebra.resized(signal, {find(columns): 4}) == 4004
 
 
 def test_factors_of_two_views_are_refined_to_those_of_both() -> None:
@@ -117,7 +131,7 @@ def test_a_cut_through_a_row_cuts_every_row() -> None:
     rows, columns = Axis(3), Axis(4)
     left, right = views.cut(product([rows, columns]), 6, 6)
     views.check()
-    assert show(rows) == "[1 | [1 | 1]]" and show(columns) == "[2 | 2]"
+    assert show(rows) == "[1 | 1 | 1]" and show(columns) == "[2 | 2]"
     assert sizes_of(left, right) == ["[(1 [2 | 2]) | (1 2)]", "[(1 2) | (1 [2 | 2])]"]
 
 

@@ -97,10 +97,10 @@ def test_fused_projections_have_a_segment_for_each(how: str) -> None:
         zero=np.array(0), one=np.array(1), two=np.array(2),
     )  # fmt: skip
     if how == "split":  # the value's width is its own
-        assert terms(axes, "w") == "<4> [(<2> <3>) | [(<2> <3>) | (<2> <3>)]]"
+        assert terms(axes, "w") == "<4> [(<2> <3>) | (<2> <3>) | (<2> <3>)]"
         assert len(axes.of(axes.model.graph.initializers["w"], 1)) == 3
     else:  # one reshape for all three: they are of one width
-        assert terms(axes, "w") == "<4> ([<1> | [<1> | <1>]] (<2> <3>))"
+        assert terms(axes, "w") == "<4> ([<1> | <1> | <1>] (<2> <3>))"
     assert all(g.allows("delete") for g in axes.of(axes.model.graph.initializers["o"], 0))
 
 

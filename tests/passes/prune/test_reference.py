@@ -111,3 +111,19 @@ def test_a_size_computed_before_it_is_known_to_hold_channels() -> None:
     _, entries = pruned(model, Prune(ratio=0.5, scope=("channels",)))
     assert {entry.status for entry in entries} == {"refused"}
     assert any("Expand gets its size from a computation" in entry.reason for entry in entries)
+
+
+def test_a_value_of_unknown_rank_loses_nothing() -> None:
+    """What an If gives has none where its branches have other ranks, and is no part of any width."""
+    w1, w2, x = _arrays((4, 6), (6, 4), (2, 4))
+    body = """
+        h = MatMul(x, w1) r = MatMul(h, w2) flat = ReduceSum <keepdims=0> (r) one = Less(flat, zero)
+        i = If (one) <
+            then_branch = a () => (float[2,4] t) { t = Identity(r) },
+            else_branch = b () => (float[8] e) { e = Reshape(r, all) }
+        >
+        mean = ReduceMean <keepdims=0> (i)  y = Reshape(mean, all)
+    """
+    numbers = {"zero": np.array(0, np.float32), "all": np.array([-1])}
+    model = typed(body, "float[2,4] x", "float y", w1=w1, w2=w2, **numbers)
+    check(model, Prune(ratio=0.5), [{"x": x}])

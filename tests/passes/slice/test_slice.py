@@ -428,6 +428,31 @@ def test_a_stream_whose_channels_are_not_last_is_refused() -> None:
     assert entry.status == "refused" and "only those of a last dim are turned" in entry.reason
 
 
+def test_who_asks_for_a_size_of_the_stream_needs_no_adapter() -> None:
+    """As a Conformer does that makes its positions anew in every block."""
+    rng = np.random.default_rng(0)
+    shapes = {"w": (8, 16), "wi": (16, 32), "wo": (32, 16), "wh": (16, 10), "table": (64, 16)}
+    drawn = {name: rng.normal(0, 0.3, shape).astype("f4") for name, shape in shapes.items()}
+    model = typed(
+        """
+        s0 = MatMul(x, w)  n0 = RMSNormalization<axis = -1>(s0, ones)
+        i0 = MatMul(n0, wi)  a0 = Gelu(i0)  o0 = MatMul(a0, wo)  s1 = Add(s0, o0)
+        size = Shape<start = 1, end = 2>(s1)  at = Slice(table, zero, size, zero)  s2 = Add(s1, at)
+        n2 = RMSNormalization<axis = -1>(s2, ones)  y = MatMul(n2, wh)
+        """,
+        "float[b,t,8] x",
+        "float y",
+        ones=np.ones(16, np.float32),
+        zero=np.array([0]),
+        **drawn,
+    )
+    fed = {"x": rng.normal(size=(2, 40, 8)).astype("f4")}
+    after, entries, against = sliced(model, Slice(ratio=0.25), Context(calibration=[fed]))
+    assert [entry.status for entry in entries] == ["applied"]
+    got, wanted = ort.run(after, fed)["y"], ort.run(against, fed)["y"]
+    assert compare.relative_error(got, wanted) < EXACT
+
+
 def test_a_model_without_a_residual_stream() -> None:
     model = typed("y = MatMul(x, wq)")
     (entry,) = Slice(ratio=0.25).choose(model, Context())
