@@ -212,6 +212,15 @@ def taps_by_channels(weight: Any, channels: int, groups: int, together: int) -> 
     return made
 
 
+def rows_by_channels(weight: Any, channels: int, deep: int) -> Any:
+    """torch's weight [outputs, inputs, r, s] where a row of the window is one piece."""
+    turned = weight.permute(0, 2, 3, 1)
+    outputs, down, wide, inputs = turned.shape
+    made = turned.new_zeros((outputs, down, deep))
+    made[..., : wide * channels].view(outputs, down, wide, channels)[..., :inputs] = turned
+    return made
+
+
 class Both:
     """A layer's inputs and weights on the GPU, and both sides' calls."""
 
@@ -239,6 +248,8 @@ class Both:
             value = self.bias if source == "bias" else self.weight
             if function == "taps_by_channels":
                 value = taps_by_channels(value, *numbers)
+            elif function == "rows_by_channels":
+                value = rows_by_channels(value, *numbers)
             elif function == "taps_first":
                 value = value.reshape(value.shape[0], -1).t()
             given.append(value.reshape(shape).contiguous())

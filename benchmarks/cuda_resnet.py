@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 from bench_cuda import INSIDE, ROUNDS, Bench
-from cuda_conv import taps_by_channels
+from cuda_conv import rows_by_channels, taps_by_channels
 
 HALVES = ("float16", "bfloat16")
 BLOCKS = (3, 4, 6, 3)
@@ -189,6 +189,8 @@ class Net:
             weight = self.weights[sources[0]]
             if function == "taps_by_channels":
                 weight = taps_by_channels(weight, *numbers)
+            elif function == "rows_by_channels":
+                weight = rows_by_channels(weight, *numbers)
             elif function == "transposed":
                 weight = weight.t()
             given.append(weight.reshape(shape).contiguous())

@@ -1,9 +1,10 @@
 """Convolutions of halves over two dims on tensor cores: products that gather one operand as they copy it.
 
 The input lies with channels last, padded to a multiple of 8, so that 16 bytes are neighbouring channels of
-one place; the weight is [outputs, taps, channels]. A row of the product is a place of the result, K are taps
-by channels (implicit GEMM; arXiv 1410.0759, section 3). Windows of one element that take all places are
-products of matrices as they lie. Groups of channels are bundled (:mod:`groups`).
+one place (or of two, where a row of a window is one piece); the weight is [outputs, taps, channels]. A row of
+the product is a place of the result, K are taps by channels (implicit GEMM; arXiv 1410.0759, section 3).
+Windows of one element that take all places are products of matrices as they lie. Groups of channels are
+bundled (:mod:`groups`).
 
 conv.warpgroups   sm_90a: boxes of places by the copy engine (:mod:`conv_boxes`)
 conv.warps        every GPU: 128 places by 128 outputs, 16 bytes a thread (:mod:`ampere`)
@@ -71,13 +72,20 @@ def of_halves(
     joined = machine.has_wgmma and down and narrow_
     boxes = machine.has_wgmma and down and (across or joined)
     if joined:
-        held = low.force(_padded(x, inputs, windows.begins[1], _reach(windows, shape)))
+        # Windows and rows begin at multiples of 16 bytes: 4 channels will do for every other column.
+        piece = small.LANES if windows.strides[1] % 2 == 0 else PIECE
+        inputs = -(-groups.inputs // piece) * piece
+        groups = replace(groups, inputs=windows.kernel[1] * inputs)
+        reach = -(-_reach(windows, shape) // 2) * 2
+        held = low.force(_padded(x, inputs, windows.begins[1], reach))
+        taps = windows.kernel[0]
+        recipe = Recipe(packing.rows_by_channels, (constant.name,), (inputs, groups.deep))
     else:
         held = low.force(_padded(x, inputs, 0, x.shape[2]))
-    taps = prod(windows.kernel)
-    numbers = (groups.deep, groups.count, groups.together)
-    recipe = Recipe(packing.taps_by_channels, (constant.name,), numbers)
-    key = (constant, "taps by channels", groups.count)
+        taps = prod(windows.kernel)
+        numbers = (groups.deep, groups.count, groups.together)
+        recipe = Recipe(packing.taps_by_channels, (constant.name,), numbers)
+    key = (constant, recipe)
     weight = low.parameter(constant.name, x.dtype, (outputs, taps * groups.deep), recipe, key)
 
     def build(kernel: Kernel, store: Store) -> str:
@@ -106,11 +114,10 @@ def of_halves(
             source = conv_boxes.Source(
                 sizes, [sizes[3], sizes[2] * sizes[3], sizes[1] * sizes[2] * sizes[3]]
             )
-            cut, whole = windows, groups
+            cut = windows
             if joined:
                 source, cut = source.joined(windows, out[2])
-                whole = replace(groups, inputs=windows.kernel[1] * inputs)
-            conv_boxes.convolve(code, dtype, operands, source, cut, whole, out, finish)
+            conv_boxes.convolve(code, dtype, operands, source, cut, groups, out, finish)
         elif plain and groups.count == 1:
             tensor.warps(code, dtype, *operands, (rows, i64(inputs), i64(outputs)), finish_row)
             return "gemm.warps"

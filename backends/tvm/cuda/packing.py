@@ -72,6 +72,16 @@ def taps_by_channels(tensor: ir.TensorProtocol, channels: int, groups: int, toge
     return made.reshape(outputs, -1)
 
 
+def rows_by_channels(tensor: ir.TensorProtocol, channels: int, deep: int) -> Array:
+    """A weight [outputs, inputs, r, s] as [outputs, r * deep]: a row's taps by ``channels``, then zeros."""
+    taps = taps_by_channels(tensor, channels, 1, 1)
+    outputs, _, down, _ = tensor.shape.numpy()
+    rows = taps.reshape(outputs, down, -1)
+    made = np.zeros((outputs, down, deep), rows.dtype)
+    made[..., : rows.shape[2]] = rows
+    return made.reshape(outputs, -1)
+
+
 def quantized(tensor: ir.TensorProtocol, bits: int) -> Array:
     """Integers [K, N] as [N, bytes], both padded, in the order of skinny products.
 

@@ -118,3 +118,11 @@ def test_groups_side_by_side_have_zeros_between() -> None:
         first = output // 2 % 3 * 4
         assert np.array_equal(made[output, :, first : first + 4], values[output, :, 0].T)
         assert np.count_nonzero(made[output]) == 12
+
+
+def test_rows_of_a_window_are_pieces() -> None:
+    values = np.random.default_rng(0).standard_normal((5, 3, 2, 7)).astype(np.float16)
+    made = packing.rows_by_channels(tensor(values, ir.DataType.FLOAT16), 4, 32).reshape(5, 2, 32)
+    row = made[..., :28].reshape(5, 2, 7, 4)
+    np.testing.assert_array_equal(row[..., :3], values.transpose(0, 2, 3, 1))
+    assert not row[..., 3].any() and not made[..., 28:].any()
