@@ -111,7 +111,7 @@ class Kernel:
             *(flat for _, _, flat in self._workspaces),
         ]
         function = tirx.PrimFunc(parameters, body)
-        function = function.with_attr({"tirx.noalias": True, SCHEDULE: schedule})
+        function = function.with_attr({"tirx.noalias": self.code.is_alone, SCHEDULE: schedule})
         return self.lowering.call(
             function,
             list(self._inputs),

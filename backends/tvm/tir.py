@@ -166,6 +166,11 @@ class Code:
         self._names: dict[int, Expr] = {}  # loads of scratch buffers that are names
         self._early: dict[tuple[Any, int], Expr] = {}  # what is read before all loops
 
+    @property
+    def is_alone(self) -> bool:
+        """Whether nothing else writes what the kernel reads, from its first instruction on."""
+        return True
+
     # -- statements ---------------------------------------------------------------------------------
 
     def emit(self, statement: Any) -> None:

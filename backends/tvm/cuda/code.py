@@ -61,6 +61,15 @@ class GpuCode(Code):
         return bool(machine.has_wgmma)
 
     @property
+    def is_alone(self) -> bool:
+        """On sm_90a kernels in front may still write when this one starts: see :meth:`launch`.
+
+        Behind pointers that nothing else is said to reach nvcc reads by ld.global.nc, for all time the same,
+        and ptxas moves such loads in front of griddepcontrol.wait.
+        """
+        return not self.has_wgmma
+
+    @property
     def on_host(self) -> bool:
         """Whether no grid is open, so that one can be."""
         return not self._loops

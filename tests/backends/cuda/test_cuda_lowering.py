@@ -64,6 +64,17 @@ def test_node(case: TestCase) -> None:
                 assert not isinstance(statement, (tirx.For, tirx.While, tirx.BufferStore))
 
 
+@pytest.mark.parametrize("arch", FAMILIES)
+def test_loads_may_be_moved_only_where_kernels_in_front_have_ended(arch: str) -> None:
+    """nvcc takes what nothing else is said to reach for constant, and ptxas reads it before the wait."""
+    model = normal_model("g (float[40, 256] x) => (float[40, 256] y) { y = Softmax (x) }")
+    functions = Lowering(model, gpu([arch])).run().module.functions_items()
+    kernels: list[Any] = [f for _, f in functions if isinstance(f, tirx.PrimFunc)]
+    assert kernels
+    for kernel in kernels:
+        assert bool(kernel.attrs["tirx.noalias"]) == (arch == "sm_80")
+
+
 def stored(statement: Any, conditions: int = 0) -> Iterator[tuple[str, int]]:
     """Of each store within grids: where it goes, and the number of conditions around it."""
     if isinstance(statement, tirx.BufferStore):
