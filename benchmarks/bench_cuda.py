@@ -10,8 +10,9 @@ all are checked against float64. Products with few rows are launches in one CUDA
 of the weight that no cache holds; their share is of what copying a gigabyte moves, counted in bytes of
 weights, scales, inputs and results. What torch's copies of as many bytes, read and written, reach in such a
 graph is shown beside them; not in turn, as what they have written leaves the cache while the next graph runs.
-From 17 to 512 rows such graphs are replayed in turn with those of torch's products, and so are products of
-two inputs, the right one as it lies and turned. Times are medians of CUDA events.
+From 17 to 1024 rows such graphs are replayed in turn with those of torch's products, and those of int8 and
+int4 weights with those of bfloat16; so are products of two inputs, the right one as it lies and turned. Times
+are medians of CUDA events.
 """
 
 from __future__ import annotations
@@ -39,9 +40,10 @@ LARGE = {
 SMALL = [(4096, 4096), (4096, 11008), (11008, 4096), (8192, 8192), (8192, 28672), (28672, 8192)]
 HELD = {"bf16": "uint16", "f16": "float16", "int8x8": "int8"}  # numpy's names of what is multiplied
 MANY = ("bf16", "f16", "int8x8", "e4m3", "e5m2")  # kinds of products with many rows
+INTEGERS = ("int8", "int4")  # weights by which halves are multiplied
 ROWS = (1, 4, 16)
 AMID = [(4096, 4096), (4096, 11008), (11008, 4096), (8192, 28672)]
-BETWEEN = (17, 64, 128, 129, 256, 300, 512)  # rows
+BETWEEN = (17, 64, 128, 129, 180, 200, 256, 300, 400, 512, 600, 768, 900, 1024)  # rows
 # Products of two inputs: how many, rows, columns, K.
 PAIRS = [
     (32, 2048, 2048, 128),
@@ -71,8 +73,9 @@ def build(folder: Path, archs: str) -> None:
     shutil.copyfile(runtime.__file__, folder / "runtime.py")
     machine = gpu(archs.split(","))
     jobs = [(shape, kind, "f16" if kind == "f16" else "bf16") for shape in LARGE for kind in MANY]
-    jobs += [(shape, kind, "bf16") for shape in SMALL for kind in ("bf16", "int8", "int4")]
-    jobs += [(shape, kind, "bf16") for shape in AMID for kind in ("bf16", "e4m3", "int8x8")]
+    jobs += [(shape, kind, "bf16") for shape in SMALL for kind in ("bf16", *INTEGERS)]
+    amid = ("bf16", "e4m3", "int8x8", *INTEGERS)
+    jobs += [(shape, kind, "bf16") for shape in AMID for kind in amid]
 
     def one(job: tuple[tuple[int, int], str, str]) -> None:
         (inner, columns), kind, half = job
@@ -350,6 +353,34 @@ class Bench:
                 flush=True,
             )
 
+    def integers(self, inner: int, columns: int) -> None:
+        """Integer weights that no cache holds, and those of halves, in turn."""
+        sides = []
+        for kind in ("bf16", *INTEGERS):
+            main, facts = self.load(f"{kind}-{inner}-{columns}")
+            shapes = [(dtype, tuple(shape)) for dtype, shape in facts["parameters"]]
+            size = sum(math.prod(shape) * (1 if dtype == "int8" else 2) for dtype, shape in shapes)
+            copies = max(3, BEYOND_CACHE // size + 1)
+            weights = [[self.tensor(*each, 0.03)[1] for each in shapes] for _ in range(copies)]
+            sides.append((main, weights))
+        for rows in BETWEEN:
+            _, x = self.tensor("uint16", (rows, inner), 1.0)
+            graphs = [
+                self.replayed(lambda weight, main=main, x=x: main(x, *weight), weights)
+                for main, weights in sides
+            ]
+            times = [
+                [
+                    self.milliseconds(graph.replay, 1) / len(weights)
+                    for graph, (_, weights) in zip(graphs, sides, strict=True)
+                ]
+                for _ in range(ROUNDS)
+            ]
+            medians = [statistics.median(column) for column in zip(*times, strict=True)]
+            self.results[f"integers-{inner}-{columns} rows {rows}"] = {"ms": medians}
+            shown = ", ".join(f"{time * 1e3:6.1f}" for time in medians)
+            print(f"bf16, int8, int4 {inner}-{columns} {rows:5d} rows: {shown} us", flush=True)
+
     def pair(self, sizes: tuple[int, int, int, int], turned: bool) -> None:
         """Two inputs, those of several calls more than a cache holds, against torch, in turn."""
         torch, main = self.torch, self.program(paired(sizes, turned))
@@ -412,11 +443,12 @@ def run(folder: Path, write: Path | None) -> None:
             for rows in many:
                 bench.large(f"{kind}-{inner}-{columns}", rows)
     for inner, columns in SMALL:
-        for kind in ("bf16", "int8", "int4"):
+        for kind in ("bf16", *INTEGERS):
             bench.few(f"{kind}-{inner}-{columns}", rate)
     for inner, columns in AMID:
         for kind in ("bf16", "e4m3", "int8x8"):
             bench.between(f"{kind}-{inner}-{columns}")
+        bench.integers(inner, columns)
     for sizes in PAIRS:
         for turned in (False, True):
             bench.pair(sizes, turned)

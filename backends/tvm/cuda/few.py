@@ -2,10 +2,9 @@
 
 Up to 16 rows the weight is read once, in 16, 8 or 4 bits. On sm_90a it streams through shared memory
 (:mod:`stream`, whose device code multiplies by :mod:`halves`, :mod:`limbs` or :mod:`pairs`, and may keep and
-normalize x by :mod:`held`); elsewhere it goes to registers (:mod:`skinny`). Up to 512 rows a weight of 8 or 4
-bits becomes halves in registers on sm_90a (:mod:`mixed`), if K is a multiple of 64 and groups fit stages: all
-of 4 bits, and those of int8 that have 64 rows or a multiple of 128. The rest is :mod:`tensor`'s, for which a
-quantized weight is expanded first.
+normalize x by :mod:`held`); elsewhere it goes to registers (:mod:`skinny`). With more rows a weight
+of 8 or 4 bits becomes halves in registers on sm_90a (:mod:`mixed`), if K is a multiple of 64 and groups fit
+stages. The rest is :mod:`tensor`'s, for which a quantized weight is expanded first.
 """
 
 from __future__ import annotations
@@ -18,7 +17,17 @@ import onnx_ir as ir
 from tvm import tirx
 
 from netlathe.backends.tvm import storage
-from netlathe.backends.tvm.cuda import held, mixed, packing, pairs, skinny, stream, warpgroup
+from netlathe.backends.tvm.cuda import (
+    held,
+    hopper,
+    mixed,
+    packing,
+    pairs,
+    skinny,
+    stream,
+    tilings,
+    warpgroup,
+)
 from netlathe.backends.tvm.cuda.code import GpuCode
 from netlathe.backends.tvm.cuda.machine import PROCESSORS
 from netlathe.backends.tvm.cuda.tensor import Finish, added_results, unless_empty
@@ -123,7 +132,7 @@ def kernels(
     def more(most: int, shape: mixed.Shape) -> Few:
         def launched() -> None:
             done = _scaled(code, dtype, weight, finish, together)
-            _mixed(code, dtype, a, weight, sizes, shape, most, done, together)
+            _mixed(code, dtype, a, weight, sizes, shape, i64(1), done, together)
 
         return most, launched
 
@@ -131,13 +140,43 @@ def kernels(
     return [kernel(tiles) for tiles in (1, 2)] + [more(*each) for each in shapes]
 
 
+def many(
+    code: GpuCode,
+    dtype: str,
+    a: Any,
+    weight: Weight,
+    sizes: tuple[Expr, int, int],
+    finish: Finish,
+    together: int = 1,
+) -> Callable[[], None] | None:
+    """The same for more rows than those kernels take, where a weight of integers is not expanded first."""
+    rows, inner, columns = sizes
+    shapes = tiles_of_many(code.has_wgmma, weight, inner, columns)
+    if not shapes:
+        return None
+    done = _scaled(code, dtype, weight, finish, together)
+
+    def launched(shape: mixed.Shape, down: Expr) -> None:
+        _mixed(code, dtype, a, weight, sizes, shape, down, done, together)
+
+    return lambda: tilings.looked_up(code, rows, shapes, mixed.rows_of, launched)
+
+
+def tiles_of_many(
+    has_wgmma: bool, weight: Weight, inner: int, columns: int
+) -> Sequence[tilings.Tiling[mixed.Shape]]:
+    """How more than 128 rows become tiles by a weight of integers; none where that is expanded."""
+    if not has_wgmma or weight.bits == 16 or inner % 64:
+        return ()
+    return mixed.tiled(weight.bits, columns, *weight.facts(inner))
+
+
 def shapes_of_more(
     has_wgmma: bool, weight: Weight, rows: Expr, inner: int, columns: int
 ) -> list[tuple[int, mixed.Shape]]:
-    """Tiles for 17 to 512 rows by a weight of integers, and the most rows of each, in order.
+    """Tiles for 17 to 128 rows by a weight of integers, and the most rows of each, in order.
 
-    If their number is known there is one at most. Of neighbours that are the same kernel the last one stays;
-    a kernel for no more rows than a tile has knows that it is one tile.
+    If their number is known there is one at most.
     """
     if not has_wgmma or weight.bits == 16 or inner % 64:
         return []
@@ -149,12 +188,7 @@ def shapes_of_more(
         for most in counts
         if skinny.MOST_ROWS < most <= mixed.ROWS[-1]
     ]
-    found: list[tuple[int, mixed.Shape]] = []
-    for most, shape in reversed(shapes):
-        same = bool(found) and shape == found[-1][1]
-        if shape is not None and not (same and most > shape.rows):
-            found.append((most, shape))
-    return found[::-1]
+    return [(most, shape) for most, shape in shapes if shape is not None]
 
 
 def kernels_that_hold(
@@ -358,11 +392,11 @@ def _mixed(
     weight: Weight,
     sizes: tuple[Expr, int, int],
     shape: mixed.Shape,
-    most: int,
+    down: Expr,
     finish: Finish,
     together: int,
 ) -> None:
-    """On sm_90a, up to ``most`` rows: a cluster of blocks, which share K, for each tile."""
+    """On sm_90a, rows of ``down`` tiles: a cluster of blocks, which share K, for each tile."""
     rows, inner, columns = sizes
     text, splits = mixed.source(shape, dtype), shape.splits
 
@@ -372,9 +406,15 @@ def _mixed(
     def small(value: Expr | int) -> Expr:
         return cast(i64(value), "int32")
 
-    down = code.given(idiv(rows + i64(shape.rows - 1), shape.rows)) if most > shape.rows else i64(1)
+    down = code.given(down)
     # As many rows for each tile: filling rows with zeros takes longer than copying them.
     high = code.given(idiv(idiv(rows + down - i64(1), down) + i64(7), 8) * i64(8))
+    # Products read rows behind the last one, too.
+    step = i64(hopper.STEP)
+    wide = tirx.max(idiv(high + step - i64(1), step) * step, i64(shape.widths[-1]))
+    room = i64(shape.room) - (wide - high) * i64(warpgroup.ROW_BYTES)
+    stages = idiv(room, high * i64(2 * shape.deep) + i64(shape.front_bytes))
+    stages = code.given(tirx.min(stages, i64(hopper.MOST_STAGES)))
     maps = [
         _slabs(code, a, rows, inner, high, shape.deep),
         *_packed_maps(code, weight, sizes, shape),
@@ -393,14 +433,15 @@ def _mixed(
         count = code.bind(idiv(i64(steps) * (rank + i64(1)), splits) - first)
 
         def copy() -> None:
-            places = [small(n) for n in (high, top, left, first, count)]
+            places = [small(n) for n in (high, top, left, first, count, stages)]
             code.run(named("produce"), text, shared, *maps, *places)
             code.run(named("meet"), text)
 
         def multiply() -> None:
             code.run(named("prepare"), text)
             sums = code.address(code.alloc([shape.rows // 2], "float32"))
-            code.run(named("consume"), text, shared, sums, small(high), small(count))
+            numbers = [small(n) for n in (high, count, stages)]
+            code.run(named("consume"), text, shared, sums, *numbers)
             code.run(named("put"), text, shared, sums, small(high))
             code.run(named("meet"), text)
             code.run(named("add_up"), text, shared, small(high))
@@ -483,10 +524,17 @@ def _loaded(
                 finish(row, column, *map(code.bind, values))
 
 
-def expanded(code: GpuCode, dtype: str, weight: Weight, inner: int, columns: int) -> Any:
-    """A quantized weight as halves [columns, inner] in scratch memory, written by a launch of its own."""
+def expanded(
+    code: GpuCode, dtype: str, weight: Weight, sizes: tuple[Expr, int, int], beyond: int
+) -> Any:
+    """A quantized weight as halves [columns, inner] in scratch memory, written by a launch of its own.
+
+    It is made for more rows than ``beyond``. With fewer the memory is not asked for, either.
+    """
+    rows, inner, columns = sizes
     text = skinny.source(dtype)
-    made = code.kernel.workspace(i64(columns * inner), "uint16")
+    used = tirx.max(tirx.min(rows - i64(beyond), i64(1)), i64(0))
+    made = code.kernel.workspace(used * i64(columns * inner - 1) + i64(1), "uint16")
     pieces = packing.padded(columns) * weight.padded(inner) * weight.bits // 128
     with code.loop(pieces, PARALLEL) as piece:
         pointers = [code.address(weight.values), code.address(weight.scales)]

@@ -1,6 +1,6 @@
 """Products on a GPU: which kernel takes which.
 
-few      halves by a constant (:mod:`factors`), up to 16 rows; by most of integers up to 512 on sm_90a
+few      halves by a constant (:mod:`factors`), up to 16 rows; by most of integers any number on sm_90a
 tensor   halves by a constant, more rows; two computed matrices of halves (:mod:`matrices`)
 blocks   everything else, convolutions that :mod:`conv` does not take among it
 
@@ -263,16 +263,17 @@ def on_tensor_cores(
             def many() -> None:
                 values = weight.values
                 if weight.bits != 16:
-                    values = few.expanded(code, half, weight, inner, columns)
+                    beyond = fewer[-1][0]
+                    values = few.expanded(code, half, weight, (rows, inner, columns), beyond)
                 sizes = (rows, i64(inner), i64(columns))
                 if machine.has_wgmma:
                     constant = weight.bits == 16
-                    rest = (finish, together, constant, scattered, fewer[-1][0])
+                    rest = (finish, together, constant, scattered)
                     tensor.warpgroups(code, half, operand, values, sizes, *rest)
                 else:
                     tensor.warps(code, half, operand, values, sizes, finish, together)
 
-            few.by_rows(code, rows, fewer, many)
+            few.by_rows(code, rows, fewer, few.many(code, half, operand, *how) or many)
 
         if isinstance(a, Normed):
             normed = a

@@ -1,4 +1,4 @@
-"""Device code for sm_90a of products of up to 128 rows, where reading the weight decides the time.
+"""Device code for sm_90a of products of up to 192 rows, where reading the weight decides the time.
 
 Each multiprocessor should read its share of the weight, and little else. So all rows are one tile, and its
 columns as many as there are for each multiprocessor; or two blocks, a cluster, make a tile twice as wide and
@@ -11,7 +11,7 @@ Stages, barriers and products are those of :mod:`hopper`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import product
 
@@ -19,7 +19,7 @@ from netlathe.backends.tvm.cuda import hopper, warpgroup
 from netlathe.backends.tvm.cuda.machine import PROCESSORS
 from netlathe.backends.tvm.cuda.operands import Operands, operands
 
-MOST_ROWS = 128  # of the one tile
+ROWS = (hopper.ROWS, 192)  # most rows of the one tile
 # Clusters of so many blocks that run at one time. Those of 4 are slower whatever the shape: 0.63 to 0.84 of
 # torch.matmul where those of 2 reach 1.00 to 1.17.
 CLUSTERS = {1: PROCESSORS, 2: PROCESSORS // 2}
@@ -29,7 +29,7 @@ _ADDING = 16
 
 @dataclass(frozen=True)
 class Shape(hopper.Shape):
-    """A tile of ``columns`` columns, whose K ``splits`` blocks share."""
+    """A tile of ``rows`` by ``columns``, whose K ``splits`` blocks share."""
 
     cluster: int = 1  # of blocks that share what they read
     splits: int = 1
@@ -40,31 +40,37 @@ class Shape(hopper.Shape):
         return 0
 
     def space(self, dtype: str) -> str:
-        return f"netlathe_split_{dtype}_{self.columns}_{self.splits}"
+        return f"netlathe_split_{dtype}_{self.rows}_{self.columns}_{self.splits}"
 
 
-def shape(columns: int, splits: int) -> Shape:
+def shape(rows: int, columns: int, splits: int) -> Shape:
     """With as many stages as there is room for."""
-    one = Shape(columns, 1)
-    stages = (hopper.SHARED - 1024) // (one.stage_bytes + 16)
-    return Shape(columns, stages, splits=splits)
+    one = Shape(columns, 1, rows=rows, splits=splits)
+    return replace(one, stages=(hopper.SHARED - 1024) // (one.stage_bytes + 16))
+
+
+def rows_of(kind: Operands) -> tuple[int, ...]:
+    """Of :data:`ROWS` those that there are kernels for: more sums of floats of 8 bits have no registers."""
+    return ROWS[:1] if kind.is_float8 else ROWS
 
 
 @lru_cache
-def chosen(kind: Operands, columns: int, inner: int) -> Shape:
+def chosen(kind: Operands, rows: int, columns: int, inner: int) -> Shape:
     """The shape for a weight [columns, inner] whose blocks read the least, and add up little."""
     steps = -(-inner * kind.bytes // warpgroup.ROW_BYTES)
-    widest = 128 if kind.is_float8 else 256  # sums of floats of 8 bits are in registers twice
+    widest = hopper.chosen(kind).columns
+    if rows > hopper.ROWS:
+        widest //= 2  # three warpgroups have fewer registers each
 
     def cost(made: Shape) -> int:
         tiles = -(-columns // made.columns)
         rounds = -(-tiles // CLUSTERS[made.splits])
-        read = -(-steps // made.splits) * (MOST_ROWS + made.columns) * warpgroup.ROW_BYTES
-        added = (made.splits - 1) * MOST_ROWS // made.splits * made.columns * 4
+        read = -(-steps // made.splits) * (rows + made.columns) * warpgroup.ROW_BYTES
+        added = (made.splits - 1) * rows // made.splits * made.columns * 4
         return rounds * (read + _ADDING * added)
 
     widths, splits = range(32, widest + 1, 16), [n for n in CLUSTERS if n <= steps]
-    return min((shape(*each) for each in product(widths, splits)), key=cost)
+    return min((shape(rows, *each) for each in product(widths, splits)), key=cost)
 
 
 def source(shape: Shape, dtype: str) -> str:
@@ -80,7 +86,8 @@ namespace {space} {{
 // Every thread, first: the warpgroups beyond the last row multiply nothing.
 __device__ __forceinline__ void start_part(uint8_t* shared, int high) {{
   asm volatile("griddepcontrol.launch_dependents;");
-  netlathe_warpgroup::start<kStages>(ready(base(shared), 0), high > {warpgroup.PART} ? 2 : 1);
+  const int readers = (high + {warpgroup.PART - 1}) / {warpgroup.PART};
+  netlathe_warpgroup::start<kStages>(ready(base(shared), 0), readers);
 }}
 
 // `steps` stages from `first` on, of the tile that begins at this column: `high` rows of A.
@@ -88,14 +95,14 @@ __device__ __forceinline__ void produce_part(
     uint8_t* shared, uint64_t map_a, uint64_t map_b, int high, int column, int first, int steps) {{
   const CUtensorMap *a = reinterpret_cast<const CUtensorMap*>(map_a);
   const CUtensorMap *b = reinterpret_cast<const CUtensorMap*>(map_b);
-  asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
+  {warpgroup.registers(warpgroup.COPYING, "dec")}
   if (threadIdx.x != 0) return;
   const uint32_t at = base(shared);
   auto copy_a = [&](int k) {{
     copy<2>(at + k % kStages * kStageBytes, a, ready(at, k % kStages), (first + k) * {deep}, 0);
   }};
   auto copy_b = [&](int k) {{
-    const uint32_t to = at + k % kStages * kStageBytes + {hopper.ROWS * warpgroup.ROW_BYTES};
+    const uint32_t to = at + k % kStages * kStageBytes + {shape.rows * warpgroup.ROW_BYTES};
     expect(ready(at, k % kStages), (high + kColumns) * {warpgroup.ROW_BYTES});
     copy<2>(to, b, ready(at, k % kStages), (first + k) * {deep}, column);
   }};
@@ -110,10 +117,10 @@ __device__ __forceinline__ void produce_part(
   }}
 }}
 
-{adding(shape.splits, 1, MOST_ROWS, shape.columns, row, 2, kind.sums)}
-// The sums of both warpgroups, where stages were.
+{adding(shape.splits, 1, shape.rows, shape.columns, row, shape.warpgroups, kind.sums)}
+// The sums of all warpgroups, where stages were.
 __device__ __forceinline__ void put(uint8_t* shared, const Sum* d) {{
-  multiplying_barrier();  // both are done with the stages
+  multiplying_barrier();  // all are done with the stages
   Sum* to = static_cast<Sum*>(__cvta_shared_to_generic(base(shared)));
   const int warp = threadIdx.x / 32 - {warpgroup.GROUP // 32}, lane = threadIdx.x % 32;
 #pragma unroll

@@ -12,7 +12,7 @@ from typing import Any
 
 from tvm import tirx
 
-from netlathe.backends.tvm.cuda import ampere, hopper, operands, split, warpgroup
+from netlathe.backends.tvm.cuda import ampere, hopper, operands, split, tilings, warpgroup
 from netlathe.backends.tvm.cuda.code import GpuCode
 from netlathe.backends.tvm.cuda.machine import PROCESSORS
 from netlathe.backends.tvm.tir import (
@@ -95,7 +95,6 @@ def warpgroups(
     together: int = 1,
     constant: bool = True,
     scattered: bool = False,
-    beyond: int = 0,
 ) -> None:
     """finish(row, column, sum over k of a[row, k] * b[column, k]), on sm_90a.
 
@@ -103,39 +102,35 @@ def warpgroups(
     :class:`Operands`; a row is a multiple of 16 bytes. Only rows may be known at run time alone. ``b`` may be
     read before the kernels in front have ended if it is ``constant``. Sums are float32, or int32 of integers.
     Neighbouring results are stored together unless they are ``scattered``: they may go to different tensors.
-    There are more rows than ``beyond``: others have taken fewer.
     """
     kind, inner, columns = operands.operands(dtype), known(sizes[1]), known(sizes[2])
     assert inner is not None and columns is not None
     rows, given = sizes[0], (dtype, a, b, sizes, finish, together)
     left, right = (Side(code.address(x), sizes[1]) for x in (a, b))
 
-    def tiled(shape: hopper.Shape) -> None:
+    def one_tile(most: int) -> None:
+        _split(code, split.chosen(kind, most, columns, inner), *given, constant)
+
+    def tiles(shape: hopper.Shape, down: Expr) -> None:
         one = Batch((), lambda _: finish)
-        _tiles(code, shape, dtype, left, right, sizes, one, together, not scattered)
+        how = (together, not scattered, constant, down)
+        _tiles(code, shape, dtype, left, right, sizes, one, *how)
 
-    def up_to(most: int, these: Callable[[], None], others: Callable[[], None]) -> None:
+    def up_to(most: Sequence[int]) -> None:
+        """One tile of up to the first that holds all rows, or several."""
         number = known(rows)
-        if most <= beyond or (number is not None and number > most):
-            others()
+        if not most:
+            found = hopper.tiled(kind, columns, inner, split.rows_of(kind)[-1])
+            tilings.looked_up(code, rows, found, hopper.rows_of, tiles)
         elif number is None:
-            code.branch(rows <= i64(most), these, others)
+            code.branch(rows <= i64(most[0]), lambda: one_tile(most[0]), lambda: up_to(most[1:]))
+        elif number <= most[0]:
+            one_tile(most[0])
         else:
-            these()
-
-    def one_tile() -> None:
-        _split(code, split.chosen(kind, columns, inner), *given, constant)
-
-    def tiles(shapes: Sequence[tuple[int, hopper.Shape]]) -> None:
-        if not shapes:
-            tiled(hopper.chosen(kind))
-            return
-        (most, shape), *more = shapes
-        up_to(most, lambda: tiled(shape), lambda: tiles(more))
+            up_to(most[1:])
 
     with unless_empty(code, rows):
-        shapes = hopper.by_rows(kind, columns, inner)
-        up_to(split.MOST_ROWS, one_tile, lambda: tiles(shapes))
+        up_to(split.rows_of(kind))
 
 
 @contextlib.contextmanager
@@ -158,6 +153,8 @@ def _tiles(
     batch: Batch,
     together: int = 1,
     vectors: bool = True,
+    constant: bool = False,
+    down: Expr | None = None,
 ) -> None:
     """Many rows. The grid is as large as the GPU; a block walks over units, one warpgroup copying ahead."""
     rows, inner, columns = sizes
@@ -168,7 +165,9 @@ def _tiles(
         return hopper.name(shape, dtype, function)
 
     cluster = shape.cluster
-    down = code.given(idiv(rows + i64(shape.rows * cluster - 1), shape.rows * cluster))
+    if down is None:
+        down = idiv(rows + i64(shape.rows * cluster - 1), shape.rows * cluster)
+    down = code.given(down)
     # Rows of a block: as many for each. The copy engine takes longer to write zeros than to copy.
     blocks = down * i64(cluster)
     high = code.given(idiv(idiv(rows + blocks - i64(1), blocks) + i64(7), 8) * i64(8))
@@ -180,17 +179,27 @@ def _tiles(
     full, units = code.given(tiles - cut), code.given(tiles + cut * i64(shape.pieces - 1))
     groups = code.given(tirx.min(units, most))
     steps = cast(idiv(inner + i64(deep - 1), deep), "int32")
+    stages = i64(shape.stages)
+    if shape.turned:
+        held = idiv(i64(shape.room), (high + i64(shape.columns)) * i64(warpgroup.ROW_BYTES))
+        stages = code.given(tirx.min(held, i64(shape.most_stages)))
     box_a = (warpgroup.PART, deep) if a.down else (deep, high)
     box_b = (warpgroup.PART, deep // cluster) if b.down else (deep, shape.box_rows)
-    map_a = a.map(code, rows, inner, batch.parts, box_a, kind.bytes)
-    map_b = b.map(code, columns, inner, batch.parts, box_b, kind.bytes)
-    ways = [str(side.down).lower() for side in (a, b)]
-    ranks = [2 + sum(step is not None for step in side.steps) for side in (a, b)]
-    produce = f"produce<{ranks[0]}, {ways[0]}, {ranks[1]}, {ways[1]}>"
-    with code.launch(groups * i64(cluster), warpgroup.THREADS, cluster, least=1) as (block, thread):
+    sides = (a, b)
+    maps = (
+        a.map(code, rows, inner, batch.parts, box_a, kind.bytes),
+        b.map(code, columns, inner, batch.parts, box_b, kind.bytes),
+    )
+    ways = [str(side.down).lower() for side in sides]
+    ranks = [2 + sum(step is not None for step in side.steps) for side in sides]
+    # The left operand of products, and then the right one.
+    order = (1, 0) if shape.turned else (0, 1)
+    produce = f"produce<{', '.join(f'{ranks[i]}, {ways[i]}' for i in order)}>"
+    launch = code.launch(groups * i64(cluster), shape.threads, cluster, least=1, waits=not constant)
+    with launch as (block, thread):
         memory = code.alloc([shape.shared_bytes], "uint8", scope="shared.dyn")
         shared = code.address(memory)
-        staging = warpgroup.Staging(code, shared, shape.stages * shape.stage_bytes)
+        staging = warpgroup.Staging(code, shared, shape.stages * shape.stage_bytes, shape.turned)
         code.run(named("start"), text, shared)
         first = code.bind(idiv(block, cluster))
 
@@ -201,47 +210,74 @@ def _tiles(
         def matrix(unit: Expr) -> Expr:
             return placed("matrix", unit) if batch.parts else i64(0)
 
+        def across_of(unit: Expr) -> Expr:
+            """Columns of a unit."""
+            whole = i64(shape.columns)
+            return select(unit < full, whole, idiv(whole, shape.pieces))
+
         def copy() -> None:
             code.run(named("retire"), text)
             turns = code.loop(idiv(units - first + groups - i64(1), groups))
             with code.when(thread < i64(1)), turns as number:
                 unit = code.bind(first + number * groups)
                 corner = [placed("top", unit, high), placed("left", unit)]
+                corner = [corner[i] for i in order]
                 where = [code.bind(at) for at in unflatten(matrix(unit), batch.parts)]
-                for side in (a, b):
-                    numbers = side.numbers(where)
+                for i in order:
+                    numbers = sides[i].numbers(where)
                     corner += [*numbers, *(i64(0) for _ in range(MOST_PARTS - len(numbers)))]
-                maps = (tirx.address_of(map_a), tirx.address_of(map_b))
-                places = [cast(at, "int32") for at in (high, *corner)]
-                given = (shared, *maps, number, unit < full, steps)
-                code.run(named(produce), text, *given, *places)
+                maps_ = [tirx.address_of(maps[i]) for i in order]
+                lines = [high, across_of(unit)]
+                places = [*(lines[i] for i in order), steps, stages, *corner]
+                places = [cast(at, "int32") for at in places]
+                code.run(named(produce), text, shared, *maps_, number, *places)
 
         def multiply() -> None:
             code.run(named("prepare"), text)
             code.run(named("begin"), text, steps)
-            sums = code.alloc([shape.columns // 2], kind.sums)
-            turns = code.loop(idiv(units - first + groups - i64(1), groups))
-            able = thread < i64((1 + shape.rows // warpgroup.PART) * warpgroup.GROUP)
-            all_able = contextlib.nullcontext()
-            with code.when(able) if shape.rows < hopper.ROWS else all_able, turns as number:
+            sums = code.alloc([shape.right // 2], kind.sums)
+            with code.loop(idiv(units - first + groups - i64(1), groups)) as number:
                 unit = code.bind(first + number * groups)
                 all_ = code.bind(unit < full)
-                consume = named(f"consume<{', '.join(ways)}>")
-                code.run(consume, text, shared, code.address(sums), number, all_, steps)
+                consume = named(f"consume<{', '.join(ways[i] for i in order)}>")
+                wide = (high, across_of(unit))[order[1]]
+                numbers = (cast(wide, "int32"), steps, cast(stages, "int32"))
+                code.run(consume, text, shared, code.address(sums), number, *numbers)
+                if constant:
+                    code.follow()
                 finish = batch.finish(matrix(unit))
                 top = placed("top", unit, high)
                 end = code.bind(tirx.min(top + high, rows))
                 group = idiv(thread, warpgroup.GROUP) - i64(1)
-                top = code.bind(top + group * i64(warpgroup.PART))
-                lines = code.bind(tirx.max(tirx.min(end - top, i64(warpgroup.PART)), i64(0)))
-                corner = (top, lines, code.bind(idiv(placed("left", unit), _UNIT)), columns)
-                given = (kind.sums, staging, thread, corner, finish, together, vectors)
+                left = code.bind(idiv(placed("left", unit), _UNIT))
 
-                def beyond(begin: int) -> Expr | None:
-                    """That the unit has this part, where half a tile has not."""
-                    return None if begin < shape.columns // shape.pieces else all_
+                def part(row: Expr, most: int, column: Expr) -> Callable[[int, int, bool], None]:
+                    """What takes those of up to ``most`` rows from ``row`` on."""
+                    row = code.bind(row)
+                    lines = code.bind(tirx.max(tirx.min(end - row, i64(most)), i64(0)))
+                    corner = (row, lines, code.bind(column), columns)
+                    how = (finish, together, vectors)
+                    return _results(code, kind.sums, staging, thread, corner, *how)
 
-                staging.bring_out(sums, shape.columns, None, _results(code, *given), beyond)
+                if shape.turned:
+                    own = left + group * i64(warpgroup.PART // _UNIT)
+
+                    def some(line: int, most: int, _: bool) -> None:
+                        part(top + i64(line), most, own)(0, warpgroup.PART, False)
+
+                    def there(line: int) -> Expr | None:
+                        """That the unit has this row."""
+                        return top + i64(line) < end if line else None
+
+                    staging.bring_out(sums, shape.right, None, some, there)
+                else:
+                    put = part(top + group * i64(warpgroup.PART), warpgroup.PART, left)
+
+                    def beyond(begin: int) -> Expr | None:
+                        """That the unit has this part, where half a tile has not."""
+                        return None if begin < shape.columns // shape.pieces else all_
+
+                    staging.bring_out(sums, shape.right, None, put, beyond)
             code.run(named("end"), text, steps)
 
         code.branch(thread < i64(warpgroup.GROUP), copy, multiply)
@@ -347,9 +383,7 @@ def _split(
     sides = [Side(code.address(x), inner) for x in (a, b)]
     map_a = sides[0].map(code, rows, inner, (), (deep, high), kind.bytes)
     map_b = sides[1].map(code, columns, inner, (), (deep, shape.columns), kind.bytes)
-    launch = code.launch(
-        tiles * i64(splits), warpgroup.THREADS, splits, least=1, waits=not constant
-    )
+    launch = code.launch(tiles * i64(splits), shape.threads, splits, least=1, waits=not constant)
     with launch as (block, thread):
         shared = code.address(code.alloc([shape.shared_bytes], "uint8", scope="shared.dyn"))
         code.run(named("start_part"), text, shared, int32(high))
@@ -369,10 +403,11 @@ def _split(
             sums = code.alloc([shape.columns // 2], kind.sums)
             group = idiv(thread, warpgroup.GROUP) - i64(1)
             with code.when(group * i64(warpgroup.PART) < high):
-                whole = tirx.const(True, "bool")
-                pointer = code.address(sums)
+                pointer, wide = code.address(sums), i64(shape.columns)
                 consume = named("consume<false, false>")
-                code.run(consume, text, shared, pointer, i64(0), whole, int32(count))
+                stages = i64(shape.stages)
+                numbers = [i64(0), *(int32(n) for n in (wide, count, stages))]
+                code.run(consume, text, shared, pointer, *numbers)
             code.run(named("put"), text, shared, code.address(sums))
             code.run(named("meet"), text)
             code.run(named("add_up"), text, shared, int32(high))
@@ -382,7 +417,7 @@ def _split(
             def total(row: Expr, column: Expr) -> Expr:
                 return code.call(named("total"), text, kind.sums, shared, row, column)
 
-            tile, place = (hopper.ROWS, shape.columns, 2), (rank, splits, left)
+            tile, place = (shape.rows, shape.columns, shape.warpgroups), (rank, splits, left)
             added_results(code, thread, tile, place, (rows, columns), total, finish, together)
 
         code.branch(thread < i64(warpgroup.GROUP), copy, multiply)

@@ -18,6 +18,7 @@ from netlathe.backends.tvm.tir import Expr
 
 # One warpgroup copies, two multiply; registers are moved from the first to the others.
 THREADS, GROUP = 384, 128
+COPYING = 40  # registers of a thread that copies, where others need more
 ROW_BYTES = 128  # of K in a stage: a row of the 128-byte swizzle
 PART = 64  # rows and columns of results that a warpgroup brings out at one time
 STAGING_BYTES = 2 * PART * PART * 4  # of shared memory for that
@@ -62,6 +63,15 @@ template <int kCluster> __device__ __forceinline__ void release(uint32_t barrier
           "mbarrier.arrive.shared::cluster.b64 _, [far];\\n}}"
           ::"r"(barrier), "r"(cta) : "memory");
 }}
+// The stage of a step of K, and the parity of its turn.
+struct Stage {{
+  int stage, parity;
+  __device__ __forceinline__ Stage(int number, int stages)
+      : stage(number % stages), parity(number / stages & 1) {{}}
+  __device__ __forceinline__ void advance(int stages) {{
+    if (++stage == stages) stage = 0, parity ^= 1;
+  }}
+}};
 __device__ __forceinline__ void expect(uint32_t barrier, int bytes) {{
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
                : "memory");
@@ -104,7 +114,10 @@ template <int kStages, int kPitch> __device__ __forceinline__ void* staging(uint
   float* first = static_cast<float*>(__cvta_shared_to_generic(base(shared) + kStages));
   return first + (threadIdx.x / {GROUP} - 1) * {PART} * kPitch;
 }}
-template <int kStages, int kWide, int kPitch = {PART}, typename Sum>
+template <bool kTurned> __device__ __forceinline__ int permuted(int row) {{
+  return (kTurned ? row / 2 : row) & 3;  // rows that a warp stores at one time
+}}
+template <int kStages, int kWide, int kPitch = {PART}, bool kTurned = false, typename Sum>
 __device__ __forceinline__ void stage(uint8_t* shared, const Sum* d) {{
   Sum* to = static_cast<Sum*>(staging<kStages, kPitch>(shared));
   const int warp = threadIdx.x % {GROUP} / 32, lane = threadIdx.x % 32;
@@ -112,18 +125,26 @@ __device__ __forceinline__ void stage(uint8_t* shared, const Sum* d) {{
   for (int j = 0; j < kWide / 8; ++j)
 #pragma unroll
     for (int half = 0; half < 2; ++half) {{
-      const int row = warp * 16 + half * 8 + lane / 4;
-      const int column = (j ^ (row & 3)) * 8 + lane % 4 * 2;
       const Sum* from = d + j * 4 + half * 2;
-      *reinterpret_cast<Pair<Sum>*>(to + row * kPitch + column) = {{from[0], from[1]}};
+      const int line = warp * 16 + half * 8 + lane / 4;
+      if constexpr (kTurned) {{
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {{
+          const int row = j * 8 + lane % 4 * 2 + i;
+          to[row * kPitch + (line / 8 ^ permuted<true>(row)) * 8 + line % 8] = from[i];
+        }}
+      }} else {{
+        const int column = (j ^ permuted<false>(line)) * 8 + lane % 4 * 2;
+        *reinterpret_cast<Pair<Sum>*>(to + line * kPitch + column) = {{from[0], from[1]}};
+      }}
     }}
   asm volatile("bar.sync %0, {GROUP};" ::"r"((int)threadIdx.x / {GROUP}) : "memory");
 }}
 // One sum, or as many neighbouring ones as a vector has.
-template <int kStages, typename T, int kPitch = {PART}>
+template <int kStages, typename T, int kPitch = {PART}, bool kTurned = false>
 __device__ __forceinline__ T staged(uint8_t* shared, int64_t row, int64_t column) {{
   const float* from = static_cast<const float*>(staging<kStages, kPitch>(shared));
-  from += row * kPitch + (((column >> 3) ^ (row & 3)) << 3) + (column & 7);
+  from += row * kPitch + (((column >> 3) ^ permuted<kTurned>(row)) << 3) + (column & 7);
   return *reinterpret_cast<const T*>(from);
 }}
 __device__ __forceinline__ void unstage() {{
@@ -133,6 +154,16 @@ __device__ __forceinline__ void unstage() {{
 #endif
 """
 _VECTORS = {"float32": "float", "int32": "int", "float32x4": "float4", "int32x4": "int4"}
+
+
+def registers_left(warpgroups: int, copying: int = COPYING) -> int:
+    """Registers of a multiplying thread, if so many warpgroups do and those that copy have so many."""
+    return min(232, ((64 << 10) // GROUP - copying) // warpgroups // 8 * 8)
+
+
+def registers(count: int, way: str) -> str:
+    """C++ by which every thread of a warpgroup gets so many registers: ``inc`` or ``dec``; 0: none."""
+    return f'asm volatile("setmaxnreg.{way}.sync.aligned.u32 {count};");' if count else ""
 
 
 def parts(columns: int) -> list[tuple[int, int]]:
@@ -148,30 +179,33 @@ def parts(columns: int) -> list[tuple[int, int]]:
 class Staging:
     """The way out of a warpgroup's sums: 64 rows and up to 64 columns at a time through shared memory.
 
-    They lie behind ``stages`` bytes of stages.
+    They lie behind ``stages`` bytes of stages. Where products are ``turned`` it is 64 columns and up to 64
+    rows at a time.
     """
 
-    def __init__(self, code: GpuCode, shared: Expr, stages: int) -> None:
-        self._code, self._shared, self._stages = code, shared, stages
+    def __init__(self, code: GpuCode, shared: Expr, stages: int, turned: bool = False) -> None:
+        self._code, self._shared = code, shared
+        self._stages, self._turned = stages, str(turned).lower()
 
     def bring_out(
         self,
         sums: Any,
-        columns: int,
+        lines: int,
         whole: Expr | None,
         results: Callable[[int, int, bool], None],
         there: Callable[[int], Expr | None] = lambda _: None,
     ) -> None:
-        """``results(first, wide, inside)`` for :func:`parts`, which may take sums from :meth:`at`.
+        """``results(first, wide, inside)`` for :func:`parts` of the right operand's lines.
 
-        ``inside`` is for tiles that are ``whole``: without conditions loads and stores of all steps may
-        overlap. Parts are left out where ``there`` of their first column, if it says so, is false.
+        They may take sums from :meth:`at`. ``inside`` is for tiles that are ``whole``: without conditions
+        loads and stores of all steps may overlap. Parts are left out where ``there`` of their first line, if
+        it says so, is false.
         """
         code = self._code
-        for first, wide in parts(columns):
+        for first, wide in parts(lines):
             held = there(first)
             with contextlib.nullcontext() if held is None else code.when(held):
-                stage = f"{_NAMESPACE}::stage<{self._stages}, {wide}>"
+                stage = f"{_NAMESPACE}::stage<{self._stages}, {wide}, {PART}, {self._turned}>"
                 code.run(stage, SOURCE, self._shared, code.address(sums, first // 2))
 
                 def given(inside: bool, first: int = first, wide: int = wide) -> None:
@@ -185,5 +219,5 @@ class Staging:
 
     def at(self, dtype: str, row: Expr, column: Expr) -> Expr:
         """What the part has in this place: a sum, or a vector of those from there on."""
-        name = f"{_NAMESPACE}::staged<{self._stages}, {_VECTORS[dtype]}>"
+        name = f"{_NAMESPACE}::staged<{self._stages}, {_VECTORS[dtype]}, {PART}, {self._turned}>"
         return self._code.call(name, SOURCE, dtype, self._shared, row, column)
