@@ -375,7 +375,9 @@ def _settle_inputs(model: ir.Model) -> list[Entry]:
                     help="export the model with shapes; dims may be symbolic",
                 )
             )
-        named = [_dim(dim, f"{value.name}_dim{axis}") for axis, dim in enumerate(value.shape)]
+        named = [
+            _dim(dim, samples.unnamed_dim(value, axis)) for axis, dim in enumerate(value.shape)
+        ]
         value.shape = ir.Shape(named)
     inside = [value for node in graph.all_nodes() for value in node.outputs]
     for value in [*inside, *graph.outputs]:

@@ -5,7 +5,7 @@ Lengths say the same as masks: how much of each row is no padding.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -37,21 +37,35 @@ _KEEP_VALUE = frozenset(
 
 
 def dynamic_dims(model: ir.Model) -> dict[str, int]:
-    """The free dims of the graph inputs by name, each with a default size (batch 2, others 16).
-
-    A batch is what is called so, and the first dim of an input whose other dims are all fixed.
-    """
+    """The free dims of the graph inputs by name, each with a default size (batch 2, others 16)."""
     names = dict.fromkeys(name for value in model.graph.inputs for name in free_dims(value))
-    leading = {name for v in model.graph.inputs if _only_first_is_free(v) for name in free_dims(v)}
+    batches = _batches(model.graph.inputs)
     return {
-        name: _DEFAULT_BATCH if "batch" in name or name in leading else _DEFAULT_SIZE
+        name: _DEFAULT_BATCH if "batch" in name or name in batches else _DEFAULT_SIZE
         for name in names
     }
 
 
+def _batches(inputs: Sequence[ir.Value]) -> set[str]:
+    """The names of first dims that are a batch: behind them all dims of an input are fixed.
+
+    A name that is a later dim elsewhere is no batch: tables of positions are [sequence, width]. Of first
+    dims that nobody named, all are the batch if one is: they are likely to be equal, which no name says.
+    """
+    later = {name for v in inputs for dim in (v.shape or ())[1:] for name in _names(dim)}
+    found = {n for v in inputs if _only_first_is_free(v) for n in free_dims(v)} - later
+    unnamed = {unnamed_dim(v, 0) for v in inputs}
+    return found | unnamed if found & unnamed else found
+
+
 def _only_first_is_free(value: ir.Value) -> bool:
-    dims_behind = (value.shape or ())[1:]
-    return bool(dims_behind) and all(isinstance(dim, int) for dim in dims_behind)
+    behind = (value.shape or ())[1:]
+    return bool(behind) and all(isinstance(dim, int) for dim in behind)
+
+
+def unnamed_dim(value: ir.Value, axis: int) -> str:
+    """What a dim of a graph input is called that has no name in its file."""
+    return f"{value.name}_dim{axis}"
 
 
 def check_dims(named: Iterable[str], known: Iterable[str], at: str = "") -> None:
@@ -75,12 +89,12 @@ def check_dims(named: Iterable[str], known: Iterable[str], at: str = "") -> None
 
 def free_dims(value: ir.Value) -> list[str]:
     """The names that the dims of ``value`` are made of, in order: ``2*n`` is made of ``n``."""
-    names: list[str] = []
-    for dim in value.shape or ():
-        parsed = dims.from_ir(dim)
-        if isinstance(parsed, sympy.Expr):
-            names += sorted(map(str, parsed.free_symbols))
-    return list(dict.fromkeys(names))
+    return list(dict.fromkeys(name for dim in value.shape or () for name in _names(dim)))
+
+
+def _names(dim: int | ir.SymbolicDim) -> list[str]:
+    parsed = dims.from_ir(dim)
+    return sorted(map(str, parsed.free_symbols)) if isinstance(parsed, sympy.Expr) else []
 
 
 def shape_of(value: ir.Value, sizes: Mapping[str, int]) -> tuple[int, ...]:
@@ -116,10 +130,16 @@ def synthesize(model: ir.Model, sizes: Mapping[str, int], seed: int) -> Arrays:
     check_dims(sizes, defaults)
     full = {**defaults, **sizes}
     rng = np.random.default_rng(seed)
-    return {v.name: _make(v, full, rng) for v in model.graph.inputs if v.name}
+    inputs = model.graph.inputs
+    return {v.name: _make(v, inputs, full, rng) for v in inputs if v.name}
 
 
-def _make(value: ir.Value, sizes: Mapping[str, int], rng: np.random.Generator) -> npt.NDArray[Any]:
+def _make(
+    value: ir.Value,
+    inputs: Sequence[ir.Value],
+    sizes: Mapping[str, int],
+    rng: np.random.Generator,
+) -> npt.NDArray[Any]:
     shape = shape_of(value, sizes)
     dtype = (value.dtype or ir.DataType.FLOAT).numpy()
     kind = np.dtype(dtype).kind
@@ -130,13 +150,37 @@ def _make(value: ir.Value, sizes: Mapping[str, int], rng: np.random.Generator) -
         return _mask(shape).astype(dtype)
     if "position" in name and shape:
         return np.broadcast_to(np.arange(shape[-1]), shape).astype(dtype)
-    if "length" in name and len(shape) == 1:
-        own = free_dims(value)
-        if others := [size for dim, size in sizes.items() if dim not in own]:
-            return np.maximum(1, min(others) - np.arange(shape[0])).astype(dtype)
+    if _holds_lengths(value):
+        longest = _longest_row(value, inputs, sizes)
+        return np.maximum(1, longest - np.arange(shape[0])).astype(dtype)
     bounds = list(_table_rows(value))
     top = max(1, min([*bounds, np.iinfo(dtype).max])) if bounds else 2
     return _ids(top, shape, rng).astype(dtype)
+
+
+def _holds_lengths(value: ir.Value) -> bool:
+    return "length" in (value.name or "").lower() and len(value.shape or ()) == 1
+
+
+def _longest_row(value: ir.Value, inputs: Sequence[ir.Value], sizes: Mapping[str, int]) -> int:
+    """A length that no row is shorter than, whichever dims are rows: the least that may be one.
+
+    That is a free dim behind the first of an input, or where there is none, a fixed one.
+    """
+    own = set(free_dims(value))
+    free: list[int] = []
+    fixed: list[int] = []
+    for other in inputs:
+        rows = list(zip(other.shape or (), shape_of(other, sizes), strict=True))
+        if _holds_lengths(other):
+            continue
+        for dim, size in rows[1:] or rows:  # a stream of tokens is a row by itself
+            names = _names(dim)
+            if names and own.isdisjoint(names):
+                free.append(size)
+            elif isinstance(dim, int) and size > 1:
+                fixed.append(size)
+    return min(free or fixed or [1])
 
 
 def _ids(top: int, shape: tuple[int, ...], rng: np.random.Generator) -> npt.NDArray[np.int64]:

@@ -40,9 +40,33 @@ def test_the_first_dim_is_a_batch_where_the_others_are_fixed() -> None:
     assert samples.dynamic_dims(with_dims("tokens")) == {"tokens": 16}
 
 
+def test_a_batch_without_a_name_is_that_of_all_inputs() -> None:
+    """Detectors of PaddleDetection take an image and its scale; encoders take tables of positions."""
+    made = model("float[b,n] image, float[b,n] scale, int64[b] ids", "float y", "y = Neg(image)")
+    image, scale, ids = made.graph.inputs
+    image.shape = ir.Shape(["image_dim0", 3, "image_dim2", "image_dim3"])
+    scale.shape = ir.Shape(["scale_dim0", 2])
+    ids.shape = ir.Shape(["tokens"])
+    sizes = {"image_dim0": 2, "image_dim2": 16, "image_dim3": 16, "scale_dim0": 2, "tokens": 16}
+    assert samples.dynamic_dims(made) == sizes
+    image.shape, scale.shape = ir.Shape(["b", "seq", 64]), ir.Shape(["seq", 64])
+    assert samples.dynamic_dims(made) == {"b": 16, "seq": 16, "tokens": 16}
+
+
 def test_lengths_say_where_the_padding_of_a_row_begins() -> None:
     made = model("int64[b,s] ids, int64[b] input_lengths", "int64 y", "y = Neg(ids)")
     assert samples.synthesize(made, {"b": 3, "s": 2}, 0)["input_lengths"].tolist() == [2, 1, 1]
+
+
+@pytest.mark.parametrize("batches", [("b", "b"), ("x_dim0", "x_length_dim0")])
+def test_lengths_are_those_of_fixed_rows_where_no_other_are(batches: tuple[str, str]) -> None:
+    made = model("float[b,n] x, int64[b] x_length", "float y", "y = Neg(x)")
+    x, length = made.graph.inputs
+    length.shape = ir.Shape([batches[1]])
+    for dims, lengths in (((80, 3000), [80, 79]), ((1, "t"), [16, 15]), ((1, 1), [1, 1])):
+        x.shape = ir.Shape([batches[0], *dims])
+        at = dict.fromkeys(batches, 2)
+        assert samples.synthesize(made, at, 0)["x_length"].tolist() == lengths
 
 
 def test_dims_are_never_evaluated(tmp_path: Path) -> None:
