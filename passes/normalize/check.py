@@ -36,7 +36,7 @@ SIZES = (
     (3, 4, 9, 8, 10, 14),
 )  # the first, second, ... dynamic dim in two runs
 TIMES = (1, 2, 4, 8, 16, 32, 64)  # as large, where strides leave nothing of a dim
-LARGEST = 1 << 23  # elements of an input
+LARGEST = 1 << 23  # elements of an input that was made larger
 _BODIES = frozenset({ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS})
 _TAKE_SHAPES = frozenset({"Reshape", "Expand", "Tile", "Slice"})  # all but their first operand
 HALF = frozenset({ir.DataType.FLOAT16, ir.DataType.BFLOAT16})
@@ -158,16 +158,17 @@ class _Region:
         symbols = sorted({n for v in self.inputs if _shape(v) for n in samples.free_dims(v)})
         if len(symbols) > len(sizes):
             raise NoMatch(f"depends on {len(symbols)} dynamic dims, too many to try")
+        empty: list[ir.Value] = []
         for times in TIMES:
             bound = {name: times * size for name, size in zip(symbols, sizes, strict=False)}
-            shapes = [samples.shape_of(value, bound) for value in self.inputs]
-            bad = [v for v, shape in zip(self.inputs, shapes, strict=True) if not _may_be(shape)]
-            if not bad:
-                return {
-                    f"i{i}": _random(value, shape, rng, trial)
-                    for i, (value, shape) in enumerate(zip(self.inputs, shapes, strict=True))
-                }
-        raise NoMatch(f"{bad[0].name} has the shape {bad[0].shape}, which cannot be tried")
+            fed = [(value, samples.shape_of(value, bound)) for value in self.inputs]
+            if times > 1 and any(math.prod(shape) > LARGEST for _, shape in fed):
+                break
+            empty = [value for value, shape in fed if min(shape, default=1) < 1]
+            if not empty:
+                return {f"i{i}": _random(*each, rng, trial) for i, each in enumerate(fed)}
+        what = f"{empty[0].name} has the shape {empty[0].shape}"
+        raise NoMatch(f"{what}, of which nothing is left at the sizes that can be tried")
 
 
 @dataclass
@@ -231,10 +232,6 @@ def _shape(value: ir.Value) -> ir.Shape:
     if any(isinstance(d, ir.SymbolicDim) and d.value is None for d in value.shape):
         raise NoMatch(f"{value.name} has an unknown dimension")
     return value.shape
-
-
-def _may_be(shape: Sequence[int]) -> bool:
-    return all(dim > 0 for dim in shape) and math.prod(shape) <= LARGEST
 
 
 def _random(

@@ -137,6 +137,19 @@ def test_a_dim_that_strides_make_is_tried_where_something_is_left_of_it() -> Non
     assert entry.status == "applied", entry.reason
 
 
+@pytest.mark.parametrize("dims", ["b,32,320,320", "1,32,512,640"])
+def test_a_large_value_is_tried_as_large_as_it_is(dims: str) -> None:
+    (entry,) = raise_operators(graph(f"float[{dims}] x", "g = Sigmoid(x) y = Mul(x, g)"))
+    assert entry.status == "applied", entry.reason
+
+
+def test_what_would_have_to_be_too_large_is_not_tried() -> None:
+    weight = np.ones((4, 3, 48), np.float32) / 12
+    body = "c = Conv<strides=[48], kernel_shape=[48]>(x, w) g = Sigmoid(c) y = Mul(c, g)"
+    (entry,) = raise_operators(graph("float[4000000,3,s] x", body, w=weight))
+    assert entry.status == "refused" and "nothing is left at the sizes" in entry.reason
+
+
 def test_an_inner_value_that_others_read_stays() -> None:
     model = graph(X, "g = Sigmoid(x) w = Mul(x, g) y = Add(w, g)")
     after, _ = raised(model)
