@@ -503,7 +503,8 @@ def _adjustment(shape: Shape) -> str:
         return ""
     value = "scaled(s[i][n][e], 1.0f, cap)"
     if shape.bias:
-        value += f" + {'of(added[i][n][e], 0)' if shape.bias != 'f32' else 'added[i][n][e]'}"
+        added = "added[i][n][e]" if shape.bias == "f32" else "of(added[i][n][e], 0)"
+        value = f"biased({value}, {added})"
     ahead = "    look_at_bias(at + kStep);\n" if shape.bias else ""
     return f"""#pragma unroll
     for (int i = 0; i < kKeys / 8; ++i)

@@ -7,7 +7,7 @@ attention.decode   few queries: the keys are split over blocks, whose parts a se
 
 Taken are heads of halves, of keys and values alike, whose size is a multiple of 8, any number of query heads
 to a head of keys, and what is causal, lengths, a flag for each key, one bias or mask of any kind that has all
-keys, or all of that at once. Larger heads and windows are
+keys, or all of that at once. Larger heads, windows, and few queries whose keys are not split are
 :mod:`netlathe.backends.tvm.cuda.product_attention`'s.
 """
 
@@ -27,6 +27,7 @@ from netlathe.backends.tvm.cuda import (
     flash_ampere,
     flash_bias,
     flash_hopper,
+    tensor,
     warpgroup,
 )
 from netlathe.backends.tvm.cuda.code import GpuCode
@@ -45,6 +46,7 @@ from netlathe.backends.tvm.tir import (
     unflatten,
 )
 from netlathe.backends.tvm.values import Ready
+from netlathe.ir import dims
 from netlathe.ir.dims import Dim
 
 if TYPE_CHECKING:
@@ -62,8 +64,14 @@ _CACHED = (
 
 
 def suits(machine: Gpu, q: Value, k: Value, v: Value) -> bool:
-    """Whether the kernels take heads like these: [b, h, s, d], [b, kv, t, d] and the same."""
-    depth = q.shape[3]
+    """Whether the kernels take heads like these: [b, h, s, d], [b, kv, t, d] and the same.
+
+    Tiles would leave a GPU idle with few queries, which products do not.
+    """
+    heads, queries, depth = q.shape[1:]
+    rows = dims.divide(dims.product((heads, queries)), k.shape[1])
+    if isinstance(rows, int) and rows <= FEW_ROWS and not splits_keys(depth):
+        return False
     alike = q.dtype == k.dtype == v.dtype and depth == k.shape[3] == v.shape[3]
     most = flash_hopper.MOST_DEPTH if machine.has_wgmma else flash_ampere.MOST_DEPTH
     fits = isinstance(depth, int) and depth % 8 == 0 and 0 < depth <= most
@@ -283,7 +291,8 @@ class _Problem:
         caches = self.caches if self.spec.coded is None else self._expanded()
         machine: Any = self.kernel.lowering.machine
         if machine.has_wgmma:
-            self._warpgroups(*caches)
+            with tensor.unless_empty(self.code, self.batch * self.heads * self.queries):
+                self._warpgroups(*caches)
         else:
             self._warps(*caches)
 

@@ -256,11 +256,13 @@ def _bias_loads(shape: Shape) -> str:
 def _adjustment(shape: Shape) -> str:
     if not shape.bias and not shape.capped:
         return ""
-    added = " + of(bias[i][e / 2], e % 2)" if shape.bias else ""
+    value = "scaled(s[i][e], scale, cap)"
+    if shape.bias:
+        value = f"biased({value}, of(bias[i][e / 2], e % 2))"
     return f"""#pragma unroll
     for (int i = 0; i < {KEYS // 8}; ++i)
 #pragma unroll
-      for (int e = 0; e < 4; ++e) s[i][e] = scaled(s[i][e], scale, cap){added};
+      for (int e = 0; e < 4; ++e) s[i][e] = {value};
 """
 
 

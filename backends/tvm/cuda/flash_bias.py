@@ -63,10 +63,13 @@ __device__ __forceinline__ float scaled(float x, float scale, float cap) {{
 }}"""
     if bias:
         element, pair, first, second = _PAIRS[bias]
+        # Flags, which are halves here, hide a key whatever its score is, even Inf or NaN.
+        hides = "" if bias == "f32" else "bias == -INFINITY ? bias : "
         text += f"""
 using Element = {element};
 using Pair = {pair};
-__device__ __forceinline__ float of(Pair pair, int e) {{ return e ? {second} : {first}; }}"""
+__device__ __forceinline__ float of(Pair pair, int e) {{ return e ? {second} : {first}; }}
+__device__ __forceinline__ float biased(float score, float bias) {{ return {hides}score + bias; }}"""
     return text
 
 
@@ -108,7 +111,8 @@ def bias(
     dtype = kind(mask, half)
     piece = max(align // BYTES[dtype], 1)
     high = rows if many[2] else i64(least)
-    line = idiv(keys + i64(piece - 1), piece) * i64(piece)
+    # There is no descriptor of empty lines, nor one of no memory.
+    line = idiv(tirx.max(keys, i64(1)) + i64(piece - 1), piece) * i64(piece)
     by = (heads if many[0] else i64(0), i64(int(many[1])), i64(int(many[2])))
 
     def made(pointer: Expr) -> Bias:
@@ -124,7 +128,7 @@ def bias(
     if decides:
         count, size = select(fits, i64(0), count), select(fits, i64(1), size)
     stored = {"bf16": D.BFLOAT16, "f16": D.FLOAT16, "f32": D.FLOAT}[dtype]
-    work = kernel.workspace(size, storage.STORED[stored])
+    work = kernel.workspace(tirx.max(size, i64(1)), storage.STORED[stored])
     with code.loop(count, PARALLEL) as at:
         b, h, i, j = (code.bind(item) for item in unflatten(at, [batch, heads, high, keys]))
         value = mask.at(code, [b, h, i if many[2] else i64(0), j])

@@ -495,7 +495,7 @@ __device__ __forceinline__ void adjust(
         const Pair bias = *static_cast<const Pair*>(__cvta_shared_to_generic(from));
         float* to = s + (piece * kSteps + i) * 4 + half * 2;
 #pragma unroll
-        for (int e = 0; e < 2; ++e) to[e] = scaled(to[e], scale, cap) + of(bias, e);
+        for (int e = 0; e < 2; ++e) to[e] = biased(scaled(to[e], scale, cap), of(bias, e));
       }}
     __syncwarp();
     if (threadIdx.x % 32 == 0) release<1>(bias_empty(at, group, slot));

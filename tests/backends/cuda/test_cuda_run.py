@@ -268,6 +268,63 @@ def test_convolution(
     assert np.linalg.norm(found - wanted) / np.linalg.norm(wanted) < BOUNDS[half]
 
 
+_MASKED = "(q, k, v, m)"
+
+
+def attention(
+    kernels: type[Gpu], half: str, depth: int, mask: str, node: str = _MASKED, shared: int = 4
+) -> OnGpu:
+    """y = Attention of 4 heads, with a mask, over ``shared`` heads of keys; n are lengths."""
+    rows = [f"{half}[b,4,s,{depth}] q", *(f"{half}[b,{shared},t,{depth}] {name}" for name in "kv")]
+    lengths = ", int64[b] n" if "n)" in node else ""
+    model = ir.from_onnx_text(
+        f'<ir_version: 11, opset_import: ["" : 25]> g ({", ".join(rows)}, {mask} m{lengths}) =>'
+        f" ({half}[b,4,s,{depth}] y) {{ y = Attention {node} }}"
+    )
+    normal.normalize(model)
+    return OnGpu(model, kernels(**vars(gpu([HERE[-1]]))))
+
+
+def heads(half: str, batch: int, queries: int, keys: int, depth: int, shared: int = 4) -> Any:
+    """Queries, keys and values of :func:`attention`."""
+    rng = np.random.default_rng(queries + keys)
+    sizes = {"q": (4, queries), "k": (shared, keys), "v": (shared, keys)}
+    return {
+        name: rng.standard_normal((batch, *size, depth)).astype(HALVES[half])
+        for name, size in sizes.items()
+    }
+
+
+def attended(feeds: dict[str, Array], cap: int = 0) -> Array:
+    """What :func:`attention` should give, in float64; with lengths it is causal."""
+    import torch
+
+    groups = feeds["q"].shape[1] // feeds["k"].shape[1]
+    q, k, v = (torch.from_numpy(feeds[name].astype(np.float64)) for name in "qkv")
+    k, v = (x.repeat_interleave(groups, 1) for x in (k, v))
+    scores = q @ k.transpose(2, 3) / q.shape[3] ** 0.5
+    scores = cap * torch.tanh(scores / cap) if cap else scores
+    mask = feeds["m"]
+    if mask.dtype == np.bool_:
+        scores = scores.masked_fill(torch.from_numpy(~mask), -np.inf)
+    else:  # beside the lowest of floats a score counts nothing
+        scores = (scores.float() + torch.from_numpy(mask.astype(np.float32))).double()
+    if "n" in feeds:
+        queries, keys = scores.shape[2:]
+        lengths = torch.from_numpy(feeds["n"])[:, None, None, None]
+        last = torch.arange(queries)[:, None] - queries + lengths
+        scores = scores.masked_fill(torch.arange(keys) > last, -np.inf)
+    result: Array = (torch.softmax(scores, -1).nan_to_num(0.0) @ v).numpy()
+    return result
+
+
+def check_attention(program: OnGpu, feeds: dict[str, Array], cap: int = 0) -> None:
+    """Against float64, where weights are rounded as well as results."""
+    found, wanted = program.run(feeds)["y"].astype(np.float64), attended(feeds, cap)
+    bound = 2 * BOUNDS[str(feeds["q"].dtype)]
+    assert np.linalg.norm(found - wanted) < bound * np.linalg.norm(wanted)
+
+
 @pytest.mark.parametrize("kernels", [Gpu, OnMma])
 @pytest.mark.parametrize(
     ("half", "depth", "kind", "dims", "cap"),
@@ -283,46 +340,80 @@ def test_attention_with_a_bias(
     kernels: type[Gpu], half: str, depth: int, kind: str, dims: str, cap: int
 ) -> None:
     """Of few queries and of many; the second sees no key, and the third's biases are the lowest floats."""
-    import torch
-
-    rows = [f"{half}[b,4,{size},{depth}] {name}" for size, name in ("sq", "tk", "tv")]
-    inputs = ", ".join([*rows, f"{kind}[{','.join(dims.replace('h', '4'))}] m"])
-    node = f"y = Attention{f' <softcap = {cap}.0>' if cap else ''} (q, k, v, m)"
-    model = ir.from_onnx_text(
-        f'<ir_version: 11, opset_import: ["" : 25]> g ({inputs}) => ({half}[b,4,s,{depth}] y)'
-        f" {{ {node} }}"
-    )
-    normal.normalize(model)
-    program = OnGpu(model, kernels(**vars(gpu([HERE[-1]]))))
-    rng = np.random.default_rng(3)
+    node = f"{f'<softcap = {cap}.0> ' if cap else ''}(q, k, v, m)"
+    mask = f"{kind}[{','.join(dims.replace('h', '4'))}]"
+    program = attention(kernels, half, depth, mask, node)
     for batch, queries, keys in [(1, 1, 40), (2, 16, 129), (3, 130, 77), (1, 200, 264)]:
         sizes = dict(zip("bhst1", (batch, 4, queries, keys, 1), strict=True))
-        feeds = {
-            name: rng.standard_normal((batch, 4, count, depth)).astype(HALVES[half])
-            for name, count in (("q", queries), ("k", keys), ("v", keys))
-        }
-        shape = [sizes[dim] for dim in dims]
-        hidden = rng.random(shape) > 0.7
-        if shape[2] > 2:
-            hidden[..., 1, :] = True
-        if kind == "bool":
-            mask = ~hidden
-        else:
-            dtype = HALVES.get(kind, np.float32)
-            mask = np.where(hidden, -np.inf, rng.standard_normal(shape)).astype(dtype)
-            if shape[2] > 2:
-                mask[..., 2, :] = ml_dtypes.finfo(dtype).min
-        found = program.run({**feeds, "m": mask})["y"].astype(np.float64)
-        q, k, v = (torch.from_numpy(feeds[name].astype(np.float64)) for name in "qkv")
-        scores = q @ k.transpose(2, 3) / depth**0.5
-        scores = cap * torch.tanh(scores / cap) if cap else scores
-        if kind == "bool":
-            scores = scores.masked_fill(torch.from_numpy(hidden), -np.inf)
-        else:  # beside the lowest of floats a score counts nothing
-            scores = (scores.float() + torch.from_numpy(mask.astype(np.float32))).double()
-        wanted = (torch.softmax(scores, -1).nan_to_num(0.0) @ v).numpy()
-        error = np.linalg.norm(found - wanted) / np.linalg.norm(wanted)
-        assert error < 2 * BOUNDS[half]  # weights are rounded, too
+        feeds = heads(half, batch, queries, keys, depth)
+        feeds["m"] = some_mask(kind, [sizes[dim] for dim in dims])
+        if kind != "bool" and feeds["m"].shape[2] > 2:
+            feeds["m"][..., 2, :] = ml_dtypes.finfo(feeds["m"].dtype).min
+        check_attention(program, feeds, cap)
+
+
+def some_mask(kind: str, shape: Sequence[int]) -> Array:
+    """One that hides a part of the keys, and all from the second query."""
+    rng = np.random.default_rng(3)
+    hidden = rng.random(shape) > 0.7
+    if shape[2] > 2:
+        hidden[..., 1, :] = True
+    if kind == "bool":
+        return ~hidden
+    dtype = HALVES.get(kind, np.float32)
+    return np.where(hidden, -np.inf, rng.standard_normal(shape)).astype(dtype)
+
+
+@pytest.mark.parametrize("kernels", [Gpu, OnMma])
+@pytest.mark.parametrize(
+    ("half", "depth", "kind", "one", "shared"),
+    [
+        ("bfloat16", 64, "float", 4, 2),
+        ("float16", 72, "bool", 1, 1),
+        ("bfloat16", 128, "bfloat16", 4, 1),
+    ],
+)
+def test_attention_with_a_bias_for_heads_that_share_keys(
+    kernels: type[Gpu], half: str, depth: int, kind: str, one: int, shared: int
+) -> None:
+    """Causal, and with lengths, so that the queries of each sequence stand elsewhere."""
+    node = "<is_causal = 1> (q, k, v, m, , , n)"
+    program = attention(kernels, half, depth, f"{kind}[b,{one},s,t]", node, shared)
+    for queries, keys in [(1, 300), (4, 129), (130, 264)]:
+        feeds = heads(half, 2, queries, keys, depth, shared)
+        feeds["m"] = some_mask(kind, (2, one, queries, keys))
+        feeds["n"] = np.array([keys, keys - 70])
+        check_attention(program, feeds)
+
+
+@pytest.mark.parametrize("kernels", [Gpu, OnMma])
+@pytest.mark.parametrize("depth", [64, 72])
+@pytest.mark.parametrize("kind", ["bool", "float16"])
+def test_attention_of_nothing(kernels: type[Gpu], depth: int, kind: str) -> None:
+    """No sequences, no queries, or no keys, which give zeros."""
+    program = attention(kernels, "float16", depth, f"{kind}[b,1,s,t]")
+    for batch, queries, keys in [(0, 3, 40), (0, 130, 40), (2, 0, 40), (2, 3, 0), (2, 130, 0)]:
+        feeds = heads("float16", batch, queries, keys, depth)
+        feeds["m"] = some_mask(kind, (batch, 1, queries, keys))
+        found = program.run(feeds)["y"]
+        np.testing.assert_array_equal(found, np.zeros((batch, 4, queries, depth), np.float16))
+
+
+@pytest.mark.parametrize("kernels", [Gpu, OnMma])
+@pytest.mark.parametrize(("half", "depth"), [("bfloat16", 64), ("float16", 72)])
+@pytest.mark.parametrize("rows", ["s", "1"], ids=["for each query", "for each key"])
+def test_what_a_mask_hides_may_be_anything(
+    kernels: type[Gpu], half: str, depth: int, rows: str
+) -> None:
+    """Inf and NaN, as in the unused tail of a cache; all of the second sequence is hidden."""
+    program = attention(kernels, half, depth, f"bool[b,1,{rows},t]")
+    for queries, keys in [(1, 40), (16, 129), (130, 300)]:
+        feeds = heads(half, 2, queries, keys, depth)
+        feeds["k"][:, :, -9:] = np.inf
+        feeds["k"][:, :, -4:] = np.nan
+        feeds["m"] = np.ones((2, 1, queries if rows == "s" else 1, keys), np.bool_)
+        feeds["m"][0, ..., -9:] = feeds["m"][1] = False
+        check_attention(program, feeds)
 
 
 @pytest.mark.slow
