@@ -147,7 +147,8 @@ def _made(
                 help="for example 'cleanup, quantize', or [Cleanup(), Quantize()]",
             )
         )
-    precheck.check(made, data=calibration is not None)
+    empty = calibration is None or (isinstance(calibration, Sequence) and not calibration)
+    precheck.check(made, data=not empty)
     return list(made)
 
 

@@ -86,6 +86,12 @@ def test_calibration_is_feeds_or_a_file(tmp_path: Path) -> None:
     assert losses[0] == losses[1] and losses[0] is not None and losses[0].data == "calibration"
 
 
+@pytest.mark.parametrize("calibration", [None, []])
+def test_no_calibration_data_is_told_before_the_capture(calibration: list[Any] | None) -> None:
+    with pytest.raises(netlathe.OptionError, match="needs calibration data"):
+        netlathe.compile("missing.onnx", "slice", calibration=calibration)
+
+
 def test_files_travel_along_and_folders_are_not_overwritten(tmp_path: Path) -> None:
     captured = netlathe.capture(onnx_file(tmp_path))
     (tmp_path / "vocab.txt").write_text("a b c")
