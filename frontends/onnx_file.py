@@ -8,6 +8,7 @@ Nothing outside the file's own folder is ever read: a model file is data from so
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
@@ -19,7 +20,7 @@ import onnx
 import onnx_ir as ir
 import onnx_ir.passes.common as common_passes
 
-from netlathe.diagnostics import Diagnostic, InputError
+from netlathe.diagnostics import Diagnostic, InputError, OptionError
 from netlathe.execute import ort, samples
 from netlathe.frontends.compare import Original
 from netlathe.frontends.exporter_metadata import condense
@@ -47,8 +48,16 @@ class OnnxFile(Frontend):
     def __init__(
         self, sizes: Mapping[str, int] | None = None, fixed: Mapping[str, int] | None = None
     ) -> None:
-        self.sizes = dict(sizes or {})
-        self.fixed = dict(fixed or {})
+        self.sizes = _checked("sizes", sizes or {})
+        self.fixed = _checked("fixed", fixed or {})
+        for name in self.sizes.keys() & self.fixed.keys():
+            raise OptionError(
+                Diagnostic(
+                    "dims.fixed",
+                    f"dim {name!r} is to be fixed, so there is no size of it to work at",
+                    help="leave it out of --dims (from Python: sizes)",
+                )
+            )
 
     @classmethod
     def accepts(cls, source: Any) -> bool:
@@ -92,7 +101,14 @@ class OnnxFile(Frontend):
             for graph in (original.graph, model.graph):
                 _fix(graph, self.fixed)
             named = ", ".join(f"{name}={size}" for name, size in self.fixed.items())
-            entries.append(Entry("dims", "applied", f"fixed at {named}, as asked for"))
+            entries.append(
+                Entry(
+                    "dims",
+                    "applied",
+                    f"fixed at {named}, as asked for",
+                    detail={"fixed": self.fixed},
+                )
+            )
         dynamic = samples.dynamic_dims(model)
         samples.check_dims(self.sizes, dynamic, str(path))
 
@@ -110,6 +126,7 @@ class OnnxFile(Frontend):
 
         def moved(feeds: Feeds) -> dict[str, float]:
             typed, _ = _in_newest(proto, path)  # it has the types that disturbing needs to know
+            _fix(typed.graph, self.fixed)
             normal.normalize(typed)
             return verification.moved_by_rounding(typed, ort.run(typed, feeds), feeds)
 
@@ -129,7 +146,38 @@ class OnnxFile(Frontend):
         )
 
 
+def _checked(setting: str, sizes: Mapping[str, int]) -> dict[str, int]:
+    """Sizes by name, each a positive integer.
+
+    Raises:
+        OptionError: one is not.
+    """
+    for name, size in sizes.items():
+        if isinstance(size, bool) or not isinstance(size, int | np.integer) or size < 1:
+            raise OptionError(
+                Diagnostic(
+                    "dims.size",
+                    f"{setting} takes a positive integer for dim {name!r}, not {size!r}",
+                    help=f"for example {setting}={{{name!r}: 1}}",
+                )
+            )
+    return {name: int(size) for name, size in sizes.items()}
+
+
 # -- reading --------------------------------------------------------------------------------------
+
+
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
+
+
+def _is_of_a_hub(path: Path) -> bool:
+    """Whether it is an organisation and a model, as hubs name them, rather than a path."""
+    name = path.as_posix()
+    return (
+        _HUB_NAME.fullmatch(name) is not None
+        and not name.endswith((".onnx", ".pt2"))
+        and not path.parent.is_dir()
+    )
 
 
 def read_proto(path: Path) -> onnx.ModelProto:
@@ -140,9 +188,7 @@ def read_proto(path: Path) -> onnx.ModelProto:
     """
     if not path.is_file():
         help_ = ""
-        if (
-            not path.suffix and len(path.parts) == 2
-        ):  # an organisation and a model, as hubs name them
+        if _is_of_a_hub(path):
             help_ = f"NetLathe downloads nothing: `hf download {path} --local-dir {path.name}`, then give"
             help_ += f" {path.name}"
         raise InputError(
@@ -426,9 +472,9 @@ def _tell_shapes(model: ir.Model, proto: onnx.ModelProto) -> None:
         return
     for told in onnx.shape_inference.infer_shapes(proto).graph.value_info:
         if told.name in read and told.type.tensor_type.HasField("shape"):
-            dims = told.type.tensor_type.shape.dim
             read[told.name].shape = ir.Shape(
-                [dim.dim_value if dim.HasField("dim_value") else None for dim in dims]
+                dim.dim_value if dim.HasField("dim_value") else None
+                for dim in told.type.tensor_type.shape.dim
             )
 
 
@@ -440,8 +486,8 @@ def _floats(model: ir.Model) -> Iterator[tuple[str, npt.NDArray[Any]]]:
 
 
 def _masks(model: ir.Model) -> frozenset[str]:
-    """Initializers that only elementwise operators read: masks, which may hold -inf."""
-    return frozenset(_read_only_by(model, _ELEMENTWISE | _COMPARING))
+    """Initializers that only elementwise operators read, or that are padded with: they may hold -inf."""
+    return frozenset(_read_only_by(model, _ELEMENTWISE | _COMPARING, padding=True))
 
 
 def _bounds(model: ir.Model) -> frozenset[str]:
@@ -452,10 +498,20 @@ def _bounds(model: ir.Model) -> frozenset[str]:
 _COMPARING = frozenset(
     {"Clip", "Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Max", "Min", "Where"}
 )
-_ELEMENTWISE = frozenset({"Add", "Cast", "Concat", "Expand", "Pad", "Slice", "Unsqueeze"})
+_ELEMENTWISE = frozenset({"Add", "Cast", "Concat", "Expand", "Slice", "Unsqueeze"})
 
 
-def _read_only_by(model: ir.Model, op_types: frozenset[str]) -> Iterator[str]:
+def _read_only_by(
+    model: ir.Model, op_types: frozenset[str], *, padding: bool = False
+) -> Iterator[str]:
+    """Initializers that only ``op_types`` read, and Pad for what it pads with where that counts."""
     for name, value in model.graph.initializers.items():
-        if all(use.node.op_type in op_types for use in value.uses()):
+        if all(
+            use.node.op_type in op_types
+            or (padding and use.node.op_type == "Pad" and use.idx == _PADDED_WITH)
+            for use in value.uses()
+        ):
             yield name
+
+
+_PADDED_WITH = 2  # the operand of Pad

@@ -24,7 +24,8 @@ def capture(source: Any, *, cache_dir: str | Path | None = None, **settings: Any
     ``nn.Module``, a ``torch.fx.GraphModule`` or an ``ExportedProgram``. torch unpickles parts of a
     ``.pt2`` file: give only one that you trust. Settings are its frontend's: ``args``, ``kwargs`` and
     ``dynamic`` for modules, ``args`` and ``kwargs`` for programs without example inputs, ``cache=True``
-    for a causal language model with its KV cache. ``cache_dir`` is a folder where
+    for a causal language model with its KV cache, and for an ONNX file ``sizes`` of dynamic dims to work
+    at (``{"batch": 1}``) and ``fixed``, dims that are to have one size only. ``cache_dir`` is a folder where
     captured files and directories are kept and found again, such as :func:`user_cache_dir`.
 
     Raises:

@@ -113,7 +113,8 @@ def sizes() -> Decorator:
             "--dims",
             metavar="NAME=SIZE,...",
             callback=_parse_sizes,
-            help="Sizes of dynamic dimensions, such as batch=1,sequence=128.",
+            help="Sizes of dynamic dimensions to work at, such as batch=1,sequence=128: an ONNX file is"
+            " captured at them too, other models at their own.",
         ),
         click.option(
             "--fix-dims",

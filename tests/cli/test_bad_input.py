@@ -330,6 +330,7 @@ def test_passes_that_make_no_sense(
         (("--dims", "batch"), "cli.dims", ("NAME=SIZE",)),
         (("--fix-dims", "bach=2"), "dims.unknown", ("did you mean batch",)),
         (("--fix-dims", "batch"), "cli.dims", ("--fix-dims takes NAME=SIZE",)),
+        (("--dims", "batch=1", "--fix-dims", "batch=1"), "dims.fixed", ("'batch' is to be fixed",)),
         (("--seed", -1), "cli.usage", ()),
         (("--sead", 1), "cli.usage", ()),
     ],

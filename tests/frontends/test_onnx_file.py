@@ -18,8 +18,10 @@ from onnx.reference import ReferenceEvaluator
 import netlathe
 from netlathe.diagnostics import CaptureError, InputError, OptionError, VerifyError
 from netlathe.execute import ort
+from netlathe.frontends import compare
 from netlathe.frontends.onnx_file import OnnxFile
 from netlathe.frontends.onnx_opset import _ADAPTERS, NEWEST, OLDEST, raise_opset
+from netlathe.pipeline import verification
 
 
 def rng() -> np.random.Generator:
@@ -587,6 +589,33 @@ def test_padding_may_be_infinite(tmp_path: Path) -> None:
     least = numpy_helper.from_array(np.array(-np.inf, np.float32), "least")
     model.graph.initializer.append(least)
     OnnxFile().capture(write(model, tmp_path))
+    bias = numpy_helper.from_array(np.full((2, 16), -np.inf, np.float32), "bias")
+    model.graph.initializer.append(bias)
+    model.graph.node[-1].input[:] = ["bias", "by", "least"]  # what is padded is a weight
+    with pytest.raises(InputError, match=r"'bias' of .* holds -inf"):
+        OnnxFile().capture(write(model, tmp_path))
+
+
+@pytest.mark.parametrize("name", ["Qwen/Qwen2.5-0.5B", "openai-community/gpt2", "a/b_c"])
+def test_a_name_of_a_hub_is_told_how_to_get(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=f"hf download {name} --local-dir {Path(name).name}`"):
+        netlathe.capture(name)
+    Path(name).parent.mkdir()
+    with pytest.raises(InputError, match="no such file") as caught:
+        netlathe.capture(name)
+    assert "hf download" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "name", ["../model", "/model", "~/model", "a/b/c", "model", "org/model.onnx", "a b/c"]
+)
+def test_a_path_is_no_name_of_a_hub(name: str) -> None:
+    with pytest.raises(InputError, match="no such file") as caught:
+        netlathe.capture(name)
+    assert "hf download" not in str(caught.value)
 
 
 def windowed(kernel: int) -> onnx.ModelProto:
@@ -661,6 +690,7 @@ def test_a_dim_that_is_held_in_the_graph_is_offered_as_fixed(tmp_path: Path, ker
     assert [str(v.shape) for v in captured.model.graph.outputs] == [f"[1,4,{long}]"]
     (entry,) = [e for e in captured.entries if e.candidate == "dims"]
     assert entry.reason == "fixed at N=1, as asked for"
+    assert entry.detail == {"fixed": {"N": 1}}
     with pytest.raises(OptionError, match="no dynamic dim 'n'"):
         netlathe.capture(path, fixed={"n": 1})
 
@@ -672,6 +702,37 @@ def test_a_dim_that_turns_out_to_be_held_is_offered_as_fixed(tmp_path: Path) -> 
             OnnxFile(sizes=sizes).capture(path)
         assert "--fix-dims N=1 (from Python: fixed={'N': 1})" in str(caught.value)
     assert netlathe.capture(path, fixed={"N": 1}).dynamic == {"length": 16}
+
+
+@pytest.mark.parametrize("setting", ["sizes", "fixed"])
+@pytest.mark.parametrize("size", [0, -3, "8", 1.5, True, None])
+def test_sizes_are_positive_integers(tmp_path: Path, setting: str, size: Any) -> None:
+    path = write(windowed(3), tmp_path)
+    with pytest.raises(
+        OptionError, match=f"{setting} takes a positive integer for dim 'batch', not"
+    ):
+        netlathe.capture(path, **{setting: {"batch": size}})
+    given: dict[str, Any] = {setting: {"batch": np.int64(1)}}
+    kept = vars(OnnxFile(**given))[setting]
+    assert type(kept["batch"]) is int  # what a cache can tell apart
+
+
+def test_a_dim_that_is_fixed_has_no_other_size() -> None:
+    with pytest.raises(OptionError, match=r"dim 'N' is to be fixed.*\n.*leave it out of --dims"):
+        OnnxFile(sizes={"N": 1, "length": 8}, fixed={"N": 1})
+
+
+def test_rounding_is_told_at_fixed_sizes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes = []
+
+    def moved(model: ir.Model, *_: object) -> dict[str, float]:
+        shapes.append(str(model.graph.inputs[0].shape))
+        return {"y": 1.0}
+
+    monkeypatch.setattr(verification, "moved_by_rounding", moved)
+    monkeypatch.setattr(compare, "relative_error", lambda *_: 1e-4)
+    OnnxFile(fixed={"batch": 1}).capture(write(windowed(3), tmp_path))
+    assert set(shapes) == {"[1,1,length]"}
 
 
 def test_a_capture_is_compared_at_the_sizes_asked_for(tmp_path: Path) -> None:
