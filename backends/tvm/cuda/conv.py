@@ -215,10 +215,10 @@ def _gathered(
         bundle, begin = code.bind(idiv(tile, tiles)), imod(tile, tiles) * i64(ampere.TILE)
         left = code.bind(bundle * i64(groups.wide) + begin)
         end = tirx.min((bundle + i64(1)) * i64(groups.wide), columns)
-        pointers = [code.address(operands[0], bundle * i64(groups.together * groups.inputs))]
-        pointers.append(code.address(operands[1]))
-        sizes = [cast(size, "int32") for size in (x[1], x[2], out[1], out[2], rows, columns)]
-        code.run(convolve, text, shared, *pointers, *sizes, cast(top, "int32"), cast(left, "int32"))
+        pointers = [code.address(operand) for operand in operands]
+        first = bundle * i64(groups.together * groups.inputs)
+        given = (x[1], x[2], out[1], out[2], rows, columns, top, left, first)
+        code.run(convolve, text, shared, *pointers, *(cast(number, "int32") for number in given))
         tensor.tile_results(code, dtype, shared, thread, (top, left), (rows, end), finish)
 
 
@@ -230,13 +230,14 @@ def source(dtype: str) -> str:
 namespace netlathe_conv_{dtype} {{
 using namespace netlathe_ampere_{dtype};
 // Sums of 128 places from `top` on by 128 outputs from `left` on, left in shared memory. A thread copies two
-// pieces of 8 channels in each stage, of the same two places in all of them: the first kDeep of kInputs.
+// pieces of 8 channels in each stage, of the same two places in all of them: kDeep of kInputs, from
+// `first_channel` on. The last bundle of groups may have fewer: zeros.
 template <int kInputs, int kDeep, int kWide, int kTaps, int kDown, int kAcross, int kDilatedDown,
           int kDilatedAcross, int kAbove, int kBefore>
 __device__ __forceinline__ void convolve(
     uint8_t* shared, const void* x_, const void* weight, int height, int width, int out_height, int out_width,
-    int rows, int columns, int top, int left) {{
-  const uint16_t* x = static_cast<const uint16_t*>(x_);
+    int rows, int columns, int top, int left, int first_channel) {{
+  const uint16_t* x = static_cast<const uint16_t*>(x_) + first_channel;
   const uint16_t* image[2];
   int first_row[2], first_column[2];
 #pragma unroll
@@ -255,7 +256,8 @@ __device__ __forceinline__ void convolve(
       const int row = first_row[part] + tap / kWide * kDilatedDown;
       const int column = first_column[part] + tap % kWide * kDilatedAcross;
       const bool on_image = (unsigned)row < (unsigned)height && (unsigned)column < (unsigned)width;
-      const bool inside = tap < kTaps && on_image;
+      const bool exists = kInputs % kDeep == 0 || first_channel + channel < kInputs;
+      const bool inside = tap < kTaps && on_image && exists;
       const uint16_t* from = inside ? image[part] + ((int64_t)row * width + column) * kInputs + channel : x;
       asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;"
                    ::"r"(piece(tile, number / 4, at)), "l"(from), "r"(inside ? 16 : 0) : "memory");

@@ -14,7 +14,8 @@ class Groups:
 
     A tile of a product is of one bundle: :attr:`together` groups, the last one perhaps of fewer. Its weights
     have all input channels of the bundle, zeros for those of other groups. So what is no number in one
-    channel is none in the results of a bundle, and tiles may read what is behind it, times zeros.
+    channel is none in the results of a bundle, and tiles may read the channels of the next one, times zeros.
+    What is behind the last channel is not theirs to read: it may be no number.
     """
 
     count: int

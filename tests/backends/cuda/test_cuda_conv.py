@@ -18,13 +18,13 @@ from tvm import tirx
 from netlathe.backends.tvm.cuda import conv_hopper, warpgroup
 from netlathe.backends.tvm.cuda.artifact import CudaArtifact
 from netlathe.backends.tvm.cuda.groups import Groups
-from netlathe.backends.tvm.cuda.machine import ARCHITECTURES, gpu
+from netlathe.backends.tvm.cuda.machine import ARCHITECTURES, Gpu, gpu
 from netlathe.backends.tvm.cuda.toolkit import Resources
 from netlathe.backends.tvm.kernel import SCHEDULE
 from netlathe.backends.tvm.lowering import Lowering
 from netlathe.ir import normal
 from tests.backends.cuda.test_cuda_compile import _has_nvcc
-from tests.backends.cuda.test_cuda_run import BOUNDS, HALVES, HERE, OnGpu
+from tests.backends.cuda.test_cuda_run import BOUNDS, HALVES, HERE, OnGpu, OnMma
 
 
 def window(kind: str, size: int, stride: int = 1, group: int = 1, dilation: int = 1) -> str:
@@ -82,6 +82,22 @@ def every_kind(half: str) -> ir.Model:
     }
     model: ir.Model = network(half, "8, 3, 112, 112", body, "8, 14, 14, 300", shapes)[0]
     return model
+
+
+def in_groups(half: str, groups: Groups, stride: int) -> tuple[ir.Model, dict[str, Any]]:
+    """Windows of 3 x 3 over places of 11 x 14, whose channels are last in the model already."""
+    inputs, outputs = groups.count * groups.inputs, groups.count * groups.outputs
+    body = f"""
+        t = Transpose <perm = [0, 3, 1, 2]> (x)
+        y = Conv <{window("conv", 3, stride, groups.count)}> (t, w)"""
+    model, made = network(
+        half,
+        f"3, 11, 14, {inputs}",
+        body,
+        f"3, {outputs}, h, v",
+        {"w": (outputs, groups.inputs, 3, 3)},
+    )
+    return model, made
 
 
 # -- boxes and tiles -------------------------------------------------------------------------------
@@ -215,6 +231,32 @@ def test_what_takes_groups(channels: int, groups: int, size: int, kind: str, arc
     assert wanted in kernels(model, arch)
 
 
+@pytest.mark.parametrize(
+    ("groups", "over"),
+    [
+        (Groups(1, 96, 96), 0),
+        (Groups(32, 4, 4), 0),
+        (Groups(2, 112, 112), 0),
+        (Groups(11, 6, 4), 0),
+        (Groups(24, 4, 4), 32),
+        (Groups(9, 24, 24), 24),
+        (Groups(33, 1, 2), 24),
+        (Groups(50, 3, 3), 40),
+    ],
+)
+@pytest.mark.parametrize(("arch", "stride"), [("sm_80", 1), ("sm_90a", 9)])
+def test_last_bundles_are_not_gathered_beyond_their_place(
+    groups: Groups, over: int, arch: str, stride: int
+) -> None:
+    """What a last bundle of fewer groups lacks is asked for where there is such a bundle, and only there."""
+    text = kernels(in_groups("float16", groups, stride)[0], arch)["conv.warps"]
+    inputs, deep = map(int, re.findall(r"::convolve<(\d+), (\d+),", text)[0])
+    first = (groups.bundles - 1) * groups.together * groups.inputs
+    assert max(first + deep - inputs, 0) == over
+    assert (inputs % deep > 0) == (over > 0)
+    assert "kInputs % kDeep == 0 || first_channel + channel < kInputs" in text
+
+
 def test_nothing_is_launched_for_no_images() -> None:
     """There is no descriptor of an empty tensor."""
     body = f"y = Conv <{window('conv', 3)}> (x, w)"
@@ -267,24 +309,26 @@ def test_windows(half: str, channels: int, size: int, stride: int, dilation: int
 
 
 @pytest.mark.skipif(not HERE, reason="no GPU that there are kernels for")
+@pytest.mark.parametrize(("machine", "stride"), [(Gpu, 1), (Gpu, 2), (Gpu, 9), (OnMma, 1)])
 @pytest.mark.parametrize("half", ["bfloat16", "float16"])
 @pytest.mark.parametrize(
-    ("inputs", "outputs", "groups"), [(96, 96, 24), (144, 72, 3), (224, 224, 2), (66, 44, 11)]
+    "groups",
+    [Groups(24, 4, 4), Groups(3, 48, 24), Groups(33, 1, 2), Groups(2, 112, 112), Groups(11, 6, 4)],
 )
-@pytest.mark.parametrize("stride", [1, 2])
-def test_groups(half: str, inputs: int, outputs: int, groups: int, stride: int) -> None:
+def test_groups(machine: type[Gpu], stride: int, half: str, groups: Groups) -> None:
+    """No bundle reads what is behind its place: not the next one, not what is behind the last one."""
     import torch
 
-    model, made = network(
-        half,
-        f"3, {inputs}, 11, 14",
-        f"y = Conv <{window('conv', 3, stride, groups)}> (x, w)",
-        f"3, {outputs}, h, v",
-        {"w": (outputs, inputs // groups, 3, 3)},
-    )
-    x = np.random.default_rng(2).standard_normal((3, inputs, 11, 14)).astype(HALVES[half])
-    found = OnGpu(model, gpu([HERE[-1]])).run({"x": x})["y"].astype(np.float64)
-    image, weight = (torch.from_numpy(a.astype(np.float64)) for a in (x, made["w"]))
-    wanted = torch.conv2d(image, weight, None, stride, 1, 1, groups)
-    assert found.shape == tuple(wanted.shape)
-    assert np.linalg.norm(found - wanted.numpy()) / float(wanted.norm()) < BOUNDS[half]
+    model, made = in_groups(half, groups, stride)
+    rng = np.random.default_rng(2)
+    x = rng.standard_normal((3, 11, 14, groups.count * groups.inputs)).astype(HALVES[half])
+    program = OnGpu(model, machine(**vars(gpu([HERE[-1]]))))
+    found = program.run({"x": x}, behind=64)["y"].astype(np.float64)
+    image = torch.from_numpy(np.moveaxis(x.astype(np.float64), -1, 1))
+    weight = torch.from_numpy(made["w"].astype(np.float64))
+    wanted = torch.conv2d(image, weight, None, stride, 1, 1, groups.count).numpy()
+    assert found.shape == wanted.shape
+    assert np.linalg.norm(found - wanted) / np.linalg.norm(wanted) < BOUNDS[half]
+    x[..., 0] = np.nan
+    other = program.run({"x": x})["y"][:, groups.wide :].astype(np.float64)
+    assert np.array_equal(other, found[:, groups.wide :])

@@ -78,15 +78,21 @@ class OnGpu:
         virtual: Any = relax.VirtualMachine  # its annotation names another Device
         self._main = virtual(executable, [self._device, tvm.cpu()])["main"]
 
-    def run(self, feeds: dict[str, Array]) -> dict[str, Array]:
-        """Outputs by name."""
+    def run(self, feeds: dict[str, Array], behind: int = 0) -> dict[str, Array]:
+        """Outputs by name; ``behind`` every input lie so many NaNs."""
         arrays = runtime.check_feeds(self._inputs, feeds)
-        given = [self._tensor(np.require(a, requirements="C"), self._device) for a in arrays]
+        given = [self._held(array, behind) for array in arrays]
         results = self._main(*given, *self._parameters)
         return {
             record["name"]: runtime.restored(result.numpy(), record["dtype"])
             for record, result in zip(self._outputs, results, strict=True)
         }
+
+    def _held(self, array: Array, behind: int) -> Any:
+        if not behind:
+            return self._tensor(np.require(array, requirements="C"), self._device)
+        whole = np.append(array, np.full(behind, np.nan, array.dtype))
+        return self._tensor(whole, self._device)._create_view(array.shape)
 
 
 def linear(
