@@ -86,14 +86,13 @@ def splits_keys(depth: Dim) -> bool:
 def attention(kernel: Kernel, code: GpuCode, spec: Spec, store: Store) -> str:
     """store([b, h, query, v], element), for a ``spec`` whose mask is plain and whose heads suit."""
     problem = _Problem(kernel, code, spec, store)
-    is_few = problem.are_few()
-    if is_few is True:
+    if problem.is_few is True:
         problem.few()
         return "attention.decode"
-    if is_few is False:
+    if problem.is_few is False:
         problem.many()
     else:
-        code.branch(is_few, problem.few, problem.many)
+        code.branch(problem.is_few, problem.few, problem.many)
     return "attention.flash"
 
 
@@ -129,6 +128,7 @@ class _Problem:
         else:
             self.caches = tuple(kernel.read(value) for value in spec.coded)
         self.fresh = self._fresh()
+        self.is_few = self._are_few()
 
     def _fresh(self) -> tuple[Any, Expr] | None:
         """How the kernels in front change the caches: rows from where on, if any, and how many.
@@ -151,12 +151,13 @@ class _Problem:
         mask, half = self.plain.mask, self.spec.q.dtype
         return "" if mask is None else flash_bias.kind(mask, half), bool(self.spec.softcap)
 
-    def bias(self, align: int, least: int = 1) -> flash_bias.Bias | None:
-        """The node's mask as a kernel reads it."""
-        mask, half = self.plain.mask, self.spec.q.dtype
+    def bias(self, few: bool, align: int, least: int = 1) -> flash_bias.Bias | None:
+        """The node's mask as the kernels of few queries, or of many, read it."""
+        mask, half, is_few = self.plain.mask, self.spec.q.dtype, self.is_few
         if mask is None:
             return None
-        return flash_bias.bias(self.kernel, self.code, mask, half, align, least)
+        taken = None if isinstance(is_few, bool) else is_few if few else tirx.Not(is_few)
+        return flash_bias.bias(self.kernel, self.code, mask, half, align, least, taken)
 
     def pointer(self, buffer: Any, at: Expr | int = 0) -> Expr:
         """The address of an element; of what is not there, null."""
@@ -174,7 +175,7 @@ class _Problem:
             scale *= math.log2(math.e)
         return const(scale, "float32"), const(cap, "float32")
 
-    def are_few(self) -> bool | Expr:
+    def _are_few(self) -> bool | Expr:
         """Whether keys are split over blocks, if that is known."""
         if not splits_keys(self.depth):
             return False
@@ -199,7 +200,7 @@ class _Problem:
 
     def few(self) -> None:
         """One product where it holds all the rows there are, or heads are large, else two side by side."""
-        bias = self.bias(align=1)
+        bias = self.bias(few=True, align=1)
         *fewer, most = (self._shape(count) for count in ((1, 2) if self.depth <= 128 else (1,)))
         fewer = [shape for shape in fewer if self.spec.groups <= shape.rows]
         kernels = [(shape.rows, partial(self._split, shape, bias)) for shape in fewer]
@@ -316,7 +317,7 @@ class _Problem:
     def _warpgroups(self, k: Any, v: Any) -> None:
         """On sm_90a. The grid is as large as the GPU; a block walks over tiles."""
         code, dtype = self.code, self.dtype
-        bias = self.bias(align=16, least=warpgroup.PART)
+        bias = self.bias(few=False, align=16, least=warpgroup.PART)
         shape = flash_hopper.Shape(self.depth, *self.adjusted)
         text = flash_hopper.source(shape, dtype)
 
@@ -424,7 +425,8 @@ class _Problem:
 
     def _warps(self, k: Any, v: Any) -> None:
         """On sm_80 and later, a block for 64 queries; the longest rows of keys first."""
-        code, dtype, depth, bias = self.code, self.dtype, self.depth, self.bias(align=8)
+        code, dtype, depth = self.code, self.dtype, self.depth
+        bias = self.bias(few=False, align=8)
         shape = flash_ampere.Shape(depth, *self.adjusted)
         text = flash_ampere.source(shape, dtype)
         down = idiv(self.queries + i64(flash_ampere.ROWS - 1), flash_ampere.ROWS)

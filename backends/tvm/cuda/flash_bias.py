@@ -100,11 +100,18 @@ def kind(mask: Ready, half: ir.DataType) -> str:
 
 
 def bias(
-    kernel: Kernel, code: GpuCode, mask: Ready, half: ir.DataType, align: int, least: int
+    kernel: Kernel,
+    code: GpuCode,
+    mask: Ready,
+    half: ir.DataType,
+    align: int,
+    least: int,
+    taken: Expr | None = None,
 ) -> Bias:
     """A mask [b or 1, h or 1, s or 1, t] in memory, written there by a launch where it has to be.
 
-    Lines begin at multiples of ``align`` bytes; one that all queries share is there ``least`` times.
+    Lines begin at multiples of ``align`` bytes; one that all queries share is there ``least`` times. Where
+    it is not ``taken``, it needs no memory: another kernel runs.
     """
     batch, heads, rows, keys = kernel.shape(mask.shape)
     many = [known(size) != 1 for size in (batch, heads, rows)]
@@ -127,6 +134,7 @@ def bias(
     fits = imod(keys, piece) == i64(0)
     if decides:
         count, size = select(fits, i64(0), count), select(fits, i64(1), size)
+    size = size if taken is None else select(taken, size, i64(1))
     stored = {"bf16": D.BFLOAT16, "f16": D.FLOAT16, "f32": D.FLOAT}[dtype]
     work = kernel.workspace(tirx.max(size, i64(1)), storage.STORED[stored])
     with code.loop(count, PARALLEL) as at:

@@ -58,8 +58,9 @@ def plain(op: Op, scores: Shape, past: Dim) -> Plain | None:
     return Plain(causal, past, lengths, allowed, read)
 
 
-def _read(op: Op, mask: ir.Value, scores: Shape) -> Ready | None:
+def _read(op: Op, mask: ir.Value | None, scores: Shape) -> Ready | None:
     """A mask in memory, with as many axes as scores; None if it does not surely have all keys."""
+    assert mask is not None
     shape = op.low.found.type(mask).shape
     if shape is None or len(shape) > 4:
         return None
@@ -67,6 +68,11 @@ def _read(op: Op, mask: ir.Value, scores: Shape) -> Ready | None:
     alike = [dims.same(own, size) is True for own, size in zip(shape, scores, strict=True)]
     if not alike[3] or not all(a or own == 1 for a, own in zip(alike, shape, strict=True)):
         return None
+    node = _producer(mask)
+    if node is not None and node.op_type == "Expand":  # kernels do that as they read it
+        read = _read(op, node.inputs[0], scores)
+        if read is not None:
+            return read
     return op.low.force(op.low.value(mask)).viewed(shape)
 
 

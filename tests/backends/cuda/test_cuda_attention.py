@@ -245,6 +245,27 @@ def test_one_part_of_a_mask_may_be_of_any_kind(
     assert len(spec.plain.mask.shape) == 4 and "attention.flash" in made
 
 
+def test_an_expanded_mask_is_read_as_it_was(specs: list[Spec]) -> None:
+    body = """batch = Shape <start = 0, end = 1> (q)
+        heads = Constant <value_ints = [8]> ()
+        scores = Shape <start = 2> (m)
+        to = Concat <axis = 0> (batch, heads, scores)
+        wide = Expand (m, to)
+        y = Attention (q, k, v, wide)"""
+    assert schedules(graph(body, QKV + ", bfloat16[1,1,s,t] m")) == {"attention.flash"}
+    (spec,) = specs
+    assert spec.plain is not None and spec.plain.mask is not None
+    assert spec.plain.mask.shape[:2] == (1, 1)
+
+
+def test_flags_take_memory_once() -> None:
+    """Of the kernels for few queries and for many only one runs."""
+    model = graph("y = Attention (q, k, v, m)", QKV + ", bool[b,1,s,t] m")
+    script = Lowering(model, gpu(["sm_90a"])).run().module.script()
+    sizes = re.findall(r"work\d+: T.Buffer\(\(T.max\(T.Select\((not )?size1", script)
+    assert sizes == ["", "not "]
+
+
 @pytest.mark.parametrize("inputs", [QKV, QKV.replace(",64]", ",72]")], ids=["64", "72"])
 def test_there_is_no_descriptor_of_nothing(inputs: str) -> None:
     """They are made where there are queries."""
