@@ -240,6 +240,17 @@ def read_proto(path: Path) -> onnx.ModelProto:
     return proto
 
 
+def declared_dims(path: Path) -> list[str]:
+    """The names of the dynamic dims of the model in ``path``.
+
+    Raises:
+        InputError: see :func:`read_proto`.
+    """
+    model = _to_ir(read_proto(path), path)
+    _settle_inputs(model)
+    return list(samples.dynamic_dims(model))
+
+
 def _in_newest(proto: onnx.ModelProto, path: Path) -> tuple[ir.Model, list[Entry]]:
     """The model at the IR's opset, without functions, and what was done for it."""
     model = _to_ir(proto, path)

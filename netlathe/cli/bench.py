@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from netlathe.cli import options, render
-from netlathe.cli.request import capture, compiled_for, onnx_of
+from netlathe.cli.request import capture_all, compiled_for, onnx_of
 from netlathe.diagnostics import Diagnostic, InputError
 
 if TYPE_CHECKING:
@@ -226,12 +226,10 @@ def _entrants(
     for path in models:
         _check_runs(path)
     compiled = [path for path in models if _is_for_tvm(path)]
-    captured = {
-        name: capture(path, kv_cache=kv_cache, dims=dims)
-        for path, name in zip(models, names, strict=True)
-        if path not in compiled
-    }
-    if not captured and inputs_of is None:
+    here = {name: path for path, name in zip(models, names, strict=True) if path not in compiled}
+    paths = [*here.values(), *([] if inputs_of is None else [inputs_of])]
+    found = capture_all(paths, kv_cache=kv_cache, dims=dims)
+    if not found:
         raise InputError(
             Diagnostic(
                 "bench.inputs",
@@ -240,11 +238,8 @@ def _entrants(
                 help="name the model it was made from too, or its ONNX artifact; --inputs-of: not timed",
             )
         )
-    judge = (
-        next(iter(captured.values()))
-        if inputs_of is None
-        else capture(inputs_of, kv_cache=kv_cache, dims=dims)
-    )
+    captured = dict(zip(here, found, strict=False))
+    judge = found[0 if inputs_of is None else -1]
     return {
         name: _in_onnx_runtime(captured[name], threads)
         if name in captured

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from netlathe.cli import options, render
-from netlathe.cli.request import capture
+from netlathe.cli.request import capture_all
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -41,7 +41,7 @@ def diff(
     """
     from netlathe.analysis.cost import cost
 
-    before, after = (capture(path, kv_cache=kv_cache, dims=dims) for path in (a, b))
+    before, after = capture_all([a, b], kv_cache=kv_cache, dims=dims)
     costs = [cost(one.model, one.dynamic) for one in (before, after)]
     nodes = _nodes(before.model, after.model)
     weights = _weights(before.model, after.model)

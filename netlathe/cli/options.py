@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -104,6 +104,15 @@ class Dims:
 
     sizes: Mapping[str, int]
     fixed: Mapping[str, int]
+
+    def of(self, names: Iterable[str]) -> Dims:
+        """What is asked of the dims called ``names``."""
+        there = set(names)
+        sizes, fixed = (
+            {name: size for name, size in asked.items() if name in there}
+            for asked in (self.sizes, self.fixed)
+        )
+        return Dims(sizes, fixed)
 
 
 def sizes() -> Decorator:

@@ -117,6 +117,49 @@ def capture(
     return dataclasses.replace(captured, dynamic={**captured.dynamic, **dims.sizes})
 
 
+def capture_all(paths: Sequence[Path], *, kv_cache: bool, dims: Dims) -> list[Captured]:
+    """The models at ``paths``, which go together: of the dims asked for, each is given those that it has.
+
+    Raises:
+        OptionError: none of them has such a dim, or see :func:`capture`.
+        InputError: see :func:`capture`.
+    """
+    from netlathe.execute import samples
+
+    names = [*dims.sizes, *dims.fixed]
+    if len(paths) < 2 or not names:  # nothing to share out: what a model lacks is told of it
+        return [capture(path, kv_cache=kv_cache, dims=dims) for path in paths]
+    declared = [_declared(model_path(path)) for path in paths]
+
+    def check() -> None:
+        known = [name for its in declared for name in its or ()]
+        samples.check_dims(names, known, ", ".join(map(str, paths)))
+
+    if None not in declared:
+        check()
+    captured = []
+    for at, (path, its) in enumerate(zip(paths, declared, strict=True)):
+        if its is not None:
+            captured.append(capture(path, kv_cache=kv_cache, dims=dims.of(its)))
+            continue
+        one = capture(path, kv_cache=kv_cache, dims=Dims({}, dims.fixed))
+        declared[at] = list(one.dynamic)
+        sizes = dims.of(one.dynamic).sizes
+        captured.append(dataclasses.replace(one, dynamic={**one.dynamic, **sizes}))
+    check()
+    return captured
+
+
+def _declared(path: Path) -> list[str] | None:
+    """The dynamic dims of an ONNX file; None for any other model, whose capture tells."""
+    from netlathe.frontends import onnx_file
+    from netlathe.pipeline import registry
+
+    if issubclass(registry.find_frontend(path), onnx_file.OnnxFile):
+        return onnx_file.declared_dims(path)
+    return None
+
+
 def onnx_of(captured: Captured) -> Path | None:
     """The ONNX file that was captured, to be looked at as it lies on disk; None for any other source."""
     return Path(captured.source) if captured.frontend == "onnx_file" else None

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from netlathe.cli import options, render
-from netlathe.cli.request import capture, onnx_of
+from netlathe.cli.request import capture_all, onnx_of
 from netlathe.diagnostics import Diagnostic, GateError, LowerError
 
 if TYPE_CHECKING:
@@ -64,10 +64,10 @@ def verify(
     netlathe verify model.onnx
     netlathe verify out --against model.onnx --tolerance 0.05
     """
-    captured = capture(model, kv_cache=kv_cache, dims=dims)
+    paths = [model] if against is None else [model, against]
+    captured, *others = capture_all(paths, kv_cache=kv_cache, dims=dims)
     gates = [*_sound(captured), *_runs(captured)]
-    if against is not None:
-        gates.append(_equal(captured, capture(against, kv_cache=kv_cache, dims=dims), tolerance))
+    gates += [_equal(captured, other, tolerance) for other in others]
     problems = [problem for gate in gates for problem in gate.problems]
     code = GateError.exit_code if any(gate.passed is False for gate in gates) else 0
     if as_json:

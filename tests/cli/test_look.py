@@ -187,6 +187,53 @@ def test_other_outputs_are_not_equal(run: Run, model: Path) -> None:
     assert done.code == 1 and "error[verify.outputs]" in done.err
 
 
+@pytest.fixture
+def held(run: Run, model: Path, tmp_path: Path) -> tuple[Path, Path]:
+    """A model that its graph holds at a batch of 1, though it declares any; and what is made of it."""
+
+    def hold(proto: onnx.ModelProto) -> None:
+        graph = proto.graph
+        graph.initializer.append(numpy_helper.from_array(np.zeros((1, 10), np.float32), "zeros"))
+        graph.node[-1].output[0] = "inner"
+        graph.node.append(helper.make_node("Concat", ["inner", "zeros"], ["y"], axis=1))
+        graph.output[0].type.tensor_type.shape.dim[1].dim_value = 20
+
+    path = edited(model, hold)
+    out = tmp_path / "out"
+    assert run("compile", path, "--passes", "", "--fix-dims", "batch=1", "-o", out).code == 0
+    return path, out
+
+
+def test_what_has_fixed_dims_is_compared_with_its_original(
+    run: Run, held: tuple[Path, Path]
+) -> None:
+    original, out = held
+    fix = ("--fix-dims", "batch=1")
+    for words in (
+        ("verify", out, "--against", original, *fix),
+        ("diff", original, out, *fix),
+        ("bench", original, out, *fix, "--rounds", 3),
+        ("bench", out, "--inputs-of", original, *fix, "--rounds", 3),
+    ):
+        done = run(*words)
+        assert done.code == 0, done.err
+    done = run("verify", out, "--against", original, "--fix-dims", "bach=1")
+    assert done.code == 2 and "dims.unknown" in done.err and "did you mean batch" in done.err
+    assert str(original) in done.err and str(out) in done.err
+    assert run("verify", out, "--fix-dims", "batch=1").code == 2  # it has no such dim any more
+
+
+def test_sizes_go_to_the_models_that_have_such_dims(run: Run, model: Path, tmp_path: Path) -> None:
+    """Of a program its capture tells which dims it has."""
+    program = tmp_path / "program"
+    words = ("compile", model, "--passes", "", "--target", "torch", "-o", program)
+    assert run(*words).code == 0
+    done = run("diff", program, model, "--dims", "batch=3")
+    assert done.code == 0 and "(MACs at batch=3)" in done.out
+    done = run("diff", program, model, "--dims", "bach=3")
+    assert done.code == 2 and "did you mean batch" in done.err
+
+
 # -- diff -----------------------------------------------------------------------------------------
 
 

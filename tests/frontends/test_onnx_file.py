@@ -708,11 +708,12 @@ def test_a_dim_that_turns_out_to_be_held_is_offered_as_fixed(tmp_path: Path) -> 
 @pytest.mark.parametrize("size", [0, -3, "8", 1.5, True, None])
 def test_sizes_are_positive_integers(tmp_path: Path, setting: str, size: Any) -> None:
     path = write(windowed(3), tmp_path)
+    given: dict[str, Any] = {setting: {"batch": size}}
     with pytest.raises(
         OptionError, match=f"{setting} takes a positive integer for dim 'batch', not"
     ):
-        netlathe.capture(path, **{setting: {"batch": size}})
-    given: dict[str, Any] = {setting: {"batch": np.int64(1)}}
+        netlathe.capture(path, **given)
+    given = {setting: {"batch": np.int64(1)}}
     kept = vars(OnnxFile(**given))[setting]
     assert type(kept["batch"]) is int  # what a cache can tell apart
 
