@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import onnx_ir as ir
 
 from netlathe.analysis import channels
-from netlathe.analysis.operators import TELL_SIZES
+from netlathe.analysis.axes.signature import tells_other_sizes
 
 NORMS = frozenset({"LayerNormalization", "RMSNormalization"})
 
@@ -97,7 +97,7 @@ def _follow(
             uses.append(use)
         elif after is not None:
             yield from ((output, after) for output in node.outputs)
-        elif not writes and node.op_type not in TELL_SIZES:
+        elif not writes and not tells_other_sizes(node, axis):
             stream.others.append((value, node))
     if value.is_graph_output() and not writes:
         stream.others.append((value, None))

@@ -30,7 +30,7 @@ from netlathe.analysis.axes.bind import Relation
 from netlathe.analysis.axes.groups import Axes, Group
 from netlathe.analysis.axes.pattern import BROADCAST
 from netlathe.analysis.axes.relate import linear_inputs, reads, terms_of
-from netlathe.analysis.operators import TELL_SIZES
+from netlathe.analysis.axes.signature import tells_other_sizes
 from netlathe.diagnostics import Diagnostic, PassError
 from netlathe.ir import edit, weights
 from netlathe.ir.provenance import location
@@ -207,7 +207,8 @@ class _Laws:
         self.axes, self.group = axes, group
         self.of: dict[Place, list[Law]] = defaultdict(list)
         for relation, letter in axes.letters[group.atom]:
-            if relation.node.op_type in TELL_SIZES:
+            slots = relation.slots.get(letter, ())
+            if all(tells_other_sizes(relation.node, slot.dim) for slot in slots):
                 continue
             law = self._without_zeros(_law(relation, letter))
             for place in law.places:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NoReturn, TypeAlias
@@ -242,3 +244,28 @@ def taken(node: ir.Node, element: int) -> int | None:
         return first % size
     step = int(numbers[3].reshape(-1)[0]) if len(numbers) > 3 else 1  # type: ignore[union-attr]
     return first % size + element * step
+
+
+def tells_other_sizes(node: ir.Node, dim: int) -> bool:
+    """Whether a node reads nothing of its operand but sizes, and nobody learns that of ``dim``."""
+    value = node.inputs[0] if node.inputs else None
+    if node.domain or node.op_type != "Shape" or value is None or value.shape is None:
+        return False
+    start, end = node.attributes.get_int("start", 0), node.attributes.get_int("end", sys.maxsize)
+    told, sizes = range(len(value.shape))[start:end], node.outputs[0]
+    if dim not in told:
+        return True
+    element = told.index(dim)
+    return not sizes.is_graph_output() and all(
+        index == 0 and _leaves_out(reader, element) for reader, index in sizes.uses()
+    )
+
+
+def _leaves_out(node: ir.Node, element: int) -> bool:
+    """Whether a node is a Gather or a Slice that is known not to take an element of a vector."""
+    shape = node.outputs[0].shape
+    if node.domain or node.op_type not in ("Gather", "Slice"):
+        return False
+    if shape is None or not shape.is_static():
+        return False
+    return all(taken(node, at) not in (None, element) for at in range(math.prod(shape.numpy())))

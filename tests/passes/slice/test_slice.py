@@ -428,22 +428,66 @@ def test_a_stream_whose_channels_are_not_last_is_refused() -> None:
     assert entry.status == "refused" and "only those of a last dim are turned" in entry.reason
 
 
-def test_who_asks_for_a_size_of_the_stream_needs_no_adapter() -> None:
+@pytest.mark.parametrize(
+    "size",
+    [
+        "size = Shape<start = 1, end = 2>(s1)",
+        "sizes = Shape(s1)  size = Gather(sizes, one)",
+        "sizes = Shape(s1)  number = Gather(sizes, first)  size = Unsqueeze(number, zero)",
+        "sizes = Shape(s1)  size = Slice(sizes, one, two, zero)",
+    ],
+)
+def test_who_asks_for_a_size_of_the_stream_needs_no_adapter(size: str) -> None:
     """As a Conformer does that makes its positions anew in every block."""
     rng = np.random.default_rng(0)
     shapes = {"w": (8, 16), "wi": (16, 32), "wo": (32, 16), "wh": (16, 10), "table": (64, 16)}
     drawn = {name: rng.normal(0, 0.3, shape).astype("f4") for name, shape in shapes.items()}
     model = typed(
-        """
+        f"""
         s0 = MatMul(x, w)  n0 = RMSNormalization<axis = -1>(s0, ones)
         i0 = MatMul(n0, wi)  a0 = Gelu(i0)  o0 = MatMul(a0, wo)  s1 = Add(s0, o0)
-        size = Shape<start = 1, end = 2>(s1)  at = Slice(table, zero, size, zero)  s2 = Add(s1, at)
+        {size}  at = Slice(table, zero, size, zero)  s2 = Add(s1, at)
         n2 = RMSNormalization<axis = -1>(s2, ones)  y = MatMul(n2, wh)
         """,
         "float[b,t,8] x",
         "float y",
         ones=np.ones(16, np.float32),
         zero=np.array([0]),
+        one=np.array([1]),
+        two=np.array([2]),
+        first=np.array(1),
+        **drawn,
+    )
+    fed = {"x": rng.normal(size=(2, 40, 8)).astype("f4")}
+    after, entries, against = sliced(model, Slice(ratio=0.25), Context(calibration=[fed]))
+    assert [entry.status for entry in entries] == ["applied"]
+    assert sum(node.op_type == "MatMul" for node in after.graph) == 4  # no more than there were
+    got, wanted = ort.run(after, fed)["y"], ort.run(against, fed)["y"]
+    assert compare.relative_error(got, wanted) < EXACT
+
+
+FLAT = "flat = Reshape(n1, rows)  i1 = MatMul(flat, wi)  a1 = Gelu(i1)  h1 = Reshape(a1, sizes)"
+SHIFTED = "i1 = MatMul(n1, wi)  a1 = Gelu(i1)  all = Expand(shift, sizes)  h1 = Add(a1, all)"
+
+
+@pytest.mark.parametrize(("asked", "inner"), [("s1", FLAT), ("n1", FLAT), ("s1", SHIFTED)])
+def test_who_lays_out_by_the_width_of_the_stream_keeps_it(asked: str, inner: str) -> None:
+    """What is inside of a layer is as wide as the stream, and as it was: an adapter tells its width."""
+    rng = np.random.default_rng(0)
+    shapes = {"w": (8, 32), "wp": (32, 32), "wi": (32, 32), "wo": (32, 32), "wh": (32, 10)}
+    drawn = {name: rng.normal(0, 0.3, shape).astype("f4") for name, shape in shapes.items()}
+    model = typed(
+        f"""
+        s0 = MatMul(x, w)  n0 = RMSNormalization<axis = -1>(s0, ones)
+        o0 = MatMul(n0, wp)  s1 = Add(s0, o0)  n1 = RMSNormalization<axis = -1>(s1, ones)
+        sizes = Shape({asked})  {inner}  o1 = MatMul(h1, wo)  s2 = Add(s1, o1)
+        n2 = RMSNormalization<axis = -1>(s2, ones)  y = MatMul(n2, wh)
+        """,
+        "float[b,t,8] x",
+        "float y",
+        ones=np.ones(32, np.float32),
+        shift=np.ones(32, np.float32),
+        rows=np.array([-1, 32]),
         **drawn,
     )
     fed = {"x": rng.normal(size=(2, 40, 8)).astype("f4")}
