@@ -9,6 +9,7 @@ output is a Sigmoid's, whose kernels have the last bit of 1.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -188,13 +189,16 @@ def help_to_fix(original: Original, base: Mapping[str, int], sample: Sample) -> 
     if not baked:
         return ""
     return (
-        f"it runs at {_label(baked)} alone: --fix-dims {_label(baked).replace(' ', '')} (from Python:"
-        f" fixed={baked}) makes that fixed"
+        f"of the sizes tried, it runs at {_label(baked)} alone: --fix-dims"
+        f" {_label(baked).replace(' ', '')} (from Python: fixed={baked}) makes that fixed"
     )
 
 
 def _baked(original: Original, base: Mapping[str, int], sample: Sample) -> dict[str, int]:
-    """Dims of which the original takes one size only, 1 or a doubled one; empty where that is not it."""
+    """Dims of which the original takes one size only, 1 or a doubled one; empty where that is not it.
+
+    Dims of one size may have to be equal: such a one is tried at others together with its like, too.
+    """
 
     def runs(sizes: Mapping[str, int]) -> bool:
         feeds = sample(sizes, 0)
@@ -206,16 +210,25 @@ def _baked(original: Original, base: Mapping[str, int], sample: Sample) -> dict[
             return False
         return True
 
+    def vary(sizes: Mapping[str, int], names: Sequence[str]) -> bool:
+        """Whether it runs with ``names``, all of one size, at another one."""
+        size = sizes[names[0]]
+        others = {size + size // 2 + 1, 2 * size, max(1, size // 2)} - {size}
+        return any(runs({**sizes, **dict.fromkeys(names, other)}) for other in sorted(others))
+
     for larger in (base, *_doublings(base, original.bounds)):
         for ones in ({}, *({name: 1} for name in base), dict.fromkeys(base, 1)):
             sizes = {**larger, **ones}
-            if runs(sizes):
-                others = {name: (size + size // 2 + 1, 2 * size) for name, size in sizes.items()}
-                return {
-                    name: size
-                    for name, size in sizes.items()
-                    if not any(runs({**sizes, name: other}) for other in others[name])
-                }
+            if not runs(sizes):
+                continue
+            held = [name for name in sizes if not vary(sizes, [name])]
+            free: set[str] = set()
+            for size in {sizes[name] for name in held}:
+                alike = [name for name in held if sizes[name] == size]
+                for group in (alike, *itertools.combinations(alike, 2)):
+                    if len(group) > 1 and vary(sizes, group):
+                        free.update(group)
+            return {name: sizes[name] for name in held if name not in free}
     return {}
 
 

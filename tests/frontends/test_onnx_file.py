@@ -704,6 +704,55 @@ def test_a_dim_that_turns_out_to_be_held_is_offered_as_fixed(tmp_path: Path) -> 
     assert netlathe.capture(path, fixed={"N": 1}).dynamic == {"length": 16}
 
 
+def simple(
+    nodes: list[onnx.NodeProto], inputs: dict[str, list[Any]], weights: dict[str, Any]
+) -> onnx.ModelProto:
+    """From inputs of any shape to y, of a shape that is not told."""
+    graph = helper.make_graph(
+        nodes,
+        "simple",
+        [
+            helper.make_tensor_value_info(name, TensorProto.FLOAT, dims)
+            for name, dims in inputs.items()
+        ],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
+        [numpy_helper.from_array(np.asarray(array), name) for name, array in weights.items()],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+
+
+def test_a_dim_of_which_smaller_sizes_run_is_not_offered_as_fixed(tmp_path: Path) -> None:
+    """A table of 20 positions: it runs at 1 to 20."""
+    nodes = [
+        helper.make_node("Shape", ["x"], ["length"], start=1, end=2),
+        helper.make_node("Slice", ["table", "zero", "length"], ["positions"]),
+        helper.make_node("Add", ["x", "positions"], ["y"]),
+    ]
+    weights = {"table": rng().standard_normal((20, 4)).astype(np.float32), "zero": np.array([0])}
+    path = write(simple(nodes, {"x": ["batch", "T", 4]}, weights), tmp_path)
+    with pytest.raises((CaptureError, VerifyError)) as caught:
+        OnnxFile().capture(path)
+    assert "--fix-dims" not in str(caught.value)
+
+
+@pytest.mark.parametrize("batch", ["A", "B"])
+def test_dims_that_have_to_be_equal_are_not_offered_as_fixed(tmp_path: Path, batch: str) -> None:
+    """L = M, whatever they are; the batches are what the graph holds."""
+    nodes = [
+        helper.make_node("MatMul", ["a", "b"], ["ab"]),
+        helper.make_node("Concat", ["ab", "held"], ["y"], axis=2),
+    ]
+    inputs = {"a": ["A", 4, "L"], "b": [batch, "M", 4]}
+    model = simple(nodes, inputs, {"held": np.zeros((1, 4, 2), np.float32)})
+    fixed = dict.fromkeys(["A", batch], 1)
+    with pytest.raises((CaptureError, VerifyError)) as caught:
+        OnnxFile().capture(write(model, tmp_path))
+    named = ", ".join(f"{name}=1" for name in fixed)
+    assert f"of the sizes tried, it runs at {named} alone: --fix-dims" in str(caught.value)
+    captured = netlathe.capture(write(model, tmp_path), fixed=fixed)
+    assert captured.dynamic == {"L": 16, "M": 16}
+
+
 @pytest.mark.parametrize("setting", ["sizes", "fixed"])
 @pytest.mark.parametrize("size", [0, -3, "8", 1.5, True, None])
 def test_sizes_are_positive_integers(tmp_path: Path, setting: str, size: Any) -> None:
