@@ -134,7 +134,10 @@ def test_nothing_spills_and_products_do_not_wait_for_each_other(
 @pytest.mark.skipif(not test_cuda_run.HERE, reason="no GPU that there are kernels for")
 @pytest.mark.parametrize("half", ["bfloat16", "float16"])
 @pytest.mark.parametrize("tile", TILES)
-@pytest.mark.parametrize(("kind", "inner", "columns", "group"), RAGGED)
+@pytest.mark.parametrize(
+    ("kind", "inner", "columns", "group"),
+    [case for case in RAGGED if case[-1] != 192],  # those go by tiles of many rows alone
+)
 def test_product(
     monkeypatch: pytest.MonkeyPatch,
     half: str,
