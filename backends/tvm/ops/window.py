@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import onnx_ir as ir
@@ -52,6 +53,8 @@ from netlathe.backends.tvm.values import (
 )
 from netlathe.ir import dims, weights
 from netlathe.ir.dims import Dim, Shape
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -165,14 +168,18 @@ def convolved(
     else:
         as_it_is = arm.multiplies(low.machine, x.dtype, constant) is not None
         source = channels_last(low, x if as_it_is else _widened(x), x.rank)
+        plane = turned = tuple(to_last(shape))
+        back: Callable[[Index], Index] | None = None
         if len(kernel) == 1:  # a plane of one row
-            source = _line(low, source)
-            spans = _plane(spans)
-        turned = tuple(to_last(shape))
-        plane = (turned[0], 1, *turned[1:]) if len(kernel) == 1 else turned
+            source, spans = _line(low, source), _plane(spans)
+            plane, back = (turned[0], 1, *turned[1:]), lambda at: [at[0], *at[2:]]
+        elif _one_column(x.shape, spans):  # tiles lie along rows
+            source, weight = _swapped(low, source, 1), _swapped(low, weight, 2)
+            spans = _across(spans)
+            plane, back = _swap(turned, 1), lambda at: _swap(at, 1)
         last = _conv_2d(low, source, weight, spans, channels, dtype, plane, constant)
-        if len(kernel) == 1:
-            last = last.then(lambda code, at, e: e, dtype, turned, lambda at: [at[0], *at[2:]])
+        if back is not None:
+            last = last.then(lambda code, at, e: e, dtype, turned, back)
         made = ChannelsLast(dtype, shape, last)
     return biased(low, made, bias)
 
@@ -201,6 +208,41 @@ def _line(low: Lowering, value: Value) -> Value:
         shape,
         lambda code, at: value.at(code, [at[0], *at[2:]]),
         cost=cost_of(value),
+    )
+
+
+def _one_column(shape: Shape, spans: Windows) -> bool:
+    """Whether windows lie below each other only: a line of a signal, as TensorFlow writes it."""
+    return (
+        shape[3] == 1 == spans.kernel[1] != spans.kernel[0]
+        and not spans.begins[1]
+        and not spans.ends[1]
+    )
+
+
+def _swap(of: Sequence[_T], at: int) -> tuple[_T, ...]:
+    return (*of[:at], of[at + 1], of[at], *of[at + 2 :])
+
+
+def _swapped(low: Lowering, value: Value, axis: int) -> Value:
+    """The value with two neighbouring dims in turn, of which one has one position."""
+    value = low.operand(value)
+    shape = _swap(value.shape, axis)
+    if isinstance(value, Ready):
+        return value.viewed(shape)
+    return Lazy(
+        value.dtype, shape, lambda code, at: value.at(code, _swap(at, axis)), cost=cost_of(value)
+    )
+
+
+def _across(spans: Windows) -> Windows:
+    """Windows of one column as windows of one row."""
+    return Windows(
+        _swap(spans.kernel, 0),
+        _swap(spans.strides, 0),
+        _swap(spans.dilations, 0),
+        _swap(spans.begins, 0),
+        _swap(spans.ends, 0),
     )
 
 

@@ -57,6 +57,44 @@ def test_agrees_with_onnx_runtime(sizes: tuple[int, ...], dynamic: bool) -> None
     assert relative_error(InProcess(made).run({"x": x})["y"], expected) < BOUND
 
 
+# channels in and out, window and stride, padding before and behind, groups
+COLUMNS = [(9, 40, 5, 1, (0, 0), 1), (8, 16, 3, 2, (1, 2), 2), (6, 6, 3, 1, (1, 1), 6)]
+
+
+@pytest.mark.parametrize("weight", ["constant", "given"])
+@pytest.mark.parametrize("sizes", COLUMNS, ids=str)
+def test_windows_over_a_plane_of_one_column_are_laid_along_a_row(
+    sizes: tuple[int, int, int, int, tuple[int, int], int], weight: str
+) -> None:
+    """A convolution over time as TensorFlow writes it; a tile of its columns would hold a single one."""
+    inputs, outputs, k, s, (before, behind), g = sizes
+    rng = np.random.default_rng(0)
+    feeds = {
+        "x": rng.normal(size=(2, inputs, 21)).astype(np.float32),
+        "w": rng.normal(size=(outputs, inputs // g, k)).astype(np.float32),
+    }
+    made = {}
+    for name, one, pads in (
+        ("column", ", 1", f"{before}, 0, {behind}, 0"),
+        ("line", "", f"{before}, {behind}"),
+    ):
+        shaped = {n: a[..., None] if one else a for n, a in feeds.items()}
+        ones = "1" if one else ""
+        held = {"w": shaped.pop("w")} if weight == "constant" else {}
+        model = normal_model(
+            f"""<ir_version: 10, opset_import: ["" : 25]>
+            g (float[b, {inputs}, t{one}] x, float[{outputs}, {inputs // g}, {k}{one}] w)
+                => (float[b, {outputs}, u{one}] y) {{
+                c = Conv <group={g}, strides=[{s}{"," if ones else ""}{ones}], pads=[{pads}]> (x, w)
+                y = Tanh (c)
+            }}""",
+            **held,
+        )
+        made[name] = InProcess(model).run(shaped)["y"]
+        assert relative_error(made[name], ort.run(model, shaped)["y"]) < BOUND
+    np.testing.assert_array_equal(made["column"][..., 0], made["line"])
+
+
 def test_channels_that_are_moved_twice() -> None:
     """[b, c, h, w] as [b, w, c, h], where it is made with channels last."""
     rng = np.random.default_rng(0)
