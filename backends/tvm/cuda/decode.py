@@ -210,8 +210,8 @@ __device__ __forceinline__ void wait_in_front() {{
   asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }}
-// What kernels in front have made. By plain loads the compiler would take it for constants, which may be read
-// before the wait.
+// What kernels in front have made, read behind the wait whatever the kernel's pointers promise
+// (`GpuCode.is_alone`).
 __device__ __forceinline__ void read(uint32_t& to, const void* from) {{
   asm volatile("ld.global.b32 %0, [%1];" : "=r"(to) : "l"(from) : "memory");
 }}
