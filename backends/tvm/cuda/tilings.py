@@ -20,9 +20,7 @@ from netlathe.backends.tvm.tir import Expr, i64, known, select
 Shape = TypeVar("Shape", bound=Hashable)
 
 _MOST, _STEP = 1024, 16  # for so many rows, or fewer, in such steps tiles are chosen
-_WORST = (
-    1.1  # times what would be least, that any of these rows may take, for the sake of few kernels
-)
+_WORST = 1.1  # times what would be least: any of these rows may take so much, for the sake of few kernels
 _MORE = 4  # numbers of tiles that are tried: the least, and more
 
 
