@@ -22,7 +22,7 @@ class Rows:
     """Softmax and its kin of the rows of a value."""
 
     def anchors(self, graph: ir.Graph) -> Iterable[ir.Node]:
-        """What gives rows their shape back."""
+        """What gives rows their shape back, which were laid out as such."""
         return (n for n in graph if n.domain == "" and n.op_type == "Reshape" and _of_rows(n))
 
     def propose(self, anchor: ir.Node) -> Proposal:
@@ -31,12 +31,10 @@ class Rows:
         Raises:
             NoMatch: the rows are not the last dim, or something else reads them.
         """
-        softmax = _of_rows(anchor)
-        assert softmax is not None
-        rows, root = softmax.inputs[0], anchor.outputs[0]
-        flatten = node_of(rows, "Flatten", "Reshape")
-        if flatten is None or rows is None:
-            raise NoMatch(f"{softmax.op_type} reads a value that was not laid out in rows", anchor)
+        nodes = _of_rows(anchor)
+        assert nodes is not None  # an anchor is one
+        flatten, softmax = nodes
+        rows, root = flatten.outputs[0], anchor.outputs[0]
         if reader := used_elsewhere(softmax.outputs[0], anchor):
             raise NoMatch(f"{reader} reads the rows too", anchor)
         source = operands(flatten)[0]
@@ -49,5 +47,8 @@ class Rows:
         return Proposal(softmax.op_type, {root: made}, build, says, trial="wide")
 
 
-def _of_rows(reshape: ir.Node) -> ir.Node | None:
-    return node_of(reshape.inputs[0], *_OF_ROWS)
+def _of_rows(reshape: ir.Node) -> tuple[ir.Node, ir.Node] | None:
+    """What lays out rows for the operator that a Reshape reads, and that operator."""
+    softmax = node_of(reshape.inputs[0], *_OF_ROWS)
+    flatten = node_of(softmax.inputs[0], "Flatten", "Reshape") if softmax is not None else None
+    return (flatten, softmax) if softmax is not None and flatten is not None else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -78,27 +79,49 @@ def _constant(model: ir.Model, values: list[int]) -> ir.Value:
     return value
 
 
+def _detector(last: str, far: float) -> ir.Model:
+    """What says "no" everywhere: 1e-8."""
+    body = f"t = Tanh(x)  h = Add(t, far)  y = {last}(h)"
+    made = model("float[b,8] x", "float y", body, far=far)
+    normal.normalize(made)
+    return made
+
+
+def _check(made: ir.Model, original: compare.Original) -> Any:
+    sample = partial(samples.synthesize, made)
+    return compare.check_same(made, original, {"b": 2}, sample, what="the detector")[0]
+
+
 @pytest.mark.parametrize("last", ["Sigmoid", "Softplus"])
 def test_the_last_bit_of_a_sigmoid_is_no_difference(last: str) -> None:
     """A detector of text that sees none says 1e-8 everywhere, and another kernel 1e-7 here and there."""
-    made = model(
-        "float[b,8] x", "float y", f"t = Tanh(x)  h = Add(t, far)  y = {last}(h)", far=-18.0
-    )
-    normal.normalize(made)
+    made = _detector(last, -18.0)
 
     def run(feeds: Feeds) -> dict[str, Any]:
         return {"y": ort.run(made, feeds)["y"] + np.float32(2.0**-23)}
 
-    def check() -> Any:
-        original = compare.Original(run=run, intermediates=run, moved=lambda feeds: {"y": 0.01})
-        sample = partial(samples.synthesize, made)
-        return compare.check_same(made, original, {"b": 2}, sample, what="the detector")
+    def inner(feeds: Feeds) -> dict[str, Any]:
+        return ort.run(made, feeds, ["t", "h", "y"])
 
-    if last == "Sigmoid":
-        assert check()[0].status == "applied"
-    else:
+    original = compare.Original(run=run, intermediates=inner, moved=lambda feeds: {"y": 0.01})
+    if last == "Softplus":
         with pytest.raises(CaptureError, match=r"capture\.differs"):
-            check()
+            _check(made, original)
+        return
+    assert "told apart" not in _check(made, original).reason
+    blind = _check(made, dataclasses.replace(original, intermediates=lambda feeds: {}))
+    assert blind.status == "applied" and "y was not told apart" in blind.reason
+
+
+def test_what_a_sigmoid_reads_tells_two_detectors_apart_that_see_nothing() -> None:
+    real = _detector("Sigmoid", -18.0)
+    original = compare.Original(
+        run=lambda feeds: ort.run(real, feeds),
+        intermediates=lambda feeds: ort.run(real, feeds, ["t", "h", "y"]),
+    )
+    assert _check(_detector("Sigmoid", -18.0), original).status == "applied"
+    with pytest.raises(CaptureError, match=r"the first value that differs: 'h'"):
+        _check(_detector("Sigmoid", -17.0), original)
 
 
 def test_rounding_of_an_ill_conditioned_model_is_no_difference() -> None:
