@@ -42,7 +42,8 @@ def cache(cache: Path | None, clear: bool, limit: str | None, as_json: bool) -> 
     from netlathe.pipeline.cache import parse_size, show
 
     wanted = None if limit is None else parse_size(limit)
-    if cache is not None and not cache.is_dir():
+    # A limit may come before the first run, which makes the folder, too.
+    if cache is not None and wanted is None and not cache.is_dir():
         raise InputError(Diagnostic("cache.missing", "there is no such folder", at=str(cache)))
     opened = open_cache(cache, none=False)
     assert opened is not None
