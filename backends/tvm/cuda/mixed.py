@@ -60,8 +60,6 @@ class Shape:
     @property
     def registers(self) -> int:
         """Of a multiplying thread: what one that copies leaves over; 0 where all have enough."""
-        if self.warpgroups == 1:
-            return 0
         return warpgroup.registers_left(self.warpgroups, _COPYING)
 
     @property

@@ -157,7 +157,12 @@ _VECTORS = {"float32": "float", "int32": "int", "float32x4": "float4", "int32x4"
 
 
 def registers_left(warpgroups: int, copying: int = COPYING) -> int:
-    """Registers of a multiplying thread, if so many warpgroups do and those that copy have so many."""
+    """Registers of a multiplying thread, if so many warpgroups do and those that copy have so many.
+
+    0 where a thread has enough as it is: one warpgroup leaves none to move.
+    """
+    if warpgroups == 1:
+        return 0
     return min(232, ((64 << 10) // GROUP - copying) // warpgroups // 8 * 8)
 
 
